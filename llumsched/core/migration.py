@@ -1,0 +1,200 @@
+"""Live migration seen from the source: one frozen record, one transition table.
+
+`advance(migration, event)` is the whole protocol. The request keeps decoding while its full
+blocks are copied in stages; it is suspended for the last stage only. Before CommitRequest is sent
+the source may always abort and resume by itself; from then on only the destination's word decides,
+so a source that hears nothing asks (RESOLVING) with the request suspended and never guesses.
+
+Invariant: a request that the source may decode is one that the destination has not been asked to
+take over, has refused, or died with. Late messages are dropped with `is_current` before the table.
+Knows no clock (`timeout_s` says how long the host may wait in a state), no engine, no link.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from llumsched.core.migration_messages import (
+    EVENTS,
+    AbortAtDestination,
+    BlocksCopied,
+    BlocksReserved,
+    CloseMigration,
+    CommitAcknowledged,
+    CommitRefused,
+    CommitRequest,
+    CopyBlocks,
+    DeadlineExpired,
+    MigrationCommand,
+    MigrationEvent,
+    MigrationState,
+    PeerLost,
+    QueryCommit,
+    ReleaseBlocks,
+    RequestAborted,
+    RequestFinished,
+    RequestPreempted,
+    RequestSuspended,
+    ReservationRejected,
+    ReserveBlocks,
+    ResumeRequest,
+    Side,
+    SuspendRequest,
+)
+from llumsched.core.migration_record import (
+    TERMINAL_STATES,
+    AbortReason,
+    Migration,
+    MigrationOptions,
+)
+from llumsched.core.migration_rules import TABLE, SourceRule, reserve_blocks
+from llumsched.core.migration_table import IllegalTransition
+
+__all__ = [
+    "EVENTS",
+    "TABLE",
+    "TERMINAL_STATES",
+    "AbortAtDestination",
+    "AbortReason",
+    "BlocksCopied",
+    "BlocksReserved",
+    "CloseMigration",
+    "CommitAcknowledged",
+    "CommitRefused",
+    "CommitRequest",
+    "CopyBlocks",
+    "DeadlineExpired",
+    "IllegalTransition",
+    "Migration",
+    "MigrationCommand",
+    "MigrationEvent",
+    "MigrationOptions",
+    "MigrationState",
+    "PeerLost",
+    "QueryCommit",
+    "ReleaseBlocks",
+    "RequestAborted",
+    "RequestFinished",
+    "RequestPreempted",
+    "RequestSuspended",
+    "ReservationRejected",
+    "ReserveBlocks",
+    "ResumeRequest",
+    "Side",
+    "SuspendRequest",
+    "advance",
+    "is_current",
+    "start",
+    "timeout_s",
+]
+
+
+def start(
+    *,
+    migration_id: str,
+    request_id: str,
+    source: str,
+    destination: str,
+    num_preemptions: int,
+    options: MigrationOptions | None = None,
+) -> tuple[Migration, tuple[MigrationCommand, ...]]:
+    """Begin: the migration in RESERVING and its first command."""
+    migration = Migration(
+        migration_id=migration_id,
+        request_id=request_id,
+        source=source,
+        destination=destination,
+        options=options or MigrationOptions(),
+        num_preemptions_at_start=num_preemptions,
+        num_preemptions=num_preemptions,
+    )
+    return migration, (reserve_blocks(migration),)
+
+
+def is_current(migration: Migration, event: MigrationEvent) -> bool:
+    """Whether `event` is about this migration as it stands; the host drops it otherwise."""
+    if event.migration_id != migration.migration_id:
+        return False
+    match event:
+        case BlocksCopied():
+            return event.stage == migration.stage
+        case DeadlineExpired():
+            return (event.state, event.stage) == (migration.state, migration.stage)
+    return True
+
+
+def timeout_s(migration: Migration) -> float | None:
+    """How long to wait before DeadlineExpired; None in a terminal state.
+
+    The host arms it when state or stage change, and again when a DeadlineExpired changed neither.
+    """
+    options = migration.options
+    return {
+        MigrationState.RESERVING: options.reserve_timeout_s,
+        MigrationState.COPYING: options.stage_timeout_s,
+        MigrationState.SUSPENDING: options.suspend_timeout_s,
+        MigrationState.FINAL_COPYING: options.final_stage_timeout_s,
+        MigrationState.COMMITTING: options.commit_timeout_s,
+        MigrationState.RESOLVING: options.query_interval_s,
+    }.get(migration.state)
+
+
+def advance(
+    migration: Migration, event: MigrationEvent
+) -> tuple[Migration, tuple[MigrationCommand, ...]]:
+    """The migration after `event`, and what is to be done about it, in order.
+
+    Raises IllegalTransition for an event that cannot occur in this state.
+    """
+    informed = _absorb(migration, event)
+    rule = TABLE.choose(migration.state, event, informed)
+    if rule is None:
+        return migration, ()
+    entered = _enter(informed, rule, event)
+    return entered, tuple(command(entered) for command in rule.do)
+
+
+def _absorb(migration: Migration, event: MigrationEvent) -> Migration:
+    """Take over the facts that an event states, before any rule is chosen."""
+    match event:
+        case BlocksReserved():
+            return replace(
+                migration,
+                num_blocks_copied=event.num_cached_blocks,
+                num_copyable_blocks=event.num_full_blocks_now,
+                num_preemptions=event.num_preemptions,
+            )
+        case BlocksCopied():
+            return replace(
+                migration,
+                num_blocks_copied=event.num_blocks_total,
+                num_copyable_blocks=event.num_full_blocks_now,
+                num_preemptions=event.num_preemptions,
+            )
+        case RequestSuspended():
+            return replace(
+                migration,
+                num_copyable_blocks=migration.num_blocks_copied + event.num_blocks_to_copy,
+                num_preemptions=event.num_preemptions,
+            )
+        case RequestAborted():
+            return replace(migration, abort_requested=True)
+        case PeerLost(is_dead=True):
+            return replace(migration, destination_is_dead=True)
+    return migration
+
+
+def _enter(migration: Migration, rule: SourceRule, event: MigrationEvent) -> Migration:
+    match rule.to:
+        case MigrationState.COPYING | MigrationState.FINAL_COPYING:
+            return replace(
+                migration,
+                state=rule.to,
+                stage=migration.stage + 1,
+                num_stage_blocks=migration.num_blocks_left,
+            )
+        case MigrationState.ABORTED:
+            assert isinstance(rule.reason, AbortReason)
+            detail = getattr(event, "reason", "")
+            return replace(migration, state=rule.to, abort_reason=rule.reason, abort_detail=detail)
+    return replace(migration, state=rule.to)

@@ -1,0 +1,94 @@
+"""What the source knows about one migration, and the limits it works within.
+
+Invariant: `num_blocks_copied` blocks are at the destination and will not change at the source.
+Knows neither the rules (core/migration_rules.py) nor the messages' way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from llumsched.core.migration_messages import MigrationState
+
+TERMINAL_STATES = frozenset({MigrationState.COMMITTED, MigrationState.ABORTED})
+
+
+class AbortReason(StrEnum):
+    """Why a migration ended without moving the request: few and fixed, fit for a metric's label."""
+
+    RESERVATION_REJECTED = "reservation_rejected"
+    REQUEST_FINISHED = "request_finished"
+    REQUEST_ABORTED = "request_aborted"
+    REQUEST_PREEMPTED = "request_preempted"
+    DECODES_FASTER_THAN_LINK = "decodes_faster_than_link"
+    DEADLINE_EXPIRED = "deadline_expired"
+    PEER_LOST = "peer_lost"
+    COMMIT_REFUSED = "commit_refused"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationOptions:
+    """When to stop copying in stages, and how long to wait in each state.
+
+    Stages go on while more than `final_stage_blocks` full blocks are left, each stage is smaller
+    than the one before, and fewer than `max_stages` are done. When they stop with more left than
+    that, the request decodes about as fast as the link copies: up to `max_final_stage_blocks` it is
+    suspended and moved all the same; beyond, it is left alone.
+    """
+
+    max_stages: int = 8
+    final_stage_blocks: int = 1
+    max_final_stage_blocks: int = 8
+    reserve_timeout_s: float = 5.0
+    stage_timeout_s: float = 30.0
+    suspend_timeout_s: float = 5.0
+    final_stage_timeout_s: float = 5.0
+    commit_timeout_s: float = 2.0
+    query_interval_s: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.max_stages < 1:
+            raise ValueError(f"max_stages={self.max_stages}; at least 1 stage is needed")
+        if not 0 <= self.final_stage_blocks <= self.max_final_stage_blocks:
+            raise ValueError(
+                f"final_stage_blocks={self.final_stage_blocks} must lie between 0 and "
+                f"max_final_stage_blocks={self.max_final_stage_blocks}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Migration:
+    """One request on its way from `source` to `destination`, as the source knows it.
+
+    Blocks are counted from the request's first: the destination holds `num_blocks_copied` of them
+    (those it had cached included) and `num_copyable_blocks` may be copied, the tail only once the
+    request is suspended. `stage` is the number of the latest stage begun, 0 before the first, and
+    `num_stage_blocks` its size.
+    """
+
+    migration_id: str
+    request_id: str
+    source: str
+    destination: str
+    options: MigrationOptions
+    num_preemptions_at_start: int
+    num_preemptions: int
+    state: MigrationState = MigrationState.RESERVING
+    stage: int = 0
+    num_stage_blocks: int = 0
+    num_blocks_copied: int = 0
+    num_copyable_blocks: int = 0
+    abort_requested: bool = False
+    destination_is_dead: bool = False
+    abort_reason: AbortReason | None = None
+    abort_detail: str = ""
+
+    @property
+    def num_blocks_left(self) -> int:
+        """Blocks that can be copied now and are not; a cached prefix may reach beyond them."""
+        return max(0, self.num_copyable_blocks - self.num_blocks_copied)
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.state in TERMINAL_STATES

@@ -1,0 +1,313 @@
+"""The rules of a migration at its source: what each event leads to in each state.
+
+Guards and commands are functions of the record alone, so the table can be walked: the tests do, and
+the diagram in docs/migration-protocol.md is drawn from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llumsched.core.migration_messages import (
+    EVENTS,
+    AbortAtDestination,
+    BlocksCopied,
+    BlocksReserved,
+    CloseMigration,
+    CommitAcknowledged,
+    CommitRefused,
+    CommitRequest,
+    CopyBlocks,
+    DeadlineExpired,
+    MigrationCommand,
+    MigrationEvent,
+    MigrationState,
+    PeerLost,
+    QueryCommit,
+    ReleaseBlocks,
+    RequestAborted,
+    RequestFinished,
+    RequestPreempted,
+    RequestSuspended,
+    ReservationRejected,
+    ReserveBlocks,
+    ResumeRequest,
+    Side,
+    SuspendRequest,
+)
+from llumsched.core.migration_record import TERMINAL_STATES, AbortReason, Migration
+from llumsched.core.migration_table import Rule, TransitionTable
+
+# Guards.
+
+
+def preempted(migration: Migration) -> bool:
+    # What was copied may lie beyond what the source can vouch for after recomputing.
+    return migration.num_preemptions != migration.num_preemptions_at_start
+
+
+def little_left(migration: Migration) -> bool:
+    return migration.num_blocks_left <= migration.options.final_stage_blocks
+
+
+def nothing_left(migration: Migration) -> bool:
+    return migration.num_blocks_left == 0
+
+
+def stages_shrink(migration: Migration) -> bool:
+    return (
+        migration.stage < migration.options.max_stages
+        and migration.num_blocks_left < migration.num_stage_blocks
+    )
+
+
+def worth_a_pause(migration: Migration) -> bool:
+    return migration.num_blocks_left <= migration.options.max_final_stage_blocks
+
+
+def abort_requested(migration: Migration) -> bool:
+    return migration.abort_requested
+
+
+def dead_and_abort_requested(migration: Migration) -> bool:
+    return migration.destination_is_dead and migration.abort_requested
+
+
+def destination_is_dead(migration: Migration) -> bool:
+    return migration.destination_is_dead
+
+
+# Commands.
+
+
+def reserve_blocks(migration: Migration) -> MigrationCommand:
+    return ReserveBlocks(migration_id=migration.migration_id, request_id=migration.request_id)
+
+
+def copy_blocks(migration: Migration) -> MigrationCommand:
+    return CopyBlocks(
+        migration_id=migration.migration_id,
+        request_id=migration.request_id,
+        stage=migration.stage,
+        first_block=migration.num_blocks_copied,
+        num_blocks=migration.num_stage_blocks,
+        final=migration.state is MigrationState.FINAL_COPYING,
+    )
+
+
+def suspend_request(migration: Migration) -> MigrationCommand:
+    return SuspendRequest(
+        migration_id=migration.migration_id,
+        request_id=migration.request_id,
+        num_blocks_copied=migration.num_blocks_copied,
+    )
+
+
+def commit_request(migration: Migration) -> MigrationCommand:
+    return CommitRequest(
+        migration_id=migration.migration_id,
+        request_id=migration.request_id,
+        num_blocks=migration.num_blocks_copied,
+    )
+
+
+def query_commit(migration: Migration) -> MigrationCommand:
+    return QueryCommit(migration_id=migration.migration_id, request_id=migration.request_id)
+
+
+def release_source(migration: Migration) -> MigrationCommand:
+    return ReleaseBlocks(
+        migration_id=migration.migration_id, request_id=migration.request_id, side=Side.SOURCE
+    )
+
+
+def release_destination(migration: Migration) -> MigrationCommand:
+    return ReleaseBlocks(
+        migration_id=migration.migration_id, request_id=migration.request_id, side=Side.DESTINATION
+    )
+
+
+def resume_request(migration: Migration) -> MigrationCommand:
+    return ResumeRequest(migration_id=migration.migration_id, request_id=migration.request_id)
+
+
+def resume_after_death(migration: Migration) -> MigrationCommand:
+    return ResumeRequest(
+        migration_id=migration.migration_id, request_id=migration.request_id, may_have_decoded=True
+    )
+
+
+def abort_at_destination(migration: Migration) -> MigrationCommand:
+    return AbortAtDestination(migration_id=migration.migration_id, request_id=migration.request_id)
+
+
+def close_migration(migration: Migration) -> MigrationCommand:
+    return CloseMigration(migration_id=migration.migration_id, request_id=migration.request_id)
+
+
+# The table.
+
+SourceRule = Rule[MigrationState, Migration, MigrationCommand]
+Command = Callable[[Migration], MigrationCommand]
+
+RESERVING = MigrationState.RESERVING
+COPYING = MigrationState.COPYING
+SUSPENDING = MigrationState.SUSPENDING
+FINAL_COPYING = MigrationState.FINAL_COPYING
+COMMITTING = MigrationState.COMMITTING
+RESOLVING = MigrationState.RESOLVING
+COMMITTED = MigrationState.COMMITTED
+ABORTED = MigrationState.ABORTED
+
+
+def _go(
+    to: MigrationState, *do: Command, when: Callable[[Migration], bool] | None = None
+) -> SourceRule:
+    return Rule(to=to, do=do, when=when)
+
+
+def _abort(
+    reason: AbortReason, *do: Command, when: Callable[[Migration], bool] | None = None
+) -> SourceRule:
+    return Rule(to=ABORTED, do=do, when=when, reason=reason)
+
+
+_REFUSED = (
+    _abort(AbortReason.REQUEST_ABORTED, release_source, when=abort_requested),
+    _abort(AbortReason.COMMIT_REFUSED, resume_request),
+)
+_ACKNOWLEDGED = (
+    _go(
+        COMMITTED,
+        release_source,
+        abort_at_destination,
+        close_migration,
+        when=abort_requested,
+    ),
+    _go(COMMITTED, release_source, close_migration),
+)
+_DEAD = (
+    _abort(AbortReason.REQUEST_ABORTED, release_source, when=dead_and_abort_requested),
+    _abort(AbortReason.PEER_LOST, resume_after_death, when=destination_is_dead),
+)
+
+_RULES: dict[tuple[MigrationState, type[MigrationEvent]], tuple[SourceRule, ...]] = {
+    # The request decodes at the source; nothing needs undoing there.
+    (RESERVING, BlocksReserved): (
+        _abort(AbortReason.REQUEST_PREEMPTED, release_destination, when=preempted),
+        _go(SUSPENDING, suspend_request, when=little_left),
+        _go(COPYING, copy_blocks),
+    ),
+    (COPYING, BlocksCopied): (
+        _abort(AbortReason.REQUEST_PREEMPTED, release_destination, when=preempted),
+        _go(SUSPENDING, suspend_request, when=little_left),
+        _go(COPYING, copy_blocks, when=stages_shrink),
+        _go(SUSPENDING, suspend_request, when=worth_a_pause),
+        _abort(AbortReason.DECODES_FASTER_THAN_LINK, release_destination),
+    ),
+    **{
+        (state, event): (_abort(reason, *do),)
+        for state in (RESERVING, COPYING)
+        for event, reason, do in (
+            (ReservationRejected, AbortReason.RESERVATION_REJECTED, ()),
+            (RequestFinished, AbortReason.REQUEST_FINISHED, (release_destination,)),
+            (
+                RequestAborted,
+                AbortReason.REQUEST_ABORTED,
+                (release_source, release_destination),
+            ),
+            (RequestPreempted, AbortReason.REQUEST_PREEMPTED, (release_destination,)),
+            (DeadlineExpired, AbortReason.DEADLINE_EXPIRED, (release_destination,)),
+            (PeerLost, AbortReason.PEER_LOST, (release_destination,)),
+        )
+    },
+    # The request is suspended, or about to be; the destination has not been asked to take over.
+    (SUSPENDING, RequestSuspended): (
+        _abort(AbortReason.REQUEST_PREEMPTED, release_destination, resume_request, when=preempted),
+        _go(COMMITTING, commit_request, when=nothing_left),
+        _go(FINAL_COPYING, copy_blocks),
+    ),
+    # The suspension may still be on its way to the engine, so a preempted request resumes too.
+    (SUSPENDING, RequestPreempted): (
+        _abort(AbortReason.REQUEST_PREEMPTED, release_destination, resume_request),
+    ),
+    (SUSPENDING, RequestFinished): (_abort(AbortReason.REQUEST_FINISHED, release_destination),),
+    (FINAL_COPYING, BlocksCopied): (_go(COMMITTING, commit_request),),
+    **{
+        (state, event): (_abort(reason, *do),)
+        for state in (SUSPENDING, FINAL_COPYING)
+        for event, reason, do in (
+            (ReservationRejected, AbortReason.RESERVATION_REJECTED, (resume_request,)),
+            (
+                RequestAborted,
+                AbortReason.REQUEST_ABORTED,
+                (release_source, release_destination),
+            ),
+            (
+                DeadlineExpired,
+                AbortReason.DEADLINE_EXPIRED,
+                (release_destination, resume_request),
+            ),
+            (PeerLost, AbortReason.PEER_LOST, (release_destination, resume_request)),
+        )
+    },
+    # The destination decides now. A client's abort waits for the outcome, which says whose it is.
+    (COMMITTING, CommitAcknowledged): _ACKNOWLEDGED,
+    (COMMITTING, CommitRefused): _REFUSED,
+    (COMMITTING, RequestAborted): (_go(COMMITTING),),
+    (COMMITTING, DeadlineExpired): (_go(RESOLVING, query_commit),),
+    (COMMITTING, PeerLost): (*_DEAD, _go(RESOLVING, query_commit)),
+    (RESOLVING, CommitAcknowledged): _ACKNOWLEDGED,
+    (RESOLVING, CommitRefused): _REFUSED,
+    (RESOLVING, RequestAborted): (_go(RESOLVING),),
+    (RESOLVING, DeadlineExpired): (_go(RESOLVING, query_commit),),
+    (RESOLVING, PeerLost): (*_DEAD, _go(RESOLVING)),
+    # The client may abort before it learns that the request has moved.
+    (COMMITTED, RequestAborted): (_go(COMMITTED, abort_at_destination),),
+}
+
+_IGNORED: frozenset[tuple[MigrationState, type[MigrationEvent]]] = frozenset(
+    {
+        # Doubled on the link.
+        *(
+            (state, BlocksReserved)
+            for state in (COPYING, SUSPENDING, FINAL_COPYING, COMMITTING, RESOLVING)
+        ),
+        *((state, BlocksCopied) for state in (SUSPENDING, COMMITTING, RESOLVING)),
+        # Only the answer to the commit decides its fate.
+        *((state, ReservationRejected) for state in (COMMITTING, RESOLVING)),
+        # Over: the request's life goes on without the migration.
+        *((state, event) for state in TERMINAL_STATES for event in EVENTS),
+    }
+    - {(COMMITTED, RequestAborted)}
+)
+
+_ILLEGAL: frozenset[tuple[MigrationState, type[MigrationEvent]]] = frozenset(
+    {
+        # No stage has begun.
+        (RESERVING, BlocksCopied),
+        # Nobody has asked the source to suspend, or it has answered already.
+        *(
+            (state, RequestSuspended)
+            for state in (RESERVING, COPYING, FINAL_COPYING, COMMITTING, RESOLVING)
+        ),
+        # A suspended request is not scheduled.
+        *(
+            (state, event)
+            for state in (FINAL_COPYING, COMMITTING, RESOLVING)
+            for event in (RequestFinished, RequestPreempted)
+        ),
+        # The destination answers a commit that has not been requested.
+        *(
+            (state, event)
+            for state in (RESERVING, COPYING, SUSPENDING, FINAL_COPYING)
+            for event in (CommitAcknowledged, CommitRefused)
+        ),
+    }
+)
+
+TABLE: TransitionTable[MigrationState, Migration, MigrationEvent, MigrationCommand] = (
+    TransitionTable(
+        states=MigrationState, events=EVENTS, rules=_RULES, ignored=_IGNORED, illegal=_ILLEGAL
+    )
+)
