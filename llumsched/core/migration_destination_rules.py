@@ -1,0 +1,275 @@
+"""The rules of a migration at its destination: what each event leads to in each state.
+
+Guards and commands are functions of the record alone, so the table can be walked: the tests do, and
+the diagram in docs/migration-protocol.md is drawn from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llumsched.core.migration_destination_messages import (
+    EVENTS,
+    AbortRequest,
+    AbortRequested,
+    AcknowledgeCommit,
+    AdmissionFailed,
+    AdmitRequest,
+    AllocateBlocks,
+    AllocationFailed,
+    BlocksAllocated,
+    BlocksWritten,
+    CommitQueried,
+    CommitRequested,
+    ConfirmCopy,
+    ConfirmReservation,
+    FreeBlocks,
+    MigrationClosed,
+    ReceiveBlocks,
+    RefuseCommit,
+    RejectReservation,
+    ReleaseRequested,
+    RequestAdmitted,
+    ReservationCommand,
+    ReservationEvent,
+    ReservationExpired,
+    ReservationRequested,
+    ReservationState,
+    SourceLost,
+    StageAnnounced,
+)
+from llumsched.core.migration_destination_record import ReleaseReason, Reservation
+from llumsched.core.migration_table import Rule, TransitionTable
+
+# Guards.
+
+
+def in_step(reservation: Reservation) -> bool:
+    return reservation.first_block == reservation.num_blocks_written
+
+
+def complete(reservation: Reservation) -> bool:
+    return reservation.num_blocks_written >= reservation.num_commit_blocks
+
+
+def source_is_dead(reservation: Reservation) -> bool:
+    return reservation.source_is_dead
+
+
+# Commands.
+
+
+def allocate_blocks(reservation: Reservation) -> ReservationCommand:
+    return AllocateBlocks(migration_id=reservation.migration_id, request_id=reservation.request_id)
+
+
+def receive_blocks(reservation: Reservation) -> ReservationCommand:
+    return ReceiveBlocks(
+        migration_id=reservation.migration_id,
+        request_id=reservation.request_id,
+        stage=reservation.stage,
+        first_block=reservation.first_block,
+        num_blocks=reservation.num_stage_blocks,
+    )
+
+
+def admit_request(reservation: Reservation) -> ReservationCommand:
+    return AdmitRequest(migration_id=reservation.migration_id, request_id=reservation.request_id)
+
+
+def free_blocks(reservation: Reservation) -> ReservationCommand:
+    return FreeBlocks(migration_id=reservation.migration_id, request_id=reservation.request_id)
+
+
+def abort_request(reservation: Reservation) -> ReservationCommand:
+    return AbortRequest(migration_id=reservation.migration_id, request_id=reservation.request_id)
+
+
+def confirm_reservation(reservation: Reservation) -> ReservationCommand:
+    return ConfirmReservation(
+        migration_id=reservation.migration_id,
+        request_id=reservation.request_id,
+        num_cached_blocks=reservation.num_blocks_written,
+    )
+
+
+def reject_reservation(reservation: Reservation) -> ReservationCommand:
+    return RejectReservation(
+        migration_id=reservation.migration_id,
+        request_id=reservation.request_id,
+        reason=reservation.reason,
+    )
+
+
+def confirm_copy(reservation: Reservation) -> ReservationCommand:
+    return ConfirmCopy(
+        migration_id=reservation.migration_id,
+        request_id=reservation.request_id,
+        stage=reservation.stage,
+        num_blocks_total=reservation.num_blocks_written,
+    )
+
+
+def acknowledge_commit(reservation: Reservation) -> ReservationCommand:
+    return AcknowledgeCommit(
+        migration_id=reservation.migration_id, request_id=reservation.request_id
+    )
+
+
+def refuse_commit(reservation: Reservation) -> ReservationCommand:
+    return RefuseCommit(
+        migration_id=reservation.migration_id,
+        request_id=reservation.request_id,
+        reason=reservation.reason,
+    )
+
+
+# The table.
+
+DestinationRule = Rule[ReservationState, Reservation, ReservationCommand]
+Command = Callable[[Reservation], ReservationCommand]
+
+ABSENT = ReservationState.ABSENT
+ALLOCATING = ReservationState.ALLOCATING
+RESERVED = ReservationState.RESERVED
+RECEIVING = ReservationState.RECEIVING
+ADMITTING = ReservationState.ADMITTING
+COMMITTED = ReservationState.COMMITTED
+RELEASED = ReservationState.RELEASED
+
+
+def _go(
+    to: ReservationState, *do: Command, when: Callable[[Reservation], bool] | None = None
+) -> DestinationRule:
+    return Rule(to=to, do=do, when=when)
+
+
+def _release(
+    reason: ReleaseReason, *do: Command, when: Callable[[Reservation], bool] | None = None
+) -> DestinationRule:
+    return Rule(to=RELEASED, do=do, when=when, reason=reason)
+
+
+_RULES: dict[tuple[ReservationState, type[ReservationEvent]], tuple[DestinationRule, ...]] = {
+    # Nothing is held. What comes before its ReserveBlocks has overtaken it, so that is refused too.
+    (ABSENT, ReservationRequested): (_go(ALLOCATING, allocate_blocks),),
+    (ABSENT, StageAnnounced): (_release(ReleaseReason.OUT_OF_STEP, reject_reservation),),
+    (ABSENT, CommitRequested): (_release(ReleaseReason.COMMIT_UNKNOWN, refuse_commit),),
+    (ABSENT, CommitQueried): (_release(ReleaseReason.COMMIT_UNKNOWN, refuse_commit),),
+    (ABSENT, ReleaseRequested): (_release(ReleaseReason.RELEASED_BY_SOURCE),),
+    (ABSENT, AbortRequested): (_go(ABSENT, abort_request),),
+    # Blocks are held, or asked for.
+    (ALLOCATING, BlocksAllocated): (_go(RESERVED, confirm_reservation),),
+    (ALLOCATING, AllocationFailed): (_release(ReleaseReason.NO_ROOM, reject_reservation),),
+    (ALLOCATING, CommitRequested): (
+        _release(ReleaseReason.COMMIT_INCOMPLETE, free_blocks, refuse_commit),
+    ),
+    **{
+        (state, StageAnnounced): (
+            _go(RECEIVING, receive_blocks, when=in_step),
+            _release(ReleaseReason.OUT_OF_STEP, free_blocks, reject_reservation),
+        )
+        for state in (RESERVED, RECEIVING)
+    },
+    (RECEIVING, BlocksWritten): (_go(RECEIVING, confirm_copy),),
+    (RECEIVING, AllocationFailed): (
+        _release(ReleaseReason.NO_ROOM, free_blocks, reject_reservation),
+    ),
+    **{
+        (state, CommitRequested): (
+            _go(ADMITTING, admit_request, when=complete),
+            _release(ReleaseReason.COMMIT_INCOMPLETE, free_blocks, refuse_commit),
+        )
+        for state in (RESERVED, RECEIVING)
+    },
+    **{
+        (state, event): (_release(reason, free_blocks, *do),)
+        for state in (ALLOCATING, RESERVED, RECEIVING)
+        for event, reason, do in (
+            (CommitQueried, ReleaseReason.NOT_COMMITTED_WHEN_ASKED, (refuse_commit,)),
+            (ReleaseRequested, ReleaseReason.RELEASED_BY_SOURCE, ()),
+            (ReservationExpired, ReleaseReason.EXPIRED, (reject_reservation,)),
+            (SourceLost, ReleaseReason.SOURCE_LOST, ()),
+        )
+    },
+    # The engine is at it; whatever was asked meanwhile is answered by the outcome.
+    (ADMITTING, RequestAdmitted): (
+        _release(ReleaseReason.CLOSED, when=source_is_dead),
+        _go(COMMITTED, acknowledge_commit),
+    ),
+    (ADMITTING, AdmissionFailed): (
+        _release(ReleaseReason.ADMISSION_FAILED, free_blocks, refuse_commit),
+    ),
+    (ADMITTING, SourceLost): (_go(ADMITTING),),
+    # The request runs here. The record answers for it until nobody can ask any more.
+    (COMMITTED, CommitRequested): (_go(COMMITTED, acknowledge_commit),),
+    (COMMITTED, CommitQueried): (_go(COMMITTED, acknowledge_commit),),
+    (COMMITTED, AbortRequested): (_go(COMMITTED, abort_request),),
+    (COMMITTED, MigrationClosed): (_release(ReleaseReason.CLOSED),),
+    (COMMITTED, SourceLost): (
+        _release(ReleaseReason.CLOSED, when=source_is_dead),
+        _go(COMMITTED),
+    ),
+    # A tombstone.
+    (RELEASED, ReservationRequested): (_go(RELEASED, reject_reservation),),
+    (RELEASED, StageAnnounced): (_go(RELEASED, reject_reservation),),
+    (RELEASED, CommitRequested): (_go(RELEASED, refuse_commit),),
+    (RELEASED, CommitQueried): (_go(RELEASED, refuse_commit),),
+    (RELEASED, AbortRequested): (_go(RELEASED, abort_request),),
+    (RELEASED, ReservationExpired): (_go(ABSENT),),
+}
+
+_LOCAL = (BlocksAllocated, AllocationFailed, BlocksWritten)
+
+_IGNORED: frozenset[tuple[ReservationState, type[ReservationEvent]]] = frozenset(
+    {
+        # Doubled on the link.
+        *(
+            (state, ReservationRequested)
+            for state in (ALLOCATING, RESERVED, RECEIVING, ADMITTING, COMMITTED)
+        ),
+        *((state, StageAnnounced) for state in (ADMITTING, COMMITTED)),
+        *((state, MigrationClosed) for state in (RELEASED, ABSENT)),
+        (RELEASED, ReleaseRequested),
+        # The stage of a reservation that was lost: its ReserveBlocks has come again, later.
+        (ALLOCATING, StageAnnounced),
+        # The outcome of the admission is the answer.
+        (ADMITTING, CommitRequested),
+        (ADMITTING, CommitQueried),
+        # The engine finished what the release came too late for; FreeBlocks follows it.
+        *((state, event) for state in (RELEASED, ABSENT) for event in _LOCAL),
+        # Nothing is at stake here any more.
+        *((state, SourceLost) for state in (RELEASED, ABSENT)),
+    }
+)
+
+_ILLEGAL: frozenset[tuple[ReservationState, type[ReservationEvent]]] = frozenset(
+    {
+        # The source gives up or commits, never both.
+        *((state, ReleaseRequested) for state in (ADMITTING, COMMITTED)),
+        # The source speaks of a commit that was not acknowledged.
+        *(
+            (state, event)
+            for state in (ALLOCATING, RESERVED, RECEIVING, ADMITTING)
+            for event in (AbortRequested, MigrationClosed)
+        ),
+        # The engine answers what it was not asked, or twice.
+        *((state, BlocksAllocated) for state in (RESERVED, RECEIVING, ADMITTING, COMMITTED)),
+        *((state, AllocationFailed) for state in (RESERVED, ADMITTING, COMMITTED)),
+        *((state, BlocksWritten) for state in (ALLOCATING, RESERVED, ADMITTING, COMMITTED)),
+        *(
+            (state, event)
+            for state in ReservationState
+            if state is not ADMITTING
+            for event in (RequestAdmitted, AdmissionFailed)
+        ),
+        # These states have no deadline.
+        *((state, ReservationExpired) for state in (ABSENT, ADMITTING, COMMITTED)),
+    }
+)
+
+TABLE: TransitionTable[ReservationState, Reservation, ReservationEvent, ReservationCommand] = (
+    TransitionTable(
+        states=ReservationState, events=EVENTS, rules=_RULES, ignored=_IGNORED, illegal=_ILLEGAL
+    )
+)
