@@ -1,0 +1,101 @@
+# llumsched. `make demo` and `make test` work on a fresh clone: they install what is missing.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+# The interpreter that makes the virtual environment: 3.11 or newer.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+# Which vLLM: cpu or gpu.
+EXTRA ?= cpu
+# More arguments for pip. Where the package index has no CPU build of torch:
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_ARGS ?=
+# The model of demo and serve: smollm2 (made from a wheel), a folder, or a name on the model hub.
+MODEL ?= smollm2
+INSTANCES ?= 2
+# Anything else for `llumsched serve`, in `make serve`.
+SERVE_ARGS ?=
+# Anything else for the demo.
+DEMO_ARGS ?=
+# Anything else for pytest, such as PYTEST_ARGS="-x tests/core".
+PYTEST_ARGS ?=
+# Which benchmarks, and how: BENCH_ARGS="--quick decisions".
+BENCH_ARGS ?=
+
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed-$(EXTRA)
+export LLUMSCHED_CACHE_DIR ?= $(CURDIR)/.cache
+# The tests and the demo need no model hub, and report no usage to anyone.
+export HF_HUB_OFFLINE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+
+.PHONY: help install model demo serve test check format format-check lint types contracts bench \
+	docs hooks clean distclean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make .venv and install llumsched with all it needs
+
+$(INSTALLED): setup.py scripts/drop_unloadable_torch_addons.py
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "llumsched needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "[1/3] virtual environment in $(VENV)"
+	"$(PYTHON)" -m venv $(VENV)
+	@echo "[2/3] llumsched with vLLM ($(EXTRA)), Ray and the tools: a few minutes the first time"
+	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -e ".[$(EXTRA),demo,dev]"
+	@echo "[3/3] checking torch's companions"
+	$(PY) -m scripts.drop_unloadable_torch_addons
+	@touch $@
+
+model: $(INSTALLED) ## prepare the model and print its folder
+	@$(PY) -m scripts.prepare_model "$(MODEL)"
+
+demo: $(INSTALLED) ## two instances, streamed chats, live migrations, measured
+	$(PY) -m scripts.demo --model "$(MODEL)" $(DEMO_ARGS)
+
+serve: $(INSTALLED) ## serve MODEL on INSTANCES instances (and SERVE_ARGS)
+	model="$$($(PY) -m scripts.prepare_model "$(MODEL)")" && \
+		exec $(PY) -m llumsched serve "$$model" --instances $(INSTANCES) $(SERVE_ARGS)
+
+test: $(INSTALLED) ## run every test
+	@$(PY) -m scripts.prepare_model >/dev/null
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+check: format-check lint types contracts test ## format, lint, types, import contracts, tests
+
+format: $(INSTALLED) ## rewrite the code in the project's format
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+format-check: $(INSTALLED)
+	$(VENV)/bin/ruff format --check .
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+
+types: $(INSTALLED)
+	$(VENV)/bin/mypy
+
+contracts: $(INSTALLED)
+	$(VENV)/bin/lint-imports
+
+bench: $(INSTALLED) ## run the benchmarks and write docs/benchmarks (BENCH_ARGS="--quick NAME")
+	@$(PY) -m scripts.prepare_model >/dev/null
+	$(PY) -m benchmarks.run_all $(BENCH_ARGS)
+
+docs: $(INSTALLED) ## write again the parts of docs/ that come from the code
+	$(PY) -m scripts.generate_docs
+
+hooks: $(INSTALLED) ## run format, lint, types and contracts before every commit
+	$(VENV)/bin/pre-commit install
+
+clean: ## remove what builds and tools leave behind
+	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove the virtual environment and the prepared models
+	rm -rf $(VENV) .cache

