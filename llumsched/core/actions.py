@@ -1,0 +1,87 @@
+"""Everything the global scheduler can ask of its host, as frozen imperative values.
+
+Invariant: an action names its reason, so a host can log and count without knowing any policy.
+This module does not know how an action is carried out.
+"""
+
+from dataclasses import dataclass
+
+from llumsched.core.types import InstanceRole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchRequest:
+    """Send a request to an instance. A second one for the same id follows the loss of the first
+    instance: the frontend sends prompt and delivered tokens again."""
+
+    request_id: str
+    instance_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RejectRequest:
+    """Answer a request with an error; the scheduler has forgotten it."""
+
+    request_id: str
+    reason: str
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartMigration:
+    """Move one request from source to destination; without a `request_id` the source picks it.
+
+    A request that came by a migration less than `settle_s` ago stays where it is.
+    """
+
+    migration_id: str
+    source: str
+    destination: str
+    request_id: str | None
+    reason: str
+    settle_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefuseMigration:
+    """Answer to a `MigrationRequested` that cannot be done."""
+
+    request_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchInstance:
+    """Start one more instance and answer with `InstanceJoined` or `LaunchFailed`."""
+
+    launch_id: str
+    reason: str
+    role: InstanceRole = InstanceRole.MIXED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TerminateInstance:
+    """Stop an instance, then tell `InstanceLost`."""
+
+    instance_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyFailed:
+    """A policy raised or answered nonsense; the built-in choice was used for that decision."""
+
+    policy: str
+    error: str
+
+
+Action = (
+    DispatchRequest
+    | RejectRequest
+    | StartMigration
+    | RefuseMigration
+    | LaunchInstance
+    | TerminateInstance
+    | PolicyFailed
+)

@@ -1,0 +1,176 @@
+"""Which proposed migrations may start.
+
+Invariants: an instance sends and receives no more than its slots; a request is in one migration;
+two instances do not exchange load in both directions within `settle_s`; a pair starts only if the
+move narrows the gap between the two, so it never merely swaps their roles.
+This module does not know why a migration was proposed.
+"""
+
+import math
+from dataclasses import dataclass
+
+from llumsched.core.cluster import Cluster, InstanceRecord
+from llumsched.core.events import MigrationOutcome
+from llumsched.core.options import SchedulerOptions
+from llumsched.core.types import InstanceState, PriorityClass
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class ActiveMigration:
+    """A migration that was started and whose end was not told yet."""
+
+    migration_id: str
+    source: str
+    destination: str
+    request_id: str | None
+    num_blocks: int
+    started_s: float
+    is_overlaid: bool = True
+    """Its blocks are expected at the destination, and no report shows them reserved yet."""
+
+
+class MigrationArbiter:
+    """Active migrations, and those that ended too lately to be undone."""
+
+    def __init__(self, cluster: Cluster, options: SchedulerOptions) -> None:
+        self._cluster = cluster
+        self._options = options
+        self._next_id = 0
+        self._rests_until: dict[tuple[str, str | None], float] = {}
+        self.active: dict[str, ActiveMigration] = {}
+
+    def blocked(
+        self, source: InstanceRecord, destination: InstanceRecord, now: float
+    ) -> str | None:
+        """Why nothing can move between the two at all, or None."""
+        if source is destination:
+            return f"destination equals source ({source.spec.instance_id})"
+        if destination.state is not InstanceState.SERVING:
+            return f"destination {destination.spec.instance_id} is {destination.state.value}"
+        for end, record in (("source", source), ("destination", destination)):
+            if not record.is_fresh:
+                silent_s = now - record.last_report_s
+                return (
+                    f"{end} {record.spec.instance_id} is stale: "
+                    f"it has not reported for {silent_s:.1f} s"
+                )
+        if source.num_migrations_out >= self._options.max_migrations_out:
+            return _no_slot("sends", source, source.num_migrations_out)
+        if destination.num_migrations_in >= self._options.max_migrations_in:
+            return _no_slot("receives", destination, destination.num_migrations_in)
+        return None
+
+    def unwise(self, source: InstanceRecord, destination: InstanceRecord, now: float) -> str | None:
+        """Why a policy's proposal is refused where an operator's wish would be carried out."""
+        source_id, destination_id = source.spec.instance_id, destination.spec.instance_id
+        rests = self._rests_until
+        if now < rests.get((destination_id, source_id), -math.inf):
+            return f"{destination_id} has just given load to {source_id}"
+        if now < rests.get((source_id, None), -math.inf):
+            return f"{source_id} has just had nothing to move"
+        if source.state is InstanceState.DRAINING:
+            return None
+        if not source.load.num_running:
+            return f"source {source.spec.instance_id} runs nothing"
+        if _only_swaps(self._cluster, source, destination):
+            return "the move would only swap the roles of source and destination"
+        return None
+
+    def start(
+        self,
+        source: InstanceRecord,
+        destination: InstanceRecord,
+        request_id: str | None,
+        num_blocks: int,
+        now: float,
+    ) -> ActiveMigration:
+        """Take the slots and overlay the destination."""
+        self._next_id += 1
+        migration = ActiveMigration(
+            migration_id=f"m{self._next_id}",
+            source=source.spec.instance_id,
+            destination=destination.spec.instance_id,
+            request_id=request_id,
+            num_blocks=num_blocks,
+            started_s=now,
+        )
+        self.active[migration.migration_id] = migration
+        self._cluster.add_migration_out(source, 1)
+        self._cluster.add_migration_in(destination, 1)
+        self._cluster.add_sent(
+            destination, num_blocks=num_blocks, num_tokens=0, priority=PriorityClass.NORMAL
+        )
+        return migration
+
+    def finish(self, migration: ActiveMigration, outcome: MigrationOutcome, now: float) -> None:
+        """Give the slots back, and remember what must not be tried again at once."""
+        del self.active[migration.migration_id]
+        source = self._cluster.records.get(migration.source)
+        destination = self._cluster.records.get(migration.destination)
+        if source is not None:
+            self._cluster.add_migration_out(source, -1)
+        if destination is not None:
+            self._cluster.add_migration_in(destination, -1)
+            self._drop_overlay(migration, destination)
+        rests = self._rests_until
+        for pair in [pair for pair, until in rests.items() if until <= now]:
+            del rests[pair]
+        until = now + self._options.migration_settle_s
+        if outcome is MigrationOutcome.COMMITTED:
+            rests[(migration.source, migration.destination)] = until
+        elif outcome is MigrationOutcome.NOTHING_TO_MOVE and migration.request_id is None:
+            rests[(migration.source, None)] = until
+
+    def reported(self, destination: InstanceRecord) -> None:
+        """A report shows `num_migrations_in` reservations: the oldest overlays are those."""
+        visible = destination.load.num_migrations_in
+        if not visible:
+            return
+        instance_id = destination.spec.instance_id
+        incoming = [m for m in self.active.values() if m.destination == instance_id]
+        for migration in incoming[:visible]:
+            self._drop_overlay(migration, destination)
+
+    def involving(self, instance_id: str) -> list[ActiveMigration]:
+        """Active migrations an instance takes part in."""
+        return [m for m in self.active.values() if instance_id in (m.source, m.destination)]
+
+    def overdue(self, now: float) -> list[ActiveMigration]:
+        """Migrations whose end should have been told by now."""
+        limit = now - self._options.migration_timeout_s
+        return [m for m in self.active.values() if m.started_s <= limit]
+
+    def next_deadline(self) -> float | None:
+        """When the oldest active migration is overdue."""
+        for migration in self.active.values():
+            return migration.started_s + self._options.migration_timeout_s
+        return None
+
+    def _drop_overlay(self, migration: ActiveMigration, destination: InstanceRecord) -> None:
+        if migration.is_overlaid:
+            migration.is_overlaid = False
+            self._cluster.remove_sent(
+                destination,
+                num_blocks=migration.num_blocks,
+                num_tokens=0,
+                priority=PriorityClass.NORMAL,
+            )
+
+
+def _no_slot(verb: str, record: InstanceRecord, in_use: int) -> str:
+    return (
+        f"{record.spec.instance_id} already {verb} {in_use} migration(s), "
+        "its limit; try again when one has ended"
+    )
+
+
+def _only_swaps(cluster: Cluster, source: InstanceRecord, destination: InstanceRecord) -> bool:
+    """Whether after the move the destination is no freer than the source was before."""
+    snapshot = cluster.snapshot
+    columns = snapshot.columns
+    row_s = snapshot.rows[source.spec.instance_id]
+    row_d = snapshot.rows[destination.spec.instance_id]
+    free_d = float(columns.num_total_blocks[row_d] - columns.virtual_usage[row_d])
+    batch_d = int(columns.num_running[row_d] + columns.num_unreported[row_d])
+    after = (free_d - int(columns.victim_blocks[row_s])) / (batch_d + 1)
+    return after <= float(columns.freeness[row_s])

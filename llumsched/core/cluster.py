@@ -1,0 +1,289 @@
+"""The instances as the scheduler knows them, kept as columns that a snapshot can show at once.
+
+Each change of one instance rewrites one row, so a decision never walks the instances: at a thousand
+of them a dispatch is one `argmax`.
+
+Invariants: rows are sorted by instance id; the unreported work of a row is exactly what `add_sent`
+put there and `remove_sent` took away; `is_accepting` is true only for a serving instance that was
+heard from within `stale_after_s`. This module does not know requests one by one (`ledger`).
+"""
+
+import bisect
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llumsched.core.load import Headroom, InstanceLoad, InstanceSpec
+from llumsched.core.snapshot import (
+    ROLES,
+    STATES,
+    ClusterSnapshot,
+    Columns,
+    IntColumn,
+)
+from llumsched.core.types import InstanceState, PriorityClass, SchedulingRequest
+
+_STATE_CODE = {state: code for code, state in enumerate(STATES)}
+_ROLE_CODE = {role: code for code, role in enumerate(ROLES)}
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class InstanceRecord:
+    """One instance: its last report, and the sums of what was sent to it since."""
+
+    spec: InstanceSpec
+    load: InstanceLoad
+    last_report_s: float
+    state: InstanceState = InstanceState.SERVING
+    has_reported: bool = False
+    is_fresh: bool = True
+    num_sent: int = 0
+    num_sent_blocks: int = 0
+    num_sent_tokens: int = 0
+    num_sent_high: int = 0
+    predicted_final_blocks: int = 0
+    num_migrations_in: int = 0
+    num_migrations_out: int = 0
+    drain_by_s: float = math.inf
+
+
+class Cluster:
+    """Columns and records of all known instances."""
+
+    def __init__(
+        self,
+        *,
+        headroom: Headroom,
+        stale_after_s: float,
+        rng: random.Random,
+        held: Callable[[], Sequence[SchedulingRequest]] = tuple,
+        match_prefix: Callable[[SchedulingRequest], IntColumn] | None = None,
+    ) -> None:
+        self._headroom = headroom
+        self._stale_after_s = stale_after_s
+        self._rng = rng
+        self._held = held
+        self._match_prefix = match_prefix
+        self.records: dict[str, InstanceRecord] = {}
+        self._ids: list[str] = []
+        self._rows: dict[str, int] = {}
+        self._columns = Columns.empty(0)
+        self._num_accepting = 0
+        # No instance can turn stale before this time; it saves a scan at every event.
+        self._next_stale_s = math.inf
+        self.num_booting = 0
+        self.snapshot = self._view(0.0)
+
+    # Membership: rare, so a whole new set of arrays is fine.
+
+    def join(self, spec: InstanceSpec, now: float) -> InstanceRecord:
+        """Add an instance, empty and fresh until its first report says otherwise."""
+        load = InstanceLoad(
+            instance_id=spec.instance_id,
+            sequence=-1,
+            num_total_blocks=spec.num_total_blocks,
+            num_free_blocks=spec.num_total_blocks,
+        )
+        record = InstanceRecord(spec=spec, load=load, last_report_s=now)
+        row = bisect.bisect_left(self._ids, spec.instance_id)
+        self._ids.insert(row, spec.instance_id)
+        self.records[spec.instance_id] = record
+        self._reshape(lambda column: np.insert(column, row, 0))
+        self._columns.block_size[row] = spec.block_size
+        self._columns.max_num_seqs[row] = spec.max_num_seqs
+        self._columns.max_num_batched_tokens[row] = spec.max_num_batched_tokens
+        self._columns.role[row] = _ROLE_CODE[spec.role]
+        self._next_stale_s = min(self._next_stale_s, now + self._stale_after_s)
+        self._publish_state(record)
+        self._publish(record)
+        self.snapshot = self._view(now)
+        return record
+
+    def remove(self, instance_id: str) -> None:
+        """Forget an instance."""
+        record = self.records.pop(instance_id)
+        row = self._rows[instance_id]
+        self._num_accepting -= bool(self._columns.is_accepting[row])
+        record.state = InstanceState.GONE
+        del self._ids[row]
+        self._reshape(lambda column: np.delete(column, row))
+        self.snapshot = self._view(self.snapshot.now)
+
+    def _reshape(self, change: Callable[[np.ndarray], np.ndarray]) -> None:
+        self._columns = Columns(
+            **{name: change(getattr(self._columns, name)) for name in Columns.__dataclass_fields__}
+        )
+        self._rows = {instance_id: row for row, instance_id in enumerate(self._ids)}
+
+    def _view(self, now: float) -> ClusterSnapshot:
+        columns = self._columns
+        block_sizes = set(columns.block_size.tolist())
+        return ClusterSnapshot(
+            now=now,
+            instance_ids=tuple(self._ids),
+            columns=columns.read_only(),
+            rng=self._rng,
+            num_booting=self.num_booting,
+            block_size=block_sizes.pop() if len(block_sizes) == 1 else None,
+            num_accepting=self._num_accepting,
+            max_total_blocks=int(columns.num_total_blocks.max(initial=0)),
+            min_total_blocks=int(columns.num_total_blocks.min()) if self._ids else 0,
+            rows=self._rows,
+            held=self._held,
+            match_prefix=self._match_prefix,
+        )
+
+    # Time and reports.
+
+    def at(self, now: float) -> ClusterSnapshot:
+        """The snapshot of this moment: silent instances stop accepting here."""
+        if now > self._next_stale_s:
+            self._find_stale(now)
+        object.__setattr__(self.snapshot, "now", now)
+        return self.snapshot
+
+    def _find_stale(self, now: float) -> None:
+        last_report_s = self._columns.last_report_s
+        silent = last_report_s < now - self._stale_after_s
+        for row in np.flatnonzero(silent & self._columns.is_fresh):
+            record = self.records[self._ids[row]]
+            record.is_fresh = False
+            self._publish_state(record)
+        fresh = last_report_s[~silent]
+        oldest = float(fresh.min()) if len(fresh) else math.inf
+        self._next_stale_s = oldest + self._stale_after_s
+
+    def report(self, record: InstanceRecord, load: InstanceLoad, now: float) -> None:
+        """Take in a report that is newer than the last one."""
+        total_changed = load.num_total_blocks != record.load.num_total_blocks
+        record.load = load
+        record.last_report_s = now
+        record.has_reported = True
+        if not record.is_fresh:
+            record.is_fresh = True
+            self._next_stale_s = min(self._next_stale_s, now + self._stale_after_s)
+            self._publish_state(record)
+        self._publish(record)
+        if total_changed:
+            self.snapshot = self._view(now)
+
+    def set_state(self, record: InstanceRecord, state: InstanceState) -> None:
+        """Move an instance forward in its life."""
+        record.state = state
+        self._publish_state(record)
+        self._publish(record)
+
+    def set_num_booting(self, num_booting: int) -> None:
+        """Instances asked for that have not joined."""
+        self.num_booting = num_booting
+        object.__setattr__(self.snapshot, "num_booting", num_booting)
+
+    # Work sent but not reported.
+
+    def add_sent(
+        self, record: InstanceRecord, *, num_blocks: int, num_tokens: int, priority: int
+    ) -> None:
+        """Overlay one request (or one expected migration)."""
+        record.num_sent += 1
+        record.num_sent_blocks += num_blocks
+        record.num_sent_tokens += num_tokens
+        record.num_sent_high += priority >= PriorityClass.HIGH
+        self._publish_usage(record, self._rows[record.spec.instance_id])
+
+    def remove_sent(
+        self, record: InstanceRecord, *, num_blocks: int, num_tokens: int, priority: int
+    ) -> None:
+        """Take an overlay away again: the report shows it now, or it ended."""
+        record.num_sent -= 1
+        record.num_sent_blocks -= num_blocks
+        record.num_sent_tokens -= num_tokens
+        record.num_sent_high -= priority >= PriorityClass.HIGH
+        self._publish_usage(record, self._rows[record.spec.instance_id])
+
+    def add_predicted(self, record: InstanceRecord, num_blocks: int) -> None:
+        """Count (or with a negative number, discount) the expected final size of a request."""
+        record.predicted_final_blocks += num_blocks
+        row = self._rows[record.spec.instance_id]
+        self._columns.predicted_final_blocks[row] = record.predicted_final_blocks
+
+    def add_migration_out(self, source: InstanceRecord, by: int) -> None:
+        """Count a migration that starts to leave (`by=1`) or ended (`by=-1`)."""
+        source.num_migrations_out += by
+        row = self._rows[source.spec.instance_id]
+        self._columns.num_migrations_out[row] = source.num_migrations_out
+
+    def add_migration_in(self, destination: InstanceRecord, by: int) -> None:
+        """Count a migration that starts to come in (`by=1`) or ended (`by=-1`)."""
+        destination.num_migrations_in += by
+        row = self._rows[destination.spec.instance_id]
+        self._columns.num_migrations_in[row] = destination.num_migrations_in
+
+    # Rows.
+
+    def _publish_state(self, record: InstanceRecord) -> None:
+        row = self._rows[record.spec.instance_id]
+        columns = self._columns
+        accepting = record.state is InstanceState.SERVING and record.is_fresh
+        self._num_accepting += accepting - bool(columns.is_accepting[row])
+        columns.is_accepting[row] = accepting
+        columns.is_fresh[row] = record.is_fresh
+        columns.state[row] = _STATE_CODE[record.state]
+        object.__setattr__(self.snapshot, "num_accepting", self._num_accepting)
+
+    def _publish(self, record: InstanceRecord) -> None:
+        load = record.load
+        row = self._rows[record.spec.instance_id]
+        columns = self._columns
+        num_high = 0
+        for priority, num_running in load.num_running_by_class:
+            if priority >= PriorityClass.HIGH:
+                num_high += num_running
+        columns.step_time_s[row] = load.step_time_s
+        columns.last_report_s[row] = record.last_report_s
+        columns.num_total_blocks[row] = load.num_total_blocks
+        columns.num_running[row] = load.num_running
+        columns.num_waiting[row] = load.num_waiting
+        columns.head_of_line_blocks[row] = load.head_of_line_blocks
+        columns.num_waiting_blocks[row] = load.num_waiting_blocks
+        columns.num_high_running[row] = num_high
+        columns.victim_blocks[row] = (
+            load.victim_blocks
+            if load.victim_blocks is not None
+            else load.num_used_blocks // max(1, load.num_running)
+        )
+        self._publish_usage(record, row)
+
+    def _publish_usage(self, record: InstanceRecord, row: int) -> None:
+        # `load.freeness` written out on plain numbers: this runs at every dispatch and report.
+        load = record.load
+        columns = self._columns
+        num_sent = record.num_sent
+        num_total = load.num_total_blocks
+        num_free = load.num_free_blocks - record.num_sent_blocks
+        columns.num_free_blocks[row] = num_free
+        columns.num_unreported[row] = num_sent
+        columns.num_requests[row] = load.num_running + load.num_waiting + num_sent
+        columns.num_waiting_tokens[row] = load.num_waiting_tokens + record.num_sent_tokens
+        columns.num_prefill_tokens_pending[row] = (
+            load.num_prefill_tokens_pending + record.num_sent_tokens
+        )
+        if record.state is not InstanceState.SERVING:
+            columns.virtual_usage[row] = math.inf
+            columns.freeness[row] = -math.inf
+            return
+        usage: float = num_total - num_free
+        if load.num_waiting:
+            usage += load.head_of_line_blocks
+        if record.num_sent_high or columns.num_high_running[row]:
+            usage += self._headroom.blocks(PriorityClass.HIGH, num_total)
+        batch_size = load.num_running + num_sent
+        columns.virtual_usage[row] = usage
+        if batch_size:
+            columns.freeness[row] = (num_total - usage) / batch_size
+        elif load.num_waiting or usage:
+            columns.freeness[row] = num_total - usage
+        else:
+            columns.freeness[row] = math.inf

@@ -1,0 +1,64 @@
+"""Requests held until an instance takes them: higher class first, first come first served within.
+
+Invariants: a request is in it at most once; within a class the order is that of arrival, also for
+one that comes back because its instance died.
+This module does not know why a request is held, who may take it, or how long the queue may get.
+"""
+
+import bisect
+from collections.abc import Iterator
+from itertools import islice
+
+from llumsched.core.ledger import RequestRecord
+
+_Key = tuple[int, int]
+
+
+def _key(record: RequestRecord) -> _Key:
+    return (-record.request.scheduling_priority, record.sequence)
+
+
+class DispatchQueue:
+    """Two sorted lists of keys: by dispatch order and by deadline."""
+
+    def __init__(self) -> None:
+        self._records: dict[_Key, tuple[float, RequestRecord]] = {}
+        self._order: list[_Key] = []
+        self._deadlines: list[tuple[float, _Key]] = []
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __contains__(self, record: RequestRecord) -> bool:
+        return _key(record) in self._records
+
+    def push(self, record: RequestRecord, deadline_s: float) -> None:
+        """Hold a request until it is removed; `expired` names it after its deadline."""
+        key = _key(record)
+        self._records[key] = (deadline_s, record)
+        bisect.insort(self._order, key)
+        bisect.insort(self._deadlines, (deadline_s, key))
+
+    def remove(self, record: RequestRecord) -> None:
+        """Stop holding a request."""
+        key = _key(record)
+        deadline_s, _ = self._records.pop(key)
+        del self._order[bisect.bisect_left(self._order, key)]
+        del self._deadlines[bisect.bisect_left(self._deadlines, (deadline_s, key))]
+
+    def last(self) -> RequestRecord:
+        """The last in dispatch order."""
+        return self._records[self._order[-1]][1]
+
+    def in_order(self, limit: int | None = None) -> Iterator[RequestRecord]:
+        """Held requests in dispatch order; do not change the queue while iterating."""
+        return (self._records[key][1] for key in islice(self._order, limit))
+
+    def expired(self, now: float) -> list[RequestRecord]:
+        """Requests whose deadline has come, earliest first; they stay until removed."""
+        due = bisect.bisect_right(self._deadlines, now, key=lambda entry: entry[0])
+        return [self._records[key][1] for _, key in self._deadlines[:due]]
+
+    def next_deadline(self) -> float | None:
+        """When the next held request expires."""
+        return self._deadlines[0][0] if self._deadlines else None

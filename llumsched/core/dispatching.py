@@ -1,0 +1,245 @@
+"""The life of a request in the scheduler: arrive, be placed or held, end.
+
+Invariants: every request that arrives is dispatched, held, or rejected, and only one of these at a
+time; nothing is dispatched to an instance that is not serving; a policy that raises or answers
+nonsense is replaced by the built-in least-loaded choice for that decision.
+This module does not know instances joining or leaving (`scheduler`) or migration (`rebalancing`).
+"""
+
+from dataclasses import replace
+
+from llumsched.core.actions import Action, DispatchRequest, PolicyFailed, RejectRequest
+from llumsched.core.cluster import Cluster
+from llumsched.core.dispatch_queue import DispatchQueue
+from llumsched.core.ledger import Ledger, RequestRecord
+from llumsched.core.options import SchedulerOptions
+from llumsched.core.policy import ADMIT, Admit, Hold, Placement, PolicyBundle, Reject, Verdict
+from llumsched.core.snapshot import ClusterSnapshot
+from llumsched.core.types import InstanceState, SchedulingRequest
+
+OVERLOAD_RETRY_S = 1.0
+
+
+def policy_failed(policy: object, error: object) -> PolicyFailed:
+    """The report of a failed policy; an exception is given with its type."""
+    text = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else str(error)
+    return PolicyFailed(policy=type(policy).__qualname__, error=text)
+
+
+class Dispatcher:
+    """Places requests with the bundle's policies."""
+
+    def __init__(
+        self,
+        *,
+        bundle: PolicyBundle,
+        options: SchedulerOptions,
+        cluster: Cluster,
+        ledger: Ledger,
+        queue: DispatchQueue,
+    ) -> None:
+        self._bundle = bundle
+        self._options = options
+        self._cluster = cluster
+        self._ledger = ledger
+        self._queue = queue
+        self._last_blind_id = ""
+
+    def arrive(self, request: SchedulingRequest, now: float, out: list[Action]) -> None:
+        """Place a new request, or hold or reject it."""
+        if request.request_id in self._ledger.requests:
+            return
+        if self._bundle.predictor is not None and request.predicted_output_tokens is None:
+            request = self._predicted(request, out)
+        record = self._ledger.open(request, now)
+        if len(self._queue):
+            self._hold(record, now, out)
+            self.dispatch_held(now, out)
+        elif self._try(record, now, "", out) is not None:
+            self._hold(record, now, out)
+
+    def end(self, request_id: str, num_output_tokens: int | None, out: list[Action]) -> None:
+        """Forget a request that finished or was aborted."""
+        record = self._ledger.requests.get(request_id)
+        if record is None:
+            return
+        if record in self._queue:
+            self._queue.remove(record)
+        self._ledger.close(record)
+        predictor = self._bundle.predictor
+        if predictor is not None and num_output_tokens is not None:
+            try:
+                predictor.observe(record.request, num_output_tokens)
+            except Exception as error:
+                out.append(policy_failed(predictor, error))
+
+    def hold_again(self, record: RequestRecord, now: float) -> None:
+        """Hold a request whose instance is gone; it goes before those that arrived later."""
+        self._ledger.unplace(record)
+        record.redispatch_reason = "its instance was lost; "
+        self._queue.push(record, now + self._options.queue_timeout_s)
+
+    def dispatch_held(self, now: float, out: list[Action]) -> None:
+        """Try held requests again, in order, until one must wait and no other may pass it."""
+        if not len(self._queue):
+            return
+        for record in list(self._queue.in_order(self._options.max_queue_attempts)):
+            held = self._try(record, now, record.redispatch_reason, out)
+            if held is not None and not held.others_may_pass:
+                return
+
+    def expire(self, now: float, out: list[Action]) -> None:
+        """Reject what was held for too long."""
+        for record in self._queue.expired(now):
+            reason = f"no instance took the request within {self._options.queue_timeout_s:g} s"
+            self._reject(record, reason, OVERLOAD_RETRY_S, out)
+
+    def _hold(self, record: RequestRecord, now: float, out: list[Action]) -> None:
+        if record.request.request_id not in self._ledger.requests or record.instance_id is not None:
+            return
+        limit = self._options.max_queued_requests
+        self._queue.push(record, now + self._options.queue_timeout_s)
+        if len(self._queue) > limit:
+            # The last in dispatch order: the lowest class is shed first, the newest of it.
+            self._reject(
+                self._queue.last(),
+                f"the dispatch queue is full ({limit} requests)",
+                OVERLOAD_RETRY_S,
+                out,
+            )
+
+    def _reject(
+        self, record: RequestRecord, reason: str, retry_after_s: float | None, out: list[Action]
+    ) -> None:
+        if record in self._queue:
+            self._queue.remove(record)
+        self._ledger.close(record)
+        out.append(
+            RejectRequest(
+                request_id=record.request.request_id, reason=reason, retry_after_s=retry_after_s
+            )
+        )
+
+    def _try(
+        self, record: RequestRecord, now: float, prefix: str, out: list[Action]
+    ) -> Hold | None:
+        """Dispatch or reject the request, or say why it is held."""
+        cluster = self._cluster.at(now)
+        request = record.request
+        if len(cluster) and cluster.cannot_ever_hold(request):
+            self._reject(
+                record,
+                f"the prompt of {request.num_prompt_tokens} tokens exceeds the KV cache of every "
+                f"instance (the largest has {cluster.max_total_blocks} blocks)",
+                None,
+                out,
+            )
+            return None
+        if not cluster.num_accepting:
+            placement = self._blind(cluster)
+            if placement is None:
+                return Hold(reason="no instance accepts work")
+        else:
+            verdict = self._judge(request, cluster, out)
+            if isinstance(verdict, Reject):
+                self._reject(record, verdict.reason, verdict.retry_after_s, out)
+                return None
+            if isinstance(verdict, Hold):
+                return verdict
+            placement = self._choose(request, cluster, out)
+            if placement is None:
+                return Hold(reason="the dispatch policy holds it")
+        if record in self._queue:
+            self._queue.remove(record)
+        self._ledger.place(record, self._cluster.records[placement.instance_id], overlay=True)
+        out.append(
+            DispatchRequest(
+                request_id=request.request_id,
+                instance_id=placement.instance_id,
+                reason=prefix + placement.reason,
+            )
+        )
+        return None
+
+    def _judge(
+        self, request: SchedulingRequest, cluster: ClusterSnapshot, out: list[Action]
+    ) -> Verdict:
+        admission = self._bundle.admission
+        if admission is None:
+            return ADMIT
+        try:
+            verdict: object = admission.admit(request, cluster)
+        except Exception as error:
+            out.append(policy_failed(admission, error))
+            return ADMIT
+        if not isinstance(verdict, Admit | Hold | Reject):
+            out.append(policy_failed(admission, f"answered {verdict!r}, not Admit, Hold or Reject"))
+            return ADMIT
+        return verdict
+
+    def _choose(
+        self, request: SchedulingRequest, cluster: ClusterSnapshot, out: list[Action]
+    ) -> Placement | None:
+        policy = self._bundle.dispatch
+        try:
+            placement = policy.dispatch(request, cluster)
+        except Exception as error:
+            out.append(policy_failed(policy, error))
+            return _least_loaded(request, cluster)
+        if placement is None:
+            return None
+        problem = _problem(placement, cluster)
+        if problem is None:
+            return placement
+        out.append(policy_failed(policy, problem))
+        return _least_loaded(request, cluster)
+
+    def _blind(self, cluster: ClusterSnapshot) -> Placement | None:
+        """With no instance reporting there is nothing to compare: take turns."""
+        serving = [
+            instance_id
+            for instance_id, record in self._cluster.records.items()
+            if record.state is InstanceState.SERVING
+        ]
+        if not serving:
+            return None
+        serving.sort()
+        following = [i for i in serving if i > self._last_blind_id]
+        self._last_blind_id = (following or serving)[0]
+        return Placement(
+            instance_id=self._last_blind_id, reason="no instance reports its load; round-robin"
+        )
+
+    def _predicted(self, request: SchedulingRequest, out: list[Action]) -> SchedulingRequest:
+        predictor = self._bundle.predictor
+        assert predictor is not None
+        try:
+            predicted = predictor.predict(request)
+        except Exception as error:
+            out.append(policy_failed(predictor, error))
+            return request
+        if predicted is None:
+            return request
+        if request.max_output_tokens is not None:
+            predicted = min(predicted, request.max_output_tokens)
+        return replace(request, predicted_output_tokens=max(1, predicted))
+
+
+def _problem(placement: object, cluster: ClusterSnapshot) -> str | None:
+    if not isinstance(placement, Placement):
+        return f"answered {placement!r}, not a Placement or None"
+    row = cluster.rows.get(placement.instance_id)
+    if row is None:
+        return f"chose unknown instance {placement.instance_id!r}"
+    if not cluster.columns.is_accepting[row]:
+        view = cluster[placement.instance_id]
+        why = view.state.value if view.is_fresh else "stale"
+        return f"chose instance {placement.instance_id!r}, which is {why}"
+    return None
+
+
+def _least_loaded(request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
+    row = cluster.argmax(cluster.columns.freeness, cluster.candidates(request))
+    if row is None:
+        return None
+    return Placement(instance_id=cluster.instance_ids[row], reason="built-in least-loaded choice")

@@ -1,0 +1,70 @@
+"""Settings of the scheduler itself, as opposed to those of a policy.
+
+Invariant: each field's default is the default everywhere.
+"""
+
+from dataclasses import dataclass
+
+from llumsched.core.params import check_params, param
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerOptions:
+    """Limits and intervals within which every policy's proposals are carried out."""
+
+    max_queued_requests: int = param(
+        10_000, "Requests held when no instance takes them; one more is rejected.", at_least=0
+    )
+    queue_timeout_s: float = param(60.0, "A request held longer than this is rejected.", above=0)
+    stale_after_s: float = param(
+        3.0, "An instance silent for longer is not dispatched to and takes no migration.", above=0
+    )
+    high_priority_target_load: float = param(
+        0.12,
+        "Profiled share of an instance's blocks up to which decode runs near its ideal speed; a "
+        "request of high execution priority claims the rest as headroom.",
+        at_least=0,
+        at_most=1,
+    )
+    migration_interval_s: float = param(0.5, "Seconds between two migration decisions.", above=0)
+    max_migrations_in: int = param(2, "Migrations an instance may receive at a time.", at_least=1)
+    max_migrations_out: int = param(2, "Migrations an instance may send at a time.", at_least=1)
+    migration_settle_s: float = param(
+        5.0,
+        "A request that has just moved stays for this long, and its pair of instances is not "
+        "used in the other direction.",
+        at_least=0,
+    )
+    migration_timeout_s: float = param(
+        120.0, "A migration whose end is not told frees its slots after this long.", above=0
+    )
+    drain_timeout_s: float = param(
+        600.0, "A draining instance leaves after this long, empty or not.", above=0
+    )
+    min_instances: int = param(1, "Scaling never goes below this.", at_least=0)
+    max_instances: int = param(
+        0, "Scaling never goes above this; 0 leaves automatic scaling off.", at_least=0
+    )
+    scaling_interval_s: float = param(1.0, "Seconds between two scaling decisions.", above=0)
+    scale_up_after_s: float = param(
+        5.0, "The scaling policy must ask to grow for this long without a break.", at_least=0
+    )
+    scale_down_after_s: float = param(
+        30.0, "The scaling policy must ask to shrink for this long without a break.", at_least=0
+    )
+    scale_up_cooldown_s: float = param(10.0, "Pause after growing.", at_least=0)
+    scale_down_cooldown_s: float = param(60.0, "Pause after any scaling.", at_least=0)
+    boot_timeout_s: float = param(
+        900.0, "A launch not answered for this long is given up.", above=0
+    )
+    prefix_index_blocks: int = param(
+        0, "Bound of the index of cached prefix blocks; 0 keeps none.", at_least=0
+    )
+    max_queue_attempts: int = param(
+        64,
+        "Held requests tried again at one event; bounds the work an event can cause.",
+        at_least=1,
+    )
+
+    def __post_init__(self) -> None:
+        check_params(self)

@@ -1,0 +1,163 @@
+"""The protocols a policy implements, and the values it answers with.
+
+A policy is a plain class with one method that takes frozen values and returns frozen values with a
+reason. If it is a dataclass, its fields are its parameters (`params`).
+
+Invariant: policies propose, the scheduler arbitrates; a policy that raises or answers nonsense
+costs one `PolicyFailed` and the built-in choice is used. Policies may keep state of their own (a
+round-robin cursor): a bundle therefore belongs to one scheduler.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from llumsched.core.options import SchedulerOptions
+from llumsched.core.snapshot import ClusterSnapshot
+from llumsched.core.types import InstanceRole, SchedulingRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Send the request there."""
+
+    instance_id: str
+    reason: str
+
+
+@runtime_checkable
+class DispatchPolicy(Protocol):
+    """Where a request goes. None holds it, and those behind it, until something changes."""
+
+    def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
+        """Choose an instance among `cluster.accepting`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationPair:
+    """Move one request from source to destination; the source picks which."""
+
+    source: str
+    destination: str
+    reason: str
+
+
+@runtime_checkable
+class MigrationPolicy(Protocol):
+    """Which instances should exchange load, best pair first; asked periodically."""
+
+    def rebalance(self, cluster: ClusterSnapshot) -> Iterable[MigrationPair]:
+        """Propose pairs; the scheduler drops what slots, cool-downs or conflicts forbid."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admit:
+    """The request may be dispatched now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """The request waits; later ones may be dispatched before it only if `others_may_pass`."""
+
+    reason: str
+    others_may_pass: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reject:
+    """The request is answered with an error now, rather than late."""
+
+    reason: str
+    retry_after_s: float | None = None
+
+
+Verdict = Admit | Hold | Reject
+ADMIT = Admit()
+
+
+@runtime_checkable
+class AdmissionPolicy(Protocol):
+    """Whether a request is dispatched now, held, or rejected."""
+
+    def admit(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Verdict:
+        """Judge one request; asked again at every change while it is held."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleUp:
+    """More instances are wanted."""
+
+    num_instances: int
+    reason: str
+    role: InstanceRole = InstanceRole.MIXED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleDown:
+    """This instance can be spared."""
+
+    instance_id: str
+    reason: str
+
+
+@runtime_checkable
+class ScalingPolicy(Protocol):
+    """Whether the cluster should grow or shrink; cool-downs and limits are the scheduler's."""
+
+    def scale(self, cluster: ClusterSnapshot) -> ScaleUp | ScaleDown | None:
+        """The wish of this moment; the scheduler acts on one that lasts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationCandidate:
+    """A request that could move, as its own instance knows it."""
+
+    request_id: str
+    num_blocks: int
+    num_output_tokens: int = 0
+    execution_priority: int = 0
+    predicted_output_tokens: int | None = None
+    since_migration_s: float | None = None
+    """Seconds since it came here by a migration; None if it never moved."""
+
+
+@runtime_checkable
+class VictimPolicy(Protocol):
+    """Which request the source moves first."""
+
+    def choose(self, candidates: Sequence[MigrationCandidate]) -> Sequence[MigrationCandidate]:
+        """The candidates that may move, best first."""
+
+
+@runtime_checkable
+class LengthPredictor(Protocol):
+    """Expected output length of a request; optional, and without one the paper's rules hold."""
+
+    def predict(self, request: SchedulingRequest) -> int | None:
+        """Expected output tokens, or None while nothing is known."""
+
+    def observe(self, request: SchedulingRequest, num_output_tokens: int) -> None:
+        """Learn from a finished request."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyBundle:
+    """The policies that work together under one name, and the scheduler options they rely on."""
+
+    name: str
+    dispatch: DispatchPolicy
+    migration: MigrationPolicy | None = None
+    scaling: ScalingPolicy | None = None
+    admission: AdmissionPolicy | None = None
+    victim: VictimPolicy | None = None
+    predictor: LengthPredictor | None = None
+    options: SchedulerOptions = field(default_factory=SchedulerOptions)
+
+
+def settled(candidates: Sequence[MigrationCandidate], settle_s: float) -> list[MigrationCandidate]:
+    """The candidates that did not just move: for the source, before it asks the victim policy."""
+    return [
+        candidate
+        for candidate in candidates
+        if candidate.since_migration_s is None or candidate.since_migration_s >= settle_s
+    ]

@@ -1,0 +1,216 @@
+"""Migrations from the scheduler's side: propose pairs, start what may start, learn how it ended.
+
+Invariants: a `StartMigration` is emitted only for what `arbitration` allows; a request is on the
+destination from the moment its commit is known, by the source's word or by a load report of the
+destination. This module does not know which request moves: the source picks it.
+"""
+
+from llumsched.core.actions import Action, RefuseMigration, StartMigration
+from llumsched.core.arbitration import MigrationArbiter
+from llumsched.core.cluster import Cluster, InstanceRecord
+from llumsched.core.dispatching import Dispatcher, policy_failed
+from llumsched.core.events import MigrationFinished, MigrationOutcome, MigrationRequested
+from llumsched.core.ledger import Ledger, RequestRecord
+from llumsched.core.options import SchedulerOptions
+from llumsched.core.policy import MigrationPair, MigrationPolicy
+from llumsched.core.snapshot import ClusterSnapshot
+from llumsched.core.types import InstanceState
+
+
+class Rebalancer:
+    """Carries the migration policy's proposals through arbitration."""
+
+    def __init__(
+        self,
+        *,
+        policy: MigrationPolicy | None,
+        options: SchedulerOptions,
+        cluster: Cluster,
+        ledger: Ledger,
+        dispatcher: Dispatcher,
+        arbiter: MigrationArbiter,
+    ) -> None:
+        self._policy = policy
+        self._options = options
+        self._cluster = cluster
+        self._ledger = ledger
+        self._dispatcher = dispatcher
+        self._arbiter = arbiter
+        self._next_s: float | None = None
+
+    def membership_changed(self, now: float) -> None:
+        """Decisions are periodic from the moment there are two instances."""
+        if self._policy is None or len(self._cluster.records) < 2:
+            self._next_s = None
+        elif self._next_s is None:
+            self._next_s = now + self._options.migration_interval_s
+
+    def next_deadline(self) -> float | None:
+        """When the next decision, or the end of an overdue migration, is due."""
+        overdue = self._arbiter.next_deadline()
+        if self._next_s is None or overdue is None:
+            return overdue if self._next_s is None else self._next_s
+        return min(self._next_s, overdue)
+
+    def tick(self, now: float, out: list[Action]) -> None:
+        """Give up overdue migrations; decide, if it is time."""
+        for migration in self._arbiter.overdue(now):
+            self._arbiter.finish(migration, MigrationOutcome.ABORTED, now)
+        if self._policy is not None and self._next_s is not None and now >= self._next_s:
+            self._next_s = now + self._options.migration_interval_s
+            self._decide(self._policy, now, out)
+
+    def _decide(self, policy: MigrationPolicy, now: float, out: list[Action]) -> None:
+        cluster = self._cluster.at(now)
+        try:
+            pairs = list(policy.rebalance(cluster))
+        except Exception as error:
+            out.append(policy_failed(policy, error))
+            return
+        seen: set[tuple[str, str]] = set()
+        for pair in pairs:
+            problem = _problem(pair, cluster, seen)
+            if problem is not None:
+                out.append(policy_failed(policy, problem))
+                continue
+            seen.add((pair.source, pair.destination))
+            source = self._cluster.records[pair.source]
+            destination = self._cluster.records[pair.destination]
+            if (
+                self._arbiter.blocked(source, destination, now) is None
+                and self._arbiter.unwise(source, destination, now) is None
+            ):
+                num_blocks = int(cluster.columns.victim_blocks[cluster.rows[pair.source]])
+                self._start(source, destination, None, num_blocks, pair.reason, now, out)
+
+    def request(self, event: MigrationRequested, now: float, out: list[Action]) -> None:
+        """Carry out an operator's wish, or refuse it with the reason."""
+        self._cluster.at(now)
+        record = self._ledger.requests.get(event.request_id)
+        answer = self._operator_pair(event, record, now)
+        if isinstance(answer, str):
+            out.append(RefuseMigration(request_id=event.request_id, reason=answer))
+            return
+        assert record is not None
+        source, destination = answer
+        num_blocks = record.request.num_prompt_blocks(destination.spec.block_size)
+        self._start(
+            source, destination, event.request_id, num_blocks, "asked by an operator", now, out
+        )
+
+    def _operator_pair(
+        self, event: MigrationRequested, record: RequestRecord | None, now: float
+    ) -> tuple[InstanceRecord, InstanceRecord] | str:
+        if record is None:
+            return f"unknown request {event.request_id!r}: it never arrived, or has ended"
+        if record.instance_id is None:
+            return f"request {event.request_id!r} is still queued; it is on no instance"
+        for migration in self._arbiter.active.values():
+            if migration.request_id == event.request_id:
+                return (
+                    f"request {event.request_id!r} is already migrating to {migration.destination}"
+                )
+        source = self._cluster.records[record.instance_id]
+        if event.destination is None:
+            destination = self._freest_other(record, source, now)
+            if destination is None:
+                return "no other instance can receive a migration now"
+        else:
+            found = self._cluster.records.get(event.destination)
+            if found is None:
+                known = ", ".join(self._cluster.snapshot.instance_ids)
+                return f"unknown destination {event.destination!r}; instances: {known}"
+            destination = found
+        blocked = self._arbiter.blocked(source, destination, now)
+        return blocked if blocked is not None else (source, destination)
+
+    def _freest_other(
+        self, record: RequestRecord, source: InstanceRecord, now: float
+    ) -> InstanceRecord | None:
+        best: InstanceRecord | None = None
+        freeness = self._cluster.snapshot.columns.freeness
+        rows = self._cluster.snapshot.rows
+        for instance_id in self._cluster.snapshot.instance_ids:
+            candidate = self._cluster.records[instance_id]
+            if self._arbiter.blocked(source, candidate, now) is None and (
+                best is None or freeness[rows[instance_id]] > freeness[rows[best.spec.instance_id]]
+            ):
+                best = candidate
+        return best
+
+    def _start(
+        self,
+        source: InstanceRecord,
+        destination: InstanceRecord,
+        request_id: str | None,
+        num_blocks: int,
+        reason: str,
+        now: float,
+        out: list[Action],
+    ) -> None:
+        migration = self._arbiter.start(source, destination, request_id, num_blocks, now)
+        out.append(
+            StartMigration(
+                migration_id=migration.migration_id,
+                source=migration.source,
+                destination=migration.destination,
+                request_id=request_id,
+                reason=reason,
+                settle_s=0.0 if request_id is not None else self._options.migration_settle_s,
+            )
+        )
+
+    def finished(self, event: MigrationFinished, now: float) -> None:
+        """Learn from the source how a migration ended; it may have been given up meanwhile."""
+        migration = self._arbiter.active.get(event.migration_id)
+        is_overlaid = migration is None or migration.is_overlaid
+        if migration is not None:
+            self._arbiter.finish(migration, event.outcome, now)
+        if event.outcome is not MigrationOutcome.COMMITTED or event.request_id is None:
+            return
+        record = self._ledger.requests.get(event.request_id)
+        if record is not None and record.instance_id == event.source:
+            self._move(record, event.destination, overlay=is_overlaid, now=now)
+
+    def received(self, record: RequestRecord, destination: InstanceRecord, now: float) -> None:
+        """A load report names a request that the ledger has elsewhere: its commit overtook us."""
+        instance_id = destination.spec.instance_id
+        for migration in self._arbiter.involving(instance_id):
+            if (
+                migration.destination == instance_id
+                and migration.source == record.instance_id
+                and migration.request_id in (None, record.request.request_id)
+            ):
+                self._move(record, instance_id, overlay=False, now=now)
+                return
+
+    def lost(self, instance_id: str, now: float) -> None:
+        """End every migration an instance that is gone took part in."""
+        for migration in self._arbiter.involving(instance_id):
+            self._arbiter.finish(migration, MigrationOutcome.ABORTED, now)
+
+    def _move(
+        self, record: RequestRecord, destination_id: str, *, overlay: bool, now: float
+    ) -> None:
+        destination = self._cluster.records.get(destination_id)
+        if destination is None:
+            self._dispatcher.hold_again(record, now)
+            return
+        self._ledger.unplace(record)
+        self._ledger.place(record, destination, overlay=overlay)
+
+
+def _problem(pair: object, cluster: ClusterSnapshot, seen: set[tuple[str, str]]) -> str | None:
+    if not isinstance(pair, MigrationPair):
+        return f"proposed {pair!r}, not a MigrationPair"
+    for instance_id in (pair.source, pair.destination):
+        if instance_id not in cluster.rows:
+            return f"proposed unknown instance {instance_id!r}"
+    if pair.source == pair.destination:
+        return f"proposed to move from {pair.source!r} to itself"
+    if (pair.source, pair.destination) in seen:
+        return f"proposed {pair.source!r} to {pair.destination!r} twice"
+    state = cluster[pair.destination].state
+    if state is not InstanceState.SERVING:
+        return f"proposed {pair.destination!r} as destination, which is {state.value}"
+    return None

@@ -1,0 +1,298 @@
+"""The cluster as a policy sees it: one numpy column per quantity, one row per instance.
+
+Every number is already overlaid with what the scheduler has sent and the instances have not
+reported yet, so a burst sees the load it creates itself.
+
+Invariants: rows are sorted by instance id, so the first maximum is the tie-break by id; columns
+are read-only. A snapshot is a view of the present: it is valid during the call it is handed to,
+and `detached` makes a copy to keep. It does not know how it is kept up to date (`cluster`).
+"""
+
+from __future__ import annotations
+
+import bisect
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from llumsched.core.types import InstanceRole, InstanceState, SchedulingRequest
+
+FloatColumn = npt.NDArray[np.float64]
+IntColumn = npt.NDArray[np.int64]
+BoolColumn = npt.NDArray[np.bool_]
+
+STATES = (
+    InstanceState.BOOTING,
+    InstanceState.SERVING,
+    InstanceState.DRAINING,
+    InstanceState.GONE,
+)
+ROLES = (InstanceRole.MIXED, InstanceRole.PREFILL, InstanceRole.DECODE)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Columns:
+    """The arrays; their owner writes them, a snapshot holds read-only views."""
+
+    freeness: FloatColumn
+    virtual_usage: FloatColumn
+    step_time_s: FloatColumn
+    last_report_s: FloatColumn
+    num_total_blocks: IntColumn
+    num_free_blocks: IntColumn
+    num_running: IntColumn
+    num_waiting: IntColumn
+    num_unreported: IntColumn
+    num_requests: IntColumn
+    head_of_line_blocks: IntColumn
+    num_waiting_blocks: IntColumn
+    num_waiting_tokens: IntColumn
+    num_prefill_tokens_pending: IntColumn
+    num_high_running: IntColumn
+    victim_blocks: IntColumn
+    predicted_final_blocks: IntColumn
+    num_migrations_in: IntColumn
+    num_migrations_out: IntColumn
+    block_size: IntColumn
+    max_num_seqs: IntColumn
+    max_num_batched_tokens: IntColumn
+    state: IntColumn
+    role: IntColumn
+    is_accepting: BoolColumn
+    is_fresh: BoolColumn
+
+    @classmethod
+    def empty(cls, num_rows: int) -> Columns:
+        """Zeroed columns for `num_rows` instances."""
+        kinds = {"FloatColumn": np.float64, "IntColumn": np.int64, "BoolColumn": np.bool_}
+        return cls(
+            **{
+                name: np.zeros(num_rows, dtype=kinds[str(spec.type)])
+                for name, spec in cls.__dataclass_fields__.items()
+            }
+        )
+
+    def read_only(self) -> Columns:
+        """The same arrays as views that cannot be written."""
+        views = {}
+        for name in self.__dataclass_fields__:
+            view = getattr(self, name).view()
+            view.flags.writeable = False
+            views[name] = view
+        return Columns(**views)
+
+    def copy(self) -> Columns:
+        """Read-only copies of the arrays."""
+        return Columns(
+            **{name: getattr(self, name).copy() for name in self.__dataclass_fields__}
+        ).read_only()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ClusterSnapshot:
+    """What a policy decides from. See the module docstring for its lifetime.
+
+    `num_free_blocks` may be negative (more has been sent than fits). `num_requests` is running +
+    waiting + unreported. `predicted_final_blocks` is 0 without a length predictor.
+    """
+
+    now: float
+    instance_ids: tuple[str, ...]
+    columns: Columns
+    rng: random.Random
+    """The one source of randomness: seeded, so a replay draws the same numbers."""
+    num_booting: int = 0
+    block_size: int | None = None
+    """Block size of all instances; None if they differ."""
+    num_accepting: int = 0
+    max_total_blocks: int = 0
+    min_total_blocks: int = 0
+    rows: dict[str, int] = field(default_factory=dict)
+    held: Callable[[], Sequence[SchedulingRequest]] = tuple
+    """Requests waiting for a place, in dispatch order (a bounded number of them)."""
+    match_prefix: Callable[[SchedulingRequest], IntColumn] | None = None
+    """Cached leading blocks of the prompt per row; None if no prefix index is kept."""
+
+    def __len__(self) -> int:
+        return len(self.instance_ids)
+
+    def __contains__(self, instance_id: object) -> bool:
+        return instance_id in self.rows
+
+    def __getitem__(self, instance_id: str) -> InstanceView:
+        return InstanceView(self, self.rows[instance_id])
+
+    def __iter__(self) -> Iterator[InstanceView]:
+        return (InstanceView(self, row) for row in range(len(self.instance_ids)))
+
+    @property
+    def accepting(self) -> list[InstanceView]:
+        """Instances that may be given work: serving, and heard from lately."""
+        return [InstanceView(self, int(row)) for row in np.flatnonzero(self.columns.is_accepting)]
+
+    def demand_blocks(self, request: SchedulingRequest) -> IntColumn | int:
+        """Blocks of the prompt: one number, or one per row where block sizes differ."""
+        if self.block_size is not None:
+            return -(-request.num_prompt_tokens // self.block_size)
+        return -(-request.num_prompt_tokens // self.columns.block_size)
+
+    def cannot_ever_hold(self, request: SchedulingRequest) -> bool:
+        """Whether the prompt exceeds every known instance."""
+        if self.block_size is not None:
+            return request.num_prompt_tokens > self.max_total_blocks * self.block_size
+        return not bool((self.demand_blocks(request) <= self.columns.num_total_blocks).any())
+
+    def candidates(self, request: SchedulingRequest) -> BoolColumn | None:
+        """Rows that accept work and could ever hold the request; None means every row."""
+        demand = self.demand_blocks(request)
+        if isinstance(demand, int) and demand <= self.min_total_blocks:
+            return (
+                None if self.num_accepting == len(self.instance_ids) else self.columns.is_accepting
+            )
+        return self.columns.is_accepting & (self.columns.num_total_blocks >= demand)
+
+    def argmax(self, score: FloatColumn, among: BoolColumn | None = None) -> int | None:
+        """Row of the highest score; ties go to the lowest instance id; None if `among` is empty."""
+        if not len(self.instance_ids):
+            return None
+        if among is None:
+            return int(score.argmax())
+        row = int(np.where(among, score, -np.inf).argmax())
+        if among[row]:
+            return row
+        rows = np.flatnonzero(among)
+        return int(rows[0]) if len(rows) else None
+
+    def next_row(self, after_id: str, among: BoolColumn | None = None) -> int | None:
+        """The row after an id in the order of ids, going round; None if `among` is empty."""
+        num_rows = len(self.instance_ids)
+        start = bisect.bisect_right(self.instance_ids, after_id)
+        if among is None:
+            return start % num_rows if num_rows else None
+        rows = np.flatnonzero(among)
+        if not len(rows):
+            return None
+        return int(rows[np.searchsorted(rows, start) % len(rows)])
+
+    def detached(self) -> ClusterSnapshot:
+        """A copy that stays as it is when the cluster changes."""
+        held = tuple(self.held())
+        return ClusterSnapshot(
+            now=self.now,
+            instance_ids=self.instance_ids,
+            columns=self.columns.copy(),
+            rng=self.rng,
+            num_booting=self.num_booting,
+            block_size=self.block_size,
+            num_accepting=self.num_accepting,
+            max_total_blocks=self.max_total_blocks,
+            min_total_blocks=self.min_total_blocks,
+            rows=self.rows,
+            held=lambda: held,
+            match_prefix=self.match_prefix,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceView:
+    """One row of a snapshot under the names of its columns; for policies that prefer objects."""
+
+    cluster: ClusterSnapshot
+    row: int
+
+    @property
+    def instance_id(self) -> str:
+        return self.cluster.instance_ids[self.row]
+
+    @property
+    def state(self) -> InstanceState:
+        return STATES[int(self.cluster.columns.state[self.row])]
+
+    @property
+    def role(self) -> InstanceRole:
+        return ROLES[int(self.cluster.columns.role[self.row])]
+
+    @property
+    def is_accepting(self) -> bool:
+        return bool(self.cluster.columns.is_accepting[self.row])
+
+    @property
+    def is_fresh(self) -> bool:
+        return bool(self.cluster.columns.is_fresh[self.row])
+
+    @property
+    def freeness(self) -> float:
+        return float(self.cluster.columns.freeness[self.row])
+
+    @property
+    def step_time_s(self) -> float:
+        return float(self.cluster.columns.step_time_s[self.row])
+
+    @property
+    def num_total_blocks(self) -> int:
+        return int(self.cluster.columns.num_total_blocks[self.row])
+
+    @property
+    def num_free_blocks(self) -> int:
+        return int(self.cluster.columns.num_free_blocks[self.row])
+
+    @property
+    def num_used_blocks(self) -> int:
+        return self.num_total_blocks - self.num_free_blocks
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the blocks in use, 0 to 1 (above 1: more was sent than fits)."""
+        return self.num_used_blocks / max(1, self.num_total_blocks)
+
+    @property
+    def num_running(self) -> int:
+        return int(self.cluster.columns.num_running[self.row])
+
+    @property
+    def num_waiting(self) -> int:
+        return int(self.cluster.columns.num_waiting[self.row])
+
+    @property
+    def num_requests(self) -> int:
+        return int(self.cluster.columns.num_requests[self.row])
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return int(self.cluster.columns.num_waiting_tokens[self.row])
+
+    @property
+    def num_prefill_tokens_pending(self) -> int:
+        return int(self.cluster.columns.num_prefill_tokens_pending[self.row])
+
+    @property
+    def num_migrations_in(self) -> int:
+        return int(self.cluster.columns.num_migrations_in[self.row])
+
+    @property
+    def num_migrations_out(self) -> int:
+        return int(self.cluster.columns.num_migrations_out[self.row])
+
+    @property
+    def max_num_seqs(self) -> int:
+        return int(self.cluster.columns.max_num_seqs[self.row])
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        return int(self.cluster.columns.max_num_batched_tokens[self.row])
+
+    @property
+    def block_size(self) -> int:
+        return int(self.cluster.columns.block_size[self.row])
+
+    def fits(self, request: SchedulingRequest) -> bool:
+        """Whether the instance, if empty, could hold the prompt."""
+        return request.num_prompt_blocks(self.block_size) <= self.num_total_blocks
+
+    def has_room(self, request: SchedulingRequest) -> bool:
+        """Whether the prompt fits into the blocks free now, with nothing waiting before it."""
+        demand = request.num_prompt_blocks(self.block_size)
+        return not self.num_waiting and demand <= self.num_free_blocks

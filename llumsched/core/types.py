@@ -1,0 +1,68 @@
+"""The nouns of scheduling: requests, their priority classes, instance states and roles.
+
+Invariant: every value is frozen, so it can cross from a host to the core and back unchanged.
+This module does not know how load is measured (`load`) or what happens to a request (`events`).
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+
+
+class InstanceState(StrEnum):
+    """Life of an instance; it only ever moves forward."""
+
+    BOOTING = "booting"
+    SERVING = "serving"
+    DRAINING = "draining"
+    GONE = "gone"
+
+
+class InstanceRole(StrEnum):
+    """Which phase an instance is meant for; only disaggregating policies look at it."""
+
+    MIXED = "mixed"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class PriorityClass(IntEnum):
+    """Scheduling and execution priorities; a higher class goes first."""
+
+    NORMAL = 0
+    HIGH = 1
+
+
+def priority_class(vllm_priority: int) -> PriorityClass:
+    """The class of vLLM's `priority` field, where a *lower* number is served earlier."""
+    return PriorityClass.HIGH if vllm_priority < 0 else PriorityClass.NORMAL
+
+
+def num_blocks_for(num_tokens: int, block_size: int) -> int:
+    """KV blocks that hold `num_tokens` tokens."""
+    return -(-num_tokens // block_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulingRequest:
+    """What the scheduler may know of a request; never its text.
+
+    `scheduling_priority` orders the dispatch queue, `execution_priority` buys headroom while the
+    request runs; both are `PriorityClass` values. `prefix_hashes` name the full KV blocks of the
+    prompt in order, each hash covering all blocks before it (as the engine computes them).
+    """
+
+    request_id: str
+    num_prompt_tokens: int
+    max_output_tokens: int | None = None
+    scheduling_priority: int = PriorityClass.NORMAL
+    execution_priority: int = PriorityClass.NORMAL
+    arrival_s: float = 0.0
+    client_id: str | None = None
+    prefix_hashes: tuple[int, ...] = ()
+    predicted_output_tokens: int | None = None
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+
+    def num_prompt_blocks(self, block_size: int) -> int:
+        """Demand of the request while it queues: the blocks of its prompt."""
+        return -(-self.num_prompt_tokens // block_size)
