@@ -1,0 +1,484 @@
+"""An engine for tests: real blocks, real steps, and tokens that betray any mistake in a move.
+
+Each token is a hash of what the KV cache holds for *all* positions before it, read block by block,
+and of the request's own generator. A block that was not copied, was copied too early, belongs to
+another request by now, or a generator that was left behind makes the next token differ from
+``expected_output``; reading a cell that nothing has written is an error at once.
+
+Like vLLM it caches prefixes, preempts the latest request when blocks run out, and may have several
+steps in flight: a step is scheduled first and takes effect when it is finished, in order.
+Knows no time: a step lasts until the caller finishes it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from llumsched.engine.base import CannotMigrate
+from llumsched.engine.fake_blocks import FakeBlockPool, FakeKVCache
+
+VOCABULARY_SIZE = 50_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeState:
+    """What the destination needs to reserve room."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...]
+    max_output_tokens: int
+    num_preemptions: int
+    num_moves: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeFinal:
+    """What is known once the request is suspended."""
+
+    output_token_ids: tuple[int, ...]
+    num_computed_tokens: int
+    generator_state: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeCopyableBlocks:
+    block_ids: tuple[int, ...]
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeSuspendedRequest:
+    final: FakeFinal
+    blocks: FakeCopyableBlocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeReservedBlocks:
+    block_ids: tuple[int, ...]
+    num_cached_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeOutput:
+    """One output token; ``position`` counts the request's output tokens from 0."""
+
+    request_id: str
+    position: int
+    token_id: int
+    finished: bool
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class FakeRequest:
+    """A request in the engine. ``token_ids`` are prompt and output."""
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    max_output_tokens: int
+    num_moves: int = 0
+    num_computed_tokens: int = 0
+    num_in_flight_tokens: int = 0
+    num_steps_in_flight: int = 0
+    num_preemptions: int = 0
+    generator_state: int = 1
+    block_ids: list[int] = field(default_factory=list)
+
+    @property
+    def output_token_ids(self) -> tuple[int, ...]:
+        return tuple(self.token_ids[self.num_prompt_tokens :])
+
+
+@dataclass(slots=True)
+class _ScheduledRequest:
+    request: FakeRequest
+    num_preemptions: int
+    first_position: int
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class _Export:
+    request: FakeRequest
+    num_preemptions: int
+    pinned: list[int] = field(default_factory=list)
+    suspended: Future[FakeSuspendedRequest] | None = None
+
+
+class FakeEngine:
+    """One instance's engine. It implements ``MigrationEngine``.
+
+    Args:
+        num_blocks: KV blocks of ``block_size`` tokens.
+        max_steps_in_flight: 2 and more act like async scheduling.
+    """
+
+    def __init__(self, *, num_blocks: int, block_size: int, max_steps_in_flight: int = 1) -> None:
+        self.block_size = block_size
+        self.max_steps_in_flight = max_steps_in_flight
+        self.pool = FakeBlockPool(num_blocks=num_blocks, block_size=block_size)
+        self.kv = FakeKVCache(self.pool)
+        self.requests: dict[str, FakeRequest] = {}
+        self.running: list[FakeRequest] = []
+        self.waiting: deque[FakeRequest] = deque()
+        self.on_lost: Callable[[str, str], None] = lambda _request_id, _what: None
+        self._steps: deque[list[_ScheduledRequest]] = deque()
+        self._exports: dict[str, _Export] = {}
+        self._imports: dict[str, FakeRequest] = {}
+
+    # ---- serving ----------------------------------------------------------------------------
+
+    def add_request(
+        self, request_id: str, prompt_token_ids: Sequence[int], max_output_tokens: int
+    ) -> None:
+        request = FakeRequest(
+            request_id=request_id,
+            token_ids=list(prompt_token_ids),
+            num_prompt_tokens=len(prompt_token_ids),
+            max_output_tokens=max_output_tokens,
+        )
+        self.requests[request_id] = request
+        self.waiting.append(request)
+
+    def abort(self, request_id: str) -> None:
+        """Drop the request with no further output; nothing if it is not here."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            self._drop(request)
+            self._lose(request_id, "aborted")
+
+    def preempt(self, request_id: str) -> None:
+        """Take a running request's blocks away; it is computed again when there is room."""
+        request = self.requests[request_id]
+        self.running.remove(request)
+        self._free(request)
+        request.num_computed_tokens = 0
+        request.num_in_flight_tokens = 0
+        request.num_steps_in_flight = 0
+        request.num_preemptions += 1
+        self.waiting.appendleft(request)
+        self._lose(request_id, "preempted")
+
+    @property
+    def num_steps_in_flight(self) -> int:
+        return len(self._steps)
+
+    def schedules(self, request_id: str) -> bool:
+        """Whether this engine decodes the request, or will when there is room."""
+        return any(request.request_id == request_id for request in (*self.running, *self.waiting))
+
+    def schedule_step(self) -> bool:
+        """Begin a step; False if there is nothing to do or too much in flight."""
+        if len(self._steps) >= self.max_steps_in_flight:
+            return False
+        step: list[_ScheduledRequest] = []
+        for request in list(self.running):
+            if request in self.running and self._has_work(request) and self._make_room(request):
+                step.append(self._begin(request))
+        step = [each for each in step if each.request in self.running]
+        while self.waiting and self._allocate_prompt(self.waiting[0]):
+            request = self.waiting.popleft()
+            self.running.append(request)
+            if self._has_work(request):
+                step.append(self._begin(request))
+        if step:
+            self._steps.append(step)
+        return bool(step)
+
+    def finish_step(self) -> tuple[FakeOutput, ...]:
+        """Let the oldest step in flight take effect; returns its outputs."""
+        if not self._steps:
+            return ()
+        outputs = [
+            self._finish(scheduled)
+            for scheduled in self._steps.popleft()
+            if self.requests.get(scheduled.request.request_id) is scheduled.request
+            and scheduled.request.num_preemptions == scheduled.num_preemptions
+        ]
+        for request_id in list(self._exports):
+            self._settle_suspension(self._exports[request_id])
+        return tuple(outputs)
+
+    # ---- migration: source ------------------------------------------------------------------
+
+    def start_export(self, request_id: str) -> FakeState:
+        request = self.requests.get(request_id)
+        if request is None or request not in self.running or not request.output_token_ids:
+            raise CannotMigrate("the request is not decoding on this instance")
+        if request_id in self._exports:
+            raise CannotMigrate("the request is being migrated already")
+        self._exports[request_id] = _Export(request, request.num_preemptions)
+        return FakeState(
+            request_id=request_id,
+            prompt_token_ids=tuple(request.token_ids[: request.num_prompt_tokens]),
+            output_token_ids=request.output_token_ids,
+            max_output_tokens=request.max_output_tokens,
+            num_preemptions=request.num_preemptions,
+            num_moves=request.num_moves + 1,
+        )
+
+    def pin_copyable(self, request_id: str) -> FakeCopyableBlocks:
+        export = self._exports[request_id]
+        if self._lives(export):
+            request = export.request
+            num_final_tokens = request.num_computed_tokens - request.num_in_flight_tokens
+            self._pin(export, num_final_tokens // self.block_size)
+        return self._copyable(export)
+
+    def suspend(self, request_id: str) -> Future[FakeSuspendedRequest]:
+        export = self._exports[request_id]
+        future: Future[FakeSuspendedRequest] = Future()
+        if not self._lives(export) or export.request not in self.running:
+            future.set_exception(CannotMigrate("the request is not running any more"))
+            return future
+        self.running.remove(export.request)
+        export.suspended = future
+        self._settle_suspension(export)
+        return future
+
+    def resume(self, request_id: str) -> None:
+        export = self._end_export(request_id)
+        if export is None or export.suspended is None:
+            return
+        if self.requests.get(request_id) is export.request:
+            self.running.append(export.request)
+
+    def release(self, request_id: str) -> None:
+        export = self._end_export(request_id)
+        if export is not None and self.requests.get(request_id) is export.request:
+            self._drop(export.request)
+
+    # ---- migration: destination -------------------------------------------------------------
+
+    def reserve(self, state: FakeState) -> FakeReservedBlocks:
+        if state.request_id in self.requests or state.request_id in self._imports:
+            raise CannotMigrate("the destination holds a request of this id already")
+        request = FakeRequest(
+            request_id=state.request_id,
+            token_ids=[*state.prompt_token_ids, *state.output_token_ids],
+            num_prompt_tokens=len(state.prompt_token_ids),
+            max_output_tokens=state.max_output_tokens,
+            num_moves=state.num_moves,
+            num_preemptions=state.num_preemptions,
+        )
+        num_cached_blocks = self._allocate_with_prefix(request)
+        if num_cached_blocks is None:
+            raise CannotMigrate("the destination has no room for the request")
+        self._imports[state.request_id] = request
+        return FakeReservedBlocks(
+            block_ids=tuple(request.block_ids), num_cached_blocks=num_cached_blocks
+        )
+
+    def grow(self, request_id: str, num_blocks: int) -> tuple[int, ...]:
+        request = self._imports.get(request_id)
+        if request is None:
+            raise CannotMigrate("the reservation is gone")
+        if not self._extend(request, num_blocks):
+            raise CannotMigrate("the destination ran out of blocks while the request grew")
+        return tuple(request.block_ids)
+
+    def commit(self, request_id: str, final: FakeFinal) -> None:
+        request = self._imports.pop(request_id, None)
+        if request is None:
+            raise CannotMigrate("the reservation is gone")
+        request.token_ids[request.num_prompt_tokens :] = final.output_token_ids
+        request.num_computed_tokens = final.num_computed_tokens
+        request.generator_state = final.generator_state
+        self._publish(request)
+        self.requests[request_id] = request
+        # It waits its turn like a preempted request, but holds its blocks.
+        self.waiting.append(request)
+
+    def cancel(self, request_id: str) -> None:
+        request = self._imports.pop(request_id, None)
+        if request is not None:
+            self._free(request)
+
+    # ---- invariants -------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Every block has exactly the holders that the engine knows of."""
+        held: list[int] = []
+        for request in (*self.requests.values(), *self._imports.values()):
+            held.extend(request.block_ids)
+        for export in self._exports.values():
+            held.extend(export.pinned)
+        self.pool.check(held)
+
+    # ---- steps ------------------------------------------------------------------------------
+
+    def _has_work(self, request: FakeRequest) -> bool:
+        num_outputs = len(request.output_token_ids) + request.num_steps_in_flight
+        return num_outputs < request.max_output_tokens
+
+    def _make_room(self, request: FakeRequest) -> bool:
+        """Room for one more token, taken from the latest request if need be."""
+        num_tokens = len(request.token_ids) + request.num_steps_in_flight
+        while not self._extend(request, self._num_blocks(num_tokens)):
+            victim = self.running[-1]
+            self.preempt(victim.request_id)
+            if victim is request:
+                return False
+        return True
+
+    def _begin(self, request: FakeRequest) -> _ScheduledRequest:
+        num_tokens = len(request.token_ids) + request.num_steps_in_flight
+        scheduled = _ScheduledRequest(
+            request,
+            request.num_preemptions,
+            request.num_computed_tokens,
+            num_tokens - request.num_computed_tokens,
+        )
+        request.num_computed_tokens = num_tokens
+        request.num_in_flight_tokens += scheduled.num_tokens
+        request.num_steps_in_flight += 1
+        return scheduled
+
+    def _finish(self, scheduled: _ScheduledRequest) -> FakeOutput:
+        request = scheduled.request
+        last = scheduled.first_position + scheduled.num_tokens
+        for position in range(scheduled.first_position, last):
+            self.pool.write(request.block_ids, position, request.token_ids[position])
+        request.num_in_flight_tokens -= scheduled.num_tokens
+        request.num_steps_in_flight -= 1
+        request.generator_state = _next_state(request.generator_state)
+        token_id = _sample(self.pool.read(request.block_ids, last), request.generator_state)
+        request.token_ids.append(token_id)
+        self._publish(request)
+        num_outputs = len(request.output_token_ids)
+        finished = num_outputs >= request.max_output_tokens
+        if finished:
+            self._drop(request)
+            self._lose(request.request_id, "finished")
+        return FakeOutput(
+            request_id=request.request_id,
+            position=num_outputs - 1,
+            token_id=token_id,
+            finished=finished,
+        )
+
+    # ---- blocks -----------------------------------------------------------------------------
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _allocate_prompt(self, request: FakeRequest) -> bool:
+        if request.num_computed_tokens > 0:  # it arrived with its KV
+            return self._extend(request, self._num_blocks(len(request.token_ids)))
+        num_cached_blocks = self._allocate_with_prefix(request)
+        if num_cached_blocks is None:
+            return False
+        request.num_computed_tokens = num_cached_blocks * self.block_size
+        return True
+
+    def _allocate_with_prefix(self, request: FakeRequest) -> int | None:
+        """Blocks for all tokens, those of a cached prefix shared; how many were, or None."""
+        # The last token has to be computed for there to be an output.
+        cached = self.pool.cached_prefix(request.token_ids[:-1])
+        self.pool.touch(cached)
+        request.block_ids = list(cached)
+        if self._extend(request, self._num_blocks(len(request.token_ids))):
+            return len(cached)
+        self._free(request)
+        return None
+
+    def _extend(self, request: FakeRequest, num_blocks: int) -> bool:
+        num_missing = num_blocks - len(request.block_ids)
+        if num_missing <= 0:
+            return True
+        new = self.pool.allocate(num_missing)
+        if new is None:
+            return False
+        request.block_ids.extend(new)
+        return True
+
+    def _publish(self, request: FakeRequest) -> None:
+        """Offer the full blocks whose content is final to later requests."""
+        num_final_tokens = request.num_computed_tokens - request.num_in_flight_tokens
+        self.pool.publish(
+            request.block_ids[: num_final_tokens // self.block_size], request.token_ids
+        )
+
+    def _free(self, request: FakeRequest) -> None:
+        self.pool.free(request.block_ids)
+        request.block_ids = []
+
+    def _drop(self, request: FakeRequest) -> None:
+        del self.requests[request.request_id]
+        if request in self.running:
+            self.running.remove(request)
+        if request in self.waiting:
+            self.waiting.remove(request)
+        self._free(request)
+
+    # ---- exports ----------------------------------------------------------------------------
+
+    def _lives(self, export: _Export) -> bool:
+        request = export.request
+        return (
+            self.requests.get(request.request_id) is request
+            and request.num_preemptions == export.num_preemptions
+        )
+
+    def _pin(self, export: _Export, num_blocks: int) -> None:
+        new = export.request.block_ids[len(export.pinned) : num_blocks]
+        self.pool.touch(new)
+        export.pinned.extend(new)
+
+    @staticmethod
+    def _copyable(export: _Export) -> FakeCopyableBlocks:
+        return FakeCopyableBlocks(
+            block_ids=tuple(export.pinned), num_preemptions=export.request.num_preemptions
+        )
+
+    def _settle_suspension(self, export: _Export) -> None:
+        future, request = export.suspended, export.request
+        if future is None or future.done() or request.num_steps_in_flight > 0:
+            return
+        self._pin(export, self._num_blocks(request.num_computed_tokens))
+        future.set_result(
+            FakeSuspendedRequest(
+                final=FakeFinal(
+                    output_token_ids=request.output_token_ids,
+                    num_computed_tokens=request.num_computed_tokens,
+                    generator_state=request.generator_state,
+                ),
+                blocks=self._copyable(export),
+            )
+        )
+
+    def _lose(self, request_id: str, what: str) -> None:
+        export = self._exports.get(request_id)
+        if export is None:
+            return
+        if export.suspended is not None and not export.suspended.done():
+            export.suspended.set_exception(CannotMigrate(f"the request was {what}"))
+        self.on_lost(request_id, what)
+
+    def _end_export(self, request_id: str) -> _Export | None:
+        export = self._exports.pop(request_id, None)
+        if export is not None:
+            self.pool.free(export.pinned)
+        return export
+
+
+def expected_output(prompt_token_ids: Sequence[int], max_output_tokens: int) -> list[int]:
+    """The output of an engine that runs the request undisturbed."""
+    token_ids = list(prompt_token_ids)
+    generator_state = 1
+    for _ in range(max_output_tokens):
+        generator_state = _next_state(generator_state)
+        token_ids.append(_sample(token_ids, generator_state))
+    return token_ids[len(prompt_token_ids) :]
+
+
+def _next_state(generator_state: int) -> int:
+    return generator_state * 48271 % 2147483647
+
+
+def _sample(kv: Sequence[int], generator_state: int) -> int:
+    return hash((generator_state, *kv)) % VOCABULARY_SIZE
