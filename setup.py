@@ -33,14 +33,14 @@ def version() -> str:
     source = (HERE / "llumsched" / "__init__.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
     if found is None:
-        raise RuntimeError("llumsched/__init__.py has no line of the form: __version__ = \"1.2.3\"")
+        raise RuntimeError('llumsched/__init__.py has no line of the form: __version__ = "1.2.3"')
     return found.group(1)
 
 
 setup(
     name="llumsched",
     version=version(),
-    description="A global scheduler for LLM serving that migrates running requests between vLLM instances",
+    description="A global scheduler for LLM serving: requests migrate between vLLM instances",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

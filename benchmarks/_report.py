@@ -114,8 +114,11 @@ def markdown(content: dict[str, Any]) -> str:
     for table in content.get("tables", ()):
         parts += [f"### {table['title']}", _grid(table["columns"], table["rows"])]
     parts += content.get("notes", ())
-    effort = " A quick run: the figures show that it works, and no more." if content["quick"] else ""
-    parts.append(f"Measured on: {content['machine']}.{effort}")
+    parts.append(f"Measured on: {content['machine']}.")
+    if content["quick"]:
+        parts.append(
+            "This was a quick run: its figures show that the benchmark works, and no more."
+        )
     return "\n\n".join(parts)
 
 

@@ -1,10 +1,11 @@
 """Run the benchmarks and write what they measured into ``docs/``.
 
-Each runs in a process of its own, one after another, so that none measures beside another or inherits
-its memory. Its report is kept as ``docs/benchmarks/NAME.json``, and every page is written from those
-files: ``docs/benchmarks.md`` lists all figures with their goals, ``docs/benchmarks/NAME.md`` has the
-tables behind them. A quick run shows that the benchmarks work and leaves the docs alone. A missed
-goal is reported and changes nothing in the exit status; a benchmark that fails to run does.
+Each runs in a process of its own, one after another, so that none measures beside another or
+inherits its memory. Its report is kept as ``docs/benchmarks/NAME.json``, and every page is written
+from those files: ``docs/benchmarks.md`` lists all figures with their goals,
+``docs/benchmarks/NAME.md`` has the tables behind them. A quick run shows that the benchmarks work
+and leaves the docs alone. A missed goal is reported and changes nothing in the exit status; a
+benchmark that fails to run does.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Benchmark:
     introduction: str
 
 
-def discover(folder: Path = FOLDER) -> list[Benchmark]:
-    """Every benchmark in ``folder``, by name. The files are read, not imported: some import vLLM."""
+def discover(folder: Path) -> list[Benchmark]:
+    """Every benchmark in ``folder``, by name. Files are read, not imported: some import vLLM."""
     found = []
     for path in sorted(folder.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
@@ -68,7 +69,7 @@ def run(benchmark: Benchmark, *, quick: bool, timeout_s: float) -> dict[str, Any
         return content
 
 
-def write_docs(benchmarks: Sequence[Benchmark], docs: Path = DOCS) -> None:
+def write_docs(benchmarks: Sequence[Benchmark], docs: Path) -> None:
     """Write every page from the reports that are kept beside the pages."""
     parts = [GENERATED, "# Benchmarks", "`make bench` measures all of this again and rewrites it."]
     for benchmark in benchmarks:
@@ -98,7 +99,7 @@ def _page(benchmark: Benchmark, content: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the chosen benchmarks, or all; the exit status is 1 when one of them failed to run."""
-    known = {benchmark.name: benchmark for benchmark in discover()}
+    known = {benchmark.name: benchmark for benchmark in discover(FOLDER)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(known)}")
     parser.add_argument("--quick", action="store_true", help="few repetitions; docs are left alone")
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = json.dumps(report, indent=1) + "\n"
             (folder / f"{benchmark.name}.json").write_text(text, encoding="utf-8")
     if not arguments.quick:
-        write_docs(list(known.values()))
+        write_docs(list(known.values()), DOCS)
     return _summarise(chosen, reports)
 
 

@@ -1,8 +1,8 @@
 """The command line: ``llumsched COMMAND ...``.
 
-Each subcommand is a module of :mod:`llumsched.commands` and is imported only when it is the one that
-runs. This is the one place that knows both hosts, the Ray runtime and the simulator, and it knows
-them by name only. It parses nothing on behalf of a subcommand.
+Each subcommand is a module of :mod:`llumsched.commands`, imported only when it is the one that
+runs: the commands are the one place that may know both hosts, the Ray runtime and the simulator,
+and ``--help`` costs neither. Nothing here parses arguments on behalf of a subcommand.
 """
 
 from __future__ import annotations
@@ -69,10 +69,9 @@ def _dispatch(arguments: list[str]) -> int:
         parser.print_help(sys.stderr)
         return 2
     name = arguments[0]
-    if name.startswith("-"):
-        parser.parse_args(arguments[:1])  # --help and --version end here
-        parser.error("options of a command come after its name")
     if name not in COMMANDS:
+        if name.startswith("-"):
+            parser.parse_args(arguments[:1])  # --help, --version and unknown options end here
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         parser.error(f"there is no command '{name}'; {hint}commands: {', '.join(COMMANDS)}")
@@ -95,11 +94,10 @@ def _parser(*, chosen: str | None, module: ModuleType | None) -> argparse.Argume
         epilog="'llumsched COMMAND --help' describes one command.",
     )
     parser.add_argument("--version", action="version", version=f"llumsched {__version__}")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, summary in COMMANDS.items():
         if module is not None and name == chosen:
             module.add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=summary)
     return parser
-

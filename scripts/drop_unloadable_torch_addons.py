@@ -1,8 +1,8 @@
-"""Uninstall torchvision, torchaudio and torchcodec where they cannot load beside the torch installed.
+"""Uninstall torchvision, torchaudio and torchcodec where they cannot load beside the torch here.
 
 vLLM names all three, and a package index without their CPU builds supplies those for CUDA, which
-fail on import beside a CPU torch. transformers imports torchvision when it finds it, so a text model
-then fails to load as well. llumsched needs none of them; one that loads is left in place.
+fail on import beside a CPU torch. transformers imports torchvision when it finds it, so that a text
+model then fails to load as well. llumsched needs none of them; one that loads is left in place.
 """
 
 import importlib.util

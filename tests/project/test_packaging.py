@@ -1,0 +1,99 @@
+"""The wheel holds every file of the package once, and what it promises can be imported from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import llumsched
+
+ROOT = Path(llumsched.__file__).parents[1]
+SOURCES = (
+    "llumsched",
+    "policies",
+    "simulator",
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
+
+# Run where only the wheel is on the path.
+LOAD_ENTRY_POINTS = """
+import importlib.metadata, json, sys
+import llumsched
+distribution = importlib.metadata.distribution("llumsched")
+points = [p for p in distribution.entry_points]
+loaded = {f"{p.group}:{p.name}": p.load().__module__ for p in points}
+print(json.dumps({"file": llumsched.__file__, "version": distribution.version, "loaded": loaded}))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy: setuptools leaves its traces beside what it builds."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in SOURCES:
+        path = ROOT / name
+        if path.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(path, source / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy2(path, source / name)
+    pip("wheel", "--no-build-isolation", "--wheel-dir", str(folder), str(source))
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def pip(command: str, *arguments: str) -> None:
+    options = ["--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"]
+    subprocess.run([sys.executable, "-m", "pip", command, *options, *arguments], check=True)
+
+
+def test_each_source_file_is_in_the_wheel_once(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = [name for name in archive.namelist() if ".dist-info/" not in name]
+    package = ROOT / "llumsched"
+    expected = ["llumsched/py.typed"]
+    for folder, name in (
+        (package, "llumsched"),
+        (ROOT / "policies", "llumsched/policies"),
+        (ROOT / "simulator", "llumsched/simulator"),
+    ):
+        expected += [
+            f"{name}/{path.relative_to(folder)}"
+            for path in folder.rglob("*.py")
+            if not path.is_relative_to(package / "policies")
+            and not path.is_relative_to(package / "simulator")
+        ]
+    assert sorted(packed) == sorted(set(expected))
+
+
+def test_the_links_lead_to_the_folders_at_the_top() -> None:
+    for name in ("policies", "simulator"):
+        link = ROOT / "llumsched" / name
+        assert link.is_symlink()
+        assert link.readlink() == Path("..") / name
+
+
+def test_entry_points_load_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    pip("install", "--target", str(target), str(wheel))
+    program = f"import sys; sys.path.insert(0, {str(target)!r})\n{LOAD_ENTRY_POINTS}"
+    # -P keeps the working directory off the path: nothing of the checkout can be found.
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+
+    assert Path(found["file"]).is_relative_to(target)
+    assert found["version"] == llumsched.__version__
+    assert found["loaded"]["console_scripts:llumsched"] == "llumsched.cli"
+    assert any(name.startswith("llumsched.policies:") for name in found["loaded"])
