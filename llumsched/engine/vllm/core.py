@@ -1,0 +1,148 @@
+"""The engine core of one instance: vLLM's own, plus a door for work on its loop thread.
+
+vLLM's scheduler and block pool are not thread safe: only the thread that runs
+``run_busy_loop`` may touch them. ``LlumschedEngineCore.call`` carries a closure to that thread and
+runs it between two steps; ``after_step`` observers run there after every step. Nothing else
+of the engine core changes: requests come in and tokens go out on vLLM's own sockets.
+
+This module knows how the busy loop works. It does not know what a migration is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from vllm.config import VllmConfig
+from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
+from vllm.v1.engine.utils import EngineZmqAddresses
+from vllm.v1.executor import Executor
+from vllm.v1.request import Request
+
+T = TypeVar("T")
+
+# Weight of the newest step in the moving average of the step time.
+STEP_TIME_WEIGHT = 0.2
+
+
+class _LoopCall:
+    """Marks an entry of the input queue as a closure of ours rather than a client's request."""
+
+
+_LOOP_CALL = _LoopCall()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """How to build an instance's engine.
+
+    ``vllm_config`` is shared by every instance of the pool; ``frontend_addresses`` are the
+    frontends' sockets, in the same order on every instance, as a request's ``client_index``
+    selects its output socket; ``engine_index`` is this instance's ZMQ identity and its label
+    in vLLM's metrics.
+    """
+
+    vllm_config: VllmConfig
+    frontend_addresses: EngineZmqAddresses
+    engine_index: int
+    log_stats: bool
+
+
+class LlumschedEngineCore(EngineCoreProc):
+    """A stock ``EngineCoreProc`` whose loop thread also runs closures handed to ``call``."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._frontend_addresses = settings.frontend_addresses
+        self._after_step: list[Callable[[], None]] = []
+        self._on_abort: list[Callable[[list[str]], None]] = []
+        self._on_add: list[Callable[[Request], None]] = []
+        self.step_time_s = 0.0
+        super().__init__(
+            settings.vllm_config,
+            local_client=True,
+            handshake_address="",
+            executor_class=Executor.get_class(settings.vllm_config),
+            log_stats=settings.log_stats,
+            engine_index=settings.engine_index,
+        )
+
+    # ---- what the rest of the instance uses -------------------------------------------------
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run ``function`` on the loop thread, before the next step; safe from any thread."""
+        future: Future[T] = Future()
+        self.input_queue.put_nowait((_LOOP_CALL, (function, future)))  # type: ignore[arg-type]
+        return future
+
+    def observe(
+        self,
+        *,
+        after_step: Callable[[], None],
+        on_abort: Callable[[list[str]], None],
+        on_add: Callable[[Request], None],
+    ) -> None:
+        """Register observers that run on the loop thread; call before ``run``."""
+        self._after_step.append(after_step)
+        self._on_abort.append(on_abort)
+        self._on_add.append(on_add)
+
+    def run(self) -> None:
+        """Run the busy loop until shutdown is requested, then free the engine."""
+        try:
+            self.run_busy_loop()
+        finally:
+            self.shutdown()
+
+    def request_shutdown(self) -> None:
+        """Make ``run`` return after the step under way; safe from any thread."""
+
+        def request() -> None:
+            self.shutdown_state = EngineShutdownState.REQUESTED
+
+        self.call(request)
+
+    # ---- where vLLM's loop is extended ------------------------------------------------------
+
+    @contextmanager
+    def _perform_handshakes(
+        self, *_args: Any, **_kwargs: Any
+    ) -> Generator[EngineZmqAddresses, None, None]:
+        # The addresses are known before the actor starts, as in vLLM's own Ray actor.
+        yield self._frontend_addresses
+
+    def _handle_client_request(self, request_type: EngineCoreRequestType, request: Any) -> None:
+        if request_type is not _LOOP_CALL:
+            super()._handle_client_request(request_type, request)
+            return
+        function, future = request
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(function())
+        except BaseException as error:  # the caller's to handle; the loop must go on
+            future.set_exception(error)
+
+    def _process_engine_step(self) -> bool:
+        started_s = time.perf_counter()
+        model_executed = super()._process_engine_step()
+        if model_executed:
+            elapsed_s = time.perf_counter() - started_s
+            self.step_time_s += STEP_TIME_WEIGHT * (elapsed_s - self.step_time_s)
+        for observer in self._after_step:
+            observer()
+        return model_executed
+
+    def add_request(self, request: Request, request_wave: int = 0) -> None:
+        super().add_request(request, request_wave)
+        for observer in self._on_add:
+            observer(request)
+
+    def abort_requests(self, request_ids: list[str]) -> None:
+        for observer in self._on_abort:
+            observer(request_ids)
+        super().abort_requests(request_ids)

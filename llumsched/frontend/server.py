@@ -1,0 +1,291 @@
+"""``llumsched serve``: vLLM's own OpenAI server over a pool of instances.
+
+The order matters: whatever can be found wrong is found before anything is started; the port is
+bound first, as vLLM does it; then the pool; then vLLM's ``AsyncLLM`` and app on top of it.
+Whatever was started ends with the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import uvloop
+import vllm.envs as envs
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import async_llm as async_llm_module
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from llumsched.core.migration import MigrationOptions
+from llumsched.core.policy import VictimPolicy
+from llumsched.engine.vllm.core import EngineSettings
+from llumsched.engine.vllm.internals import UnsupportedVersion, check_version
+from llumsched.frontend.admin import admin_router
+from llumsched.frontend.arguments import ServeOptions, UsageError, is_loopback, parse
+from llumsched.frontend.client import FrontendSockets, RoutingEngineClient
+from llumsched.frontend.link import SchedulerLink
+from llumsched.frontend.preflight import check_model, cpu_threads_per_instance, plan_cpu_memory
+from llumsched.plugins import build_bundle
+from llumsched.policies.low_priority_short import LowPriorityShort
+from llumsched.runtime.instance import InstancePlan
+from llumsched.runtime.launch import InstanceResources, LaunchError, Pool
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the server until it is told to stop; the process's exit status."""
+    try:
+        args, options = parse(argv)
+        check_version(allow_other=options.allow_other_vllm)
+        check_model(args.model)
+        vllm_config = _engine_config(args)
+        if current_platform.is_cpu():
+            kv_bytes = plan_cpu_memory(vllm_config, options.num_instances, os.environ)
+            if kv_bytes is not None:
+                vllm_config.cache_config.kv_cache_memory_bytes = kv_bytes
+        listen_address, sock = _bind(args)
+    except (UsageError, UnsupportedVersion) as error:
+        print(f"llumsched serve: {error}", file=sys.stderr)
+        return 2
+    try:
+        return uvloop.run(_serve(args, options, vllm_config, listen_address, sock))
+    except LaunchError as error:
+        print(f"llumsched serve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        sock.close()
+
+
+def _engine_config(args: argparse.Namespace) -> VllmConfig:
+    # The engine runs in the instance's own process, where the migrator reaches its KV cache.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    try:
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+        config: VllmConfig = engine_args.create_engine_config(
+            usage_context=UsageContext.OPENAI_API_SERVER
+        )
+    except (OSError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        message = " ".join(lines[:3]) if lines else type(error).__name__
+        raise UsageError(f"{args.model} cannot be served: {message}") from error
+    if config.parallel_config.world_size > 1 and current_platform.is_cpu():
+        raise UsageError("--tensor-parallel-size: one worker an instance is supported on CPU.")
+    return config
+
+
+def _bind(args: argparse.Namespace) -> tuple[str, socket.socket]:
+    try:
+        address, sock = setup_server(args, reuse_port=False)
+    except OSError as error:
+        where = args.uds or f"{args.host}:{args.port}"
+        raise UsageError(
+            f"Cannot listen on {where} ({error.strerror or error}); choose another --port."
+        ) from error
+    except KeyError as error:
+        raise UsageError(str(error.args[0])) from error
+    return address, sock
+
+
+async def _serve(
+    args: argparse.Namespace,
+    options: ServeOptions,
+    vllm_config: VllmConfig,
+    listen_address: str,
+    sock: socket.socket,
+) -> int:
+    signal.signal(signal.SIGTERM, _interrupt)
+    host = "127.0.0.1"
+    sockets = FrontendSockets(host)
+    log_stats = not args.disable_log_stats
+    with Pool(
+        ray_address=options.ray_address,
+        num_instances=options.num_instances,
+        progress=_progress,
+    ) as pool:
+        pool.start_scheduler(options.config, host)
+        plans = _plans(options, vllm_config, sockets, pool.scheduler_endpoint, host, log_stats)
+        pool.start_instances(
+            plans, _resources(vllm_config, len(plans)), timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S
+        )
+        link_holder: list[SchedulerLink] = []
+        with _our_client(sockets, plans, link_holder, pool.scheduler_endpoint):
+            engine = AsyncLLM.from_vllm_config(
+                vllm_config=vllm_config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                enable_log_requests=args.enable_log_requests,
+                aggregate_engine_logging=args.aggregate_engine_logging,
+                disable_log_stats=args.disable_log_stats,
+            )
+        link = link_holder[0]
+        client = engine.engine_core
+        assert isinstance(client, RoutingEngineClient)
+        loop = asyncio.get_running_loop()
+        index_of = {plan.instance_id: plan.engine.engine_index for plan in plans}
+        pool.watch(
+            lambda instance_id, _reason: loop.call_soon_threadsafe(
+                client.instance_lost, index_of[instance_id]
+            )
+        )
+        try:
+            await engine.reset_mm_cache()
+            closing = await _serve_http(args, options, engine, link, index_of, listen_address, sock)
+            await closing
+        finally:
+            engine.shutdown(timeout=0)
+            link.close()
+            pool.stop()
+    return 0
+
+
+def _plans(
+    options: ServeOptions,
+    vllm_config: VllmConfig,
+    sockets: FrontendSockets,
+    scheduler_endpoint: str,
+    host: str,
+    log_stats: bool,
+) -> list[InstancePlan]:
+    victim: VictimPolicy = build_bundle(options.config).victim or LowPriorityShort()
+    return [
+        InstancePlan(
+            instance_id=f"instance-{index}",
+            engine=EngineSettings(
+                vllm_config=vllm_config,
+                frontend_addresses=sockets.addresses(),
+                engine_index=index,
+                log_stats=log_stats,
+            ),
+            scheduler_endpoint=scheduler_endpoint,
+            host=host,
+            victim=victim,
+            migration=MigrationOptions(),
+        )
+        for index in range(options.num_instances)
+    ]
+
+
+def _resources(vllm_config: VllmConfig, num_instances: int) -> InstanceResources:
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if not current_platform.is_cpu():
+        return InstanceResources(
+            num_cpus=1,
+            num_gpus=vllm_config.parallel_config.world_size,
+            environment=environment,
+        )
+    environment["OMP_NUM_THREADS"] = str(cpu_threads_per_instance(num_instances, os.environ))
+    if os.environ.get("LD_PRELOAD"):
+        # vLLM's CPU platform has set it, for the OpenMP library that torch brings.
+        environment["LD_PRELOAD"] = os.environ["LD_PRELOAD"]
+    return InstanceResources(num_cpus=1, num_gpus=0, environment=environment)
+
+
+@contextlib.contextmanager
+def _our_client(
+    sockets: FrontendSockets,
+    plans: Sequence[InstancePlan],
+    link_holder: list[SchedulerLink],
+    scheduler_endpoint: str,
+) -> Iterator[None]:
+    """While this lasts, ``AsyncLLM`` builds its client as one over the pool.
+
+    ``AsyncLLM`` offers no parameter for its client, so the name it looks up is replaced.
+    """
+
+    def make_client(
+        vllm_config: VllmConfig, *_: Any, renderer: Any = None, **__: Any
+    ) -> RoutingEngineClient:
+        client: RoutingEngineClient | None = None
+
+        def least_loaded() -> int:
+            assert client is not None
+            return min(client.engine_ranks_managed, key=client.routes.num_requests)
+
+        link = SchedulerLink(
+            scheduler_endpoint,
+            {plan.instance_id: plan.engine.engine_index for plan in plans},
+            least_loaded,
+        )
+        link_holder.append(link)
+        client = RoutingEngineClient(
+            vllm_config,
+            sockets=sockets,
+            engine_indices=[plan.engine.engine_index for plan in plans],
+            placer=link,
+            renderer=renderer,
+        )
+        return client
+
+    original = async_llm_module.EngineCoreClient
+    replacement = type(
+        "EngineCoreClient", (original,), {"make_async_mp_client": staticmethod(make_client)}
+    )
+    async_llm_module.EngineCoreClient = replacement  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        async_llm_module.EngineCoreClient = original  # type: ignore[misc]
+
+
+async def _serve_http(
+    args: argparse.Namespace,
+    options: ServeOptions,
+    engine: AsyncLLM,
+    link: SchedulerLink,
+    index_of: dict[str, int],
+    listen_address: str,
+    sock: socket.socket,
+) -> Any:
+    """vLLM's ``build_and_serve``, with the admin routes added to its app."""
+    supported_tasks = await engine.get_supported_tasks()
+    app = build_app(args, supported_tasks, engine.model_config)
+    if options.admin_api:
+        names = {index: instance_id for instance_id, index in index_of.items()}
+        app.include_router(admin_router(link, engine.engine_core.routes, names))
+    await init_app_state(engine, app.state, args, supported_tasks)
+    log_config = get_uvicorn_log_config(args)
+    _progress(f"serving {args.model} on {listen_address}")
+    return await serve_http(
+        app,
+        sock=sock,
+        enable_ssl_refresh=args.enable_ssl_refresh,
+        host=args.host,
+        port=args.port,
+        log_level=args.uvicorn_log_level,
+        access_log=not args.disable_uvicorn_access_log,
+        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        ssl_ciphers=args.ssl_ciphers,
+        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+        h11_max_header_count=args.h11_max_header_count,
+        **({"log_config": log_config} if log_config is not None else {}),
+    )
+
+
+def _interrupt(*_: object) -> None:
+    """SIGTERM while booting: unwind as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def _progress(sentence: str) -> None:
+    print(f"llumsched: {sentence}", flush=True)

@@ -1,0 +1,89 @@
+"""One instance of the pool: a Ray actor with a vLLM engine core and, beside it, its llumlet.
+
+Threads of the process: the engine's loop (``run``), vLLM's two socket threads, and the
+llumlet's asyncio loop with the migrator. Everything that touches the engine's state is a
+closure on the engine's loop thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from dataclasses import dataclass
+
+from llumsched.core.migration import MigrationOptions
+from llumsched.core.policy import VictimPolicy
+from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore
+from llumsched.engine.vllm.internals import fingerprint
+from llumsched.runtime.llumlet import Llumlet
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstancePlan:
+    """Everything an instance has to be told. ``host`` is the address its sockets bind to."""
+
+    instance_id: str
+    engine: EngineSettings
+    scheduler_endpoint: str
+    host: str
+    victim: VictimPolicy
+    migration: MigrationOptions
+
+
+class Instance:
+    """The actor's class; made a Ray actor by ``llumsched.runtime.launch``.
+
+    ``__init__`` returns when the model is loaded. ``run`` serves until ``stop``; its end is the
+    end of the instance, whatever the reason.
+    """
+
+    def __init__(self, plan: InstancePlan) -> None:
+        self._plan = plan
+        self._engine = LlumschedEngineCore(plan.engine)
+        self._stopping = threading.Event()
+        self._ready = threading.Event()
+        self._llumlet_loop: asyncio.AbstractEventLoop | None = None
+        self._llumlet_thread = threading.Thread(
+            target=lambda: asyncio.run(self._run_llumlet()), name="llumlet", daemon=True
+        )
+
+    def wait_for_init(self) -> int:
+        """The number of KV blocks; answered once the engine is built."""
+        num_blocks: int = self._engine.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        return num_blocks
+
+    def run(self) -> None:
+        """Serve until ``stop``; raises what the engine died of."""
+        self._llumlet_thread.start()
+        self._ready.wait()
+        try:
+            self._engine.run()
+        except SystemExit:
+            if not self._stopping.is_set():
+                raise RuntimeError("the engine's loop ended by itself") from None
+
+    def stop(self) -> None:
+        """Ask the engine to end; ``run`` returns soon after."""
+        self._stopping.set()
+        self._engine.request_shutdown()
+
+    async def _run_llumlet(self) -> None:
+        plan = self._plan
+        llumlet = Llumlet(
+            engine=self._engine,
+            instance_id=plan.instance_id,
+            fingerprint=fingerprint(self._engine),
+            victim=plan.victim,
+            scheduler_endpoint=plan.scheduler_endpoint,
+            host=plan.host,
+            options=plan.migration,
+        )
+        self._ready.set()
+        try:
+            await llumlet.run()
+        except Exception:
+            logger.exception("The llumlet of %s ended", plan.instance_id)
+            raise

@@ -1,0 +1,180 @@
+"""The llumlet: an instance's own scheduler-facing half.
+
+It pushes load reports several times a second, and at once after a large change; it takes
+migration orders, picks the request that moves where the order leaves that open (only the
+source has fresh per-request state), and reports how each migration ended. It runs on the
+migrator's loop and touches the engine only through closures on the engine's loop thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from llumsched.core.migration import MigrationOptions
+from llumsched.core.policy import VictimPolicy, settled
+from llumsched.engine.vllm.core import LlumschedEngineCore
+from llumsched.engine.vllm.load import LoadReader
+from llumsched.engine.vllm.migration import MigrationPort
+from llumsched.runtime.messages import (
+    InstanceGone,
+    OrderMigration,
+    RegisterInstance,
+    ReportLoad,
+    Unknown,
+    decode_control,
+    encode,
+)
+from llumsched.runtime.migrator import Migrator
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+REPORT_INTERVAL_S = 0.1
+# Reports on large changes come no closer than this.
+MIN_REPORT_INTERVAL_S = 0.02
+
+
+class Llumlet:
+    """Args:
+    engine: the instance's engine core; ``run`` may already be running it.
+    victim: orders the candidates when the source has to pick.
+    scheduler_endpoint: the global scheduler's control socket.
+    host: address to bind the migrator to.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: LlumschedEngineCore,
+        instance_id: str,
+        fingerprint: str,
+        victim: VictimPolicy,
+        scheduler_endpoint: str,
+        host: str,
+        options: MigrationOptions,
+    ) -> None:
+        self._engine = engine
+        self._instance_id = instance_id
+        self._fingerprint = fingerprint
+        self._victim = victim
+        self._port = MigrationPort(engine)
+        self._load = LoadReader(engine, instance_id)
+        self._loop = asyncio.get_running_loop()
+        self._report_now = asyncio.Event()
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.connect(scheduler_endpoint)
+        self._migrator = Migrator(
+            instance_id=instance_id,
+            fingerprint=fingerprint,
+            port=self._port,
+            call=engine.call,
+            abort=lambda request_id: self._abort(request_id),
+            host=host,
+            step_time_s=lambda: engine.step_time_s,
+            options=options,
+        )
+        self._port.on_release = self._load.forget
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._report_pending = False
+        engine.observe(
+            after_step=self._after_step,
+            on_abort=self._port.on_abort,
+            on_add=self._load.on_add,
+        )
+
+    async def run(self) -> None:
+        """Register, then report and take orders until cancelled."""
+        await self._register()
+        self._spawn(self._report())
+        try:
+            while True:
+                message = decode_control(await self._socket.recv())
+                match message:
+                    case OrderMigration():
+                        self._spawn(self._migrate(message))
+                    case InstanceGone():
+                        self._migrator.peer_gone(message.instance_id)
+                    case Unknown():
+                        await self._register()
+                    case _:
+                        pass
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await self._migrator.close()
+            self._socket.close(linger=0)
+            self._context.term()
+
+    async def _register(self) -> None:
+        await self._socket.send(
+            encode(
+                RegisterInstance(
+                    spec=self._load.spec(),
+                    engine_index=self._engine.engine_index,
+                    peer_endpoint=self._migrator.endpoint,
+                    fingerprint=self._fingerprint,
+                )
+            )
+        )
+
+    async def _report(self) -> None:
+        while True:
+            load = await self._on_engine(self._read_load)
+            await self._socket.send(encode(ReportLoad(load=load)))
+            await asyncio.sleep(MIN_REPORT_INTERVAL_S)
+            try:
+                await asyncio.wait_for(
+                    self._report_now.wait(), REPORT_INTERVAL_S - MIN_REPORT_INTERVAL_S
+                )
+            except TimeoutError:
+                pass
+            self._report_now.clear()
+            self._report_pending = False
+
+    def _read_load(self) -> Any:
+        return self._load.read(
+            num_reserved_blocks=self._migrator.num_reserved_blocks,
+            num_migrations_in=self._migrator.num_incoming,
+            num_migrations_out=self._migrator.num_outgoing,
+        )
+
+    def _after_step(self) -> None:
+        self._port.after_step()
+        if not self._report_pending and self._load.has_changed_much():
+            self._report_pending = True
+            self._loop.call_soon_threadsafe(self._report_now.set)
+
+    async def _migrate(self, order: OrderMigration) -> None:
+        request_id = order.request_id
+        if request_id is None:
+            candidates = await self._on_engine(self._port.candidates)
+            chosen = self._victim.choose(settled(candidates, order.settle_s))
+            request_id = chosen[0].request_id if chosen else None
+        report = await self._migrator.migrate(order, request_id)
+        await self._socket.send(encode(report))
+
+    def _abort(self, request_id: str) -> None:
+        self._engine.call(lambda: self._engine.abort_requests([request_id]))
+
+    async def _on_engine(self, function: Callable[[], T]) -> T:
+        result: T = await asyncio.wrap_future(self._engine.call(function))
+        return result
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("The llumlet of %s failed", self._instance_id, exc_info=task.exception())

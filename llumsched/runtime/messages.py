@@ -1,0 +1,296 @@
+"""What the processes say to each other: frontend, scheduler and instances.
+
+Every message is a tagged ``msgspec`` struct in MessagePack: decoding checks the types and runs
+no code of the sender's. KV bytes, where they go through a socket at all, follow as a second
+frame. Two families that never mix on one socket: control (to and from the global scheduler)
+and peer (between the migrators of two instances).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from llumsched.core.load import InstanceLoad, InstanceSpec
+from llumsched.core.types import SchedulingRequest
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of all messages; the tag on the wire is the class name."""
+
+
+# ---- control: instance <-> global scheduler ---------------------------------------------------
+
+
+class RegisterInstance(Message):
+    """An instance is ready. ``peer_endpoint`` is where other instances reach its migrator;
+    ``fingerprint`` must be equal on two instances for KV to move between them."""
+
+    spec: InstanceSpec
+    engine_index: int
+    peer_endpoint: str
+    fingerprint: str
+
+
+class ReportLoad(Message):
+    load: InstanceLoad
+
+
+class OrderMigration(Message):
+    """The scheduler's order to a source. Without ``request_id`` the source picks the request."""
+
+    migration_id: str
+    destination: str
+    destination_endpoint: str
+    request_id: str | None
+    reason: str
+    settle_s: float = 0.0
+
+
+class Welcomed(Message):
+    """The scheduler knows the sender of a registration now."""
+
+
+class Unknown(Message):
+    """The scheduler has not heard of the sender: it restarted, or forgot it for its silence."""
+
+
+class ReportMigration(Message):
+    """How a migration ended, from its source. ``outcome`` is a ``MigrationOutcome`` value."""
+
+    migration_id: str
+    request_id: str | None
+    source: str
+    destination: str
+    outcome: str
+    reason: str
+    statistics: MigrationStatistics | None = None
+
+
+class MigrationStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Measured at the source. Times in seconds; ``suspended_s`` is from the suspension to the
+    destination's acknowledgement, so the client's pause is that plus one decode step."""
+
+    num_stages: int
+    num_blocks: int
+    num_cached_blocks: int
+    num_bytes: int
+    num_tokens: int
+    num_output_tokens: int
+    total_s: float
+    suspended_s: float
+    step_time_s: float
+    transport: str
+
+
+# ---- control: frontend <-> global scheduler ---------------------------------------------------
+
+
+class RegisterFrontend(Message):
+    frontend_id: str
+
+
+class PlaceRequest(Message):
+    request: SchedulingRequest
+
+
+class Placed(Message):
+    """Answer to ``PlaceRequest``: an instance, or the reason why there is none."""
+
+    request_id: str
+    instance_id: str | None
+    reason: str
+    retry_after_s: float | None = None
+
+
+class RequestEnded(Message):
+    """The client of a request is gone, or its stream is complete."""
+
+    request_id: str
+    aborted: bool
+
+
+class MigrateRequest(Message):
+    """An operator's wish to move a request, to any instance or to the one named."""
+
+    call_id: int
+    request_id: str
+    destination: str | None
+
+
+class MigrateAnswer(Message):
+    """``refused`` is the reason why nothing was started; else ``report`` says how it ended."""
+
+    call_id: int
+    refused: str | None = None
+    report: ReportMigration | None = None
+
+
+class DescribeCluster(Message):
+    call_id: int
+
+
+class InstanceGone(Message):
+    """The process of an instance is known to be dead; sent to every instance."""
+
+    instance_id: str
+
+
+class InstanceDescription(msgspec.Struct, frozen=True, kw_only=True):
+    instance_id: str
+    state: str
+    role: str
+    freeness: float | None
+    report_age_s: float | None
+    load: InstanceLoad | None
+
+
+class ClusterDescription(Message):
+    """``migrations`` counts ended migrations by outcome."""
+
+    call_id: int
+    policy: str
+    instances: list[InstanceDescription]
+    migrations: dict[str, int]
+
+
+ControlMessage = (
+    RegisterInstance
+    | ReportLoad
+    | Welcomed
+    | Unknown
+    | OrderMigration
+    | ReportMigration
+    | InstanceGone
+    | RegisterFrontend
+    | PlaceRequest
+    | Placed
+    | RequestEnded
+    | MigrateRequest
+    | MigrateAnswer
+    | DescribeCluster
+    | ClusterDescription
+)
+
+
+# ---- peer: migrator <-> migrator --------------------------------------------------------------
+
+
+class Hello(Message):
+    """Opens a connection. ``offer_*`` describe the sender's staging ring (see kv_transfer)."""
+
+    instance_id: str
+    fingerprint: str
+    boot_id: str
+    pid: int
+    fd: int
+    inode: int
+    num_slots: int
+    slot_num_bytes: int
+
+
+class Welcome(Message):
+    """``refused`` says why KV cannot move between the two; ``shared_memory`` whether the
+    receiver mapped the ring, else bytes follow each ``StoreBlocks``."""
+
+    shared_memory: bool
+    refused: str | None = None
+
+
+class Reserve(Message):
+    """``state`` is a ``RequestState``. The reservation has a deadline of its own."""
+
+    migration_id: str
+    request_id: str
+    source: str
+    state: bytes
+
+
+class Reserved(Message):
+    migration_id: str
+    num_cached_blocks: int
+
+
+class ReserveRejected(Message):
+    migration_id: str
+    reason: str
+
+
+class StoreBlocks(Message):
+    """Blocks ``first_block`` and following lie in ``slot``; ``last`` ends the stage.
+
+    Without shared memory their bytes are the message's second frame.
+    """
+
+    migration_id: str
+    stage: int
+    first_block: int
+    num_blocks: int
+    slot: int
+    last: bool
+
+
+class BlocksStored(Message):
+    """The slot may be reused. ``failure`` says why the blocks could not be stored."""
+
+    migration_id: str
+    stage: int
+    slot: int
+    last: bool
+    num_blocks_total: int
+    failure: str | None = None
+
+
+class Commit(Message):
+    """``final`` is a ``FinalState``. May be repeated; so may its answer."""
+
+    migration_id: str
+    final: bytes
+
+
+class CommitAnswer(Message):
+    """``refused`` is ``None`` if the destination runs the request."""
+
+    migration_id: str
+    refused: str | None = None
+
+
+class QueryCommit(Message):
+    migration_id: str
+
+
+class ReleaseReservation(Message):
+    migration_id: str
+    reason: str
+
+
+class MigrationClosed(Message):
+    """The source has the destination's answer; its record need not be kept."""
+
+    migration_id: str
+
+
+class AbortMigrated(Message):
+    """The client left while the request moved: abort it where it has arrived."""
+
+    request_id: str
+
+
+PeerMessage = (
+    Hello
+    | Welcome
+    | Reserve
+    | Reserved
+    | ReserveRejected
+    | StoreBlocks
+    | BlocksStored
+    | Commit
+    | CommitAnswer
+    | QueryCommit
+    | ReleaseReservation
+    | MigrationClosed
+    | AbortMigrated
+)
+
+encode = msgspec.msgpack.Encoder().encode
+decode_control = msgspec.msgpack.Decoder(ControlMessage).decode
+decode_peer = msgspec.msgpack.Decoder(PeerMessage).decode
