@@ -1,6 +1,7 @@
 """What llumsched is to pip: names, versions, dependencies, entry points."""
 
 import re
+import runpy
 from pathlib import Path
 
 from setuptools import setup
@@ -35,6 +36,12 @@ def version() -> str:
     if found is None:
         raise RuntimeError('llumsched/__init__.py has no line of the form: __version__ = "1.2.3"')
     return found.group(1)
+
+
+def policies() -> list[str]:
+    """The entry points of the policies that ship, named once in ``policies/__init__.py``."""
+    built_in = runpy.run_path(str(HERE / "policies" / "__init__.py"))["BUILT_IN"]
+    return [f"{name}={target}" for name, target in built_in.items()]
 
 
 setup(
@@ -82,5 +89,6 @@ setup(
     },
     entry_points={
         "console_scripts": ["llumsched=llumsched.cli:main"],
+        "llumsched.policies": policies(),
     },
 )
