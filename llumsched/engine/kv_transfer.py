@@ -15,7 +15,6 @@ import asyncio
 import mmap
 import os
 import socket
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +56,9 @@ class SendRing:
         self._map = mmap.mmap(self._fd, size)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._bytes.zero_()
-        self._free = deque(range(num_slots))
-        self._freed = asyncio.Condition()
+        self._free: asyncio.Queue[int] = asyncio.Queue()
+        for slot in range(num_slots):
+            self._free.put_nowait(slot)
 
     def offer(self) -> RingOffer:
         return RingOffer(
@@ -71,15 +71,12 @@ class SendRing:
         )
 
     async def acquire(self) -> int:
-        async with self._freed:
-            await self._freed.wait_for(lambda: self._free)
-            return self._free.popleft()
+        """Wait for a slot that nobody reads."""
+        return await self._free.get()
 
-    async def free(self, slot: int) -> None:
-        async with self._freed:
-            if slot not in self._free:
-                self._free.append(slot)
-                self._freed.notify()
+    def free(self, slot: int) -> None:
+        """Give a slot back, once for each time it was acquired."""
+        self._free.put_nowait(slot)
 
     def slot(self, slot: int) -> torch.Tensor:
         """The slot's bytes: uint8, ``slot_num_bytes`` long."""
@@ -127,4 +124,4 @@ class ReceiveRing:
 def host_id() -> str:
     """Equal in two processes only if they run under one kernel and one process namespace."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot_id}:{os.readlink('/proc/self/ns/pid')}:{socket.gethostname()}"
+    return f"{boot_id}:{Path('/proc/self/ns/pid').readlink()}:{socket.gethostname()}"

@@ -32,9 +32,7 @@ class MigrationBody(BaseModel):
     destination: str | None = None
 
 
-def admin_router(
-    link: SchedulerLink, routes: Routes, instance_ids: Mapping[int, str]
-) -> APIRouter:
+def admin_router(link: SchedulerLink, routes: Routes, instance_ids: Mapping[int, str]) -> APIRouter:
     """The routes. ``instance_ids`` names each engine index."""
     router = APIRouter(prefix="/llumsched", tags=["llumsched"])
 
@@ -90,9 +88,7 @@ def admin_router(
             )
         known = sorted(instance_ids.values())
         if body.destination is not None and body.destination not in known:
-            return _error(
-                404, f"No instance '{body.destination}'. There are: {', '.join(known)}."
-            )
+            return _error(404, f"No instance '{body.destination}'. There are: {', '.join(known)}.")
         try:
             answer = await link.migrate(matches[0], body.destination, MIGRATION_TIMEOUT_S)
         except SchedulerUnavailable as error:

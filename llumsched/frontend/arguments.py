@@ -13,8 +13,9 @@ import yaml
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from llumsched.config import DEFAULT_POLICY, Config
 from llumsched import config as _c
+from llumsched.config import DEFAULT_POLICY, Config
+
 load = getattr(_c, "load", None)
 from llumsched.plugins import build_bundle
 
@@ -49,8 +50,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
     Raises:
         UsageError: for what vLLM's parser does not catch itself.
     """
-    parser = FlexibleArgumentParser(prog="llumsched serve", description=DESCRIPTION)
-    parser = make_arg_parser(parser)
+    parser: argparse.ArgumentParser = make_arg_parser(
+        FlexibleArgumentParser(  # type: ignore[no-untyped-call]
+            prog="llumsched serve", description=DESCRIPTION
+        )
+    )
     group = parser.add_argument_group("llumsched", "The pool of instances and its scheduler.")
     group.add_argument(
         "--instances", type=int, default=1, metavar="N", help="Number of vLLM instances."

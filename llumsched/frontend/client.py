@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, cast
 
 import zmq
@@ -60,13 +60,19 @@ class FrontendSockets:
     def __init__(self, host: str) -> None:
         self.sync_context = zmq.Context(io_threads=2)
         self.context = zmq.asyncio.Context(self.sync_context)
-        self.input = make_zmq_socket(self.context, f"tcp://{host}:0", zmq.ROUTER, bind=True)
-        self.output = make_zmq_socket(self.context, f"tcp://{host}:0", zmq.PULL, bind=True)
+        # A port of 0 is chosen by the system.
+        self.input = self._bind(f"tcp://{host}:0", zmq.ROUTER)
+        self.output = self._bind(f"tcp://{host}:0", zmq.PULL)
+
+    def _bind(self, path: str, socket_type: int) -> zmq.asyncio.Socket:
+        return cast(
+            "zmq.asyncio.Socket", make_zmq_socket(self.context, path, socket_type, bind=True)
+        )
 
     def addresses(self) -> EngineZmqAddresses:
         return EngineZmqAddresses(
-            inputs=[self.input.getsockopt(zmq.LAST_ENDPOINT).decode()],
-            outputs=[self.output.getsockopt(zmq.LAST_ENDPOINT).decode()],
+            inputs=[self.input.get_string(zmq.LAST_ENDPOINT)],
+            outputs=[self.output.get_string(zmq.LAST_ENDPOINT)],
         )
 
     def close(self) -> None:
@@ -124,12 +130,14 @@ class RoutingEngineClient(AsyncMPClient):
 
         self.ctx = sockets.context
         self.input_socket = sockets.input
+        self._output_socket = sockets.output
         self.resources = BackgroundResources(ctx=sockets.sync_context)
         self.resources.input_socket = sockets.input
         self.resources.output_socket = sockets.output
         self._finalizer = weakref.finalize(self, self.resources)
 
         self.routes = Routes()
+        self._aborts: set[asyncio.Future[None]] = set()
         self._placer = placer
         self.engine_ranks_managed = list(engine_indices)
         self.core_engines = [engine_identity(index) for index in engine_indices]
@@ -143,7 +151,7 @@ class RoutingEngineClient(AsyncMPClient):
             pass  # started by the first request
 
     def _await_ready(self, identities: set[bytes], timeout_s: float) -> None:
-        socket = zmq.Socket.shadow(self.input_socket)
+        socket: zmq.Socket[bytes] = zmq.Socket.shadow(self.input_socket)
         while identities:
             if not socket.poll(timeout=int(timeout_s * 1000)):
                 missing = sorted(int.from_bytes(identity, "little") for identity in identities)
@@ -198,7 +206,7 @@ class RoutingEngineClient(AsyncMPClient):
     def _ensure_output_queue_task(self) -> None:
         if self.resources.output_queue_task is not None:
             return
-        socket = self.resources.output_socket
+        socket = self._output_socket
         decoder, queue, resources = self.decoder, self.outputs_queue, self.resources
         self_ref = weakref.ref(self)
 
@@ -226,6 +234,7 @@ class RoutingEngineClient(AsyncMPClient):
         utility = outputs.utility_output
         if utility is not None:
             if utility.call_id == HAND_OVER_CALL_ID:
+                assert utility.result is not None
                 self._take_in_hand_over(outputs.engine_index, utility.result.result)
             else:
                 _process_utility_output(utility, self.utility_results)
@@ -245,7 +254,9 @@ class RoutingEngineClient(AsyncMPClient):
         )
         if not wanted:
             # Its client left while it moved: no instance that knew of the abort runs it.
-            asyncio.ensure_future(self._abort_at(instance, [request_id]))
+            abort = asyncio.ensure_future(self._abort_at(instance, [request_id]))
+            self._aborts.add(abort)
+            abort.add_done_callback(self._aborts.discard)
             return
         self._deliver(passed, finished)
 
@@ -286,5 +297,3 @@ class RoutingEngineClient(AsyncMPClient):
         else:
             self.resources.engine_dead = True
             self.outputs_queue.put_nowait(self._format_exception(RuntimeError("no instance left")))
-
-

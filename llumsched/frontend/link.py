@@ -85,9 +85,7 @@ class SchedulerLink:
             await self._socket.send(encode(PlaceRequest(request=_for_scheduling(request))))
             while True:
                 try:
-                    placed = await asyncio.wait_for(
-                        asyncio.shield(future), PLACEMENT_TIMEOUT_S
-                    )
+                    placed = await asyncio.wait_for(asyncio.shield(future), PLACEMENT_TIMEOUT_S)
                     break
                 except TimeoutError:
                     if not await self._is_alive():

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 from vllm.config import VllmConfig
 
 from llumsched.frontend.arguments import UsageError

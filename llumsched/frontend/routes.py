@@ -119,9 +119,7 @@ class Routes:
         passed = [Passed(instance, own)] if own else []
         return passed + drained, finished
 
-    def arrive(
-        self, request_id: str, arrival: Arrival
-    ) -> tuple[list[Passed], list[str], bool]:
+    def arrive(self, request_id: str, arrival: Arrival) -> tuple[list[Passed], list[str], bool]:
         """Take in the announcement that a request has moved.
 
         Returns:

@@ -36,7 +36,7 @@ from llumsched.core.policy import VictimPolicy
 from llumsched.engine.vllm.core import EngineSettings
 from llumsched.engine.vllm.internals import UnsupportedVersion, check_version
 from llumsched.frontend.admin import admin_router
-from llumsched.frontend.arguments import ServeOptions, UsageError, is_loopback, parse
+from llumsched.frontend.arguments import ServeOptions, UsageError, parse
 from llumsched.frontend.client import FrontendSockets, RoutingEngineClient
 from llumsched.frontend.link import SchedulerLink
 from llumsched.frontend.preflight import check_model, cpu_threads_per_instance, plan_cpu_memory
@@ -61,12 +61,12 @@ def main(argv: Sequence[str]) -> int:
                 vllm_config.cache_config.kv_cache_memory_bytes = kv_bytes
         listen_address, sock = _bind(args)
     except (UsageError, UnsupportedVersion) as error:
-        print(f"llumsched serve: {error}", file=sys.stderr)
+        sys.stderr.write(f"llumsched serve: {error}\n")
         return 2
     try:
         return uvloop.run(_serve(args, options, vllm_config, listen_address, sock))
     except LaunchError as error:
-        print(f"llumsched serve: {error}", file=sys.stderr)
+        sys.stderr.write(f"llumsched serve: {error}\n")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -139,11 +139,11 @@ async def _serve(
         assert isinstance(client, RoutingEngineClient)
         loop = asyncio.get_running_loop()
         index_of = {plan.instance_id: plan.engine.engine_index for plan in plans}
-        pool.watch(
-            lambda instance_id, _reason: loop.call_soon_threadsafe(
-                client.instance_lost, index_of[instance_id]
-            )
-        )
+
+        def on_lost(instance_id: str, _reason: str) -> None:
+            loop.call_soon_threadsafe(client.instance_lost, index_of[instance_id])
+
+        pool.watch(on_lost)
         try:
             await engine.reset_mm_cache()
             closing = await _serve_http(args, options, engine, link, index_of, listen_address, sock)
@@ -233,15 +233,16 @@ def _our_client(
         )
         return client
 
-    original = async_llm_module.EngineCoreClient
+    module: Any = async_llm_module
+    original = module.EngineCoreClient
     replacement = type(
         "EngineCoreClient", (original,), {"make_async_mp_client": staticmethod(make_client)}
     )
-    async_llm_module.EngineCoreClient = replacement  # type: ignore[misc]
+    module.EngineCoreClient = replacement
     try:
         yield
     finally:
-        async_llm_module.EngineCoreClient = original  # type: ignore[misc]
+        module.EngineCoreClient = original
 
 
 async def _serve_http(
@@ -261,6 +262,7 @@ async def _serve_http(
         app.include_router(admin_router(link, engine.engine_core.routes, names))
     await init_app_state(engine, app.state, args, supported_tasks)
     log_config = get_uvicorn_log_config(args)
+    uvicorn_options: dict[str, Any] = {} if log_config is None else {"log_config": log_config}
     _progress(f"serving {args.model} on {listen_address}")
     return await serve_http(
         app,
@@ -278,7 +280,7 @@ async def _serve_http(
         ssl_ciphers=args.ssl_ciphers,
         h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
         h11_max_header_count=args.h11_max_header_count,
-        **({"log_config": log_config} if log_config is not None else {}),
+        **uvicorn_options,
     )
 
 
@@ -288,4 +290,5 @@ def _interrupt(*_: object) -> None:
 
 
 def _progress(sentence: str) -> None:
-    print(f"llumsched: {sentence}", flush=True)
+    sys.stdout.write(f"llumsched: {sentence}\n")
+    sys.stdout.flush()

@@ -101,7 +101,7 @@ class Controller:
         """Open the control socket; its endpoint."""
         self._socket = context.socket(zmq.ROUTER)
         self._socket.bind(f"tcp://{host}:*")
-        endpoint: str = self._socket.getsockopt(zmq.LAST_ENDPOINT).decode()
+        endpoint: str = self._socket.get_string(zmq.LAST_ENDPOINT)
         return endpoint
 
     async def serve(self) -> None:

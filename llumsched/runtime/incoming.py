@@ -1,53 +1,71 @@
-"""Requests on their way in: the destination's side of every migration.
+"""Requests on their way in: the destination's executor of its transition table.
 
-A reservation lives until it is committed, released, or its deadline passes with nothing heard
-from the source, so a dead source leaks no blocks. Outcomes are remembered, so a repeated
-commit is acknowledged again, and a commit that comes after a release or a query is refused.
+The table (``core.migration_destination``) decides; this carries its commands out on the engine
+and on the link, and turns messages, the engine's answers and the clock into events. Every
+method runs on the migrator's loop, so events are handled one at a time, in order.
+
+Invariant: blocks are written only while their reservation holds them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
 
-from llumsched.engine.vllm.migration import CannotMigrate, MigrationPort, Reservation
+from llumsched.core import migration_destination as protocol
+from llumsched.engine.base import CannotMigrate
+from llumsched.engine.vllm.migration import MigrationPort
 from llumsched.engine.vllm.state import FinalState, RequestState
 from llumsched.runtime.messages import (
+    AbortMigrated,
     Commit,
     CommitAnswer,
+    MigrationClosed,
+    PeerMessage,
+    QueryCommit,
+    ReleaseReservation,
     Reserve,
     Reserved,
     ReserveRejected,
+    StageStored,
+    StoreBlocks,
 )
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Reply = Callable[[PeerMessage], Awaitable[None]]
 
-# Longer than the source's own limits on any one stage, so that it never undercuts a live source.
-RESERVATION_DEADLINE_S = 60.0
 GRAMMAR_TIMEOUT_S = 4.0
-# Outcomes remembered of migrations whose source did not confirm that it knows.
-MAX_REMEMBERED_OUTCOMES = 10_000
 
 
 @dataclass(slots=True)
-class _Incoming:
-    request_id: str
-    source: str
-    block_ids: list[int]
-    deadline: asyncio.TimerHandle
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+class _Arriving:
+    """What the executor keeps beside the table's record."""
+
+    record: protocol.Reservation
+    reply: Reply
+    state: bytes = b""
+    final: bytes = b""
+    block_ids: list[int] = field(default_factory=list)
+    room: asyncio.Event = field(default_factory=asyncio.Event)
+    num_blocks_received: int = 0
+    timer: asyncio.TimerHandle | None = None
 
 
 class IncomingMigrations:
-    """All reservations of one instance. Every method runs on the migrator's loop."""
+    """All migrations into one instance.
+
+    Args:
+        call: runs a closure on the engine's loop thread.
+        abort: treats a request as aborted by its client.
+    """
 
     def __init__(
         self,
@@ -55,131 +73,269 @@ class IncomingMigrations:
         port: MigrationPort,
         call: Callable[[Callable[[], Any]], Future[Any]],
         abort: Callable[[str], None],
+        options: protocol.ReservationOptions,
     ) -> None:
         self._port = port
         self._call = call
         self._abort = abort
-        self._reserved: dict[str, _Incoming] = {}
-        self._outcomes: dict[str, str | None] = {}
+        self._options = options
+        self._arriving: dict[str, _Arriving] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def num_reserved(self) -> int:
-        return len(self._reserved)
+        return sum(bool(arriving.block_ids) for arriving in self._arriving.values())
 
     @property
     def num_reserved_blocks(self) -> int:
-        return sum(len(incoming.block_ids) for incoming in self._reserved.values())
+        return sum(len(arriving.block_ids) for arriving in self._arriving.values())
 
-    async def reserve(self, message: Reserve) -> Reserved | ReserveRejected:
-        migration_id = message.migration_id
-        if migration_id in self._reserved or migration_id in self._outcomes:
-            return ReserveRejected(migration_id=migration_id, reason="reserved before")
-        try:
-            state = msgspec.msgpack.decode(message.state, type=RequestState)
-            reservation: Reservation = await self._engine(lambda: self._port.reserve(state))
-        except (CannotMigrate, msgspec.DecodeError, msgspec.ValidationError) as error:
-            return ReserveRejected(migration_id=migration_id, reason=str(error))
-        deadline = asyncio.get_running_loop().call_later(
-            RESERVATION_DEADLINE_S, self._expire, migration_id
+    def may_leave(self, request_id: str) -> bool:
+        """Whether a request that came here may move on: its source must know that it arrived."""
+        return all(
+            arriving.record.may_move_on or arriving.record.request_id != request_id
+            for arriving in self._arriving.values()
         )
-        self._reserved[migration_id] = _Incoming(
-            message.request_id, message.source, reservation.block_ids, deadline
+
+    # ---- messages -------------------------------------------------------------------------
+
+    def take_in(self, message: PeerMessage, reply: Reply) -> None:
+        """A message of a source, other than blocks."""
+        match message:
+            case Reserve():
+                arriving = self._record(message.migration_id, reply)
+                arriving.state = message.state
+                self._post(
+                    protocol.ReservationRequested(
+                        migration_id=message.migration_id,
+                        request_id=message.request_id,
+                        source=message.source,
+                    )
+                )
+            case Commit():
+                self._record(message.migration_id, reply).final = message.final
+                self._post(
+                    protocol.CommitRequested(
+                        migration_id=message.migration_id, num_blocks=message.num_blocks
+                    )
+                )
+            case QueryCommit():
+                self._record(message.migration_id, reply)
+                self._post(protocol.CommitQueried(migration_id=message.migration_id))
+            case ReleaseReservation():
+                self._record(message.migration_id, reply)
+                self._post(protocol.ReleaseRequested(migration_id=message.migration_id))
+            case MigrationClosed():
+                self._record(message.migration_id, reply)
+                self._post(protocol.MigrationClosed(migration_id=message.migration_id))
+            case AbortMigrated():
+                self._record(message.migration_id, reply)
+                self._post(
+                    protocol.AbortRequested(
+                        migration_id=message.migration_id, request_id=message.request_id
+                    )
+                )
+            case _:
+                logger.warning("Dropped a request that is none: %s", type(message).__name__)
+
+    async def store(
+        self, message: StoreBlocks, reply: Reply, write: Callable[[list[int]], None]
+    ) -> None:
+        """Blocks of a stage have come; ``write`` puts them into the blocks of these ids."""
+        arriving = self._record(message.migration_id, reply)
+        announced = protocol.StageAnnounced(
+            migration_id=message.migration_id,
+            stage=message.stage,
+            first_block=message.stage_first_block,
+            num_blocks=message.stage_num_blocks,
         )
-        if reservation.grammar is not None:
-            try:
-                await asyncio.wait_for(
-                    asyncio.wrap_future(reservation.grammar), GRAMMAR_TIMEOUT_S
-                )
-            except Exception as error:
-                await self.release(migration_id)
-                return ReserveRejected(
-                    migration_id=migration_id, reason=f"the grammar did not compile: {error!r}"
-                )
-        return Reserved(migration_id=migration_id, num_cached_blocks=reservation.num_cached_blocks)
-
-    async def block_ids(self, migration_id: str, first_block: int, num_blocks: int) -> list[int]:
-        """Where to write blocks of the request; grows the reservation when it is too small.
-
-        Raises:
-            CannotMigrate: if it cannot grow or is gone.
-        """
-        incoming = self._reserved.get(migration_id)
-        if incoming is None:
-            raise CannotMigrate("the reservation is gone")
-        last = first_block + num_blocks
-        if last > len(incoming.block_ids):
-            request_id = incoming.request_id
-            incoming.block_ids = await self._engine(lambda: self._port.grow(request_id, last))
-        return incoming.block_ids[first_block:last]
-
-    async def commit(self, message: Commit) -> CommitAnswer:
-        migration_id = message.migration_id
-        incoming = self._reserved.get(migration_id)
-        if incoming is None:
-            return self._answer(migration_id)
-        async with incoming.lock:
-            if migration_id not in self._outcomes:
-                try:
-                    final = msgspec.msgpack.decode(message.final, type=FinalState)
-                    request_id = incoming.request_id
-                    await self._engine(lambda: self._port.commit(request_id, final))
-                    self._conclude(migration_id, None)
-                except Exception as error:
-                    logger.warning("Commit of migration %s refused: %s", migration_id, error)
-                    request_id = incoming.request_id
-                    await self._engine(lambda: self._port.cancel(request_id))
-                    self._conclude(migration_id, str(error))
-        return self._answer(migration_id)
-
-    async def query(self, migration_id: str) -> CommitAnswer:
-        """What became of a commit; one that has not arrived by now is refused for good."""
-        incoming = self._reserved.get(migration_id)
-        if incoming is not None:
-            async with incoming.lock:
-                pass  # a commit under way is waited for
-            await self.release(migration_id)
-        return self._answer(migration_id)
-
-    async def release(self, migration_id: str) -> None:
-        incoming = self._reserved.get(migration_id)
-        if incoming is None:
-            self._outcomes.setdefault(migration_id, "released")
+        if protocol.is_current(arriving.record, announced):
+            arriving.room.clear()
+            arriving.num_blocks_received = 0
+            self._post(announced)
+        await arriving.room.wait()
+        record = arriving.record
+        if record.state is not protocol.ReservationState.RECEIVING or record.stage != message.stage:
             return
-        async with incoming.lock:
-            if migration_id in self._reserved:
-                request_id = incoming.request_id
-                self._conclude(migration_id, "released")
-                await self._engine(lambda: self._port.cancel(request_id))
-
-    def closed(self, migration_id: str) -> None:
-        self._outcomes.pop(migration_id, None)
-
-    def abort(self, request_id: str) -> None:
-        self._abort(request_id)
+        write(arriving.block_ids[message.first_block : message.first_block + message.num_blocks])
+        arriving.num_blocks_received += message.num_blocks
+        if arriving.num_blocks_received == record.num_stage_blocks:
+            self._post(
+                protocol.BlocksWritten(
+                    migration_id=message.migration_id,
+                    stage=message.stage,
+                    num_blocks_total=record.first_block + record.num_stage_blocks,
+                )
+            )
 
     def source_gone(self, source: str) -> None:
-        """A dead source commits nothing any more."""
-        for migration_id, incoming in list(self._reserved.items()):
-            if incoming.source == source:
-                self._expire(migration_id)
+        """The process of a source is known to be dead."""
+        for migration_id, arriving in list(self._arriving.items()):
+            if arriving.record.source == source:
+                self._post(
+                    protocol.SourceLost(
+                        migration_id=migration_id, reason=f"instance {source} died", is_dead=True
+                    )
+                )
 
-    def _expire(self, migration_id: str) -> None:
-        if migration_id in self._reserved:
-            logger.warning("Reservation of migration %s expired", migration_id)
-            asyncio.ensure_future(self.release(migration_id))
+    # ---- the table ------------------------------------------------------------------------
 
-    def _conclude(self, migration_id: str, refused: str | None) -> None:
-        incoming = self._reserved.pop(migration_id)
-        incoming.deadline.cancel()
-        self._outcomes[migration_id] = refused
-        while len(self._outcomes) > MAX_REMEMBERED_OUTCOMES:
-            del self._outcomes[next(iter(self._outcomes))]
+    def _record(self, migration_id: str, reply: Reply) -> _Arriving:
+        arriving = self._arriving.get(migration_id)
+        if arriving is None:
+            arriving = _Arriving(protocol.absent(migration_id), reply)
+            self._arriving[migration_id] = arriving
+        arriving.reply = reply
+        return arriving
 
-    def _answer(self, migration_id: str) -> CommitAnswer:
-        # A migration never heard of cannot have been committed, and from now on never will be.
-        refused = self._outcomes.setdefault(migration_id, "not reserved here")
-        return CommitAnswer(migration_id=migration_id, refused=refused)
+    def _post(self, event: protocol.ReservationEvent) -> None:
+        arriving = self._arriving.get(event.migration_id)
+        if arriving is None or not protocol.is_current(arriving.record, event):
+            return
+        before = arriving.record
+        try:
+            arriving.record, commands = protocol.advance(before, event)
+        except protocol.IllegalTransition as error:
+            # A source that breaks the protocol harms its own migration only.
+            logger.error("Migration %s: %s", event.migration_id, error)
+            return
+        for command in commands:
+            self._execute(arriving, command)
+        after = arriving.record
+        if (after.state, after.stage) != (before.state, before.stage):
+            self._arm(arriving)
+        if after.state is not protocol.ReservationState.RECEIVING:
+            arriving.room.set()  # whoever still waits to write finds that it may not
+        if after.state is protocol.ReservationState.ABSENT:
+            self._forget(event.migration_id)
+
+    def _arm(self, arriving: _Arriving) -> None:
+        if arriving.timer is not None:
+            arriving.timer.cancel()
+        record = arriving.record
+        timeout_s = protocol.timeout_s(record, self._options)
+        if timeout_s is not None:
+            expired = protocol.ReservationExpired(
+                migration_id=record.migration_id, state=record.state, stage=record.stage
+            )
+            loop = asyncio.get_running_loop()
+            arriving.timer = loop.call_later(timeout_s, self._post, expired)
+
+    def _forget(self, migration_id: str) -> None:
+        arriving = self._arriving.pop(migration_id)
+        if arriving.timer is not None:
+            arriving.timer.cancel()
+
+    # ---- commands -------------------------------------------------------------------------
+
+    def _execute(self, arriving: _Arriving, command: protocol.ReservationCommand) -> None:
+        migration_id, request_id = command.migration_id, command.request_id
+        match command:
+            case protocol.AllocateBlocks():
+                self._spawn(self._allocate(arriving, migration_id))
+            case protocol.ReceiveBlocks():
+                num_blocks = command.first_block + command.num_blocks
+                if num_blocks <= len(arriving.block_ids):
+                    arriving.room.set()
+                else:
+                    self._spawn(self._grow(arriving, migration_id, request_id, num_blocks))
+            case protocol.AdmitRequest():
+                self._spawn(self._admit(arriving, migration_id, request_id))
+            case protocol.FreeBlocks():
+                arriving.block_ids = []
+                self._call(lambda: self._port.cancel(request_id))
+            case protocol.AbortRequest():
+                self._abort(request_id)
+            case protocol.ConfirmReservation():
+                self._answer(
+                    arriving,
+                    Reserved(
+                        migration_id=migration_id, num_cached_blocks=command.num_cached_blocks
+                    ),
+                )
+            case protocol.RejectReservation():
+                self._answer(
+                    arriving, ReserveRejected(migration_id=migration_id, reason=command.reason)
+                )
+            case protocol.ConfirmCopy():
+                self._answer(
+                    arriving,
+                    StageStored(
+                        migration_id=migration_id,
+                        stage=command.stage,
+                        num_blocks_total=command.num_blocks_total,
+                    ),
+                )
+            case protocol.AcknowledgeCommit():
+                self._answer(arriving, CommitAnswer(migration_id=migration_id))
+            case protocol.RefuseCommit():
+                self._answer(
+                    arriving, CommitAnswer(migration_id=migration_id, refused=command.reason)
+                )
+            case _:
+                raise AssertionError(f"no such command: {command}")
+
+    async def _allocate(self, arriving: _Arriving, migration_id: str) -> None:
+        try:
+            state = msgspec.msgpack.decode(arriving.state, type=RequestState)
+            reservation = await self._engine(lambda: self._port.reserve(state))
+            arriving.state = b""
+            if arriving.record.state is protocol.ReservationState.ALLOCATING:
+                arriving.block_ids = reservation.block_ids
+            if reservation.grammar is not None:
+                await asyncio.wait_for(asyncio.wrap_future(reservation.grammar), GRAMMAR_TIMEOUT_S)
+        except Exception as error:
+            if arriving.block_ids:
+                arriving.block_ids = []
+                request_id = arriving.record.request_id
+                self._call(lambda: self._port.cancel(request_id))
+            reason = str(error) or type(error).__name__
+            if not isinstance(error, CannotMigrate):
+                logger.warning("Reservation of migration %s failed: %r", migration_id, error)
+            self._post(protocol.AllocationFailed(migration_id=migration_id, reason=reason))
+            return
+        self._post(
+            protocol.BlocksAllocated(
+                migration_id=migration_id, num_cached_blocks=reservation.num_cached_blocks
+            )
+        )
+
+    async def _grow(
+        self, arriving: _Arriving, migration_id: str, request_id: str, num_blocks: int
+    ) -> None:
+        try:
+            block_ids = await self._engine(lambda: self._port.grow(request_id, num_blocks))
+        except CannotMigrate as error:
+            self._post(protocol.AllocationFailed(migration_id=migration_id, reason=str(error)))
+            return
+        if arriving.record.state is protocol.ReservationState.RECEIVING:
+            arriving.block_ids = block_ids
+            arriving.room.set()
+
+    async def _admit(self, arriving: _Arriving, migration_id: str, request_id: str) -> None:
+        try:
+            final = msgspec.msgpack.decode(arriving.final, type=FinalState)
+            await self._engine(lambda: self._port.commit(request_id, final))
+        except Exception as error:
+            logger.warning("Commit of migration %s failed: %r", migration_id, error)
+            self._post(protocol.AdmissionFailed(migration_id=migration_id, reason=str(error)))
+            return
+        arriving.block_ids = []  # they are the request's own now
+        self._post(protocol.RequestAdmitted(migration_id=migration_id))
+
+    # ---- helpers --------------------------------------------------------------------------
+
+    def _answer(self, arriving: _Arriving, message: PeerMessage) -> None:
+        async def send() -> None:
+            await arriving.reply(message)
+
+        self._spawn(send())
 
     async def _engine(self, function: Callable[[], T]) -> T:
         result: T = await asyncio.wrap_future(self._call(function))
         return result
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

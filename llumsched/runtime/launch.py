@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -61,19 +62,38 @@ def start_ray(address: str | None, *, num_cpus: int) -> bool:
     """
     # Ray's own warning about GPU masks does not concern a CPU actor.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray starts its workers at low priority, meant for machines that also serve people.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     quiet: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-    try:
-        ray.init(address=address or "auto", **quiet)
-        return False
-    except ConnectionError as error:
-        if address is not None or os.environ.get("RAY_ADDRESS"):
-            named = address or os.environ["RAY_ADDRESS"]
-            raise LaunchError(
-                f"There is no Ray cluster at {named}. Start one with 'ray start --head', or leave "
-                "--ray-address and RAY_ADDRESS out to have a local one started."
-            ) from error
+    named = address or os.environ.get("RAY_ADDRESS")
+    found = named or _latest_ray_start()
+    if found is not None:
+        try:
+            ray.init(address=found, **quiet)
+            return False
+        except ConnectionError as error:
+            if named is not None:
+                raise LaunchError(
+                    f"There is no Ray cluster at {named}. Start one with 'ray start --head', or "
+                    "leave --ray-address and RAY_ADDRESS out to have a local one started."
+                ) from error
+            logger.warning("The Ray cluster last started, at %s, is gone.", found)
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
     return True
+
+
+def _latest_ray_start() -> str | None:
+    """The address that the last ``ray start`` on this machine wrote down, if any.
+
+    Not Ray's "auto", which also finds the private clusters of other programs and would end
+    with them.
+    """
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    path = Path(folder) / "ray" / "ray_current_cluster"
+    try:
+        return path.read_text().strip() or None
+    except OSError:
+        return None
 
 
 class Pool:
@@ -112,7 +132,7 @@ class Pool:
         )
         how = "started a local Ray" if self._owns_ray else "attached to the Ray cluster"
         self._progress(f"{how} in {time.monotonic() - started_s:.1f} s")
-        actor = ray.remote(ControllerActor).options(  # type: ignore[attr-defined]
+        actor = ray.remote(ControllerActor).options(
             name=f"{ACTOR_NAME}-{os.getpid()}", num_cpus=0, max_concurrency=64
         )
         self._controller = actor.remote(config, host)
@@ -139,19 +159,17 @@ class Pool:
         if waiting:
             raise LaunchError(
                 f"The Ray cluster has room for {len(placed)} of {len(plans)} instances: each needs "
-                f"{_in_words(bundle)}; it has {_in_words(ray.cluster_resources())} in all. Lower "
+                f"{_in_words(bundle)}; it has {_in_words(_cluster_resources())} in all. Lower "
                 "--instances or add machines."
             )
         environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name.startswith(FORWARDED_PREFIXES)
+            name: value for name, value in os.environ.items() if name.startswith(FORWARDED_PREFIXES)
         } | dict(resources.environment)
         started_s = time.monotonic()
         pending = {}
         for plan, group in zip(plans, self._groups, strict=True):
-            actor = (
-                ray.remote(Instance)  # type: ignore[attr-defined]
+            actor: Any = (
+                ray.remote(Instance)
                 .options(
                     num_cpus=resources.num_cpus,
                     num_gpus=resources.num_gpus,
@@ -237,6 +255,11 @@ class Pool:
         if self._watching is not None:
             self._watching.join(timeout=1.0)
         ray.shutdown()
+
+
+def _cluster_resources() -> Mapping[str, float]:
+    resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources
 
 
 def _in_words(resources: Mapping[str, float]) -> str:

@@ -9,11 +9,11 @@ migrator's loop and touches the engine only through closures on the engine's loo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-import msgspec
 import zmq
 import zmq.asyncio
 
@@ -131,12 +131,10 @@ class Llumlet:
             load = await self._on_engine(self._read_load)
             await self._socket.send(encode(ReportLoad(load=load)))
             await asyncio.sleep(MIN_REPORT_INTERVAL_S)
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(
                     self._report_now.wait(), REPORT_INTERVAL_S - MIN_REPORT_INTERVAL_S
                 )
-            except TimeoutError:
-                pass
             self._report_now.clear()
             self._report_pending = False
 

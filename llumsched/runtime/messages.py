@@ -21,7 +21,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 # ---- control: instance <-> global scheduler ---------------------------------------------------
 
 
-class RegisterInstance(Message):
+class RegisterInstance(Message, frozen=True, kw_only=True):
     """An instance is ready. ``peer_endpoint`` is where other instances reach its migrator;
     ``fingerprint`` must be equal on two instances for KV to move between them."""
 
@@ -31,11 +31,11 @@ class RegisterInstance(Message):
     fingerprint: str
 
 
-class ReportLoad(Message):
+class ReportLoad(Message, frozen=True, kw_only=True):
     load: InstanceLoad
 
 
-class OrderMigration(Message):
+class OrderMigration(Message, frozen=True, kw_only=True):
     """The scheduler's order to a source. Without ``request_id`` the source picks the request."""
 
     migration_id: str
@@ -46,15 +46,15 @@ class OrderMigration(Message):
     settle_s: float = 0.0
 
 
-class Welcomed(Message):
+class Welcomed(Message, frozen=True, kw_only=True):
     """The scheduler knows the sender of a registration now."""
 
 
-class Unknown(Message):
+class Unknown(Message, frozen=True, kw_only=True):
     """The scheduler has not heard of the sender: it restarted, or forgot it for its silence."""
 
 
-class ReportMigration(Message):
+class ReportMigration(Message, frozen=True, kw_only=True):
     """How a migration ended, from its source. ``outcome`` is a ``MigrationOutcome`` value."""
 
     migration_id: str
@@ -85,15 +85,15 @@ class MigrationStatistics(msgspec.Struct, frozen=True, kw_only=True):
 # ---- control: frontend <-> global scheduler ---------------------------------------------------
 
 
-class RegisterFrontend(Message):
+class RegisterFrontend(Message, frozen=True, kw_only=True):
     frontend_id: str
 
 
-class PlaceRequest(Message):
+class PlaceRequest(Message, frozen=True, kw_only=True):
     request: SchedulingRequest
 
 
-class Placed(Message):
+class Placed(Message, frozen=True, kw_only=True):
     """Answer to ``PlaceRequest``: an instance, or the reason why there is none."""
 
     request_id: str
@@ -102,14 +102,14 @@ class Placed(Message):
     retry_after_s: float | None = None
 
 
-class RequestEnded(Message):
+class RequestEnded(Message, frozen=True, kw_only=True):
     """The client of a request is gone, or its stream is complete."""
 
     request_id: str
     aborted: bool
 
 
-class MigrateRequest(Message):
+class MigrateRequest(Message, frozen=True, kw_only=True):
     """An operator's wish to move a request, to any instance or to the one named."""
 
     call_id: int
@@ -117,7 +117,7 @@ class MigrateRequest(Message):
     destination: str | None
 
 
-class MigrateAnswer(Message):
+class MigrateAnswer(Message, frozen=True, kw_only=True):
     """``refused`` is the reason why nothing was started; else ``report`` says how it ended."""
 
     call_id: int
@@ -125,11 +125,11 @@ class MigrateAnswer(Message):
     report: ReportMigration | None = None
 
 
-class DescribeCluster(Message):
+class DescribeCluster(Message, frozen=True, kw_only=True):
     call_id: int
 
 
-class InstanceGone(Message):
+class InstanceGone(Message, frozen=True, kw_only=True):
     """The process of an instance is known to be dead; sent to every instance."""
 
     instance_id: str
@@ -144,7 +144,7 @@ class InstanceDescription(msgspec.Struct, frozen=True, kw_only=True):
     load: InstanceLoad | None
 
 
-class ClusterDescription(Message):
+class ClusterDescription(Message, frozen=True, kw_only=True):
     """``migrations`` counts ended migrations by outcome."""
 
     call_id: int
@@ -175,7 +175,7 @@ ControlMessage = (
 # ---- peer: migrator <-> migrator --------------------------------------------------------------
 
 
-class Hello(Message):
+class Hello(Message, frozen=True, kw_only=True):
     """Opens a connection. ``offer_*`` describe the sender's staging ring (see kv_transfer)."""
 
     instance_id: str
@@ -188,7 +188,7 @@ class Hello(Message):
     slot_num_bytes: int
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True, kw_only=True):
     """``refused`` says why KV cannot move between the two; ``shared_memory`` whether the
     receiver mapped the ring, else bytes follow each ``StoreBlocks``."""
 
@@ -196,7 +196,7 @@ class Welcome(Message):
     refused: str | None = None
 
 
-class Reserve(Message):
+class Reserve(Message, frozen=True, kw_only=True):
     """``state`` is a ``RequestState``. The reservation has a deadline of its own."""
 
     migration_id: str
@@ -205,73 +205,80 @@ class Reserve(Message):
     state: bytes
 
 
-class Reserved(Message):
+class Reserved(Message, frozen=True, kw_only=True):
     migration_id: str
     num_cached_blocks: int
 
 
-class ReserveRejected(Message):
+class ReserveRejected(Message, frozen=True, kw_only=True):
     migration_id: str
     reason: str
 
 
-class StoreBlocks(Message):
-    """Blocks ``first_block`` and following lie in ``slot``; ``last`` ends the stage.
+class StoreBlocks(Message, frozen=True, kw_only=True):
+    """Part of a stage: blocks ``first_block`` and following lie in ``slot``.
 
-    Without shared memory their bytes are the message's second frame.
+    Without shared memory their bytes are the message's second frame. Every part names the
+    whole stage, so the first to arrive announces it.
     """
 
     migration_id: str
     stage: int
+    stage_first_block: int
+    stage_num_blocks: int
     first_block: int
     num_blocks: int
     slot: int
-    last: bool
 
 
-class BlocksStored(Message):
-    """The slot may be reused. ``failure`` says why the blocks could not be stored."""
+class SlotRead(Message, frozen=True, kw_only=True):
+    """The slot's bytes are not needed any more."""
+
+    slot: int
+
+
+class StageStored(Message, frozen=True, kw_only=True):
+    """A whole stage is in the destination's KV cache."""
 
     migration_id: str
     stage: int
-    slot: int
-    last: bool
     num_blocks_total: int
-    failure: str | None = None
 
 
-class Commit(Message):
+class Commit(Message, frozen=True, kw_only=True):
     """``final`` is a ``FinalState``. May be repeated; so may its answer."""
 
     migration_id: str
+    num_blocks: int
     final: bytes
 
 
-class CommitAnswer(Message):
+class CommitAnswer(Message, frozen=True, kw_only=True):
     """``refused`` is ``None`` if the destination runs the request."""
 
     migration_id: str
     refused: str | None = None
 
 
-class QueryCommit(Message):
+class QueryCommit(Message, frozen=True, kw_only=True):
     migration_id: str
 
 
-class ReleaseReservation(Message):
+class ReleaseReservation(Message, frozen=True, kw_only=True):
     migration_id: str
     reason: str
 
 
-class MigrationClosed(Message):
+class MigrationClosed(Message, frozen=True, kw_only=True):
     """The source has the destination's answer; its record need not be kept."""
 
     migration_id: str
 
 
-class AbortMigrated(Message):
+class AbortMigrated(Message, frozen=True, kw_only=True):
     """The client left while the request moved: abort it where it has arrived."""
 
+    migration_id: str
     request_id: str
 
 
@@ -282,7 +289,8 @@ PeerMessage = (
     | Reserved
     | ReserveRejected
     | StoreBlocks
-    | BlocksStored
+    | SlotRead
+    | StageStored
     | Commit
     | CommitAnswer
     | QueryCommit

@@ -26,25 +26,21 @@ import zmq.asyncio
 
 from llumsched.core import migration as protocol
 from llumsched.core.events import MigrationOutcome
+from llumsched.core.migration_destination import ReservationOptions
 from llumsched.engine.kv_transfer import ReceiveRing, RingOffer, SendRing
 from llumsched.engine.vllm.kv import KVBlocks
 from llumsched.engine.vllm.migration import MigrationPort
-from llumsched.runtime.incoming import IncomingMigrations
+from llumsched.runtime.incoming import IncomingMigrations, Reply
 from llumsched.runtime.messages import (
-    AbortMigrated,
-    BlocksStored,
-    Commit,
     CommitAnswer,
     Hello,
-    MigrationClosed,
     OrderMigration,
     PeerMessage,
-    QueryCommit,
-    ReleaseReservation,
     ReportMigration,
-    Reserve,
     Reserved,
     ReserveRejected,
+    SlotRead,
+    StageStored,
     StoreBlocks,
     Welcome,
     decode_peer,
@@ -97,12 +93,14 @@ class Migrator:
         self._context = zmq.asyncio.Context()
         self._router = self._context.socket(zmq.ROUTER)
         self._router.bind(f"tcp://{host}:*")
-        self.endpoint: str = self._router.getsockopt(zmq.LAST_ENDPOINT).decode()
+        self.endpoint: str = self._router.get_string(zmq.LAST_ENDPOINT)
         self._links: dict[str, _Link] = {}
         self._ring: SendRing | None = None
         self._outgoing: dict[str, OutgoingMigration] = {}
         self._sessions: dict[bytes, _Session] = {}
-        self._incoming = IncomingMigrations(port=port, call=call, abort=abort)
+        self._incoming = IncomingMigrations(
+            port=port, call=call, abort=abort, options=ReservationOptions()
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         port.on_lost = self._on_lost
@@ -141,6 +139,10 @@ class Migrator:
         if any(request_id == other.request_id for other in self._outgoing.values()):
             return self._refused(
                 order, request_id, MigrationOutcome.REFUSED, "the request is being migrated already"
+            )
+        if not self._incoming.may_leave(request_id):
+            return self._refused(
+                order, request_id, MigrationOutcome.REFUSED, "the request has only just arrived"
             )
         if self._port.refusal is not None or self._port.kv is None:
             reason = f"this instance cannot migrate: {self._port.refusal}"
@@ -241,15 +243,8 @@ class Migrator:
                 outgoing.post(
                     protocol.ReservationRejected(migration_id=migration_id, reason=message.reason)
                 )
-            case BlocksStored():
-                if message.failure is not None:
-                    outgoing.post(
-                        protocol.ReservationRejected(
-                            migration_id=migration_id, reason=message.failure
-                        )
-                    )
-                elif message.last:
-                    outgoing.stored(message.stage, message.num_blocks_total)
+            case StageStored():
+                outgoing.stored(message.stage, message.num_blocks_total)
             case CommitAnswer(refused=None):
                 outgoing.post(protocol.CommitAcknowledged(migration_id=migration_id))
             case CommitAnswer():
@@ -277,28 +272,19 @@ class Migrator:
     async def _handle(
         self, identity: bytes, message: PeerMessage, payload: memoryview | None
     ) -> None:
-        answer: PeerMessage | None = None
+        async def reply(answer: PeerMessage) -> None:
+            await self._router.send_multipart([identity, encode(answer)])
+
         match message:
             case Hello():
-                answer = self._welcome(identity, message)
-            case Reserve():
-                answer = await self._incoming.reserve(message)
+                await reply(self._welcome(identity, message))
             case StoreBlocks():
-                answer = await self._store(identity, message, payload)
-            case Commit():
-                answer = await self._incoming.commit(message)
-            case QueryCommit():
-                answer = await self._incoming.query(message.migration_id)
-            case ReleaseReservation():
-                await self._incoming.release(message.migration_id)
-            case MigrationClosed():
-                self._incoming.closed(message.migration_id)
-            case AbortMigrated():
-                self._incoming.abort(message.request_id)
+                try:
+                    await self._store(identity, message, payload, reply)
+                finally:
+                    await reply(SlotRead(slot=message.slot))
             case _:
-                logger.warning("Dropped a request that is none: %s", type(message).__name__)
-        if answer is not None:
-            await self._router.send_multipart([identity, encode(answer)])
+                self._incoming.take_in(message, reply)
 
     def _welcome(self, identity: bytes, hello: Hello) -> Welcome:
         if self._port.refusal is not None or self._port.kv is None:
@@ -324,30 +310,28 @@ class Migrator:
         return Welcome(shared_memory=ring is not None)
 
     async def _store(
-        self, identity: bytes, message: StoreBlocks, payload: memoryview | None
-    ) -> BlocksStored:
-        failure: str | None = None
-        kv = self._port.kv
-        try:
-            block_ids = await self._incoming.block_ids(
-                message.migration_id, message.first_block, message.num_blocks
-            )
-            assert kv is not None
+        self, identity: bytes, message: StoreBlocks, payload: memoryview | None, reply: Reply
+    ) -> None:
+        kv, session = self._port.kv, self._sessions.get(identity)
+        if kv is None or session is None:
+            logger.warning("Dropped blocks of an instance that has not said hello")
+            return
+
+        def write(block_ids: list[int]) -> None:
+            staging = session.staging(message.slot, payload)
             num_bytes = len(block_ids) * kv.block_num_bytes
-            staging = self._sessions[identity].staging(message.slot, payload)
-            if len(staging) < num_bytes:
-                raise ValueError(f"{len(staging)} bytes sent for {num_bytes} bytes of blocks")
+            if len(block_ids) != message.num_blocks or len(staging) < num_bytes:
+                raise ValueError(
+                    f"{message.num_blocks} blocks announced, room for {len(block_ids)}, "
+                    f"{len(staging)} bytes sent"
+                )
             kv.scatter(block_ids, staging[:num_bytes])
-        except Exception as error:
-            failure = str(error)
-        return BlocksStored(
-            migration_id=message.migration_id,
-            stage=message.stage,
-            slot=message.slot,
-            last=message.last,
-            num_blocks_total=message.first_block + message.num_blocks,
-            failure=failure,
-        )
+
+        try:
+            await self._incoming.store(message, reply, write)
+        except (ValueError, IndexError) as error:
+            logger.error("Migration %s: %s", message.migration_id, error)
+            await reply(ReserveRejected(migration_id=message.migration_id, reason=str(error)))
 
 
 class _Session:
@@ -430,22 +414,23 @@ class _Link:
                     StoreBlocks(
                         migration_id=migration_id,
                         stage=stage,
+                        stage_first_block=first_block,
+                        stage_num_blocks=len(block_ids),
                         first_block=first_block + start,
                         num_blocks=len(chunk),
                         slot=slot,
-                        last=start + len(chunk) == len(block_ids),
                     )
                 )
             ]
             if self.transport == "tcp":
-                frames.append(memoryview(staging.numpy()))
+                frames.append(staging.numpy().data)
             await self._socket.send_multipart(frames, copy=self.transport != "tcp")
 
     def close(self) -> None:
         self._receiving.cancel()
         self._socket.close(linger=0)
-        for slot in list(self._slots_sent):
-            asyncio.ensure_future(self._ring.free(slot))
+        while self._slots_sent:
+            self._ring.free(self._slots_sent.pop())
 
     async def _receive(self) -> None:
         while True:
@@ -459,7 +444,9 @@ class _Link:
                 if not self._welcome.done():
                     self._welcome.set_result(message)
                 continue
-            if isinstance(message, BlocksStored):
-                self._slots_sent.discard(message.slot)
-                await self._ring.free(message.slot)
+            if isinstance(message, SlotRead):
+                if message.slot in self._slots_sent:
+                    self._slots_sent.remove(message.slot)
+                    self._ring.free(message.slot)
+                continue
             self._on_answer(message)

@@ -21,7 +21,8 @@ import msgspec
 
 from llumsched.core import migration as protocol
 from llumsched.core.events import MigrationOutcome
-from llumsched.engine.vllm.migration import CannotMigrate, MigrationPort, SuspendedRequest
+from llumsched.engine.base import CannotMigrate
+from llumsched.engine.vllm.migration import MigrationPort, SuspendedRequest
 from llumsched.runtime.messages import (
     AbortMigrated,
     Commit,
@@ -126,7 +127,7 @@ class OutgoingMigration:
         self._spawn(read_progress())
 
     def stored(self, stage: int, num_blocks_total: int) -> None:
-        """The destination has written the last block of a stage."""
+        """The destination has written a stage."""
 
         async def read_progress() -> None:
             if self._suspended is None:
@@ -241,6 +242,7 @@ class OutgoingMigration:
                 await self._link.send(
                     Commit(
                         migration_id=self.migration_id,
+                        num_blocks=command.num_blocks,
                         final=msgspec.msgpack.encode(self._suspended.final),
                     )
                 )
@@ -260,7 +262,9 @@ class OutgoingMigration:
             case protocol.ResumeRequest():
                 await self._engine(lambda: self._port.resume(self.request_id))
             case protocol.AbortAtDestination():
-                await self._link.send(AbortMigrated(request_id=self.request_id))
+                await self._link.send(
+                    AbortMigrated(migration_id=self.migration_id, request_id=self.request_id)
+                )
             case protocol.CloseMigration():
                 await self._link.send(MigrationClosed(migration_id=self.migration_id))
             case _:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from vllm.config import VllmConfig
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 from vllm.v1.engine.utils import EngineZmqAddresses
@@ -55,6 +56,8 @@ class EngineSettings:
 
 class LlumschedEngineCore(EngineCoreProc):
     """A stock ``EngineCoreProc`` whose loop thread also runs closures handed to ``call``."""
+
+    scheduler: Scheduler
 
     def __init__(self, settings: EngineSettings) -> None:
         self._frontend_addresses = settings.frontend_addresses
@@ -96,7 +99,7 @@ class LlumschedEngineCore(EngineCoreProc):
         try:
             self.run_busy_loop()
         finally:
-            self.shutdown()
+            self.shutdown()  # type: ignore[no-untyped-call]
 
     def request_shutdown(self) -> None:
         """Make ``run`` return after the step under way; safe from any thread."""
@@ -116,7 +119,8 @@ class LlumschedEngineCore(EngineCoreProc):
         yield self._frontend_addresses
 
     def _handle_client_request(self, request_type: EngineCoreRequestType, request: Any) -> None:
-        if request_type is not _LOOP_CALL:
+        marker: object = request_type
+        if marker is not _LOOP_CALL:
             super()._handle_client_request(request_type, request)
             return
         function, future = request

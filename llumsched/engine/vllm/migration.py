@@ -26,11 +26,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, UtilityOutput, UtilityResult
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, UtilityOutput
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.serial_utils import UtilityResult
 
 from llumsched.core.policy import MigrationCandidate
 from llumsched.core.types import priority_class
+from llumsched.engine.base import CannotMigrate
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.kv import KVBlocks
 from llumsched.engine.vllm.state import (
@@ -51,10 +53,6 @@ HAND_OVER_CALL_ID = -20240610
 # Blocks reserved beyond the request's own tokens, so that what it decodes while being copied
 # rarely needs more room at the last stage.
 RESERVED_GROWTH_BLOCKS = 2
-
-
-class CannotMigrate(Exception):
-    """The request cannot move now; the message is the reason, fit for an operator."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +93,7 @@ class _Export:
     num_preemptions: int
     pinned: list[KVCacheBlock] = field(default_factory=list)
     suspended: Future[SuspendedRequest] | None = None
+    is_lost: bool = False
 
 
 @dataclass(slots=True)
@@ -360,8 +359,7 @@ class MigrationPort:
         for request_id, export in list(self._exports.items()):
             lost = self._why_lost(export)
             if lost is not None:
-                self._fail_suspension(export)
-                self.on_lost(request_id, lost)
+                self._lose(request_id, export, lost)
             else:
                 self._settle_suspension(export)
 
@@ -369,8 +367,7 @@ class MigrationPort:
         for request_id in request_ids:
             export = self._exports.get(request_id)
             if export is not None:
-                self._fail_suspension(export)
-                self.on_lost(request_id, "aborted")
+                self._lose(request_id, export, "aborted")
 
     # ---- helpers --------------------------------------------------------------------------
 
@@ -406,10 +403,14 @@ class MigrationPort:
             )
         )
 
-    @staticmethod
-    def _fail_suspension(export: _Export) -> None:
+    def _lose(self, request_id: str, export: _Export, what: str) -> None:
+        """Tell, once, what became of an export's request."""
+        if export.is_lost:
+            return
+        export.is_lost = True
         if export.suspended is not None and not export.suspended.done():
-            export.suspended.set_exception(CannotMigrate("the request ended"))
+            export.suspended.set_exception(CannotMigrate(f"the request was {what}"))
+        self.on_lost(request_id, what)
 
     def _pin(self, export: _Export, num_blocks: int) -> None:
         blocks = self._kv_manager.get_blocks(export.request.request_id).blocks[0]

@@ -46,7 +46,9 @@ class FinalState(msgspec.Struct, frozen=True, kw_only=True):
     generator_state: bytes | None
 
 
-def why_engine_cannot_migrate(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
+def why_engine_cannot_migrate(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> str | None:
     """The reason why no request of this engine can move, or ``None``."""
     parallel = vllm_config.parallel_config
     if parallel.world_size > 1:
@@ -105,10 +107,10 @@ def capture_request(request: Request, *, num_moves: int) -> RequestState:
         reasoning_ended=structured.reasoning_ended if structured is not None else None,
     )
     frames = MsgpackEncoder().encode(core_request)
-    if len(frames) != 1:
+    if len(frames) != 1 or not isinstance(frames[0], bytes):
         raise ValueError(f"Request {request.request_id} carries tensors, which do not migrate.")
     return RequestState(
-        request=bytes(frames[0]),
+        request=frames[0],
         output_token_ids=list(request.output_token_ids),
         num_preemptions=request.num_preemptions,
         num_moves=num_moves,
