@@ -11,13 +11,56 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
     {
         # Bundles
         "latency": "llumsched.policies.latency:bundle",
-        # Dispatch
+        "throughput": "llumsched.policies.throughput:bundle",
+        "long_context": "llumsched.policies.long_context:bundle",
+        "prefix_aware": "llumsched.policies.prefix_aware:bundle",
+        "slo": "llumsched.policies.slo:bundle",
+        "disaggregated": "llumsched.policies.disaggregated:bundle",
+        "infaas": "llumsched.policies.infaas:bundle",
+        "distserve": "llumsched.policies.distserve:bundle",
+        "splitwise": "llumsched.policies.splitwise:bundle",
+        "tetriinfer": "llumsched.policies.tetriinfer:bundle",
+        "memserve": "llumsched.policies.memserve:bundle",
+        "mooncake": "llumsched.policies.mooncake:bundle",
+        "dynamo": "llumsched.policies.dynamo:bundle",
+        # Dispatch; each is also a bundle of its own
         "freeness": "llumsched.policies.freeness:Freeness",
         "round_robin": "llumsched.policies.round_robin:RoundRobin",
+        "random": "llumsched.policies.random_choice:RandomChoice",
+        "power_of_two": "llumsched.policies.power_of_two:PowerOfTwo",
+        "least_requests": "llumsched.policies.least_requests:LeastRequests",
+        "fill_target": "llumsched.policies.throughput:FillTarget",
+        "prompt_length": "llumsched.policies.long_context:PromptLength",
+        "cached_prefix": "llumsched.policies.prefix_aware:CachedPrefix",
+        "deadline_slack": "llumsched.policies.slo:DeadlineSlack",
+        "prefill_pool": "llumsched.policies.disaggregated:PrefillPool",
+        "shortest_prefill_queue": "llumsched.policies.distserve:ShortestPrefillQueue",
+        "three_pools": "llumsched.policies.splitwise:ThreePools",
+        "global_prompt_tree": "llumsched.policies.memserve:GlobalPromptTree",
+        "conductor": "llumsched.policies.mooncake:Conductor",
+        "kv_router": "llumsched.policies.dynamo:KvRouter",
         # Migration
         "freeness_pairs": "llumsched.policies.freeness_pairs:FreenessPairs",
+        "consolidate": "llumsched.policies.throughput:Consolidate",
+        "clear_room": "llumsched.policies.long_context:ClearRoom",
+        "deadline_pairs": "llumsched.policies.slo:DeadlinePairs",
+        "hand_over": "llumsched.policies.disaggregated:HandOver",
+        "least_loaded_decode": "llumsched.policies.distserve:LeastLoadedDecode",
+        "prompt_to_token": "llumsched.policies.splitwise:PromptToToken",
+        "predicted_power_of_two": "llumsched.policies.tetriinfer:PredictedPowerOfTwo",
+        # Scaling
+        "freeness_range": "llumsched.policies.freeness_range:FreenessRange",
+        "spare_instances": "llumsched.policies.throughput:SpareInstances",
+        # Admission
+        "preemption_bound": "llumsched.policies.throughput:PreemptionBound",
+        "room_first": "llumsched.policies.long_context:RoomFirst",
+        "deadline_admission": "llumsched.policies.slo:DeadlineAdmission",
+        "early_rejection": "llumsched.policies.mooncake:EarlyRejection",
         # Victims
         "low_priority_short": "llumsched.policies.low_priority_short:LowPriorityShort",
+        "after_first_token": "llumsched.policies.after_first_token:AfterFirstToken",
+        # Length predictors
+        "moving_quantile": "llumsched.policies.moving_quantile:MovingQuantile",
     }
 )
 """Name -> `module:attribute`, where the attribute is a policy class or a function that returns a

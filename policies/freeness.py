@@ -1,4 +1,4 @@
-"""Dispatch to the freest instance (Llumnix, OSDI '24, section 4.4.2).
+"""Dispatch to the freest instance (Llumnix, OSDI '24, section 4.4).
 
 Invariant: without a length prediction the choice is the paper's, the highest freeness as
 Algorithm 1 defines it. With one, an instance also counts part of what its requests are expected to
@@ -17,7 +17,7 @@ from llumsched.core.types import SchedulingRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Freeness:
-    """Send each request to the freest instance (Llumnix, OSDI '24, section 4.4.2)."""
+    """Send each request to the freest instance (Llumnix, OSDI '24, section 4.4)."""
 
     queue: str = param(
         "head_of_line",

@@ -1,4 +1,4 @@
-"""Pair the least free instances with the freest (Llumnix, OSDI '24, section 4.4.3).
+"""Pair the least free instances with the freest (Llumnix, OSDI '24, section 4.4).
 
 De-fragmentation needs no rule of its own: an instance with a big prompt stuck at the head of its
 queue has low freeness, so its other requests move away. Nor does draining: its freeness is -inf.
@@ -41,11 +41,13 @@ class FreenessPairs:
         c = cluster.columns
         freeness = c.freeness
         sources = np.flatnonzero(
-            (freeness < self.source_below) & c.is_fresh & (c.num_requests > c.num_unreported)
+            (freeness < self.source_below)
+            & (c.is_accepting | (c.is_draining & c.is_fresh))
+            & (c.num_running > 0)
         )
         # What drains must go somewhere: any instance that is not itself short of room will do.
-        is_draining = bool(np.isneginf(freeness[sources]).any())
-        floor = self.source_below if is_draining else self.destination_above
+        any_draining = bool(c.is_draining[sources].any())
+        floor = self.source_below if any_draining else self.destination_above
         destinations = np.flatnonzero(c.is_accepting & (freeness > floor))
         # Rows are sorted by id and the sort is stable, so ties go by instance id.
         sources = sources[np.argsort(freeness[sources], kind="stable")]
@@ -53,7 +55,7 @@ class FreenessPairs:
         ids = cluster.instance_ids
         for source, destination in zip(sources.tolist(), destinations.tolist(), strict=False):
             low, high = freeness.item(source), freeness.item(destination)
-            if low == -np.inf or high > self.destination_above:
+            if c.is_draining[source] or high > self.destination_above:
                 yield MigrationPair(
                     source=ids[source],
                     destination=ids[destination],

@@ -8,6 +8,7 @@ load back and forth (the scheduler's `migration_settle_s`).
 from llumsched.core.policy import PolicyBundle
 from llumsched.policies.freeness import Freeness
 from llumsched.policies.freeness_pairs import FreenessPairs
+from llumsched.policies.freeness_range import FreenessRange
 from llumsched.policies.low_priority_short import LowPriorityShort
 
 
@@ -17,5 +18,6 @@ def bundle() -> PolicyBundle:
         name="latency",
         dispatch=Freeness(),
         migration=FreenessPairs(),
+        scaling=FreenessRange(),
         victim=LowPriorityShort(),
     )

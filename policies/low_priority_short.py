@@ -1,4 +1,4 @@
-"""Which request a source moves first (Llumnix, OSDI '24, section 4.4.3).
+"""Which request a source moves first (Llumnix, OSDI '24, section 4.4).
 
 Invariant: without length predictions the order is the paper's: low priority first, then short
 first, because a short request is quick to copy. With them, a request about to end goes last: its

@@ -45,6 +45,8 @@ class MigrationArbiter:
         """Why nothing can move between the two at all, or None."""
         if source is destination:
             return f"destination equals source ({source.spec.instance_id})"
+        if source.state is InstanceState.GONE:
+            return f"source {source.spec.instance_id} is gone"
         if destination.state is not InstanceState.SERVING:
             return f"destination {destination.spec.instance_id} is {destination.state.value}"
         for end, record in (("source", source), ("destination", destination)):
@@ -60,7 +62,9 @@ class MigrationArbiter:
             return _no_slot("receives", destination, destination.num_migrations_in)
         return None
 
-    def unwise(self, source: InstanceRecord, destination: InstanceRecord, now: float) -> str | None:
+    def unwise(
+        self, source: InstanceRecord, destination: InstanceRecord, balances: bool, now: float
+    ) -> str | None:
         """Why a policy's proposal is refused where an operator's wish would be carried out."""
         source_id, destination_id = source.spec.instance_id, destination.spec.instance_id
         rests = self._rests_until
@@ -72,7 +76,7 @@ class MigrationArbiter:
             return None
         if not source.load.num_running:
             return f"source {source.spec.instance_id} runs nothing"
-        if _only_swaps(self._cluster, source, destination):
+        if balances and _only_swaps(self._cluster, source, destination):
             return "the move would only swap the roles of source and destination"
         return None
 

@@ -24,6 +24,7 @@ from llumsched.core.snapshot import (
     Columns,
     IntColumn,
 )
+from llumsched.core.step_time import DEFAULT_STEP_TIME, StepTimeModel
 from llumsched.core.types import InstanceState, PriorityClass, SchedulingRequest
 
 _STATE_CODE = {state: code for code, state in enumerate(STATES)}
@@ -59,12 +60,14 @@ class Cluster:
         headroom: Headroom,
         stale_after_s: float,
         rng: random.Random,
+        step_time: StepTimeModel = DEFAULT_STEP_TIME,
         held: Callable[[], Sequence[SchedulingRequest]] = tuple,
         match_prefix: Callable[[SchedulingRequest], IntColumn] | None = None,
     ) -> None:
         self._headroom = headroom
         self._stale_after_s = stale_after_s
         self._rng = rng
+        self._step_time = step_time
         self._held = held
         self._match_prefix = match_prefix
         self.records: dict[str, InstanceRecord] = {}
@@ -126,6 +129,7 @@ class Cluster:
             instance_ids=tuple(self._ids),
             columns=columns.read_only(),
             rng=self._rng,
+            step_time=self._step_time,
             num_booting=self.num_booting,
             block_size=block_sizes.pop() if len(block_sizes) == 1 else None,
             num_accepting=self._num_accepting,
@@ -229,6 +233,7 @@ class Cluster:
         accepting = record.state is InstanceState.SERVING and record.is_fresh
         self._num_accepting += accepting - bool(columns.is_accepting[row])
         columns.is_accepting[row] = accepting
+        columns.is_draining[row] = record.state is InstanceState.DRAINING
         columns.is_fresh[row] = record.is_fresh
         columns.state[row] = _STATE_CODE[record.state]
         object.__setattr__(self.snapshot, "num_accepting", self._num_accepting)

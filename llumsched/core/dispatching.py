@@ -8,7 +8,8 @@ This module does not know instances joining or leaving (`scheduler`) or migratio
 
 from dataclasses import replace
 
-from llumsched.core.actions import Action, DispatchRequest, PolicyFailed, RejectRequest
+from llumsched.core.actions import Action, DispatchRequest, RejectRequest
+from llumsched.core.answers import malformed, policy_failed
 from llumsched.core.cluster import Cluster
 from llumsched.core.dispatch_queue import DispatchQueue
 from llumsched.core.ledger import Ledger, RequestRecord
@@ -18,12 +19,6 @@ from llumsched.core.snapshot import ClusterSnapshot
 from llumsched.core.types import InstanceState, SchedulingRequest
 
 OVERLOAD_RETRY_S = 1.0
-
-
-def policy_failed(policy: object, error: object) -> PolicyFailed:
-    """The report of a failed policy; an exception is given with its type."""
-    text = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else str(error)
-    return PolicyFailed(policy=type(policy).__qualname__, error=text)
 
 
 class Dispatcher:
@@ -168,12 +163,13 @@ class Dispatcher:
         if admission is None:
             return ADMIT
         try:
-            verdict: object = admission.admit(request, cluster)
+            verdict = admission.admit(request, cluster)
         except Exception as error:
             out.append(policy_failed(admission, error))
             return ADMIT
-        if not isinstance(verdict, Admit | Hold | Reject):
-            out.append(policy_failed(admission, f"answered {verdict!r}, not Admit, Hold or Reject"))
+        problem = malformed(verdict, Admit, Hold, Reject)
+        if problem is not None:
+            out.append(policy_failed(admission, problem))
             return ADMIT
         return verdict
 
@@ -218,16 +214,19 @@ class Dispatcher:
         except Exception as error:
             out.append(policy_failed(predictor, error))
             return request
-        if predicted is None:
+        if type(predicted) is not int:
+            if predicted is not None:
+                out.append(policy_failed(predictor, f"predicted {predicted!r}, not an int or None"))
             return request
         if request.max_output_tokens is not None:
             predicted = min(predicted, request.max_output_tokens)
         return replace(request, predicted_output_tokens=max(1, predicted))
 
 
-def _problem(placement: object, cluster: ClusterSnapshot) -> str | None:
-    if not isinstance(placement, Placement):
-        return f"answered {placement!r}, not a Placement or None"
+def _problem(placement: Placement, cluster: ClusterSnapshot) -> str | None:
+    wrong_shape = malformed(placement, Placement)
+    if wrong_shape is not None:
+        return wrong_shape
     row = cluster.rows.get(placement.instance_id)
     if row is None:
         return f"chose unknown instance {placement.instance_id!r}"

@@ -1,6 +1,6 @@
 """Load of one instance: what it reports, and freeness derived from it.
 
-Virtual usage and freeness are Algorithm 1 of Llumnix (OSDI '24, section 4.3), in KV blocks:
+Virtual usage and freeness are Algorithm 1 of Llumnix (OSDI '24), in KV blocks:
 
     V(request) = queuing:  head of the line -> its demand;  behind the head -> 0
                  running:  physical usage + headroom[priority] / requests of that priority
@@ -86,7 +86,7 @@ NOTHING_UNREPORTED = Unreported()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Headroom:
-    """Blocks kept clear for requests of high execution priority (Llumnix, section 4.4.3).
+    """Blocks kept clear for requests of high execution priority (Llumnix, section 4.4).
 
     `target_load` is the profiled share of an instance's blocks up to which decode still runs near
     its ideal speed; a high-priority request claims the rest. Default: the paper's 1,600 of 13,616

@@ -57,6 +57,18 @@ class SchedulerOptions:
     boot_timeout_s: float = param(
         900.0, "A launch not answered for this long is given up.", above=0
     )
+    step_base_s: float = param(
+        0.0432,
+        "Fitted step time: seconds an engine step takes before any token. The defaults of the "
+        "three are LLaMA-7B on an A10.",
+        at_least=0,
+    )
+    step_prefill_token_s: float = param(
+        0.000203, "Fitted step time: seconds each prompt token adds to a step.", at_least=0
+    )
+    step_running_s: float = param(
+        0.00027, "Fitted step time: seconds each running request adds to a step.", at_least=0
+    )
     prefix_index_blocks: int = param(
         0, "Bound of the index of cached prefix blocks; 0 keeps none.", at_least=0
     )

@@ -35,11 +35,18 @@ class DispatchPolicy(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationPair:
-    """Move one request from source to destination; the source picks which."""
+    """Move one request (or up to `num_requests`) from source to destination; the source picks.
+
+    A pair that `balances` is dropped if the move would only swap the roles of the two. Set it to
+    False where evening out load is not the aim: a hand-over from prefill to decode, consolidation,
+    clearing room for a long prompt.
+    """
 
     source: str
     destination: str
     reason: str
+    num_requests: int = 1
+    balances: bool = True
 
 
 @runtime_checkable

@@ -5,10 +5,13 @@ destination from the moment its commit is known, by the source's word or by a lo
 destination. This module does not know which request moves: the source picks it.
 """
 
+from itertools import islice
+
 from llumsched.core.actions import Action, RefuseMigration, StartMigration
+from llumsched.core.answers import malformed, policy_failed
 from llumsched.core.arbitration import MigrationArbiter
 from llumsched.core.cluster import Cluster, InstanceRecord
-from llumsched.core.dispatching import Dispatcher, policy_failed
+from llumsched.core.dispatching import Dispatcher
 from llumsched.core.events import MigrationFinished, MigrationOutcome, MigrationRequested
 from llumsched.core.ledger import Ledger, RequestRecord
 from llumsched.core.options import SchedulerOptions
@@ -63,7 +66,8 @@ class Rebalancer:
     def _decide(self, policy: MigrationPolicy, now: float, out: list[Action]) -> None:
         cluster = self._cluster.at(now)
         try:
-            pairs = list(policy.rebalance(cluster))
+            # Bounded: a policy must not keep the scheduler by yielding for ever.
+            pairs = list(islice(policy.rebalance(cluster), 4 * len(cluster)))
         except Exception as error:
             out.append(policy_failed(policy, error))
             return
@@ -76,11 +80,12 @@ class Rebalancer:
             seen.add((pair.source, pair.destination))
             source = self._cluster.records[pair.source]
             destination = self._cluster.records[pair.destination]
-            if (
-                self._arbiter.blocked(source, destination, now) is None
-                and self._arbiter.unwise(source, destination, now) is None
-            ):
-                num_blocks = int(cluster.columns.victim_blocks[cluster.rows[pair.source]])
+            for _ in range(pair.num_requests):
+                if self._arbiter.blocked(source, destination, now) is not None:
+                    break
+                if self._arbiter.unwise(source, destination, pair.balances, now) is not None:
+                    break
+                num_blocks = cluster.columns.victim_blocks.item(cluster.rows[pair.source])
                 self._start(source, destination, None, num_blocks, pair.reason, now, out)
 
     def request(self, event: MigrationRequested, now: float, out: list[Action]) -> None:
@@ -200,14 +205,19 @@ class Rebalancer:
         self._ledger.place(record, destination, overlay=overlay)
 
 
-def _problem(pair: object, cluster: ClusterSnapshot, seen: set[tuple[str, str]]) -> str | None:
-    if not isinstance(pair, MigrationPair):
-        return f"proposed {pair!r}, not a MigrationPair"
+def _problem(
+    pair: MigrationPair, cluster: ClusterSnapshot, seen: set[tuple[str, str]]
+) -> str | None:
+    wrong_shape = malformed(pair, MigrationPair)
+    if wrong_shape is not None:
+        return wrong_shape
     for instance_id in (pair.source, pair.destination):
         if instance_id not in cluster.rows:
             return f"proposed unknown instance {instance_id!r}"
     if pair.source == pair.destination:
         return f"proposed to move from {pair.source!r} to itself"
+    if pair.num_requests < 1:
+        return f"proposed to move {pair.num_requests} requests"
     if (pair.source, pair.destination) in seen:
         return f"proposed {pair.source!r} to {pair.destination!r} twice"
     state = cluster[pair.destination].state

@@ -1,7 +1,7 @@
 """The global scheduler: one event in, the actions it leads to out.
 
-It owns all mutable state (cluster, ledger, queue, arbitration) and wires the parts together; the
-decisions are the policies' and the parts'.
+It owns all mutable state and hands each event to the part that knows it; the decisions are the
+policies' and the parts'.
 
 Invariants: the same events at the same times give the same actions; `handle` never blocks and never
 raises because of a policy; time never runs backwards inside. It does not know the host: what it
@@ -12,9 +12,9 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from llumsched.core.actions import Action, TerminateInstance
+from llumsched.core.actions import Action
 from llumsched.core.arbitration import MigrationArbiter
-from llumsched.core.cluster import Cluster, InstanceRecord
+from llumsched.core.cluster import Cluster
 from llumsched.core.dispatch_queue import DispatchQueue
 from llumsched.core.dispatching import Dispatcher
 from llumsched.core.events import (
@@ -22,21 +22,30 @@ from llumsched.core.events import (
     Event,
     InstanceJoined,
     InstanceLost,
+    KvBlocksRemoved,
+    KvBlocksStored,
+    KvCacheCleared,
+    LaunchFailed,
     LoadReported,
     MigrationFinished,
     MigrationRequested,
     RequestAborted,
     RequestArrived,
     RequestFinished,
+    ScaleRequested,
     Ticked,
 )
+from llumsched.core.instances import Instances
 from llumsched.core.ledger import Ledger
-from llumsched.core.load import Headroom, InstanceLoad
+from llumsched.core.load import Headroom
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.policy import PolicyBundle
+from llumsched.core.prefix_index import PrefixIndex
 from llumsched.core.rebalancing import Rebalancer
-from llumsched.core.snapshot import ClusterSnapshot
-from llumsched.core.types import InstanceState, SchedulingRequest
+from llumsched.core.scaling import Scaling
+from llumsched.core.snapshot import ClusterSnapshot, IntColumn
+from llumsched.core.step_time import StepTimeModel
+from llumsched.core.types import SchedulingRequest
 
 
 class GlobalScheduler:
@@ -46,35 +55,60 @@ class GlobalScheduler:
         self, bundle: PolicyBundle, options: SchedulerOptions | None = None, seed: int = 0
     ) -> None:
         self.bundle = bundle
-        self.options = options if options is not None else bundle.options
+        self.options = options = options if options is not None else bundle.options
         self._now = 0.0
+        self._prefix_index = (
+            PrefixIndex(options.prefix_index_blocks) if options.prefix_index_blocks else None
+        )
         self._queue = DispatchQueue()
         self._cluster = Cluster(
-            headroom=Headroom(target_load=self.options.high_priority_target_load),
-            stale_after_s=self.options.stale_after_s,
+            headroom=Headroom(target_load=options.high_priority_target_load),
+            stale_after_s=options.stale_after_s,
             rng=random.Random(seed),
+            step_time=StepTimeModel(
+                base_s=options.step_base_s,
+                prefill_token_s=options.step_prefill_token_s,
+                running_s=options.step_running_s,
+            ),
             held=self._held,
+            match_prefix=self._match_prefix if self._prefix_index is not None else None,
         )
         self._ledger = Ledger(self._cluster)
         self._dispatcher = Dispatcher(
             bundle=bundle,
-            options=self.options,
+            options=options,
             cluster=self._cluster,
             ledger=self._ledger,
             queue=self._queue,
         )
-        self._arbiter = MigrationArbiter(self._cluster, self.options)
+        self._arbiter = MigrationArbiter(self._cluster, options)
         self._rebalancer = Rebalancer(
             policy=bundle.migration,
-            options=self.options,
+            options=options,
             cluster=self._cluster,
             ledger=self._ledger,
             dispatcher=self._dispatcher,
             arbiter=self._arbiter,
         )
+        self._instances = Instances(
+            options=options,
+            cluster=self._cluster,
+            ledger=self._ledger,
+            dispatcher=self._dispatcher,
+            rebalancer=self._rebalancer,
+            arbiter=self._arbiter,
+            prefix_index=self._prefix_index,
+        )
+        self._scaling = Scaling(
+            policy=bundle.scaling,
+            options=options,
+            cluster=self._cluster,
+            drain=lambda instance_id, now, out: self._instances.drain(instance_id, None, now, out),
+        )
         self._handlers: dict[type, Callable[[Any, float, list[Action]], None]] = {
             InstanceJoined: self._joined,
             InstanceLost: self._lost,
+            LaunchFailed: self._launch_failed,
             LoadReported: self._load_reported,
             RequestArrived: self._arrived,
             RequestFinished: self._finished,
@@ -82,6 +116,10 @@ class GlobalScheduler:
             MigrationFinished: self._migration_finished,
             MigrationRequested: self._migration_requested,
             DrainRequested: self._drain_requested,
+            ScaleRequested: self._scale_requested,
+            KvBlocksStored: self._blocks_stored,
+            KvBlocksRemoved: self._blocks_removed,
+            KvCacheCleared: self._cache_cleared,
             Ticked: self._ticked,
         }
 
@@ -101,11 +139,12 @@ class GlobalScheduler:
 
     def next_deadline(self) -> float | None:
         """When `Ticked` must come, if nothing else happens before; None: never."""
-        deadlines = [
+        deadlines = (
             self._queue.next_deadline(),
             self._rebalancer.next_deadline(),
-            *(r.drain_by_s for r in self._draining()),
-        ]
+            self._instances.next_deadline(),
+            self._scaling.next_deadline(),
+        )
         return min((d for d in deadlines if d is not None), default=None)
 
     def snapshot(self, now: float) -> ClusterSnapshot:
@@ -117,13 +156,31 @@ class GlobalScheduler:
         record = self._ledger.requests.get(request_id)
         return None if record is None else record.instance_id
 
+    @property
+    def num_requests(self) -> int:
+        """Live requests, queued ones included."""
+        return len(self._ledger.requests)
+
+    def num_queued_by_class(self) -> dict[int, int]:
+        """Requests held in the dispatch queue, by scheduling priority class."""
+        counts: dict[int, int] = {}
+        for record in self._queue.in_order():
+            priority = record.request.scheduling_priority
+            counts[priority] = counts.get(priority, 0) + 1
+        return counts
+
     def _held(self) -> tuple[SchedulingRequest, ...]:
         limit = self.options.max_queue_attempts
         return tuple(record.request for record in self._queue.in_order(limit))
 
+    def _match_prefix(self, request: SchedulingRequest) -> IntColumn:
+        assert self._prefix_index is not None
+        return self._prefix_index.match(request.prefix_hashes, self._cluster.snapshot.instance_ids)
+
     # Requests.
 
     def _arrived(self, event: RequestArrived, now: float, out: list[Action]) -> None:
+        self._scaling.wake(now)
         self._dispatcher.arrive(event.request, now, out)
 
     def _finished(self, event: RequestFinished, now: float, out: list[Action]) -> None:
@@ -138,122 +195,64 @@ class GlobalScheduler:
         instance_id = self.request_instance(request_id)
         self._dispatcher.end(request_id, num_output_tokens, out)
         self._dispatcher.dispatch_held(now, out)
-        if instance_id is not None:
-            self._leave_if_empty(self._cluster.records[instance_id], out)
+        self._instances.leave_if_empty(instance_id, out)
 
     # Instances.
 
     def _joined(self, event: InstanceJoined, now: float, out: list[Action]) -> None:
-        if event.spec.instance_id in self._cluster.records:
-            self._lost(
-                InstanceLost(instance_id=event.spec.instance_id, reason="it joined anew"), now, out
-            )
-        instance = self._cluster.join(event.spec, now)
-        self._rebalancer.membership_changed(now)
-        for request_id in event.request_ids:
-            if request_id not in self._ledger.requests:
-                request = SchedulingRequest(request_id=request_id, num_prompt_tokens=0)
-                self._ledger.place(self._ledger.open(request, now), instance, overlay=False)
+        self._instances.join(event, now)
+        self._scaling.joined(event.launch_id, now)
         self._dispatcher.dispatch_held(now, out)
 
     def _lost(self, event: InstanceLost, now: float, out: list[Action]) -> None:
-        if event.instance_id not in self._cluster.records:
-            return
-        self._rebalancer.lost(event.instance_id, now)
-        for record in self._ledger.on(event.instance_id):
-            self._dispatcher.hold_again(record, now)
-        self._cluster.remove(event.instance_id)
-        self._rebalancer.membership_changed(now)
+        self._instances.lose(event.instance_id, now)
         self._dispatcher.dispatch_held(now, out)
 
     def _load_reported(self, event: LoadReported, now: float, out: list[Action]) -> None:
-        load = event.load
-        instance = self._cluster.records.get(load.instance_id)
-        if instance is None:
-            return
-        requests = self._ledger.requests
-        for request_id in load.received_request_ids:
-            record = requests.get(request_id)
-            if record is None:
-                continue
-            if record.instance_id == load.instance_id:
-                self._ledger.reported(record, now)
-            elif record.instance_id is not None:
-                self._rebalancer.received(record, instance, now)
-        # A report that was overtaken still names requests, but its numbers are old.
-        if load.sequence > instance.load.sequence:
-            self._cluster.report(instance, load, now)
-            self._arbiter.reported(instance)
-            self._forget_ghosts(instance, load, now, out)
-        for request_id in load.finished_request_ids:
-            record = requests.get(request_id)
-            if record is not None and record.instance_id == load.instance_id:
-                self._dispatcher.end(request_id, None, out)
+        self._instances.report(event.load, now, out)
         self._dispatcher.dispatch_held(now, out)
-        self._leave_if_empty(instance, out)
-
-    def _forget_ghosts(
-        self, instance: InstanceRecord, load: InstanceLoad, now: float, out: list[Action]
-    ) -> None:
-        """An empty instance runs none of the requests it took long ago: their end was not told."""
-        if load.num_running or load.num_waiting or self._arbiter.involving(load.instance_id):
-            return
-        for record in self._ledger.on(load.instance_id):
-            if not record.is_unreported and now - record.reported_s > self.options.stale_after_s:
-                self._dispatcher.end(record.request.request_id, None, out)
-
-    # Draining.
-
-    def _draining(self) -> list[InstanceRecord]:
-        return [r for r in self._cluster.records.values() if r.state is InstanceState.DRAINING]
 
     def _drain_requested(self, event: DrainRequested, now: float, out: list[Action]) -> None:
-        instance = self._cluster.records.get(event.instance_id)
-        if instance is None or instance.state is InstanceState.GONE:
-            return
-        limit_s = self.options.drain_timeout_s if event.deadline_s is None else event.deadline_s
-        instance.drain_by_s = min(instance.drain_by_s, now + limit_s)
-        if instance.state is InstanceState.SERVING:
-            self._cluster.set_state(instance, InstanceState.DRAINING)
-        self._leave_if_empty(instance, out)
+        self._instances.drain(event.instance_id, event.deadline_s, now, out)
 
-    def _leave_if_empty(self, instance: InstanceRecord, out: list[Action]) -> None:
-        instance_id = instance.spec.instance_id
-        if (
-            instance.state is InstanceState.DRAINING
-            and not instance.load.num_running
-            and not instance.load.num_waiting
-            and not self._ledger.num_on(instance_id)
-            and not self._arbiter.involving(instance_id)
-        ):
-            self._terminate(instance, "drained", out)
+    def _launch_failed(self, event: LaunchFailed, now: float, out: list[Action]) -> None:
+        self._scaling.launch_failed(event.launch_id)
 
-    def _terminate(self, instance: InstanceRecord, reason: str, out: list[Action]) -> None:
-        self._cluster.set_state(instance, InstanceState.GONE)
-        out.append(TerminateInstance(instance_id=instance.spec.instance_id, reason=reason))
+    def _scale_requested(self, event: ScaleRequested, now: float, out: list[Action]) -> None:
+        self._scaling.requested(event.num_instances, now, out)
 
     # Migration.
 
     def _migration_finished(self, event: MigrationFinished, now: float, out: list[Action]) -> None:
         self._rebalancer.finished(event, now)
         self._dispatcher.dispatch_held(now, out)
-        source = self._cluster.records.get(event.source)
-        if source is not None:
-            self._leave_if_empty(source, out)
+        self._instances.leave_if_empty(event.source, out)
+        self._instances.leave_if_empty(event.destination, out)
 
     def _migration_requested(
         self, event: MigrationRequested, now: float, out: list[Action]
     ) -> None:
         self._rebalancer.request(event, now, out)
 
+    # Prefix blocks: ignored unless the bundle keeps an index.
+
+    def _blocks_stored(self, event: KvBlocksStored, now: float, out: list[Action]) -> None:
+        if self._prefix_index is not None:
+            self._prefix_index.store(event.instance_id, event.block_hashes)
+
+    def _blocks_removed(self, event: KvBlocksRemoved, now: float, out: list[Action]) -> None:
+        if self._prefix_index is not None:
+            self._prefix_index.remove(event.instance_id, event.block_hashes)
+
+    def _cache_cleared(self, event: KvCacheCleared, now: float, out: list[Action]) -> None:
+        if self._prefix_index is not None:
+            self._prefix_index.clear(event.instance_id)
+
     # Time.
 
     def _ticked(self, event: Ticked, now: float, out: list[Action]) -> None:
         self._dispatcher.expire(now, out)
-        for instance in self._draining():
-            self._leave_if_empty(instance, out)
-            if instance.state is InstanceState.DRAINING and now >= instance.drain_by_s:
-                num_left = self._ledger.num_on(instance.spec.instance_id)
-                self._terminate(instance, f"drain deadline passed with {num_left} requests", out)
+        self._instances.tick(now, out)
+        self._scaling.tick(now, out)
         self._rebalancer.tick(now, out)
         self._dispatcher.dispatch_held(now, out)

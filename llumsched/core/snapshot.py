@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from llumsched.core.step_time import DEFAULT_STEP_TIME, StepTimeModel
 from llumsched.core.types import InstanceRole, InstanceState, SchedulingRequest
 
 FloatColumn = npt.NDArray[np.float64]
 IntColumn = npt.NDArray[np.int64]
+AnyColumn = FloatColumn | IntColumn
 BoolColumn = npt.NDArray[np.bool_]
 
 STATES = (
@@ -62,6 +64,7 @@ class Columns:
     state: IntColumn
     role: IntColumn
     is_accepting: BoolColumn
+    is_draining: BoolColumn
     is_fresh: BoolColumn
 
     @classmethod
@@ -104,6 +107,7 @@ class ClusterSnapshot:
     columns: Columns
     rng: random.Random
     """The one source of randomness: seeded, so a replay draws the same numbers."""
+    step_time: StepTimeModel = DEFAULT_STEP_TIME
     num_booting: int = 0
     block_size: int | None = None
     """Block size of all instances; None if they differ."""
@@ -154,7 +158,7 @@ class ClusterSnapshot:
             )
         return self.columns.is_accepting & (self.columns.num_total_blocks >= demand)
 
-    def argmax(self, score: FloatColumn, among: BoolColumn | None = None) -> int | None:
+    def argmax(self, score: AnyColumn, among: BoolColumn | None = None) -> int | None:
         """Row of the highest score; ties go to the lowest instance id; None if `among` is empty."""
         if not len(self.instance_ids):
             return None
@@ -165,6 +169,19 @@ class ClusterSnapshot:
             return row
         rows = np.flatnonzero(among)
         return int(rows[0]) if len(rows) else None
+
+    def argmin(self, score: AnyColumn, among: BoolColumn | None = None) -> int | None:
+        """Row of the lowest score, with the rules of `argmax`."""
+        if among is None:
+            return int(score.argmin()) if len(self.instance_ids) else None
+        return self.argmax(-score, among)
+
+    def random_row(self, among: BoolColumn | None = None) -> int | None:
+        """A row drawn with equal chances; None if `among` is empty."""
+        if among is None:
+            return self.rng.randrange(len(self.instance_ids)) if self.instance_ids else None
+        rows = np.flatnonzero(among)
+        return int(rows[self.rng.randrange(len(rows))]) if len(rows) else None
 
     def next_row(self, after_id: str, among: BoolColumn | None = None) -> int | None:
         """The row after an id in the order of ids, going round; None if `among` is empty."""
@@ -185,6 +202,7 @@ class ClusterSnapshot:
             instance_ids=self.instance_ids,
             columns=self.columns.copy(),
             rng=self.rng,
+            step_time=self.step_time,
             num_booting=self.num_booting,
             block_size=self.block_size,
             num_accepting=self.num_accepting,

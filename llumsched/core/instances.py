@@ -1,0 +1,155 @@
+"""The life of an instance in the scheduler: join, report, drain, leave.
+
+    InstanceJoined -> serving -> draining -> gone (TerminateInstance) -> InstanceLost
+                         any state -------------------------------------^
+
+Invariants: a draining instance leaves, empty or at its deadline; when an instance is lost its
+requests are held again and its migrations are over; an instance that is gone is given nothing.
+This module does not decide that an instance should drain (`scaling`, or an operator).
+"""
+
+from llumsched.core.actions import Action, TerminateInstance
+from llumsched.core.arbitration import MigrationArbiter
+from llumsched.core.cluster import Cluster, InstanceRecord
+from llumsched.core.dispatching import Dispatcher
+from llumsched.core.events import InstanceJoined
+from llumsched.core.ledger import Ledger
+from llumsched.core.load import InstanceLoad
+from llumsched.core.options import SchedulerOptions
+from llumsched.core.prefix_index import PrefixIndex
+from llumsched.core.rebalancing import Rebalancer
+from llumsched.core.types import InstanceState, SchedulingRequest
+
+
+class Instances:
+    """Takes instances in, follows their reports, and lets them go."""
+
+    def __init__(
+        self,
+        *,
+        options: SchedulerOptions,
+        cluster: Cluster,
+        ledger: Ledger,
+        dispatcher: Dispatcher,
+        rebalancer: Rebalancer,
+        arbiter: MigrationArbiter,
+        prefix_index: PrefixIndex | None,
+    ) -> None:
+        self._options = options
+        self._cluster = cluster
+        self._ledger = ledger
+        self._dispatcher = dispatcher
+        self._rebalancer = rebalancer
+        self._arbiter = arbiter
+        self._prefix_index = prefix_index
+        self._draining: dict[str, InstanceRecord] = {}
+
+    def join(self, event: InstanceJoined, now: float) -> None:
+        """Take in an instance; one that joins again under its id has lost what it ran."""
+        instance_id = event.spec.instance_id
+        self.lose(instance_id, now)
+        instance = self._cluster.join(event.spec, now)
+        if self._prefix_index is not None:
+            self._prefix_index.add_instance(instance_id)
+        for request_id in event.request_ids:
+            if request_id not in self._ledger.requests:
+                request = SchedulingRequest(request_id=request_id, num_prompt_tokens=0)
+                self._ledger.place(self._ledger.open(request, now), instance, overlay=False)
+        self._rebalancer.membership_changed(now)
+
+    def lose(self, instance_id: str, now: float) -> None:
+        """Forget an instance; its requests are held again."""
+        if instance_id not in self._cluster.records:
+            return
+        self._rebalancer.lost(instance_id, now)
+        for record in self._ledger.on(instance_id):
+            self._dispatcher.hold_again(record, now)
+        self._draining.pop(instance_id, None)
+        self._cluster.remove(instance_id)
+        if self._prefix_index is not None:
+            self._prefix_index.remove_instance(instance_id)
+        self._rebalancer.membership_changed(now)
+
+    def report(self, load: InstanceLoad, now: float, out: list[Action]) -> None:
+        """Reconcile the ledger with a load report."""
+        instance = self._cluster.records.get(load.instance_id)
+        if instance is None:
+            return
+        requests = self._ledger.requests
+        for request_id in load.received_request_ids:
+            record = requests.get(request_id)
+            if record is None:
+                continue
+            if record.instance_id == load.instance_id:
+                self._ledger.reported(record, now)
+            elif record.instance_id is not None:
+                self._rebalancer.received(record, instance, now)
+        # A report that was overtaken still names requests, but its numbers are old.
+        if load.sequence > instance.load.sequence:
+            self._cluster.report(instance, load, now)
+            self._arbiter.reported(instance)
+            self._forget_ghosts(instance, now, out)
+        for request_id in load.finished_request_ids:
+            record = requests.get(request_id)
+            if record is not None and record.instance_id == load.instance_id:
+                self._dispatcher.end(request_id, None, out)
+        self.leave_if_empty(load.instance_id, out)
+
+    def _forget_ghosts(self, instance: InstanceRecord, now: float, out: list[Action]) -> None:
+        """An empty instance runs none of the requests it took long ago: their end was not told."""
+        instance_id = instance.spec.instance_id
+        if (
+            instance.load.num_running
+            or instance.load.num_waiting
+            or not self._ledger.num_on(instance_id)
+            or self._arbiter.involving(instance_id)
+        ):
+            return
+        for record in self._ledger.on(instance_id):
+            if not record.is_unreported and now - record.reported_s > self._options.stale_after_s:
+                self._dispatcher.end(record.request.request_id, None, out)
+
+    def drain(
+        self, instance_id: str, deadline_s: float | None, now: float, out: list[Action]
+    ) -> None:
+        """Give an instance nothing more; it leaves when empty, at the latest at the deadline."""
+        instance = self._cluster.records.get(instance_id)
+        if instance is None or instance.state is InstanceState.GONE:
+            return
+        limit_s = self._options.drain_timeout_s if deadline_s is None else deadline_s
+        instance.drain_by_s = min(instance.drain_by_s, now + limit_s)
+        if instance.state is InstanceState.SERVING:
+            self._draining[instance_id] = instance
+            self._cluster.set_state(instance, InstanceState.DRAINING)
+        self.leave_if_empty(instance_id, out)
+
+    def leave_if_empty(self, instance_id: str | None, out: list[Action]) -> None:
+        """Let a draining instance go once nothing is on it, by its word and by the ledger."""
+        instance = self._draining.get(instance_id) if instance_id is not None else None
+        if instance is None or instance_id is None:
+            return
+        load = instance.load
+        if not (
+            load.num_running
+            or load.num_waiting
+            or self._ledger.num_on(instance_id)
+            or self._arbiter.involving(instance_id)
+        ):
+            self._terminate(instance, "drained", out)
+
+    def next_deadline(self) -> float | None:
+        """When the next draining instance must leave."""
+        return min((i.drain_by_s for i in self._draining.values()), default=None)
+
+    def tick(self, now: float, out: list[Action]) -> None:
+        """Let draining instances go whose deadline has come."""
+        for instance_id, instance in list(self._draining.items()):
+            self.leave_if_empty(instance_id, out)
+            if instance.state is InstanceState.DRAINING and now >= instance.drain_by_s:
+                num_left = self._ledger.num_on(instance_id)
+                self._terminate(instance, f"drain deadline passed with {num_left} requests", out)
+
+    def _terminate(self, instance: InstanceRecord, reason: str, out: list[Action]) -> None:
+        del self._draining[instance.spec.instance_id]
+        self._cluster.set_state(instance, InstanceState.GONE)
+        out.append(TerminateInstance(instance_id=instance.spec.instance_id, reason=reason))

@@ -1,0 +1,173 @@
+"""Growing and shrinking: what a scaling policy wishes, made steady.
+
+    LaunchInstance -> booting --InstanceJoined--> serving --drain--> draining --empty--> gone
+                         \\-- LaunchFailed, or no answer within boot_timeout_s
+
+Invariants: a wish is acted on only when it lasted and no cool-down runs; booting and serving
+instances together stay within [min_instances, max_instances]; an operator's number is carried out
+at once and needs no wish. This module does not know how a drain ends (`scheduler`).
+"""
+
+import math
+from collections.abc import Callable
+
+from llumsched.core.actions import Action, LaunchInstance
+from llumsched.core.answers import malformed, policy_failed
+from llumsched.core.cluster import Cluster
+from llumsched.core.options import SchedulerOptions
+from llumsched.core.policy import ScaleDown, ScaleUp, ScalingPolicy
+from llumsched.core.types import InstanceRole, InstanceState
+
+Drain = Callable[[str, float, list[Action]], None]
+
+
+class Scaling:
+    """Launches in progress, cool-downs, and since when the policy has been asking."""
+
+    def __init__(
+        self,
+        *,
+        policy: ScalingPolicy | None,
+        options: SchedulerOptions,
+        cluster: Cluster,
+        drain: Drain,
+    ) -> None:
+        self._policy = policy if options.max_instances else None
+        self._options = options
+        self._cluster = cluster
+        self._drain = drain
+        self._num_launched = 0
+        self._booting: dict[str, float] = {}
+        self._wish: type | None = None
+        self._wish_since_s = 0.0
+        self._up_rests_until_s = -math.inf
+        self._down_rests_until_s = -math.inf
+        self._next_s: float | None = None
+
+    # What happened.
+
+    def joined(self, launch_id: str | None, now: float) -> None:
+        """An instance came; if it answers a launch, that launch is over."""
+        self._forget_launch(launch_id)
+        self.wake(now)
+
+    def wake(self, now: float) -> None:
+        """Decisions are periodic from the first instance, or the first request, on."""
+        if self._policy is not None and self._next_s is None:
+            self._next_s = now + self._options.scaling_interval_s
+
+    def launch_failed(self, launch_id: str) -> None:
+        """A launch will not lead to an instance; growing may be tried again at once."""
+        if launch_id in self._booting:
+            self._forget_launch(launch_id)
+            self._up_rests_until_s = -math.inf
+
+    def requested(self, num_instances: int, now: float, out: list[Action]) -> None:
+        """Carry out an operator's number: launch what is missing, drain what is too much."""
+        serving = self._serving()
+        surplus = len(serving) + len(self._booting) - num_instances
+        for _ in range(-surplus):
+            self._launch(f"asked by an operator: {num_instances} instances", now, out)
+        # Booting instances cannot be drained, so serving ones go; ties go by instance id.
+        by_load = sorted(serving, key=lambda i: (self._num_requests(i), i))
+        for instance_id in by_load[: max(0, surplus)]:
+            self._drain(instance_id, now, out)
+        self._rest(now)
+
+    # Time.
+
+    def next_deadline(self) -> float | None:
+        """When the next decision, or the end of a boot, is due."""
+        deadlines = list(self._booting.values())
+        if self._next_s is not None:
+            deadlines.append(self._next_s)
+        return min(deadlines, default=None)
+
+    def tick(self, now: float, out: list[Action]) -> None:
+        """Give up launches that take too long; decide, if it is time."""
+        for launch_id in [i for i, by_s in self._booting.items() if by_s <= now]:
+            self.launch_failed(launch_id)
+        if self._policy is None or self._next_s is None or now < self._next_s:
+            return
+        self._next_s = now + self._options.scaling_interval_s
+        missing = self._options.min_instances - self._num_instances()
+        if missing > 0:
+            for _ in range(missing):
+                self._launch(f"fewer than min_instances={self._options.min_instances}", now, out)
+            return
+        self._decide(self._policy, now, out)
+
+    def _decide(self, policy: ScalingPolicy, now: float, out: list[Action]) -> None:
+        cluster = self._cluster.at(now)
+        try:
+            wish = policy.scale(cluster)
+        except Exception as error:
+            out.append(policy_failed(policy, error))
+            return
+        problem = None if wish is None else malformed(wish, ScaleUp, ScaleDown)
+        if problem is not None:
+            out.append(policy_failed(policy, problem))
+            return
+        if type(wish) is not self._wish:
+            self._wish, self._wish_since_s = (type(wish) if wish is not None else None), now
+        lasted_s = now - self._wish_since_s
+        if isinstance(wish, ScaleUp):
+            room = self._options.max_instances - self._num_instances()
+            if lasted_s >= self._options.scale_up_after_s and now >= self._up_rests_until_s:
+                for _ in range(min(room, wish.num_instances)):
+                    self._launch(wish.reason, now, out, wish.role)
+                if min(room, wish.num_instances) > 0:
+                    self._rest(now)
+        elif isinstance(wish, ScaleDown):
+            if wish.instance_id not in self._serving():
+                out.append(
+                    policy_failed(
+                        policy,
+                        f"wants to drain {wish.instance_id!r}, which is not a serving instance",
+                    )
+                )
+            elif (
+                lasted_s >= self._options.scale_down_after_s
+                and now >= self._down_rests_until_s
+                and self._num_instances() > self._options.min_instances
+                # What boots was wanted a moment ago.
+                and not self._booting
+            ):
+                self._drain(wish.instance_id, now, out)
+                self._rest(now)
+
+    def _launch(
+        self,
+        reason: str,
+        now: float,
+        out: list[Action],
+        role: InstanceRole = InstanceRole.MIXED,
+    ) -> None:
+        self._num_launched += 1
+        launch_id = f"l{self._num_launched}"
+        self._booting[launch_id] = now + self._options.boot_timeout_s
+        self._cluster.set_num_booting(len(self._booting))
+        out.append(LaunchInstance(launch_id=launch_id, reason=reason, role=role))
+
+    def _forget_launch(self, launch_id: str | None) -> None:
+        if launch_id is not None and self._booting.pop(launch_id, None) is not None:
+            self._cluster.set_num_booting(len(self._booting))
+
+    def _rest(self, now: float) -> None:
+        self._wish = None
+        self._wish_since_s = now
+        self._up_rests_until_s = now + self._options.scale_up_cooldown_s
+        self._down_rests_until_s = now + self._options.scale_down_cooldown_s
+
+    def _serving(self) -> list[str]:
+        return [
+            instance_id
+            for instance_id, record in self._cluster.records.items()
+            if record.state is InstanceState.SERVING
+        ]
+
+    def _num_instances(self) -> int:
+        return len(self._serving()) + len(self._booting)
+
+    def _num_requests(self, instance_id: str) -> int:
+        return self._cluster.snapshot[instance_id].num_requests

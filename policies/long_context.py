@@ -1,0 +1,167 @@
+"""For long prompts beside short ones (retrieval, agents): keep contiguous room, bound the stall.
+
+A long prompt needs many blocks on *one* instance, and its prefill stalls every decode beside it.
+Short requests are packed so that some instances keep room; a long prompt that fits nowhere is held
+while one instance is cleared by migration, and takes it then. De-fragmentation before admission is
+the departure from Llumnix (OSDI '24), which de-fragments once the prompt is stuck in an engine's
+queue; the bound on the stall follows Sarathi-Serve (OSDI '24).
+
+Invariant: dispatch, admission and migration agree on the instance being cleared, since all three
+find it by `_clearing` from the same snapshot; short requests are kept off it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from llumsched.core.params import param
+from llumsched.core.policy import (
+    ADMIT,
+    Hold,
+    MigrationPair,
+    Placement,
+    PolicyBundle,
+    Verdict,
+)
+from llumsched.core.snapshot import BoolColumn, ClusterSnapshot
+from llumsched.core.types import SchedulingRequest
+from llumsched.policies.freeness_pairs import FreenessPairs
+from llumsched.policies.freeness_range import FreenessRange
+from llumsched.policies.low_priority_short import LowPriorityShort
+
+LONG_SHARE_DOC = "A prompt of at least this share of the largest instance's blocks is long."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLength:
+    """Long prompts to the most free blocks, short ones where they leave the most room elsewhere."""
+
+    long_share: float = param(0.2, LONG_SHARE_DOC, above=0, at_most=1)
+    pack_freeness: float = param(
+        20.0, "Short requests are packed onto an instance while its freeness stays above this."
+    )
+    max_pending_prefill_tokens: int = param(
+        16384,
+        "An instance with more prompt tokens still to compute takes a request only if all have.",
+        at_least=0,
+    )
+
+    def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
+        c = cluster.columns
+        candidates = cluster.candidates(request)
+        among = c.is_accepting if candidates is None else candidates
+        among = _prefer(among, c.num_prefill_tokens_pending <= self.max_pending_prefill_tokens)
+        if _is_long(request, cluster, self.long_share):
+            row = cluster.argmax(c.num_free_blocks - c.num_waiting_blocks, among)
+            reason = "long prompt: the most free blocks"
+        else:
+            clearing = _clearing(cluster, self.long_share)
+            if clearing is not None:
+                others = np.ones(len(cluster), dtype=np.bool_)
+                others[clearing] = False
+                among = _prefer(among, others)
+            packable = among & (c.freeness > self.pack_freeness) & np.isfinite(c.freeness)
+            if packable.any():
+                row = cluster.argmin(c.freeness, packable)
+                reason = "short prompt: packed"
+            else:
+                row = cluster.argmax(c.freeness, among)
+                reason = "short prompt: the freest"
+        if row is None:
+            return None
+        return Placement(
+            instance_id=cluster.instance_ids[row],
+            reason=f"{reason} ({c.num_free_blocks.item(row)} free)",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoomFirst:
+    """Hold a long prompt until an instance has room for it; shorter ones may pass meanwhile."""
+
+    long_share: float = param(0.2, LONG_SHARE_DOC, above=0, at_most=1)
+
+    def admit(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Verdict:
+        if not _is_long(request, cluster, self.long_share):
+            return ADMIT
+        c = cluster.columns
+        room = c.num_free_blocks - c.num_waiting_blocks
+        # An idle instance is as cleared as it gets.
+        fits = (room >= cluster.demand_blocks(request)) | (c.num_requests == 0)
+        if (c.is_accepting & fits).any():
+            return ADMIT
+        return Hold(reason="room for a long prompt is being cleared", others_may_pass=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClearRoom:
+    """Move decodes off the instance where a held long prompt will go; else balance by freeness."""
+
+    long_share: float = param(0.2, LONG_SHARE_DOC, above=0, at_most=1)
+    source_below: float = param(
+        10.0, "As in freeness_pairs: less freeness than this gives requests away."
+    )
+    destination_above: float = param(
+        20.0, "As in freeness_pairs: more freeness than this takes requests in."
+    )
+    max_moves: int = param(4, "Requests moved off the instance at one decision.", at_least=1)
+
+    def rebalance(self, cluster: ClusterSnapshot) -> Iterable[MigrationPair]:
+        clearing = _clearing(cluster, self.long_share)
+        if clearing is not None:
+            yield from self._clear(clearing, cluster)
+            return
+        balance = FreenessPairs(
+            source_below=self.source_below, destination_above=self.destination_above
+        )
+        yield from balance.rebalance(cluster)
+
+    def _clear(self, source: int, cluster: ClusterSnapshot) -> Iterable[MigrationPair]:
+        c = cluster.columns
+        room = c.num_free_blocks - c.num_waiting_blocks
+        victim_blocks = max(1, c.victim_blocks.item(source))
+        destinations = np.flatnonzero(c.is_accepting & (room >= victim_blocks))
+        order = destinations[np.argsort(-room[destinations], kind="stable")]
+        num_moves = min(self.max_moves, c.num_running.item(source))
+        for destination in [row for row in order.tolist() if row != source][:num_moves]:
+            yield MigrationPair(
+                source=cluster.instance_ids[source],
+                destination=cluster.instance_ids[destination],
+                reason="clears room for a long prompt",
+                balances=False,
+            )
+
+
+def _is_long(request: SchedulingRequest, cluster: ClusterSnapshot, long_share: float) -> bool:
+    block_size = cluster.block_size or int(cluster.columns.block_size.min(initial=1))
+    return request.num_prompt_tokens >= long_share * cluster.max_total_blocks * block_size
+
+
+def _clearing(cluster: ClusterSnapshot, long_share: float) -> int | None:
+    """The instance that the first held long prompt will take: the one with the fewest blocks to
+    move. Once chosen it only becomes freer, so the choice stays."""
+    for request in cluster.held():
+        if _is_long(request, cluster, long_share):
+            c = cluster.columns
+            return cluster.argmax(
+                c.num_free_blocks - c.num_waiting_blocks, cluster.candidates(request)
+            )
+    return None
+
+
+def _prefer(among: BoolColumn, preferred: BoolColumn) -> BoolColumn:
+    both = among & preferred
+    return both if both.any() else among
+
+
+def bundle() -> PolicyBundle:
+    """For long prompts: keep room on some instances, clear it before admission, bound the stall."""
+    return PolicyBundle(
+        name="long_context",
+        dispatch=PromptLength(),
+        migration=ClearRoom(),
+        scaling=FreenessRange(),
+        admission=RoomFirst(),
+        victim=LowPriorityShort(),
+    )

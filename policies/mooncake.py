@@ -1,0 +1,117 @@
+"""Mooncake (Qin et al., FAST '25): cache-aware prefill choice, and early rejection.
+
+The conductor picks the prefill instance with the lowest predicted time to first token, where a
+cached prefix saves its prefill but may cost a longer queue, and rejects a request early if the
+decode load predicted for the moment its prefill ends is over a bound. Departures: an instance uses
+its own cache only (Mooncake may also fetch a prefix from another instance's, at a transfer cost);
+what leaves the decode pool until then follows from an assumed length of outputs instead of a fitted
+decode time.
+
+Invariant: a request is rejected before any of its prefill is computed, or not at all.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from llumsched.core.params import param
+from llumsched.core.policy import ADMIT, Placement, PolicyBundle, Reject, Verdict
+from llumsched.core.snapshot import ClusterSnapshot, FloatColumn, IntColumn
+from llumsched.core.types import SchedulingRequest
+from llumsched.policies._pools import PREFILL_SHARE_DOC, split
+from llumsched.policies.after_first_token import AfterFirstToken
+from llumsched.policies.disaggregated import HAND_OVER_OPTIONS
+from llumsched.policies.distserve import LeastLoadedDecode
+from llumsched.policies.prefix_aware import INDEX_BLOCKS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conductor:
+    """Send each request where its prefill ends first, cached prefix and queue both counted."""
+
+    prefill_share: float = param(0.5, PREFILL_SHARE_DOC, above=0, at_most=1)
+
+    def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
+        among = split(cluster, self.prefill_share).prefill
+        candidates = cluster.candidates(request)
+        if candidates is not None:
+            among = among & candidates
+        matched = _matched(request, cluster)
+        ttft_s = _ttft_s(request, matched, cluster)
+        row = cluster.argmin(ttft_s, among)
+        if row is None:
+            return None
+        return Placement(
+            instance_id=cluster.instance_ids[row],
+            reason=f"prefill ends in {ttft_s.item(row):.2f} s, {matched.item(row)} blocks cached",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EarlyRejection:
+    """Reject a request now if the decode pool is predicted to be too full once it gets there."""
+
+    prefill_share: float = param(0.5, PREFILL_SHARE_DOC, above=0, at_most=1)
+    max_decode_load: float = param(
+        1.0, "Predicted share of the decode pool's capacity above which it is too full.", above=0
+    )
+    max_batch: int = param(
+        128,
+        "Requests a decode instance runs within its time per token; its max_num_seqs if lower.",
+        at_least=1,
+    )
+    expected_output_tokens: int = param(
+        256, "Output length assumed of requests that decode now.", at_least=1
+    )
+
+    def admit(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Verdict:
+        c = cluster.columns
+        pools = split(cluster, self.prefill_share)
+        ttft_s = _ttft_s(request, _matched(request, cluster), cluster)
+        prefill_ends_s = float(ttft_s[pools.prefill].min(initial=np.inf))
+        step_s = cluster.step_time.decode_step_s(c.step_time_s, c.num_running, c.num_unreported)
+        decode_s = self.expected_output_tokens * step_s[pools.decode]
+        # Requests that decode now end evenly over their decode time; those in prefill all arrive.
+        left = np.maximum(0.0, 1.0 - prefill_ends_s / np.maximum(decode_s, 1e-9))
+        staying = float((c.num_requests[pools.decode] * left).sum())
+        arriving = int(c.num_requests[pools.prefill & ~pools.decode].sum()) + 1
+        capacity = int(np.minimum(c.max_num_seqs[pools.decode], self.max_batch).sum())
+        load = (staying + arriving) / max(1, capacity)
+        if load <= self.max_decode_load:
+            return ADMIT
+        return Reject(
+            reason=(
+                f"predicted decode load {load:.0%} when its prefill ends is over the bound of "
+                f"{self.max_decode_load:.0%}"
+            ),
+            retry_after_s=max(1.0, min(60.0, float(decode_s.mean()) / 2)),
+        )
+
+
+def _matched(request: SchedulingRequest, cluster: ClusterSnapshot) -> IntColumn:
+    if cluster.match_prefix is None or not request.prefix_hashes:
+        return np.zeros(len(cluster), dtype=np.int64)
+    return cluster.match_prefix(request)
+
+
+def _ttft_s(
+    request: SchedulingRequest, matched: IntColumn, cluster: ClusterSnapshot
+) -> FloatColumn:
+    c = cluster.columns
+    step_s = cluster.step_time.decode_step_s(c.step_time_s, c.num_running, c.num_unreported)
+    # At least one token is always computed, also of a prompt that is cached to the end.
+    to_compute = np.maximum(request.num_prompt_tokens - matched * c.block_size, 1)
+    num_tokens = c.num_prefill_tokens_pending + to_compute
+    return cluster.step_time.prefill_s(num_tokens, step_s, c.max_num_batched_tokens)
+
+
+def bundle() -> PolicyBundle:
+    """Comparison: cache-aware prefill, early rejection by predicted decode load (Mooncake)."""
+    return PolicyBundle(
+        name="mooncake",
+        dispatch=Conductor(),
+        migration=LeastLoadedDecode(),
+        admission=EarlyRejection(),
+        victim=AfterFirstToken(),
+        options=replace(HAND_OVER_OPTIONS, prefix_index_blocks=INDEX_BLOCKS),
+    )

@@ -1,0 +1,164 @@
+"""For deadlines: place, migrate and reject by predicted time to first token and time per token.
+
+Predictions come from the fitted step-time model (`core.step_time`). Early rejection follows
+Mooncake (FAST '25): an error now is worth more than an answer that is late. Departures: the
+deadline is the request's own where it names one, and running requests are moved away from a
+predicted miss, which needs live migration.
+
+Invariant: nothing is rejected that some instance is predicted to serve in time.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from llumsched.core.params import param
+from llumsched.core.policy import (
+    ADMIT,
+    MigrationPair,
+    Placement,
+    PolicyBundle,
+    Reject,
+    Verdict,
+)
+from llumsched.core.snapshot import ClusterSnapshot, FloatColumn
+from llumsched.core.types import SchedulingRequest
+from llumsched.policies.freeness_range import FreenessRange
+from llumsched.policies.low_priority_short import LowPriorityShort
+
+TTFT_DOC = "Time to first token, in seconds, for requests that name no deadline."
+TPOT_DOC = "Time per output token, in seconds, for requests that name no deadline."
+OUTPUT_DOC = "Output length assumed of running requests, which says how fast blocks come free."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadlineSlack:
+    """Send each request where its deadlines leave the most slack."""
+
+    ttft_slo_s: float = param(5.0, TTFT_DOC, above=0)
+    tpot_slo_s: float = param(0.15, TPOT_DOC, above=0)
+    expected_output_tokens: int = param(256, OUTPUT_DOC, at_least=1)
+
+    def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
+        ttft_s = predicted_ttft_s(request, cluster, self.expected_output_tokens)
+        tpot_s = predicted_tpot_s(cluster, 1)
+        slack = np.minimum(
+            1 - ttft_s / (request.ttft_slo_s or self.ttft_slo_s),
+            1 - tpot_s / (request.tpot_slo_s or self.tpot_slo_s),
+        )
+        row = cluster.argmax(slack, cluster.candidates(request))
+        if row is None:
+            return None
+        return Placement(
+            instance_id=cluster.instance_ids[row],
+            reason=(
+                f"predicted first token in {ttft_s.item(row):.2f} s, "
+                f"then {tpot_s.item(row) * 1000:.0f} ms a token"
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadlineAdmission:
+    """Reject a request at once when no instance can meet its deadlines."""
+
+    ttft_slo_s: float = param(5.0, TTFT_DOC, above=0)
+    tpot_slo_s: float = param(0.15, TPOT_DOC, above=0)
+    expected_output_tokens: int = param(256, OUTPUT_DOC, at_least=1)
+    tolerance: float = param(
+        0.2, "Predicted times may exceed a deadline by this share before it counts.", at_least=0
+    )
+
+    def admit(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Verdict:
+        ttft_slo_s = request.ttft_slo_s or self.ttft_slo_s
+        tpot_slo_s = request.tpot_slo_s or self.tpot_slo_s
+        ttft_s = predicted_ttft_s(request, cluster, self.expected_output_tokens)
+        tpot_s = predicted_tpot_s(cluster, 1)
+        allowed = 1 + self.tolerance
+        meets = (ttft_s <= allowed * ttft_slo_s) & (tpot_s <= allowed * tpot_slo_s)
+        accepting = cluster.columns.is_accepting
+        if (meets & accepting).any():
+            return ADMIT
+        best = float(ttft_s[accepting].min(initial=np.inf))
+        best_tpot = float(tpot_s[accepting].min(initial=np.inf))
+        return Reject(
+            reason=(
+                f"no instance can meet the deadlines: predicted first token in {best:.1f} s "
+                f"(deadline {ttft_slo_s:g} s), {best_tpot * 1000:.0f} ms a token "
+                f"(deadline {tpot_slo_s * 1000:.0f} ms)"
+            ),
+            retry_after_s=max(1.0, min(60.0, best - ttft_slo_s)),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadlinePairs:
+    """Move requests from instances predicted to miss their deadlines to instances with slack."""
+
+    ttft_slo_s: float = param(5.0, TTFT_DOC, above=0)
+    tpot_slo_s: float = param(0.15, TPOT_DOC, above=0)
+    expected_output_tokens: int = param(256, OUTPUT_DOC, at_least=1)
+    destination_share: float = param(
+        0.8, "A destination stays within this share of the deadlines.", above=0, at_most=1
+    )
+
+    def rebalance(self, cluster: ClusterSnapshot) -> Iterable[MigrationPair]:
+        c = cluster.columns
+        wait_s = _block_wait_s(cluster, c.head_of_line_blocks, self.expected_output_tokens)
+        now = np.maximum(predicted_tpot_s(cluster, 0) / self.tpot_slo_s, wait_s / self.ttft_slo_s)
+        then = np.maximum(predicted_tpot_s(cluster, 1) / self.tpot_slo_s, wait_s / self.ttft_slo_s)
+        draining = c.is_draining
+        sources = np.flatnonzero(c.is_fresh & (c.num_running > 0) & ((now > 1) | draining))
+        sources = sources[np.argsort(np.where(draining, -np.inf, -now)[sources], kind="stable")]
+        ready = c.is_accepting & (then <= self.destination_share) & (c.num_free_blocks > 0)
+        destinations = np.flatnonzero(ready)
+        destinations = destinations[np.argsort(then[destinations], kind="stable")]
+        for source, destination in zip(sources.tolist(), destinations.tolist(), strict=False):
+            yield MigrationPair(
+                source=cluster.instance_ids[source],
+                destination=cluster.instance_ids[destination],
+                reason=f"predicted miss: {now.item(source):.2f} of the deadline",
+            )
+
+
+def predicted_ttft_s(
+    request: SchedulingRequest, cluster: ClusterSnapshot, expected_output_tokens: int
+) -> FloatColumn:
+    """Seconds until the first token, a row each: wait for blocks, then prefill behind others."""
+    c = cluster.columns
+    step_s = predicted_tpot_s(cluster, 0)
+    num_tokens = c.num_prefill_tokens_pending + request.num_prompt_tokens
+    prefill_s = cluster.step_time.prefill_s(num_tokens, step_s, c.max_num_batched_tokens)
+    needed = c.num_waiting_blocks + cluster.demand_blocks(request)
+    return prefill_s + _block_wait_s(cluster, needed, expected_output_tokens)
+
+
+def predicted_tpot_s(cluster: ClusterSnapshot, more: int) -> FloatColumn:
+    """Seconds per output token, a row each, with `more` requests than it has."""
+    c = cluster.columns
+    return cluster.step_time.decode_step_s(c.step_time_s, c.num_running, c.num_unreported + more)
+
+
+def _block_wait_s(
+    cluster: ClusterSnapshot, needed: np.ndarray, expected_output_tokens: int
+) -> FloatColumn:
+    """Seconds until `needed` blocks are free: running requests end after about that many steps."""
+    c = cluster.columns
+    missing = np.maximum(needed - c.num_free_blocks, 0)
+    used = np.maximum(c.num_total_blocks - c.num_free_blocks, 1)
+    turnover_s = expected_output_tokens * predicted_tpot_s(cluster, 0)
+    wait_s: FloatColumn = missing / used * turnover_s
+    return wait_s
+
+
+def bundle() -> PolicyBundle:
+    """For deadlines: predicted TTFT and TPOT place, migrate, and reject early."""
+    return PolicyBundle(
+        name="slo",
+        dispatch=DeadlineSlack(),
+        migration=DeadlinePairs(),
+        scaling=FreenessRange(),
+        admission=DeadlineAdmission(),
+        victim=LowPriorityShort(),
+    )
