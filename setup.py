@@ -65,9 +65,12 @@ setup(
     packages=PACKAGES,
     package_data={"llumsched": ["py.typed"]},
     install_requires=[
+        "msgspec>=0.19",
         "numpy>=2",
         "prometheus-client>=0.20",
+        "psutil>=6",
         "pyyaml>=6",
+        "pyzmq>=26",
         "ray[default]>=2.60,<3",
         f"torch{TORCH}",
     ],
@@ -85,6 +88,7 @@ setup(
             "ruff>=0.14",
             "setuptools>=77",
             "types-PyYAML>=6",
+            "types-psutil>=6",
         ],
     },
     entry_points={

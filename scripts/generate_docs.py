@@ -1,0 +1,152 @@
+"""Write the parts of ``docs/`` that come from the code: the protocol's diagrams, the policies.
+
+A page is prose with generated parts, each between ``<!-- generated: NAME -->`` and
+``<!-- end of NAME -->``. Only what lies between is written, so that prose and code each have one
+source. ``--check`` writes nothing and fails when a page is behind the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from llumsched import plugins
+from llumsched.core import migration_destination_rules, migration_rules
+from llumsched.core.migration_table import Rule, TransitionTable
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+# What every table of the protocol is to this module: only names are read.
+AnyTable = TransitionTable[Any, Any, Any, Any]
+AnyRule = Rule[Any, Any, Any]
+
+
+def diagram(table: AnyTable) -> str:
+    """The states as a mermaid diagram: an edge a pair of states, labelled with the events."""
+    edges: dict[tuple[StrEnum, StrEnum], list[str]] = {}
+    for (state, event), rules in table.rules.items():
+        for rule in rules:
+            if rule.to is not state:
+                label = f"{event.__name__}{_guard(rule)}"
+                edges.setdefault((state, rule.to), []).append(label)
+    initial = next(iter(table.states.__members__))
+    lines = ["stateDiagram-v2", f"    [*] --> {initial}"]
+    lines += [
+        f"    {state} --> {to}: {'<br/>'.join(dict.fromkeys(labels))}"
+        for (state, to), labels in edges.items()
+    ]
+    return "```mermaid\n" + "\n".join(lines) + "\n```"
+
+
+def transitions(table: AnyTable) -> str:
+    """Every (state, event) that does something, rule by rule, and the ones that are ignored."""
+    rows = [
+        (
+            str(state),
+            f"{event.__name__}{_guard(rule)}",
+            str(rule.to),
+            ", ".join(_words(command) for command in rule.do),
+        )
+        for state, event in table
+        for rule in table.rules.get((state, event), ())
+    ]
+    ignored: dict[str, list[str]] = {}
+    for state, event in table:
+        if (state, event) in table.ignored:
+            ignored.setdefault(str(state), []).append(event.__name__)
+    return "\n\n".join(
+        [
+            _grid(("in", "event [condition]", "to", "commands"), rows),
+            "Late or doubled, and ignored:",
+            _grid(("in", "events"), [(state, ", ".join(e)) for state, e in ignored.items()]),
+            "Any other pair is a defect in the host, and raises.",
+        ]
+    )
+
+
+def policies() -> str:
+    """Every policy that ships: what it is, and its parameters with their defaults."""
+    parts = []
+    kind = ""
+    for policy in plugins.installed():
+        if policy.source != "llumsched":
+            continue
+        if policy.kind != kind:
+            kind = policy.kind
+            parts.append(f"## {kind.capitalize()}")
+        parts += [f"### `{policy.name}`", policy.doc]
+        rows = [
+            (f"`{p.name}`", f"`{p.default}`", p.spec.range_text(), p.spec.doc)
+            for p in policy.params
+        ]
+        if rows:
+            parts.append(_grid(("parameter", "default", "range", ""), rows))
+    return "\n\n".join(parts)
+
+
+PARTS: Mapping[str, Callable[[], str]] = {
+    "source diagram": lambda: diagram(migration_rules.TABLE),
+    "source transitions": lambda: transitions(migration_rules.TABLE),
+    "destination diagram": lambda: diagram(migration_destination_rules.TABLE),
+    "destination transitions": lambda: transitions(migration_destination_rules.TABLE),
+    "policies": policies,
+}
+"""Name of a generated part -> what writes it."""
+
+
+def regenerate(text: str) -> str:
+    """A page with its generated parts written again.
+
+    Raises ``KeyError`` for a part that nothing here generates.
+    """
+
+    def write(match: re.Match[str]) -> str:
+        name = match["name"]
+        return f"<!-- generated: {name} -->\n{PARTS[name]()}\n<!-- end of {name} -->"
+
+    pattern = r"<!-- generated: (?P<name>[\w ]+) -->\n.*?<!-- end of (?P=name) -->"
+    return re.sub(pattern, write, text, flags=re.DOTALL)
+
+
+def stale_pages(docs: Path) -> dict[Path, str]:
+    """Each page that is behind the code, with its text as it should be."""
+    pages = {page: page.read_text(encoding="utf-8") for page in sorted(docs.rglob("*.md"))}
+    return {page: new for page, old in pages.items() if (new := regenerate(old)) != old}
+
+
+def _guard(rule: AnyRule) -> str:
+    return f" [{_words(rule.when)}]" if rule.when is not None else ""
+
+
+def _words(function: Callable[..., object]) -> str:
+    return function.__name__.replace("_", " ")
+
+
+def _grid(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in r)} |" for r in lines)
+
+
+def main() -> int:
+    """Write the pages that are behind, or with ``--check`` name them and fail."""
+    parser = argparse.ArgumentParser(description="Write the parts of docs/ that come from code.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if one is behind")
+    arguments = parser.parse_args()
+    stale = stale_pages(DOCS)
+    for page, text in stale.items():
+        if not arguments.check:
+            page.write_text(text, encoding="utf-8")
+        print(f"{'behind the code' if arguments.check else 'written'}: {page}")
+    if arguments.check and stale:
+        print("`make docs` writes them again", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""What the docs say about the code comes from the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llumsched.core import migration_destination_rules, migration_rules
+from llumsched.core.migration_table import TransitionTable
+from scripts import generate_docs
+
+
+def test_no_page_is_behind_the_code() -> None:
+    stale = generate_docs.stale_pages(generate_docs.DOCS)
+    assert not stale, f"`make docs` writes again: {', '.join(str(page) for page in stale)}"
+
+
+def test_every_generated_part_is_on_a_page() -> None:
+    text = "".join(page.read_text() for page in generate_docs.DOCS.rglob("*.md"))
+    assert [name for name in generate_docs.PARTS if f"<!-- generated: {name} -->" not in text] == []
+
+
+@pytest.mark.parametrize(
+    "table", [migration_rules.TABLE, migration_destination_rules.TABLE], ids=["source", "dest"]
+)
+def test_the_transitions_list_every_rule(table: TransitionTable) -> None:  # type: ignore[type-arg]
+    text = generate_docs.transitions(table)
+    rules_of_each = sum(len(rules) for rules in table.rules.values())
+    assert text.split("Late or doubled")[0].count("\n| ") - 1 == rules_of_each
+
+
+def test_prose_around_a_generated_part_stays() -> None:
+    page = "before\n<!-- generated: policies -->\nold\n<!-- end of policies -->\nafter\n"
+    written = generate_docs.regenerate(page)
+    assert written.startswith("before\n<!-- generated: policies -->\n## Bundle")
+    assert written.endswith("<!-- end of policies -->\nafter\n")
+    assert generate_docs.regenerate(written) == written
+
+
+def test_a_part_that_nothing_generates_is_an_error() -> None:
+    with pytest.raises(KeyError, match="no such part"):
+        generate_docs.regenerate("<!-- generated: no such part -->\n<!-- end of no such part -->")
+
+
+def test_check_names_the_page_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    old = "<!-- generated: policies -->\n<!-- end of policies -->\n"
+    page.write_text(old)
+    monkeypatch.setattr(generate_docs, "DOCS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["generate_docs", "--check"])
+    assert generate_docs.main() == 1
+    assert str(page) in capsys.readouterr().out
+    assert page.read_text() == old
