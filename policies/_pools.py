@@ -31,6 +31,10 @@ class Pools:
 
 def split(cluster: ClusterSnapshot, prefill_share: float) -> Pools:
     """The two pools of this moment."""
+    return cluster.stable(("pools", prefill_share), lambda: _split(cluster, prefill_share))
+
+
+def _split(cluster: ClusterSnapshot, prefill_share: float) -> Pools:
     c = cluster.columns
     prefill, decode = c.role == _PREFILL, c.role == _DECODE
     if not prefill.any() and not decode.any():

@@ -35,14 +35,13 @@ class KvRouter:
 
     def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
         c = cluster.columns
-        block_size = np.maximum(c.block_size, 1)
+        block_size = cluster.block_size or c.block_size
         prefill_blocks = -(-c.num_prefill_tokens_pending // block_size) + cluster.demand_blocks(
             request
         )
         if cluster.match_prefix is not None and request.prefix_hashes:
             prefill_blocks = prefill_blocks - cluster.match_prefix(request)
-        decode_blocks = c.num_total_blocks - c.num_free_blocks
-        cost = self.overlap_weight * prefill_blocks + decode_blocks
+        cost = self.overlap_weight * prefill_blocks + c.num_used_blocks
         candidates = cluster.candidates(request)
         row = (
             self._draw(cost, cluster, candidates)

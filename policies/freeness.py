@@ -46,13 +46,13 @@ class Freeness:
     def _extended(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> FloatColumn:
         c = cluster.columns
         free = c.num_total_blocks - c.virtual_usage
-        batch_size = c.num_running + c.num_unreported
+        batch_size = c.batch_size
         if self.queue == "whole":
             free = free - np.maximum(c.num_waiting_blocks - c.head_of_line_blocks, 0)
             batch_size = batch_size + c.num_waiting
         if request.predicted_output_tokens is not None:
-            used = c.num_total_blocks - c.num_free_blocks
-            free = free - self.growth_weight * np.maximum(c.predicted_final_blocks - used, 0)
+            growth = np.maximum(c.predicted_final_blocks - c.num_used_blocks, 0)
+            free = free - self.growth_weight * growth
         score: FloatColumn = np.where(
             c.freeness == np.inf, np.inf, free / np.maximum(batch_size, 1)
         )

@@ -36,8 +36,7 @@ class FreenessRange:
         free = c.num_free_blocks[rows] - np.where(
             c.num_waiting[rows], c.head_of_line_blocks[rows], 0
         )
-        batch_size = np.maximum(c.num_running[rows] + c.num_unreported[rows], 1)
-        average = float((free / batch_size).mean())
+        average = float((free / np.maximum(c.batch_size[rows], 1)).mean())
         if average < self.low:
             return ScaleUp(num_instances=1, reason=f"average freeness {average:.1f} < {self.low:g}")
         if average > self.high and len(rows) > 1:

@@ -53,7 +53,7 @@ class PromptLength:
         among = c.is_accepting if candidates is None else candidates
         among = _prefer(among, c.num_prefill_tokens_pending <= self.max_pending_prefill_tokens)
         if _is_long(request, cluster, self.long_share):
-            row = cluster.argmax(c.num_free_blocks - c.num_waiting_blocks, among)
+            row = cluster.argmax(c.num_room_blocks, among)
             reason = "long prompt: the most free blocks"
         else:
             clearing = _clearing(cluster, self.long_share)
@@ -86,10 +86,10 @@ class RoomFirst:
         if not _is_long(request, cluster, self.long_share):
             return ADMIT
         c = cluster.columns
-        room = c.num_free_blocks - c.num_waiting_blocks
+        room = c.num_room_blocks
         # An idle instance is as cleared as it gets.
         fits = (room >= cluster.demand_blocks(request)) | (c.num_requests == 0)
-        if (c.is_accepting & fits).any():
+        if cluster.any(fits):
             return ADMIT
         return Hold(reason="room for a long prompt is being cleared", others_may_pass=True)
 
@@ -119,7 +119,7 @@ class ClearRoom:
 
     def _clear(self, source: int, cluster: ClusterSnapshot) -> Iterable[MigrationPair]:
         c = cluster.columns
-        room = c.num_free_blocks - c.num_waiting_blocks
+        room = c.num_room_blocks
         victim_blocks = max(1, c.victim_blocks.item(source))
         destinations = np.flatnonzero(c.is_accepting & (room >= victim_blocks))
         order = destinations[np.argsort(-room[destinations], kind="stable")]
@@ -144,9 +144,7 @@ def _clearing(cluster: ClusterSnapshot, long_share: float) -> int | None:
     for request in cluster.held():
         if _is_long(request, cluster, long_share):
             c = cluster.columns
-            return cluster.argmax(
-                c.num_free_blocks - c.num_waiting_blocks, cluster.candidates(request)
-            )
+            return cluster.argmax(c.num_room_blocks, cluster.candidates(request))
     return None
 
 

@@ -18,7 +18,7 @@ from llumsched.core.params import param
 from llumsched.core.policy import ADMIT, Placement, PolicyBundle, Reject, Verdict
 from llumsched.core.snapshot import ClusterSnapshot, FloatColumn, IntColumn
 from llumsched.core.types import SchedulingRequest
-from llumsched.policies._pools import PREFILL_SHARE_DOC, split
+from llumsched.policies._pools import PREFILL_SHARE_DOC, Pools, split
 from llumsched.policies.after_first_token import AfterFirstToken
 from llumsched.policies.disaggregated import HAND_OVER_OPTIONS
 from llumsched.policies.distserve import LeastLoadedDecode
@@ -36,8 +36,7 @@ class Conductor:
         candidates = cluster.candidates(request)
         if candidates is not None:
             among = among & candidates
-        matched = _matched(request, cluster)
-        ttft_s = _ttft_s(request, matched, cluster)
+        ttft_s, matched = _predicted(request, cluster)
         row = cluster.argmin(ttft_s, among)
         if row is None:
             return None
@@ -67,16 +66,14 @@ class EarlyRejection:
     def admit(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Verdict:
         c = cluster.columns
         pools = split(cluster, self.prefill_share)
-        ttft_s = _ttft_s(request, _matched(request, cluster), cluster)
+        ttft_s, _ = _predicted(request, cluster)
         prefill_ends_s = float(ttft_s[pools.prefill].min(initial=np.inf))
-        step_s = cluster.step_time.decode_step_s(c.step_time_s, c.num_running, c.num_unreported)
-        decode_s = self.expected_output_tokens * step_s[pools.decode]
         # Requests that decode now end evenly over their decode time; those in prefill all arrive.
+        decode_s = self.expected_output_tokens * c.decode_step_s[pools.decode]
         left = np.maximum(0.0, 1.0 - prefill_ends_s / np.maximum(decode_s, 1e-9))
-        staying = float((c.num_requests[pools.decode] * left).sum())
-        arriving = int(c.num_requests[pools.prefill & ~pools.decode].sum()) + 1
-        capacity = int(np.minimum(c.max_num_seqs[pools.decode], self.max_batch).sum())
-        load = (staying + arriving) / max(1, capacity)
+        staying = float(c.num_requests[pools.decode] @ left)
+        only_prefill, capacity = cluster.stable(self, lambda: self._stable(pools, cluster))
+        load = (staying + int(c.num_requests @ only_prefill) + 1) / max(1, capacity)
         if load <= self.max_decode_load:
             return ADMIT
         return Reject(
@@ -87,22 +84,31 @@ class EarlyRejection:
             retry_after_s=max(1.0, min(60.0, float(decode_s.mean()) / 2)),
         )
 
+    def _stable(self, pools: Pools, cluster: ClusterSnapshot) -> tuple[IntColumn, int]:
+        only_prefill = (pools.prefill & ~pools.decode).astype(np.int64)
+        max_num_seqs = cluster.columns.max_num_seqs[pools.decode]
+        return only_prefill, int(np.minimum(max_num_seqs, self.max_batch).sum())
 
-def _matched(request: SchedulingRequest, cluster: ClusterSnapshot) -> IntColumn:
-    if cluster.match_prefix is None or not request.prefix_hashes:
-        return np.zeros(len(cluster), dtype=np.int64)
-    return cluster.match_prefix(request)
 
+def _predicted(
+    request: SchedulingRequest, cluster: ClusterSnapshot
+) -> tuple[FloatColumn, IntColumn]:
+    """Time to first token, and leading blocks of the prompt cached, a row each."""
 
-def _ttft_s(
-    request: SchedulingRequest, matched: IntColumn, cluster: ClusterSnapshot
-) -> FloatColumn:
-    c = cluster.columns
-    step_s = cluster.step_time.decode_step_s(c.step_time_s, c.num_running, c.num_unreported)
-    # At least one token is always computed, also of a prompt that is cached to the end.
-    to_compute = np.maximum(request.num_prompt_tokens - matched * c.block_size, 1)
-    num_tokens = c.num_prefill_tokens_pending + to_compute
-    return cluster.step_time.prefill_s(num_tokens, step_s, c.max_num_batched_tokens)
+    def predict() -> tuple[FloatColumn, IntColumn]:
+        c = cluster.columns
+        if cluster.match_prefix is not None and request.prefix_hashes:
+            matched = cluster.match_prefix(request)
+            # At least one token is always computed, also of a prompt that is cached to the end.
+            cached = np.minimum(matched * c.block_size, request.num_prompt_tokens - 1)
+            num_tokens = c.num_prefill_tokens_pending + request.num_prompt_tokens - cached
+        else:
+            matched = np.zeros(len(cluster), dtype=np.int64)
+            num_tokens = c.num_prefill_tokens_pending + request.num_prompt_tokens
+        ttft_s = cluster.step_time.prefill_s(num_tokens, c.decode_step_s, c.max_num_batched_tokens)
+        return ttft_s, matched
+
+    return cluster.fresh(("mooncake", request.request_id), predict)
 
 
 def bundle() -> PolicyBundle:

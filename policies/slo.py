@@ -22,7 +22,7 @@ from llumsched.core.policy import (
     Reject,
     Verdict,
 )
-from llumsched.core.snapshot import ClusterSnapshot, FloatColumn
+from llumsched.core.snapshot import ClusterSnapshot, FloatColumn, IntColumn
 from llumsched.core.types import SchedulingRequest
 from llumsched.policies.freeness_range import FreenessRange
 from llumsched.policies.low_priority_short import LowPriorityShort
@@ -43,11 +43,12 @@ class DeadlineSlack:
     def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
         ttft_s = predicted_ttft_s(request, cluster, self.expected_output_tokens)
         tpot_s = predicted_tpot_s(cluster, 1)
-        slack = np.minimum(
-            1 - ttft_s / (request.ttft_slo_s or self.ttft_slo_s),
-            1 - tpot_s / (request.tpot_slo_s or self.tpot_slo_s),
+        # The share of its deadline that the tighter of the two takes up.
+        share = np.maximum(
+            ttft_s * (1 / (request.ttft_slo_s or self.ttft_slo_s)),
+            tpot_s * (1 / (request.tpot_slo_s or self.tpot_slo_s)),
         )
-        row = cluster.argmax(slack, cluster.candidates(request))
+        row = cluster.argmin(share, cluster.candidates(request))
         if row is None:
             return None
         return Placement(
@@ -77,9 +78,9 @@ class DeadlineAdmission:
         tpot_s = predicted_tpot_s(cluster, 1)
         allowed = 1 + self.tolerance
         meets = (ttft_s <= allowed * ttft_slo_s) & (tpot_s <= allowed * tpot_slo_s)
-        accepting = cluster.columns.is_accepting
-        if (meets & accepting).any():
+        if cluster.any(meets):
             return ADMIT
+        accepting = cluster.columns.is_accepting
         best = float(ttft_s[accepting].min(initial=np.inf))
         best_tpot = float(tpot_s[accepting].min(initial=np.inf))
         return Reject(
@@ -105,7 +106,8 @@ class DeadlinePairs:
 
     def rebalance(self, cluster: ClusterSnapshot) -> Iterable[MigrationPair]:
         c = cluster.columns
-        wait_s = _block_wait_s(cluster, c.head_of_line_blocks, self.expected_output_tokens)
+        missing = c.head_of_line_blocks - c.num_free_blocks
+        wait_s = _block_wait_s(cluster, missing, self.expected_output_tokens)
         now = np.maximum(predicted_tpot_s(cluster, 0) / self.tpot_slo_s, wait_s / self.ttft_slo_s)
         then = np.maximum(predicted_tpot_s(cluster, 1) / self.tpot_slo_s, wait_s / self.ttft_slo_s)
         draining = c.is_draining
@@ -126,29 +128,32 @@ def predicted_ttft_s(
     request: SchedulingRequest, cluster: ClusterSnapshot, expected_output_tokens: int
 ) -> FloatColumn:
     """Seconds until the first token, a row each: wait for blocks, then prefill behind others."""
-    c = cluster.columns
-    step_s = predicted_tpot_s(cluster, 0)
-    num_tokens = c.num_prefill_tokens_pending + request.num_prompt_tokens
-    prefill_s = cluster.step_time.prefill_s(num_tokens, step_s, c.max_num_batched_tokens)
-    needed = c.num_waiting_blocks + cluster.demand_blocks(request)
-    return prefill_s + _block_wait_s(cluster, needed, expected_output_tokens)
+
+    def predict() -> FloatColumn:
+        c = cluster.columns
+        num_tokens = c.num_prefill_tokens_pending + request.num_prompt_tokens
+        prefill_s = cluster.step_time.prefill_s(
+            num_tokens, c.decode_step_s, c.max_num_batched_tokens
+        )
+        missing = cluster.demand_blocks(request) - c.num_room_blocks
+        return prefill_s + _block_wait_s(cluster, missing, expected_output_tokens)
+
+    return cluster.fresh(("ttft", request.request_id, expected_output_tokens), predict)
 
 
 def predicted_tpot_s(cluster: ClusterSnapshot, more: int) -> FloatColumn:
     """Seconds per output token, a row each, with `more` requests than it has."""
-    c = cluster.columns
-    return cluster.step_time.decode_step_s(c.step_time_s, c.num_running, c.num_unreported + more)
+    result: FloatColumn = cluster.columns.decode_step_s + cluster.step_time.running_s * more
+    return result
 
 
 def _block_wait_s(
-    cluster: ClusterSnapshot, needed: np.ndarray, expected_output_tokens: int
+    cluster: ClusterSnapshot, missing: IntColumn, expected_output_tokens: int
 ) -> FloatColumn:
-    """Seconds until `needed` blocks are free: running requests end after about that many steps."""
+    """Seconds until missing blocks are free: requests end after about that many steps."""
     c = cluster.columns
-    missing = np.maximum(needed - c.num_free_blocks, 0)
-    used = np.maximum(c.num_total_blocks - c.num_free_blocks, 1)
-    turnover_s = expected_output_tokens * predicted_tpot_s(cluster, 0)
-    wait_s: FloatColumn = missing / used * turnover_s
+    turnover_s = expected_output_tokens * c.decode_step_s
+    wait_s: FloatColumn = np.maximum(missing, 0) * turnover_s / np.maximum(c.num_used_blocks, 1)
     return wait_s
 
 

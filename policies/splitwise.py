@@ -86,6 +86,15 @@ class PromptToToken:
 def _pools(
     cluster: ClusterSnapshot, prefill_share: float, mixed_share: float
 ) -> tuple[BoolColumn, BoolColumn, BoolColumn]:
+    return cluster.stable(
+        ("splitwise", prefill_share, mixed_share),
+        lambda: _make_pools(cluster, prefill_share, mixed_share),
+    )
+
+
+def _make_pools(
+    cluster: ClusterSnapshot, prefill_share: float, mixed_share: float
+) -> tuple[BoolColumn, BoolColumn, BoolColumn]:
     pools = split(cluster, prefill_share)
     both = pools.prefill & pools.decode
     if both.any() or len(cluster) < 3:

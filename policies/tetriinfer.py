@@ -33,8 +33,7 @@ class PredictedPowerOfTwo:
 
     def rebalance(self, cluster: ClusterSnapshot) -> Iterable[MigrationPair]:
         c = cluster.columns
-        used = c.num_total_blocks - c.num_free_blocks
-        expected = np.maximum(c.predicted_final_blocks, used)
+        expected = np.maximum(c.predicted_final_blocks, c.num_used_blocks)
         yield from drain(cluster, expected)
         pools = split(cluster, self.prefill_share)
         sources = np.flatnonzero(pools.prefill & ~pools.decode & (c.num_running > 0))

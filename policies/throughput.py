@@ -24,7 +24,7 @@ from llumsched.core.policy import (
     ScaleUp,
     Verdict,
 )
-from llumsched.core.snapshot import BoolColumn, ClusterSnapshot, IntColumn
+from llumsched.core.snapshot import AnyColumn, BoolColumn, ClusterSnapshot, IntColumn
 from llumsched.core.types import SchedulingRequest
 from llumsched.policies.low_priority_short import LowPriorityShort
 
@@ -43,17 +43,17 @@ class FillTarget:
     def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
         c = cluster.columns
         candidates = cluster.candidates(request)
-        used = _expected_blocks(cluster) + cluster.demand_blocks(request)
-        within = (used <= self.target_kv_usage * c.num_total_blocks) & (
-            c.num_requests < self.target_batch * c.max_num_seqs
-        )
+        used = c.num_total_blocks - c.num_room_blocks + cluster.demand_blocks(request)
+        if request.predicted_output_tokens is not None:
+            used = np.maximum(used, c.predicted_final_blocks)
+        max_blocks, max_batch = cluster.stable(self, lambda: self._limits(cluster))
+        within = (used <= max_blocks) & (c.num_requests < max_batch)
         if candidates is not None:
             within &= candidates
-        usage = used / np.maximum(c.num_total_blocks, 1)
-        if within.any():
-            row = cluster.argmax(usage, within)
-            reason = "the fullest within the target"
-        else:
+        usage = used / c.num_total_blocks
+        row = cluster.argmax(usage, within)
+        reason = "the fullest within the target"
+        if row is None:
             row = cluster.argmin(usage, candidates)
             reason = "all are past the target; the emptiest"
         if row is None:
@@ -62,6 +62,10 @@ class FillTarget:
             instance_id=cluster.instance_ids[row],
             reason=f"{reason}: KV usage {usage.item(row):.0%} with it",
         )
+
+    def _limits(self, cluster: ClusterSnapshot) -> tuple[AnyColumn, AnyColumn]:
+        c = cluster.columns
+        return self.target_kv_usage * c.num_total_blocks, self.target_batch * c.max_num_seqs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,16 +81,17 @@ class PreemptionBound:
 
     def admit(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Verdict:
         c = cluster.columns
-        growth_blocks = -(-self.growth_tokens // np.maximum(c.block_size, 1))
-        granted = growth_blocks * (c.num_requests + 1)
-        used = c.num_total_blocks - c.num_free_blocks + c.num_waiting_blocks
-        if request.predicted_output_tokens is not None:
-            granted = np.maximum(c.predicted_final_blocks - used, 0) + growth_blocks
+        block_size = cluster.block_size or c.block_size
+        growth_blocks = -(-self.growth_tokens // block_size)
+        if request.predicted_output_tokens is None:
+            granted = growth_blocks * (c.num_requests + 1)
+        else:
+            granted = np.maximum(c.predicted_final_blocks - c.num_used_blocks, 0) + growth_blocks
         # An empty instance takes anything: holding it longer would not make more room.
-        fits = (c.num_requests == 0) | (
-            used + cluster.demand_blocks(request) + granted <= c.num_total_blocks
+        fits = (c.num_room_blocks - granted >= cluster.demand_blocks(request)) | (
+            c.num_requests == 0
         )
-        if (fits & c.is_accepting).any():
+        if cluster.any(fits):
             return ADMIT
         return Hold(reason="every instance would have to preempt")
 
@@ -102,7 +107,7 @@ class Consolidate:
 
     def rebalance(self, cluster: ClusterSnapshot) -> Iterable[MigrationPair]:
         c = cluster.columns
-        usage = (c.num_total_blocks - c.num_free_blocks) / np.maximum(c.num_total_blocks, 1)
+        usage = c.num_used_blocks / c.num_total_blocks
         draining = c.is_draining & c.is_fresh & (c.num_requests > 0)
         for row in np.flatnonzero(draining).tolist():
             yield from self._empty(row, usage, c.is_accepting, cluster)
@@ -112,14 +117,14 @@ class Consolidate:
             # Only onto fuller ones: the emptiest of all is never filled, so work does not circle.
             fuller = busy & (usage >= usage[source])
             fuller[source] = False
-            used = int(c.num_total_blocks[source] - c.num_free_blocks[source])
+            used = c.num_used_blocks.item(source)
             if self._room(cluster, fuller).sum() >= used:
                 yield from self._empty(source, usage, fuller, cluster)
 
     def _room(self, cluster: ClusterSnapshot, among: BoolColumn) -> IntColumn:
         c = cluster.columns
         limit = (self.target_kv_usage * c.num_total_blocks).astype(np.int64)
-        room = limit - (c.num_total_blocks - c.num_free_blocks) - c.num_waiting_blocks
+        room = limit - (c.num_total_blocks - c.num_room_blocks)
         result: IntColumn = np.where(among, np.maximum(room, 0), 0)
         return result
 
@@ -155,13 +160,6 @@ class SpareInstances:
                 instance_id=cluster.instance_ids[int(spare[-1])], reason="it runs nothing"
             )
         return None
-
-
-def _expected_blocks(cluster: ClusterSnapshot) -> IntColumn:
-    """Used and queued blocks, or what the requests are predicted to reach if that is more."""
-    c = cluster.columns
-    used = c.num_total_blocks - c.num_free_blocks + c.num_waiting_blocks
-    return np.maximum(used, c.predicted_final_blocks)
 
 
 def bundle() -> PolicyBundle:

@@ -38,6 +38,7 @@ class MigrationArbiter:
         self._next_id = 0
         self._rests_until: dict[tuple[str, str | None], float] = {}
         self.active: dict[str, ActiveMigration] = {}
+        self._by_instance: dict[str, dict[str, ActiveMigration]] = {}
 
     def blocked(
         self, source: InstanceRecord, destination: InstanceRecord, now: float
@@ -99,6 +100,8 @@ class MigrationArbiter:
             started_s=now,
         )
         self.active[migration.migration_id] = migration
+        for instance_id in (migration.source, migration.destination):
+            self._by_instance.setdefault(instance_id, {})[migration.migration_id] = migration
         self._cluster.add_migration_out(source, 1)
         self._cluster.add_migration_in(destination, 1)
         self._cluster.add_sent(
@@ -109,6 +112,11 @@ class MigrationArbiter:
     def finish(self, migration: ActiveMigration, outcome: MigrationOutcome, now: float) -> None:
         """Give the slots back, and remember what must not be tried again at once."""
         del self.active[migration.migration_id]
+        for instance_id in (migration.source, migration.destination):
+            on_instance = self._by_instance[instance_id]
+            del on_instance[migration.migration_id]
+            if not on_instance:
+                del self._by_instance[instance_id]
         source = self._cluster.records.get(migration.source)
         destination = self._cluster.records.get(migration.destination)
         if source is not None:
@@ -131,13 +139,13 @@ class MigrationArbiter:
         if not visible:
             return
         instance_id = destination.spec.instance_id
-        incoming = [m for m in self.active.values() if m.destination == instance_id]
+        incoming = [m for m in self.involving(instance_id) if m.destination == instance_id]
         for migration in incoming[:visible]:
             self._drop_overlay(migration, destination)
 
     def involving(self, instance_id: str) -> list[ActiveMigration]:
-        """Active migrations an instance takes part in."""
-        return [m for m in self.active.values() if instance_id in (m.source, m.destination)]
+        """Active migrations an instance takes part in, oldest first."""
+        return list(self._by_instance.get(instance_id, {}).values())
 
     def overdue(self, now: float) -> list[ActiveMigration]:
         """Migrations whose end should have been told by now."""
@@ -170,11 +178,10 @@ def _no_slot(verb: str, record: InstanceRecord, in_use: int) -> str:
 
 def _only_swaps(cluster: Cluster, source: InstanceRecord, destination: InstanceRecord) -> bool:
     """Whether after the move the destination is no freer than the source was before."""
-    snapshot = cluster.snapshot
-    columns = snapshot.columns
-    row_s = snapshot.rows[source.spec.instance_id]
-    row_d = snapshot.rows[destination.spec.instance_id]
-    free_d = float(columns.num_total_blocks[row_d] - columns.virtual_usage[row_d])
-    batch_d = int(columns.num_running[row_d] + columns.num_unreported[row_d])
-    after = (free_d - int(columns.victim_blocks[row_s])) / (batch_d + 1)
-    return after <= float(columns.freeness[row_s])
+    columns = cluster.snapshot.columns
+    rows = cluster.snapshot.rows
+    row_s, row_d = rows[source.spec.instance_id], rows[destination.spec.instance_id]
+    free_d = columns.num_total_blocks.item(row_d) - columns.virtual_usage.item(row_d)
+    victim_blocks = columns.victim_blocks.item(row_s)
+    after: float = (free_d - victim_blocks) / (columns.batch_size.item(row_d) + 1)
+    return after <= columns.freeness.item(row_s)

@@ -146,8 +146,11 @@ class Cluster:
         """The snapshot of this moment: silent instances stop accepting here."""
         if now > self._next_stale_s:
             self._find_stale(now)
-        object.__setattr__(self.snapshot, "now", now)
-        return self.snapshot
+        snapshot = self.snapshot
+        object.__setattr__(snapshot, "now", now)
+        if snapshot.fresh_values:
+            snapshot.fresh_values.clear()
+        return snapshot
 
     def _find_stale(self, now: float) -> None:
         last_report_s = self._columns.last_report_s
@@ -237,6 +240,7 @@ class Cluster:
         columns.is_fresh[row] = record.is_fresh
         columns.state[row] = _STATE_CODE[record.state]
         object.__setattr__(self.snapshot, "num_accepting", self._num_accepting)
+        self.snapshot.stable_values.clear()
 
     def _publish(self, record: InstanceRecord) -> None:
         load = record.load
@@ -268,9 +272,19 @@ class Cluster:
         num_sent = record.num_sent
         num_total = load.num_total_blocks
         num_free = load.num_free_blocks - record.num_sent_blocks
+        batch_size = load.num_running + num_sent
         columns.num_free_blocks[row] = num_free
+        columns.num_used_blocks[row] = num_total - num_free
+        columns.num_room_blocks[row] = num_free - load.num_waiting_blocks
         columns.num_unreported[row] = num_sent
-        columns.num_requests[row] = load.num_running + load.num_waiting + num_sent
+        columns.batch_size[row] = batch_size
+        columns.num_requests[row] = batch_size + load.num_waiting
+        step_time = self._step_time
+        columns.decode_step_s[row] = (
+            load.step_time_s + step_time.running_s * num_sent
+            if load.step_time_s > 0
+            else step_time.base_s + step_time.running_s * batch_size
+        )
         columns.num_waiting_tokens[row] = load.num_waiting_tokens + record.num_sent_tokens
         columns.num_prefill_tokens_pending[row] = (
             load.num_prefill_tokens_pending + record.num_sent_tokens
@@ -284,7 +298,6 @@ class Cluster:
             usage += load.head_of_line_blocks
         if record.num_sent_high or columns.num_high_running[row]:
             usage += self._headroom.blocks(PriorityClass.HIGH, num_total)
-        batch_size = load.num_running + num_sent
         columns.virtual_usage[row] = usage
         if batch_size:
             columns.freeness[row] = (num_total - usage) / batch_size

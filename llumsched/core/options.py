@@ -29,6 +29,9 @@ class SchedulerOptions:
     migration_interval_s: float = param(0.5, "Seconds between two migration decisions.", above=0)
     max_migrations_in: int = param(2, "Migrations an instance may receive at a time.", at_least=1)
     max_migrations_out: int = param(2, "Migrations an instance may send at a time.", at_least=1)
+    max_migrations_per_decision: int = param(
+        64, "Migrations started at one decision, over all instances.", at_least=1
+    )
     migration_settle_s: float = param(
         5.0,
         "A request that has just moved stays for this long, and its pair of instances is not "

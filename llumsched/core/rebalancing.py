@@ -65,28 +65,37 @@ class Rebalancer:
 
     def _decide(self, policy: MigrationPolicy, now: float, out: list[Action]) -> None:
         cluster = self._cluster.at(now)
+        room = self._options.max_migrations_per_decision
+        seen: set[tuple[str, str]] = set()
         try:
             # Bounded: a policy must not keep the scheduler by yielding for ever.
-            pairs = list(islice(policy.rebalance(cluster), 4 * len(cluster)))
+            for pair in islice(policy.rebalance(cluster), 4 * len(cluster)):
+                problem = _problem(pair, cluster, seen)
+                if problem is not None:
+                    out.append(policy_failed(policy, problem))
+                    continue
+                seen.add((pair.source, pair.destination))
+                room -= self._start_pair(pair, room, now, out)
+                if room <= 0:
+                    return
         except Exception as error:
             out.append(policy_failed(policy, error))
-            return
-        seen: set[tuple[str, str]] = set()
-        for pair in pairs:
-            problem = _problem(pair, cluster, seen)
-            if problem is not None:
-                out.append(policy_failed(policy, problem))
-                continue
-            seen.add((pair.source, pair.destination))
-            source = self._cluster.records[pair.source]
-            destination = self._cluster.records[pair.destination]
-            for _ in range(pair.num_requests):
-                if self._arbiter.blocked(source, destination, now) is not None:
-                    break
-                if self._arbiter.unwise(source, destination, pair.balances, now) is not None:
-                    break
-                num_blocks = cluster.columns.victim_blocks.item(cluster.rows[pair.source])
-                self._start(source, destination, None, num_blocks, pair.reason, now, out)
+
+    def _start_pair(self, pair: MigrationPair, limit: int, now: float, out: list[Action]) -> int:
+        """Start what may start of a pair; how many that were."""
+        source = self._cluster.records[pair.source]
+        destination = self._cluster.records[pair.destination]
+        snapshot = self._cluster.snapshot
+        num_blocks = snapshot.columns.victim_blocks.item(snapshot.rows[pair.source])
+        limit = min(limit, pair.num_requests)
+        for num_started in range(limit):
+            if (
+                self._arbiter.blocked(source, destination, now) is not None
+                or self._arbiter.unwise(source, destination, pair.balances, now) is not None
+            ):
+                return num_started
+            self._start(source, destination, None, num_blocks, pair.reason, now, out)
+        return limit
 
     def request(self, event: MigrationRequested, now: float, out: list[Action]) -> None:
         """Carry out an operator's wish, or refuse it with the reason."""

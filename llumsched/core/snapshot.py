@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +22,11 @@ import numpy.typing as npt
 from llumsched.core.step_time import DEFAULT_STEP_TIME, StepTimeModel
 from llumsched.core.types import InstanceRole, InstanceState, SchedulingRequest
 
+T = TypeVar("T")
+
 FloatColumn = npt.NDArray[np.float64]
 IntColumn = npt.NDArray[np.int64]
-AnyColumn = FloatColumn | IntColumn
+AnyColumn = npt.NDArray[np.floating[Any]] | IntColumn
 BoolColumn = npt.NDArray[np.bool_]
 
 STATES = (
@@ -42,12 +45,16 @@ class Columns:
     freeness: FloatColumn
     virtual_usage: FloatColumn
     step_time_s: FloatColumn
+    decode_step_s: FloatColumn
     last_report_s: FloatColumn
     num_total_blocks: IntColumn
     num_free_blocks: IntColumn
+    num_used_blocks: IntColumn
+    num_room_blocks: IntColumn
     num_running: IntColumn
     num_waiting: IntColumn
     num_unreported: IntColumn
+    batch_size: IntColumn
     num_requests: IntColumn
     head_of_line_blocks: IntColumn
     num_waiting_blocks: IntColumn
@@ -98,8 +105,11 @@ class Columns:
 class ClusterSnapshot:
     """What a policy decides from. See the module docstring for its lifetime.
 
-    `num_free_blocks` may be negative (more has been sent than fits). `num_requests` is running +
-    waiting + unreported. `predicted_final_blocks` is 0 without a length predictor.
+    Columns whose name does not say it all: `num_free_blocks` may be negative (more has been sent
+    than fits); `num_room_blocks` is what the queue leaves of it; `batch_size` is running +
+    unreported and `num_requests` that + waiting; `decode_step_s` is the measured step, or the
+    modelled one, with the unreported requests in it; `predicted_final_blocks` is the sum of the
+    predicted final sizes of all requests, 0 without a length predictor.
     """
 
     now: float
@@ -119,6 +129,26 @@ class ClusterSnapshot:
     """Requests waiting for a place, in dispatch order (a bounded number of them)."""
     match_prefix: Callable[[SchedulingRequest], IntColumn] | None = None
     """Cached leading blocks of the prompt per row; None if no prefix index is kept."""
+
+    stable_values: dict[Hashable, Any] = field(default_factory=dict)
+    fresh_values: dict[Hashable, Any] = field(default_factory=dict)
+
+    def stable(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """`compute()`, kept until an instance joins, leaves, or starts or stops to accept work.
+
+        For what follows from the specs and states alone: pools, limits.
+        """
+        value = self.stable_values.get(key)
+        if value is None:
+            value = self.stable_values[key] = compute()
+        return cast(T, value)
+
+    def fresh(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """`compute()`, kept for this decision: for what admission and dispatch both derive."""
+        value = self.fresh_values.get(key)
+        if value is None:
+            value = self.fresh_values[key] = compute()
+        return cast(T, value)
 
     def __len__(self) -> int:
         return len(self.instance_ids)
@@ -169,6 +199,12 @@ class ClusterSnapshot:
             return row
         rows = np.flatnonzero(among)
         return int(rows[0]) if len(rows) else None
+
+    def any(self, among: BoolColumn) -> bool:
+        """Whether one of these rows accepts work."""
+        if self.num_accepting < len(self.instance_ids):
+            among = among & self.columns.is_accepting
+        return bool(among.any())
 
     def argmin(self, score: AnyColumn, among: BoolColumn | None = None) -> int | None:
         """Row of the lowest score, with the rules of `argmax`."""

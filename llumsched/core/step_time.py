@@ -4,7 +4,7 @@
 
 The form and the default coefficients are those of the evaluation in Llumnix (OSDI '24): LLaMA-7B on
 an A10. Where an instance has reported the duration of a step, the report replaces the model's own
-idea of it. Functions take columns (one row per instance) and return columns, in seconds.
+idea of it (the snapshot's column `decode_step_s`). Columns have one row per instance.
 
 Invariant: pure; more load never predicts less time. This module does not know deadlines.
 """
@@ -26,20 +26,11 @@ class StepTimeModel:
     prefill_token_s: float = 0.000203
     running_s: float = 0.00027
 
-    def decode_step_s(
-        self, measured_step_s: Column, num_running: AnyColumn, more: AnyColumn | int
-    ) -> Column:
-        """A step that decodes `more` requests beside those running when it was measured."""
-        modelled = self.base_s + self.running_s * num_running
-        step_s = np.where(measured_step_s > 0, measured_step_s, modelled)
-        result: Column = step_s + self.running_s * more
-        return result
-
     def prefill_s(
         self, num_tokens: AnyColumn, step_s: Column, max_num_batched_tokens: AnyColumn
     ) -> Column:
         """Time until `num_tokens` prompt tokens are computed in chunks beside the decodes."""
-        num_steps = np.ceil(num_tokens / np.maximum(max_num_batched_tokens, 1))
+        num_steps = np.ceil(num_tokens / max_num_batched_tokens)
         result: Column = self.prefill_token_s * num_tokens + num_steps * step_s
         return result
 
