@@ -1,0 +1,105 @@
+"""The admin API from the outside: what ``status`` and ``migrate`` ask a running server.
+
+Standard library only, so that the commands work where neither vLLM nor Ray is installed. Whatever
+goes wrong is one sentence that names the fix; nothing is retried, since a migration that was asked
+for twice might happen twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+from llumsched.commands import CommandError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+STATUS_TIMEOUT_S = 10.0
+# The server itself gives a migration up after two minutes.
+MIGRATE_TIMEOUT_S = 150.0
+
+
+def add_url(parser: argparse.ArgumentParser) -> None:
+    """The option that both commands share."""
+    parser.add_argument(
+        "--url", default=DEFAULT_URL, metavar="URL", help="the server; default: %(default)s"
+    )
+
+
+class AdminClient:
+    """Calls to ``URL/llumsched/...``; every method raises ``CommandError`` when it fails."""
+
+    def __init__(self, url: str = DEFAULT_URL) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        if urllib.parse.urlsplit(self.url).scheme not in ("http", "https"):
+            raise CommandError(f"--url {url}: give the whole address, such as {DEFAULT_URL}")
+        # A proxy for the way out to the internet does not lead to a server on loopback.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def instances(self) -> dict[str, Any]:
+        """``GET /llumsched/instances``: the policy, every instance, and migrations by outcome."""
+        return self._call("/llumsched/instances", timeout_s=STATUS_TIMEOUT_S)
+
+    def requests(self) -> list[dict[str, Any]]:
+        """``GET /llumsched/requests``: every unfinished request and the instance it is on."""
+        found: list[dict[str, Any]] = self._call("/llumsched/requests", timeout_s=STATUS_TIMEOUT_S)[
+            "requests"
+        ]
+        return found
+
+    def migrate(self, request_id: str, destination: str | None = None) -> dict[str, Any]:
+        """``POST /llumsched/migrations``: move a request; how it went, once it has moved."""
+        body = {"request_id": request_id, "destination": destination}
+        return self._call("/llumsched/migrations", body=body, timeout_s=MIGRATE_TIMEOUT_S)
+
+    def _call(
+        self, path: str, *, timeout_s: float, body: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        request = urllib.request.Request(
+            self.url + path,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with self._opener.open(request, timeout=timeout_s) as response:
+                answer = json.load(response)
+        except urllib.error.HTTPError as error:
+            raise CommandError(self._refusal(error)) from error
+        except TimeoutError as error:
+            raise CommandError(f"{self.url} did not answer within {timeout_s:.0f} s") from error
+        except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            if isinstance(reason, TimeoutError):
+                raise CommandError(f"{self.url} did not answer within {timeout_s:.0f} s") from error
+            raise CommandError(
+                f"no server at {self.url} ({getattr(reason, 'strerror', None) or reason}): start"
+                " one with 'llumsched serve', or name it with --url"
+            ) from error
+        except ValueError as error:
+            raise CommandError(self._not_ours()) from error
+        if not isinstance(answer, dict):
+            raise CommandError(self._not_ours())
+        return answer
+
+    def _refusal(self, error: urllib.error.HTTPError) -> str:
+        """What the server said, in its own words where it said any."""
+        with error:
+            text = error.read(64 * 1024)
+        try:
+            message = json.loads(text)["error"]["message"]
+        except (ValueError, LookupError, TypeError):
+            message = None
+        if error.code == http.client.NOT_FOUND and message in (None, "Not Found"):
+            return self._not_ours()
+        return str(message) if message else f"{self.url} answered {error.code} {error.reason}"
+
+    def _not_ours(self) -> str:
+        return (
+            f"{self.url} has no admin API: it is not llumsched, or listens beyond this machine and"
+            " was not started with --admin-api on"
+        )

@@ -1,0 +1,69 @@
+"""``llumsched migrate REQUEST_ID``: move a running request, and say what it took."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from llumsched.commands._admin import AdminClient, add_url
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    """Add this command's parser."""
+    parser = subparsers.add_parser(
+        "migrate",
+        help="move a running request to another instance",
+        description=(
+            "Move a running request to another instance while it streams. Its client sees the same"
+            " tokens. A request that cannot move now stays where it is, and the reason is printed."
+        ),
+    )
+    parser.add_argument(
+        "request_id", metavar="REQUEST_ID", help="as 'llumsched status' or the response names it"
+    )
+    parser.add_argument(
+        "--to",
+        metavar="INSTANCE",
+        dest="destination",
+        help="the instance to move it to; default: the one with the most room",
+    )
+    add_url(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Move one request."""
+    report = AdminClient(args.url).migrate(args.request_id, args.destination)
+    print("\n".join(report_lines(report)))
+    return 0
+
+
+def report_lines(report: Mapping[str, Any]) -> list[str]:
+    """How a migration went, in three lines."""
+    moved = (
+        f"moved {report['request_id']} from {report['source']} to {report['destination']}"
+        f" after {report['num_output_tokens']} tokens of output"
+    )
+    paused = (
+        f"suspended for {1000 * report['suspended_s']:.0f} ms, where one decode step takes"
+        f" {1000 * report['step_time_s']:.0f} ms; {1000 * report['total_s']:.0f} ms in all"
+    )
+    return [moved, copied(report), paused]
+
+
+def copied(report: Mapping[str, Any]) -> str:
+    """What was copied of a request's context, and how."""
+    cached = report["num_cached_blocks"]
+    return (
+        f"context of {report['num_tokens']} tokens: {report['num_blocks']} KV blocks"
+        f" ({report['num_bytes'] / 1e6:.1f} MB) copied in {_count(report['num_stages'], 'stage')}"
+        f" by {report['transport']}" + (f", {cached} already there" if cached else "")
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

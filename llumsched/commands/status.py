@@ -1,0 +1,128 @@
+"""``llumsched status``: the instances of a running server, their load and their requests.
+
+The tables are made by plain functions of what the admin API answers; the demo prints them too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llumsched.commands._admin import AdminClient, add_url
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+INSTANCE_COLUMNS = (
+    "instance",
+    "state",
+    "freeness",
+    "blocks",
+    "free",
+    "reserved",
+    "running",
+    "waiting",
+    "step",
+    "report",
+)
+REQUEST_COLUMNS = ("request", "instance", "tokens", "moves")
+UNKNOWN = "-"
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    """Add this command's parser."""
+    parser = subparsers.add_parser(
+        "status",
+        help="show the instances of a running server, their load and their requests",
+        description=(
+            "Show the instances of a running server and its unfinished requests. Freeness is how"
+            " many more KV blocks there are for each running request; blocks are those in use, of"
+            " all; step is the recent time of one decode step; report is the load report's age."
+        ),
+    )
+    add_url(parser)
+    parser.add_argument("--json", action="store_true", help="print what the admin API answers")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the two tables."""
+    client = AdminClient(args.url)
+    cluster, requests = client.instances(), client.requests()
+    if args.json:
+        print(json.dumps({**cluster, "requests": requests}, indent=2))
+        return 0
+    print(summary(cluster))
+    print()
+    print("\n".join(instance_table(cluster["instances"])))
+    print()
+    print("\n".join(request_table(requests)) if requests else "no unfinished request")
+    return 0
+
+
+def summary(cluster: Mapping[str, Any]) -> str:
+    """The policy and what became of the migrations so far, in one line."""
+    outcomes = ", ".join(f"{n} {outcome}" for outcome, n in sorted(cluster["migrations"].items()))
+    return f"policy {cluster['policy']}; migrations: {outcomes or 'none yet'}"
+
+
+def instance_table(instances: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a table with one row an instance."""
+    return _table(INSTANCE_COLUMNS, [_instance_row(instance) for instance in instances], text=2)
+
+
+def request_table(requests: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a table with one row an unfinished request, by instance."""
+    ordered = sorted(requests, key=lambda r: (r["instance_id"] or "", r["request_id"]))
+    rows = [
+        (
+            str(request["request_id"]),
+            str(request["instance_id"] or "not placed yet"),
+            str(request["num_output_tokens"]),
+            str(request["num_moves"]),
+        )
+        for request in ordered
+    ]
+    return _table(REQUEST_COLUMNS, rows, text=2)
+
+
+def _instance_row(instance: Mapping[str, Any]) -> tuple[str, ...]:
+    load, age_s = instance["load"], instance["report_age_s"]
+    head = (str(instance["instance_id"]), str(instance["state"]))
+    if load is None:
+        return head + (UNKNOWN,) * (len(INSTANCE_COLUMNS) - len(head))
+    free, reserved = load["num_free_blocks"], load["num_reserved_blocks"]
+    used = load["num_total_blocks"] - free - reserved
+    return (
+        *head,
+        _freeness(instance),
+        f"{used}/{load['num_total_blocks']}",
+        str(free),
+        str(reserved),
+        str(load["num_running"]),
+        str(load["num_waiting"]),
+        f"{1000 * load['step_time_s']:.0f} ms" if load["step_time_s"] else UNKNOWN,
+        f"{age_s:.1f} s" if age_s is not None else UNKNOWN,
+    )
+
+
+def _freeness(instance: Mapping[str, Any]) -> str:
+    """JSON has no infinity, so the server says null for it: which one, the state tells."""
+    if instance["freeness"] is not None:
+        return f"{instance['freeness']:.1f}"
+    return "-inf" if instance["state"] == "draining" else "inf"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text: int) -> list[str]:
+    """Aligned columns: the first ``text`` to the left, the others, which are numbers, right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column < text else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]

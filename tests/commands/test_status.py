@@ -1,0 +1,98 @@
+"""``llumsched status`` shows what the admin API answers, and needs neither vLLM nor Ray."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llumsched import cli
+from tests.commands.stub import make_instance, make_load, serving
+
+BUSY = make_instance(
+    "instance-0",
+    make_load(
+        num_free_blocks=20, num_reserved_blocks=8, num_running=4, num_waiting=1, step_time_s=0.0312
+    ),
+    freeness=5.04,
+)
+CLUSTER = {
+    "policy": "latency",
+    "instances": [BUSY, make_instance("instance-1", make_load())],
+    "migrations": {"refused": 1, "committed": 3},
+}
+REQUESTS = {
+    "requests": [
+        {
+            "request_id": "chatcmpl-b",
+            "external_id": "chatcmpl-b",
+            "instance_id": "instance-1",
+            "num_output_tokens": 7,
+            "num_moves": 1,
+        },
+        {
+            "request_id": "chatcmpl-a",
+            "external_id": "chatcmpl-a",
+            "instance_id": None,
+            "num_output_tokens": 0,
+            "num_moves": 0,
+        },
+    ]
+}
+
+
+def answers(
+    cluster: object = CLUSTER, requests: object = REQUESTS
+) -> dict[str, tuple[int, object]]:
+    return {"/llumsched/instances": (200, cluster), "/llumsched/requests": (200, requests)}
+
+
+def test_instances_and_requests_are_two_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(answers()) as stub:
+        assert cli.main(["status", "--url", stub.url]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "policy latency; migrations: 3 committed, 1 refused",
+        "",
+        "instance    state    freeness  blocks  free  reserved  running  waiting   step  report",
+        "instance-0  serving       5.0   35/63    20         8        4        1  31 ms   0.1 s",
+        "instance-1  serving       inf    0/63    63         0        0        0      -   0.1 s",
+        "",
+        "request     instance        tokens  moves",
+        "chatcmpl-a  not placed yet       0      0",
+        "chatcmpl-b  instance-1           7      1",
+    ]
+
+
+def test_an_idle_pool_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = {"policy": "latency", "instances": [], "migrations": {}}
+    with serving(answers(cluster, {"requests": []})) as stub:
+        assert cli.main(["status", "--url", stub.url]) == 0
+    printed = capsys.readouterr().out
+    assert "migrations: none yet" in printed
+    assert "no unfinished request" in printed
+
+
+def test_an_instance_that_drains_or_has_not_reported_has_a_row(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    instances = [
+        make_instance("instance-0", make_load(num_running=1), state="draining"),
+        make_instance("instance-1", None, state="booting", report_age_s=None),
+    ]
+    with serving(answers(CLUSTER | {"instances": instances})) as stub:
+        assert cli.main(["status", "--url", stub.url]) == 0
+    draining, booting = capsys.readouterr().out.splitlines()[3:5]
+    assert draining.split()[:3] == ["instance-0", "draining", "-inf"]
+    assert booting.split() == ["instance-1", "booting", *["-"] * 8]
+
+
+def test_json_is_what_the_server_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(answers()) as stub:
+        assert cli.main(["status", "--url", stub.url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == CLUSTER | REQUESTS
+
+
+def test_the_url_of_the_openai_api_will_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(answers()) as stub:
+        assert cli.main(["status", "--url", f"{stub.url}/v1/"]) == 0
+    assert "instance-0" in capsys.readouterr().out
