@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 
 PASSTHROUGH = True
@@ -10,4 +12,9 @@ PASSTHROUGH = True
 def main(argv: Sequence[str]) -> int:
     from llumsched.frontend import server
 
-    return server.main(argv)
+    status = server.main(argv)
+    # Everything has been ended in order. What is left are the finalizers of the libraries vLLM
+    # loads, which take seconds and print pages about themselves.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

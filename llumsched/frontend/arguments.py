@@ -13,10 +13,7 @@ import yaml
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from llumsched import config as _c
-from llumsched.config import DEFAULT_POLICY, Config
-
-load = getattr(_c, "load", None)
+from llumsched.config import DEFAULT_POLICY, Config, load
 from llumsched.plugins import build_bundle
 
 # Keys of the scheduler's configuration that no flag of vLLM's has.

@@ -79,8 +79,11 @@ def weight_num_bytes(model: str) -> int:
 
 
 def cpu_threads_per_instance(num_instances: int, environment: Mapping[str, str]) -> int:
-    """Threads an instance computes with: an even share of the cores, at least one."""
+    """Threads an instance computes with: an even share of the cores, at least one.
+
+    One core is left to the frontend, as vLLM leaves one to its own server on CPU.
+    """
     chosen = environment.get("OMP_NUM_THREADS")
     if chosen:
         return int(chosen)
-    return max(1, len(os.sched_getaffinity(0)) // num_instances)
+    return max(1, (len(os.sched_getaffinity(0)) - 1) // num_instances)

@@ -149,6 +149,7 @@ async def _serve(
             closing = await _serve_http(args, options, engine, link, index_of, listen_address, sock)
             await closing
         finally:
+            _progress("stopping")
             engine.shutdown(timeout=0)
             link.close()
             pool.stop()

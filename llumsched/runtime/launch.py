@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # Environment variables that instances on other machines need as well.
 FORWARDED_PREFIXES = ("VLLM_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "LLUMSCHED_", "TOKENIZERS_")
 PLACEMENT_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 4.0
+STOP_TIMEOUT_S = 1.5
 
 
 class LaunchError(Exception):
@@ -240,10 +240,13 @@ class Pool:
         self._stopping.set()
         if not ray.is_initialized():
             return
-        with contextlib.suppress(Exception):
-            stops = [actor.stop.remote() for actor in self._actors.values()]
-            ray.wait(stops, num_returns=len(stops), timeout=1.0) if stops else None
-            if self._runs:
+        started_s = time.monotonic()
+        if self._runs:
+            # A chance to end by themselves; what has not by then is killed and leaves nothing
+            # behind either, since the memory it shares has no name.
+            with contextlib.suppress(ray.exceptions.RayError):
+                for actor in self._actors.values():
+                    actor.stop.remote()
                 ray.wait(list(self._runs), num_returns=len(self._runs), timeout=STOP_TIMEOUT_S)
         for actor in (*self._actors.values(), self._controller):
             if actor is not None:
@@ -255,6 +258,7 @@ class Pool:
         if self._watching is not None:
             self._watching.join(timeout=1.0)
         ray.shutdown()
+        self._progress(f"everything has ended, after {time.monotonic() - started_s:.1f} s")
 
 
 def _cluster_resources() -> Mapping[str, float]:
