@@ -67,14 +67,25 @@ class Policy:
 
 
 def installed() -> tuple[Policy, ...]:
-    """Every installed policy, sorted by kind and name.
-
-    Raises:
-        PluginError: one cannot be loaded.
-    """
-    policies = [find(name) for name in _targets()]
+    """Every installed policy that can be loaded, sorted by kind and name (see `broken`)."""
     order = ["bundle", *KINDS]
+    policies = [policy for policy in _all().values() if isinstance(policy, Policy)]
     return tuple(sorted(policies, key=lambda policy: (order.index(policy.kind), policy.name)))
+
+
+def broken() -> Mapping[str, str]:
+    """Names of installed policies that cannot be loaded, and why."""
+    return {name: str(found) for name, found in _all().items() if isinstance(found, PluginError)}
+
+
+def _all() -> dict[str, Policy | PluginError]:
+    found: dict[str, Policy | PluginError] = {}
+    for name in _targets():
+        try:
+            found[name] = find(name)
+        except PluginError as error:
+            found[name] = error
+    return found
 
 
 def find(name: str) -> Policy:
@@ -88,10 +99,11 @@ def find(name: str) -> Policy:
     targets = _targets()
     if name not in targets:
         near = difflib.get_close_matches(name, targets, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        installed_names = ", ".join(sorted(targets))
+        hint = f"did you mean {near[0]!r}?" if near else f"installed: {installed_names}"
         raise PluginError(
-            f"unknown policy {name!r}; {hint}installed: {', '.join(sorted(targets))}; "
-            "a class of your own is named package.module:Class"
+            f"unknown policy {name!r}; {hint} "
+            "(`llumsched policies` lists them; a class of your own is named package.module:Class)"
         )
     target, source = targets[name]
     return _load(name, target, source=source)
@@ -206,13 +218,39 @@ def build_bundle(config: Config) -> PolicyBundle:
         ParamError: a parameter is unknown, of the wrong type or out of range.
     """
     bundle = bundle_of(config.policy)
-    changes: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     for kind, part in config.parts.items():
-        changes[kind] = None if part is None else build_part(bundle, kind, part.name, part.params)
+        parts[kind] = None if part is None else build_part(bundle, kind, part.name, part.params)
+    bundle = _with_params(dataclasses.replace(bundle, **parts), config.params)
     options = checked("scheduler", params_of(type(bundle.options)), config.scheduler)
-    return dataclasses.replace(
-        bundle, **changes, options=dataclasses.replace(bundle.options, **options)
-    )
+    return dataclasses.replace(bundle, options=dataclasses.replace(bundle.options, **options))
+
+
+def _with_params(bundle: PolicyBundle, params: Mapping[str, Any]) -> PolicyBundle:
+    """The bundle with these parameters in every part that has them."""
+    current = {kind: getattr(bundle, kind) for kind in KINDS}
+    described = {
+        kind: {param.name: param for param in params_of(type(policy))}
+        for kind, policy in current.items()
+        if policy is not None
+    }
+    known = {name: param for names in described.values() for name, param in names.items()}
+    for name in params:
+        if name not in known:
+            what = f"parameter of any part of {bundle.name!r}"
+            raise ParamError(name, unknown_name(what, name, known))
+    changes = {
+        kind: _replace(current[kind], {n: v for n, v in params.items() if n in names})
+        for kind, names in described.items()
+        if any(name in names for name in params)
+    }
+    return dataclasses.replace(bundle, **changes)
+
+
+def _replace(policy: Any, params: Mapping[str, Any]) -> Any:
+    owner = type(policy).__qualname__
+    values = checked(owner, params_of(type(policy)), params)
+    return _construct(owner, functools.partial(dataclasses.replace, policy), values)
 
 
 def build_part(bundle: PolicyBundle, kind: str, name: str | None, params: Mapping[str, Any]) -> Any:
@@ -232,7 +270,4 @@ def build_part(bundle: PolicyBundle, kind: str, name: str | None, params: Mappin
         raise PluginError(
             f"bundle {bundle.name!r} has no {kind} policy to change; choose one with 'name:'"
         )
-    if not params:
-        return current
-    values = checked(type(current).__qualname__, params_of(type(current)), params)
-    return dataclasses.replace(current, **values)
+    return _replace(current, params) if params else current

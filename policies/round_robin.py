@@ -23,3 +23,11 @@ class RoundRobin:
             return None
         self._last_id = cluster.instance_ids[row]
         return Placement(instance_id=self._last_id, reason="round-robin")
+
+    def state(self) -> str:
+        """What a checkpoint keeps."""
+        return self._last_id
+
+    def restore(self, state: str) -> None:
+        """Go on from a checkpoint."""
+        self._last_id = state

@@ -7,9 +7,12 @@ This module does not know why a migration was proposed.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from llumsched.core.cluster import Cluster, InstanceRecord
+from llumsched.core.codec import from_plain, to_plain
 from llumsched.core.events import MigrationOutcome
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.types import InstanceState, PriorityClass
@@ -99,15 +102,24 @@ class MigrationArbiter:
             num_blocks=num_blocks,
             started_s=now,
         )
+        self._add(migration)
+        self._overlay(migration)
+        return migration
+
+    def _add(self, migration: ActiveMigration) -> None:
         self.active[migration.migration_id] = migration
         for instance_id in (migration.source, migration.destination):
             self._by_instance.setdefault(instance_id, {})[migration.migration_id] = migration
-        self._cluster.add_migration_out(source, 1)
-        self._cluster.add_migration_in(destination, 1)
+        self._cluster.add_migration_out(self._cluster.records[migration.source], 1)
+        self._cluster.add_migration_in(self._cluster.records[migration.destination], 1)
+
+    def _overlay(self, migration: ActiveMigration) -> None:
         self._cluster.add_sent(
-            destination, num_blocks=num_blocks, num_tokens=0, priority=PriorityClass.NORMAL
+            self._cluster.records[migration.destination],
+            num_blocks=migration.num_blocks,
+            num_tokens=0,
+            priority=PriorityClass.NORMAL,
         )
-        return migration
 
     def finish(self, migration: ActiveMigration, outcome: MigrationOutcome, now: float) -> None:
         """Give the slots back, and remember what must not be tried again at once."""
@@ -157,6 +169,24 @@ class MigrationArbiter:
         for migration in self.active.values():
             return migration.started_s + self._options.migration_timeout_s
         return None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "next_id": self._next_id,
+            "active": [to_plain(migration) for migration in self.active.values()],
+            "rests_until": [[*pair, until] for pair, until in self._rests_until.items()],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; the instances are there already."""
+        for data in state["active"]:
+            migration = from_plain(ActiveMigration, data)
+            self._add(migration)
+            if migration.is_overlaid:
+                self._overlay(migration)
+        self._next_id = state["next_id"]
+        self._rests_until = {(a, b): until for a, b, until in state["rests_until"]}
 
     def _drop_overlay(self, migration: ActiveMigration, destination: InstanceRecord) -> None:
         if migration.is_overlaid:

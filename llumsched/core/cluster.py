@@ -39,7 +39,6 @@ class InstanceRecord:
     load: InstanceLoad
     last_report_s: float
     state: InstanceState = InstanceState.SERVING
-    has_reported: bool = False
     is_fresh: bool = True
     num_sent: int = 0
     num_sent_blocks: int = 0
@@ -168,7 +167,6 @@ class Cluster:
         total_changed = load.num_total_blocks != record.load.num_total_blocks
         record.load = load
         record.last_report_s = now
-        record.has_reported = True
         if not record.is_fresh:
             record.is_fresh = True
             self._next_stale_s = min(self._next_stale_s, now + self._stale_after_s)
@@ -176,6 +174,15 @@ class Cluster:
         self._publish(record)
         if total_changed:
             self.snapshot = self._view(now)
+
+    def restore(
+        self, record: InstanceRecord, load: InstanceLoad, last_report_s: float, is_fresh: bool
+    ) -> None:
+        """Put an instance back as a checkpoint has it."""
+        self.report(record, load, last_report_s)
+        record.is_fresh = is_fresh
+        self._next_stale_s = -math.inf
+        self._publish_state(record)
 
     def set_state(self, record: InstanceRecord, state: InstanceState) -> None:
         """Move an instance forward in its life."""

@@ -1,6 +1,7 @@
 """Events, actions and their values as plain JSON-able dicts, and back.
 
-`{"type": "LoadReported", "load": {...}}`. Infinity and NaN do not occur in events or actions.
+`{"type": "LoadReported", "load": {...}}`. `to_plain` and `from_plain` do the same for a value whose
+type the reader knows.
 
 Invariant: `decode(encode(value)) == value`, and decoding is strict: an unknown type or key, a
 missing key or a wrong type is a `CodecError` that names it. This module does not write files.
@@ -15,6 +16,8 @@ from functools import cache
 from typing import Any
 
 from llumsched.core import actions, events
+
+T = typing.TypeVar("T")
 
 
 class CodecError(ValueError):
@@ -31,7 +34,7 @@ def encode(value: Any) -> dict[str, Any]:
     name = type(value).__name__
     if _TYPES.get(name) is not type(value):
         raise CodecError(f"not an event or action: {value!r}")
-    return {"type": name, **_plain(value)}
+    return {"type": name, **to_plain(value)}
 
 
 def decode(data: Any) -> Any:
@@ -61,11 +64,18 @@ def decode_action(data: Any) -> actions.Action:
     return typing.cast(actions.Action, value)
 
 
-def _plain(value: Any) -> Any:
+def from_plain(kind: type[T], data: Any) -> T:
+    """The value of type `kind` that `to_plain` gave `data` for."""
+    key: Any = kind
+    return typing.cast(T, _decoder(key)(data, kind.__name__))
+
+
+def to_plain(value: Any) -> Any:
+    """A value of dataclasses, tuples, enums and scalars as JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: _plain(getattr(value, name)) for name in _field_names(value.__class__)}
+        return {name: to_plain(getattr(value, name)) for name in _field_names(value.__class__)}
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [to_plain(item) for item in value]
     if isinstance(value, enum.Enum):
         return value.value
     return value

@@ -62,3 +62,8 @@ class DispatchQueue:
     def next_deadline(self) -> float | None:
         """When the next held request expires."""
         return self._deadlines[0][0] if self._deadlines else None
+
+    def deadline(self, record: RequestRecord) -> float | None:
+        """When a held request expires; None for one that is not held."""
+        held = self._records.get(_key(record))
+        return None if held is None else held[0]

@@ -38,7 +38,8 @@ class Dispatcher:
         self._cluster = cluster
         self._ledger = ledger
         self._queue = queue
-        self._last_blind_id = ""
+        self.last_blind_id = ""
+        """The instance chosen last while none reported."""
 
     def arrive(self, request: SchedulingRequest, now: float, out: list[Action]) -> None:
         """Place a new request, or hold or reject it."""
@@ -200,10 +201,10 @@ class Dispatcher:
         if not serving:
             return None
         serving.sort()
-        following = [i for i in serving if i > self._last_blind_id]
-        self._last_blind_id = (following or serving)[0]
+        following = [i for i in serving if i > self.last_blind_id]
+        self.last_blind_id = (following or serving)[0]
         return Placement(
-            instance_id=self._last_blind_id, reason="no instance reports its load; round-robin"
+            instance_id=self.last_blind_id, reason="no instance reports its load; round-robin"
         )
 
     def _predicted(self, request: SchedulingRequest, out: list[Action]) -> SchedulingRequest:

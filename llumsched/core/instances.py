@@ -8,13 +8,17 @@ requests are held again and its migrations are over; an instance that is gone is
 This module does not decide that an instance should drain (`scaling`, or an operator).
 """
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from llumsched.core.actions import Action, TerminateInstance
 from llumsched.core.arbitration import MigrationArbiter
 from llumsched.core.cluster import Cluster, InstanceRecord
+from llumsched.core.codec import from_plain, to_plain
 from llumsched.core.dispatching import Dispatcher
 from llumsched.core.events import InstanceJoined
 from llumsched.core.ledger import Ledger
-from llumsched.core.load import InstanceLoad
+from llumsched.core.load import InstanceLoad, InstanceSpec
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.prefix_index import PrefixIndex
 from llumsched.core.rebalancing import Rebalancer
@@ -108,6 +112,34 @@ class Instances:
         for record in self._ledger.on(instance_id):
             if not record.is_unreported and now - record.reported_s > self._options.stale_after_s:
                 self._dispatcher.end(record.request.request_id, None, out)
+
+    def state(self) -> list[dict[str, Any]]:
+        """Every instance, for a checkpoint."""
+        return [
+            {
+                "spec": to_plain(record.spec),
+                "load": to_plain(record.load),
+                "last_report_s": record.last_report_s,
+                "is_fresh": record.is_fresh,
+                "state": record.state.value,
+                "drain_by_s": record.drain_by_s if instance_id in self._draining else None,
+            }
+            for instance_id, record in self._cluster.records.items()
+        ]
+
+    def restore(self, state: Iterable[Mapping[str, Any]], now: float) -> None:
+        """Go on from a checkpoint, before its requests and migrations are restored."""
+        for entry in state:
+            spec = from_plain(InstanceSpec, entry["spec"])
+            self.join(InstanceJoined(spec=spec), now)
+            record = self._cluster.records[spec.instance_id]
+            load = from_plain(InstanceLoad, entry["load"])
+            self._cluster.restore(record, load, entry["last_report_s"], entry["is_fresh"])
+            if entry["state"] != InstanceState.SERVING:
+                self._cluster.set_state(record, InstanceState(entry["state"]))
+            if entry["drain_by_s"] is not None:
+                record.drain_by_s = entry["drain_by_s"]
+                self._draining[spec.instance_id] = record
 
     def drain(
         self, instance_id: str, deadline_s: float | None, now: float, out: list[Action]

@@ -5,9 +5,12 @@ is the sum over its requests that no report has named yet; when a request ends n
 This module does not choose instances (`scheduler`), nor order held requests (`dispatch_queue`).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from llumsched.core.cluster import Cluster, InstanceRecord
+from llumsched.core.codec import from_plain, to_plain
 from llumsched.core.types import SchedulingRequest
 
 
@@ -31,14 +34,14 @@ class Ledger:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._sequence = 0
+        self.next_sequence = 0
         self.requests: dict[str, RequestRecord] = {}
         self._by_instance: dict[str, dict[str, RequestRecord]] = {}
 
     def open(self, request: SchedulingRequest, now: float) -> RequestRecord:
         """Start to keep a request."""
-        record = RequestRecord(request=request, sequence=self._sequence, queued_s=now)
-        self._sequence += 1
+        record = RequestRecord(request=request, sequence=self.next_sequence, queued_s=now)
+        self.next_sequence += 1
         self.requests[request.request_id] = record
         return record
 
@@ -108,3 +111,34 @@ class Ledger:
         """Forget a request that ended."""
         self.unplace(record)
         del self.requests[record.request.request_id]
+
+    def state(self) -> list[dict[str, Any]]:
+        """Every live request, for a checkpoint."""
+        return [
+            {
+                "request": to_plain(record.request),
+                "sequence": record.sequence,
+                "queued_s": record.queued_s,
+                "instance_id": record.instance_id,
+                "is_unreported": record.is_unreported,
+                "reported_s": record.reported_s,
+                "redispatch_reason": record.redispatch_reason,
+            }
+            for record in self.requests.values()
+        ]
+
+    def restore(self, state: Iterable[dict[str, Any]], next_sequence: int) -> None:
+        """Go on from a checkpoint; the instances are there already."""
+        for entry in state:
+            record = RequestRecord(
+                request=from_plain(SchedulingRequest, entry["request"]),
+                sequence=entry["sequence"],
+                queued_s=entry["queued_s"],
+                reported_s=entry["reported_s"],
+                redispatch_reason=entry["redispatch_reason"],
+            )
+            self.requests[record.request.request_id] = record
+            if entry["instance_id"] is not None:
+                instance = self._cluster.records[entry["instance_id"]]
+                self.place(record, instance, overlay=entry["is_unreported"])
+        self.next_sequence = next_sequence

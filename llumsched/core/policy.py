@@ -10,7 +10,7 @@ round-robin cursor): a bundle therefore belongs to one scheduler.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.snapshot import ClusterSnapshot
@@ -147,6 +147,21 @@ class LengthPredictor(Protocol):
         """Learn from a finished request."""
 
 
+@runtime_checkable
+class Stateful(Protocol):
+    """A policy of any kind that remembers: its memory goes into checkpoints of the decision log.
+
+    One that remembers without this works, but replaying a log whose beginning was rotated away may
+    part from what was recorded.
+    """
+
+    def state(self) -> Any:
+        """The memory as JSON values."""
+
+    def restore(self, state: Any) -> None:
+        """Go on from `state`; called once, on a new policy."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyBundle:
     """The policies that work together under one name, and the scheduler options they rely on."""
@@ -159,6 +174,11 @@ class PolicyBundle:
     victim: VictimPolicy | None = None
     predictor: LengthPredictor | None = None
     options: SchedulerOptions = field(default_factory=SchedulerOptions)
+
+    def policies(self) -> dict[str, object]:
+        """Its policies by kind, those that it has."""
+        kinds = ("dispatch", "migration", "scaling", "admission", "victim", "predictor")
+        return {kind: getattr(self, kind) for kind in kinds if getattr(self, kind) is not None}
 
 
 def settled(candidates: Sequence[MigrationCandidate], settle_s: float) -> list[MigrationCandidate]:

@@ -11,6 +11,8 @@ follow it, so the holders of a prompt shrink along it: the depth of each is foun
 handful of look-ups whatever the length. This module does not know what a match is worth.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from llumsched.core.snapshot import IntColumn
@@ -89,6 +91,15 @@ class PrefixIndex:
     def blocks_of(self, instance_id: str) -> frozenset[int]:
         """The blocks an instance is known to hold."""
         return frozenset(self._blocks.get(instance_id, ()))
+
+    def state(self) -> dict[str, list[int]]:
+        """What a checkpoint keeps: the blocks of each instance."""
+        return {instance_id: list(blocks) for instance_id, blocks in self._blocks.items()}
+
+    def restore(self, state: Mapping[str, list[int]]) -> None:
+        """Go on from a checkpoint; the instances are there already."""
+        for instance_id, blocks in state.items():
+            self.store(instance_id, tuple(blocks))
 
     def match(self, prefix_hashes: tuple[int, ...], instance_ids: tuple[str, ...]) -> IntColumn:
         """Leading blocks of a prompt that each instance holds, in the order of `instance_ids`."""

@@ -39,28 +39,29 @@ class Rebalancer:
         self._ledger = ledger
         self._dispatcher = dispatcher
         self._arbiter = arbiter
-        self._next_s: float | None = None
+        self.next_s: float | None = None
+        """When the next decision is due; None with fewer than two instances."""
 
     def membership_changed(self, now: float) -> None:
         """Decisions are periodic from the moment there are two instances."""
         if self._policy is None or len(self._cluster.records) < 2:
-            self._next_s = None
-        elif self._next_s is None:
-            self._next_s = now + self._options.migration_interval_s
+            self.next_s = None
+        elif self.next_s is None:
+            self.next_s = now + self._options.migration_interval_s
 
     def next_deadline(self) -> float | None:
         """When the next decision, or the end of an overdue migration, is due."""
         overdue = self._arbiter.next_deadline()
-        if self._next_s is None or overdue is None:
-            return overdue if self._next_s is None else self._next_s
-        return min(self._next_s, overdue)
+        if self.next_s is None or overdue is None:
+            return overdue if self.next_s is None else self.next_s
+        return min(self.next_s, overdue)
 
     def tick(self, now: float, out: list[Action]) -> None:
         """Give up overdue migrations; decide, if it is time."""
         for migration in self._arbiter.overdue(now):
             self._arbiter.finish(migration, MigrationOutcome.ABORTED, now)
-        if self._policy is not None and self._next_s is not None and now >= self._next_s:
-            self._next_s = now + self._options.migration_interval_s
+        if self._policy is not None and self.next_s is not None and now >= self.next_s:
+            self.next_s = now + self._options.migration_interval_s
             self._decide(self._policy, now, out)
 
     def _decide(self, policy: MigrationPolicy, now: float, out: list[Action]) -> None:

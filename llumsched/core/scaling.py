@@ -8,8 +8,8 @@ instances together stay within [min_instances, max_instances]; an operator's num
 at once and needs no wish. This module does not know how a drain ends (`scheduler`).
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from llumsched.core.actions import Action, LaunchInstance
 from llumsched.core.answers import malformed, policy_failed
@@ -40,8 +40,8 @@ class Scaling:
         self._booting: dict[str, float] = {}
         self._wish: type | None = None
         self._wish_since_s = 0.0
-        self._up_rests_until_s = -math.inf
-        self._down_rests_until_s = -math.inf
+        self._up_rests_until_s = 0.0
+        self._down_rests_until_s = 0.0
         self._next_s: float | None = None
 
     # What happened.
@@ -60,7 +60,7 @@ class Scaling:
         """A launch will not lead to an instance; growing may be tried again at once."""
         if launch_id in self._booting:
             self._forget_launch(launch_id)
-            self._up_rests_until_s = -math.inf
+            self._up_rests_until_s = 0.0
 
     def requested(self, num_instances: int, now: float, out: list[Action]) -> None:
         """Carry out an operator's number: launch what is missing, drain what is too much."""
@@ -96,6 +96,29 @@ class Scaling:
                 self._launch(f"fewer than min_instances={self._options.min_instances}", now, out)
             return
         self._decide(self._policy, now, out)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "num_launched": self._num_launched,
+            "booting": self._booting,
+            "wish": None if self._wish is None else self._wish.__name__,
+            "wish_since_s": self._wish_since_s,
+            "up_rests_until_s": self._up_rests_until_s,
+            "down_rests_until_s": self._down_rests_until_s,
+            "next_s": self._next_s,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._num_launched = state["num_launched"]
+        self._booting = dict(state["booting"])
+        self._wish = {None: None, "ScaleUp": ScaleUp, "ScaleDown": ScaleDown}[state["wish"]]
+        self._wish_since_s = state["wish_since_s"]
+        self._up_rests_until_s = state["up_rests_until_s"]
+        self._down_rests_until_s = state["down_rests_until_s"]
+        self._next_s = state["next_s"] if self._policy is not None else None
+        self._cluster.set_num_booting(len(self._booting))
 
     def _decide(self, policy: ScalingPolicy, now: float, out: list[Action]) -> None:
         cluster = self._cluster.at(now)

@@ -9,7 +9,7 @@ wants done it returns, when it wants to be woken it says in `next_deadline`.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llumsched.core.actions import Action
@@ -39,7 +39,7 @@ from llumsched.core.instances import Instances
 from llumsched.core.ledger import Ledger
 from llumsched.core.load import Headroom
 from llumsched.core.options import SchedulerOptions
-from llumsched.core.policy import PolicyBundle
+from llumsched.core.policy import PolicyBundle, Stateful
 from llumsched.core.prefix_index import PrefixIndex
 from llumsched.core.rebalancing import Rebalancer
 from llumsched.core.scaling import Scaling
@@ -168,6 +168,51 @@ class GlobalScheduler:
             priority = record.request.scheduling_priority
             counts[priority] = counts.get(priority, 0) + 1
         return counts
+
+    def checkpoint(self) -> dict[str, Any]:
+        """All state as JSON values: `restore` makes another scheduler decide as this one would."""
+        version, internal, gauss = self._cluster.snapshot.rng.getstate()
+        return {
+            "now": self._now,
+            "rng": [version, list(internal), gauss],
+            "instances": self._instances.state(),
+            "requests": self._ledger.state(),
+            "next_sequence": self._ledger.next_sequence,
+            "held": [
+                [record.request.request_id, self._queue.deadline(record)]
+                for record in self._queue.in_order()
+            ],
+            "migrations": self._arbiter.state(),
+            "next_rebalance_s": self._rebalancer.next_s,
+            "last_blind_id": self._dispatcher.last_blind_id,
+            "scaling": self._scaling.state(),
+            "prefix_blocks": {} if self._prefix_index is None else self._prefix_index.state(),
+            "policies": {
+                type(policy).__qualname__: policy.state()
+                for policy in self.bundle.policies().values()
+                if isinstance(policy, Stateful)
+            },
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; for a new scheduler. Another bundle starts without memory."""
+        self._now = state["now"]
+        version, internal, gauss = state["rng"]
+        self._cluster.snapshot.rng.setstate((version, tuple(internal), gauss))
+        self._instances.restore(state["instances"], self._now)
+        self._ledger.restore(state["requests"], state["next_sequence"])
+        for request_id, deadline_s in state["held"]:
+            self._queue.push(self._ledger.requests[request_id], deadline_s)
+        self._arbiter.restore(state["migrations"])
+        if self._rebalancer.next_s is not None and state["next_rebalance_s"] is not None:
+            self._rebalancer.next_s = state["next_rebalance_s"]
+        self._dispatcher.last_blind_id = state["last_blind_id"]
+        self._scaling.restore(state["scaling"])
+        if self._prefix_index is not None:
+            self._prefix_index.restore(state["prefix_blocks"])
+        for policy in self.bundle.policies().values():
+            if isinstance(policy, Stateful) and type(policy).__qualname__ in state["policies"]:
+                policy.restore(state["policies"][type(policy).__qualname__])
 
     def _held(self) -> tuple[SchedulingRequest, ...]:
         limit = self.options.max_queue_attempts

@@ -1,0 +1,106 @@
+"""``llumsched replay``: feed a decision log to the scheduler again and compare its decisions."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llumsched.commands import CommandError
+from llumsched.config import Config, ConfigError, load
+from llumsched.core.actions import Action
+from llumsched.core.params import ParamError
+from llumsched.decision_log import DecisionLogError
+from llumsched.plugins import PluginError
+from llumsched.replay import Difference, ReplayResult, replay
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    """Add this command's parser."""
+    parser = subparsers.add_parser(
+        "replay",
+        help="feed a decision log to the scheduler again and compare its decisions",
+        description=(
+            "Without --policy or --config every decision must come out as recorded; the exit"
+            " status is 1 if one does not. With one of them, the log's events go to another policy,"
+            " and the report says what it would have decided and where the two part. The events"
+            " stay the recorded ones: what another choice would have led to, a replay cannot know."
+        ),
+    )
+    parser.add_argument("log", type=Path, metavar="LOG", help="a segment, or a folder of them")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--policy", metavar="NAME", help="a bundle or dispatch policy to compare")
+    other.add_argument("--config", type=Path, metavar="FILE", help="a configuration to compare")
+    parser.add_argument(
+        "--show", type=int, default=3, metavar="N", help="differences to print (default: 3)"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print how recorded and replayed decisions compare."""
+    try:
+        other = None
+        if args.policy is not None:
+            other = Config.default(args.policy)
+        elif args.config is not None:
+            other = load(args.config)
+        result = replay(args.log, other, max_shown=args.show)
+    except (ConfigError, DecisionLogError, PluginError, ParamError, OSError) as error:
+        raise CommandError(str(error)) from error
+    if other is None:
+        print(_identity(result))
+        for difference in result.first_differences:
+            print(_difference(difference, "replayed"))
+        return 0 if result.is_identical else 1
+    print(_comparison(result, other.policy))
+    for difference in result.first_differences:
+        print(_difference(difference, other.policy))
+    return 0
+
+
+def _identity(result: ReplayResult) -> str:
+    if result.is_identical:
+        return f"{result.num_events} events replayed: every decision identical"
+    return f"{result.num_events} events replayed: {result.num_different} decided differently"
+
+
+def _comparison(result: ReplayResult, name: str) -> str:
+    lines = [
+        f"{result.num_events} events; {result.num_different} decided otherwise by {name!r};"
+        f" {result.num_placed_elsewhere} requests placed elsewhere",
+        "",
+        *_columns("actions", result.recorded, result.replayed, name),
+        "",
+        *_columns("dispatches to", result.recorded_on, result.replayed_on, name),
+    ]
+    return "\n".join(lines)
+
+
+def _columns(
+    title: str, recorded: Counter[str], replayed: Counter[str], name: str
+) -> Iterable[str]:
+    names = sorted(recorded.keys() | replayed.keys())
+    width = max(len(title), *(len(n) for n in names), 0) if names else len(title)
+    columns = max(len(name), len("recorded"))
+    yield f"{title:<{width}}  {'recorded':>{columns}}  {name:>{columns}}"
+    for key in names:
+        yield f"{key:<{width}}  {recorded[key]:>{columns}}  {replayed[key]:>{columns}}"
+
+
+def _difference(difference: Difference, name: str) -> str:
+    decision = difference.decision
+    return (
+        f"\nevent {difference.number}, at {decision.now:.3f} s: {decision.event}\n"
+        f"  recorded: {_actions(decision.actions)}\n"
+        f"  {name}: {_actions(difference.replayed)}"
+    )
+
+
+def _actions(actions: tuple[Action, ...]) -> str:
+    return "; ".join(str(action) for action in actions) or "nothing"
