@@ -167,9 +167,14 @@ class FakeEngine:
     def num_steps_in_flight(self) -> int:
         return len(self._steps)
 
-    def schedules(self, request_id: str) -> bool:
-        """Whether this engine decodes the request, or will when there is room."""
-        return any(request.request_id == request_id for request in (*self.running, *self.waiting))
+    @property
+    def scheduled_request_ids(self) -> list[str]:
+        """The requests that this engine decodes, or will when there is room."""
+        return [request.request_id for request in (*self.running, *self.waiting)]
+
+    def is_suspended(self, request_id: str) -> bool:
+        """Whether the request is here and only the end of its export will schedule it again."""
+        return request_id in self.requests and request_id not in self.scheduled_request_ids
 
     def schedule_step(self) -> bool:
         """Begin a step; False if there is nothing to do or too much in flight."""
@@ -290,8 +295,8 @@ class FakeEngine:
         request.generator_state = final.generator_state
         self._publish(request)
         self.requests[request_id] = request
-        # It waits its turn like a preempted request, but holds its blocks.
-        self.waiting.append(request)
+        # Not behind those that wait for blocks: they may be waiting for the ones it holds.
+        self.running.append(request)
 
     def cancel(self, request_id: str) -> None:
         request = self._imports.pop(request_id, None)
@@ -367,8 +372,6 @@ class FakeEngine:
         return -(-num_tokens // self.block_size)
 
     def _allocate_prompt(self, request: FakeRequest) -> bool:
-        if request.num_computed_tokens > 0:  # it arrived with its KV
-            return self._extend(request, self._num_blocks(len(request.token_ids)))
         num_cached_blocks = self._allocate_with_prefix(request)
         if num_cached_blocks is None:
             return False

@@ -6,7 +6,7 @@ re-used is never written, and a block that is given out has lost what it held be
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 
 BlockContent = tuple[int | None, ...]
@@ -102,13 +102,12 @@ class FakeBlockPool:
 
     def check(self, held: Sequence[int]) -> None:
         """``held`` names each block once for each of its holders."""
-        holders = Counter(held)
-        for block_id, num_holders in enumerate(self._num_holders):
-            if holders[block_id] != num_holders:
-                raise AssertionError(
-                    f"block {block_id} counts {num_holders} holders and has {holders[block_id]}"
-                )
-        num_unheld = self._num_holders.count(0)
+        num_holders = [0] * self.num_blocks
+        for block_id in held:
+            num_holders[block_id] += 1
+        if num_holders != self._num_holders:
+            raise AssertionError(f"blocks count {self._num_holders} holders and have {num_holders}")
+        num_unheld = num_holders.count(0)
         if len(self._free) != num_unheld:
             raise AssertionError(f"{len(self._free)} blocks are free, {num_unheld} have no holder")
 

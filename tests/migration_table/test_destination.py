@@ -1,0 +1,274 @@
+"""The destination's side, event by event."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import pytest
+
+from llumsched.core.migration_destination import (
+    AbortRequest,
+    AbortRequested,
+    AcknowledgeCommit,
+    AdmissionFailed,
+    AdmitRequest,
+    AllocateBlocks,
+    AllocationFailed,
+    BlocksAllocated,
+    BlocksWritten,
+    CommitQueried,
+    CommitRequested,
+    ConfirmCopy,
+    ConfirmReservation,
+    FreeBlocks,
+    MigrationClosed,
+    ReceiveBlocks,
+    RefuseCommit,
+    RejectReservation,
+    ReleaseReason,
+    ReleaseRequested,
+    RequestAdmitted,
+    Reservation,
+    ReservationCommand,
+    ReservationEvent,
+    ReservationExpired,
+    ReservationRequested,
+    ReservationState,
+    SourceLost,
+    StageAnnounced,
+    absent,
+    advance,
+    is_current,
+)
+from tests.migration_table.samples import MIGRATION_ID, make_reservation
+
+
+class Ids(TypedDict):
+    migration_id: str
+    request_id: str
+
+
+IDS = Ids(migration_id=MIGRATION_ID, request_id="r")
+REQUESTED = ReservationRequested(**IDS, source="a")
+QUERIED = CommitQueried(migration_id=MIGRATION_ID)
+RELEASE = ReleaseRequested(migration_id=MIGRATION_ID)
+HOLDING = (ReservationState.ALLOCATING, ReservationState.RESERVED, ReservationState.RECEIVING)
+
+
+def announced(stage: int, first: int, num: int) -> StageAnnounced:
+    return StageAnnounced(migration_id=MIGRATION_ID, stage=stage, first_block=first, num_blocks=num)
+
+
+def written(stage: int, num_total: int) -> BlocksWritten:
+    return BlocksWritten(migration_id=MIGRATION_ID, stage=stage, num_blocks_total=num_total)
+
+
+def commit(num_blocks: int) -> CommitRequested:
+    return CommitRequested(migration_id=MIGRATION_ID, num_blocks=num_blocks)
+
+
+def refusal(reason: ReleaseReason, detail: str = "") -> RefuseCommit:
+    return RefuseCommit(**IDS, reason=f"{reason}: {detail}" if detail else reason)
+
+
+def test_a_reservation_that_is_committed() -> None:
+    reservation = absent(MIGRATION_ID)
+    steps: list[tuple[ReservationEvent, ReservationState, tuple[ReservationCommand, ...]]] = [
+        (REQUESTED, ReservationState.ALLOCATING, (AllocateBlocks(**IDS),)),
+        (
+            BlocksAllocated(migration_id=MIGRATION_ID, num_cached_blocks=2),
+            ReservationState.RESERVED,
+            (ConfirmReservation(**IDS, num_cached_blocks=2),),
+        ),
+        (
+            announced(1, 2, 88),
+            ReservationState.RECEIVING,
+            (ReceiveBlocks(**IDS, stage=1, first_block=2, num_blocks=88),),
+        ),
+        (
+            written(1, 90),
+            ReservationState.RECEIVING,
+            (ConfirmCopy(**IDS, stage=1, num_blocks_total=90),),
+        ),
+        (
+            announced(2, 90, 1),
+            ReservationState.RECEIVING,
+            (ReceiveBlocks(**IDS, stage=2, first_block=90, num_blocks=1),),
+        ),
+        (
+            written(2, 91),
+            ReservationState.RECEIVING,
+            (ConfirmCopy(**IDS, stage=2, num_blocks_total=91),),
+        ),
+        (commit(91), ReservationState.ADMITTING, (AdmitRequest(**IDS),)),
+        (
+            RequestAdmitted(migration_id=MIGRATION_ID),
+            ReservationState.COMMITTED,
+            (AcknowledgeCommit(**IDS),),
+        ),
+        (MigrationClosed(migration_id=MIGRATION_ID), ReservationState.RELEASED, ()),
+        (
+            ReservationExpired(migration_id=MIGRATION_ID, state=ReservationState.RELEASED, stage=2),
+            ReservationState.ABSENT,
+            (),
+        ),
+    ]
+    for event, state, commands in steps:
+        assert is_current(reservation, event)
+        reservation, asked = advance(reservation, event)
+        assert (reservation.state, asked) == (state, commands)
+
+
+# The commit.
+
+
+def test_a_doubled_commit_is_acknowledged_again_and_admitted_once() -> None:
+    reservation, _ = advance(make_reservation(ReservationState.RECEIVING), commit(10))
+    assert advance(reservation, commit(10)) == (reservation, ())
+    reservation, _ = advance(reservation, RequestAdmitted(migration_id=MIGRATION_ID))
+    for again in (commit(10), QUERIED, commit(10)):
+        reservation, commands = advance(reservation, again)
+        assert commands == (AcknowledgeCommit(**IDS),)
+
+
+@pytest.mark.parametrize("state", HOLDING)
+def test_a_query_ends_what_is_not_committed_so_the_late_commit_is_refused(
+    state: ReservationState,
+) -> None:
+    reservation, commands = advance(make_reservation(state), QUERIED)
+    refused = refusal(ReleaseReason.NOT_COMMITTED_WHEN_ASKED)
+    assert commands == (FreeBlocks(**IDS), refused)
+    for late in (commit(10), QUERIED):
+        reservation, commands = advance(reservation, late)
+        assert (reservation.state, commands) == (ReservationState.RELEASED, (refused,))
+
+
+@pytest.mark.parametrize("event", [commit(1), QUERIED], ids=["commit", "query"])
+def test_what_was_never_heard_of_is_refused_and_stays_refused(event: ReservationEvent) -> None:
+    reservation, commands = advance(absent(MIGRATION_ID), event)
+    assert [type(c) for c in commands] == [RefuseCommit]
+    _, commands = advance(reservation, REQUESTED)
+    assert [type(c) for c in commands] == [RejectReservation]
+
+
+def test_a_release_that_overtakes_its_reservation_is_remembered() -> None:
+    reservation, commands = advance(absent(MIGRATION_ID), RELEASE)
+    assert commands == ()
+    _, commands = advance(reservation, REQUESTED)
+    assert commands == (RejectReservation(**IDS, reason=ReleaseReason.RELEASED_BY_SOURCE),)
+
+
+def test_a_query_during_the_admission_is_answered_by_its_outcome() -> None:
+    admitting = make_reservation(ReservationState.ADMITTING)
+    assert advance(admitting, QUERIED) == (admitting, ())
+    _, commands = advance(admitting, RequestAdmitted(migration_id=MIGRATION_ID))
+    assert commands == (AcknowledgeCommit(**IDS),)
+    failure = AdmissionFailed(migration_id=MIGRATION_ID, reason="the grammar refuses")
+    _, commands = advance(admitting, failure)
+    assert commands == (
+        FreeBlocks(**IDS),
+        refusal(ReleaseReason.ADMISSION_FAILED, "the grammar refuses"),
+    )
+
+
+@pytest.mark.parametrize("state", [ReservationState.RESERVED, ReservationState.RECEIVING])
+def test_a_commit_of_more_than_was_written_is_refused(state: ReservationState) -> None:
+    _, commands = advance(make_reservation(state, num_blocks_written=10), commit(11))
+    assert commands == (FreeBlocks(**IDS), refusal(ReleaseReason.COMMIT_INCOMPLETE))
+
+
+# Blocks.
+
+
+def test_a_destination_without_room_says_so() -> None:
+    failure = AllocationFailed(migration_id=MIGRATION_ID, reason="2 blocks are free")
+    rejected = RejectReservation(**IDS, reason="no_room: 2 blocks are free")
+    _, commands = advance(make_reservation(ReservationState.ALLOCATING), failure)
+    assert commands == (rejected,)
+    _, commands = advance(make_reservation(ReservationState.RECEIVING), failure)
+    assert commands == (FreeBlocks(**IDS), rejected)
+
+
+def test_a_stage_that_leaves_a_gap_ends_the_reservation() -> None:
+    _, commands = advance(
+        make_reservation(ReservationState.RECEIVING, stage=1, num_blocks_written=10),
+        announced(2, 11, 1),
+    )
+    assert commands == (
+        FreeBlocks(**IDS),
+        RejectReservation(**IDS, reason=ReleaseReason.OUT_OF_STEP),
+    )
+
+
+@pytest.mark.parametrize("state", HOLDING)
+def test_a_silent_source_costs_a_reservation_for_its_deadline(state: ReservationState) -> None:
+    reservation = make_reservation(state)
+    event = ReservationExpired(migration_id=MIGRATION_ID, state=state, stage=1)
+    reservation, commands = advance(reservation, event)
+    assert commands == (
+        FreeBlocks(**IDS),
+        RejectReservation(**IDS, reason=ReleaseReason.EXPIRED),
+    )
+
+
+@pytest.mark.parametrize("is_dead", [False, True])
+@pytest.mark.parametrize("state", HOLDING)
+def test_a_lost_source_frees_the_reservation_at_once(
+    state: ReservationState, is_dead: bool
+) -> None:
+    event = SourceLost(migration_id=MIGRATION_ID, reason="no route", is_dead=is_dead)
+    assert advance(make_reservation(state), event)[1] == (FreeBlocks(**IDS),)
+
+
+# What remains.
+
+
+def test_the_outcome_is_remembered_until_nobody_can_ask() -> None:
+    committed = make_reservation(ReservationState.COMMITTED)
+    unreachable = SourceLost(migration_id=MIGRATION_ID, reason="no route")
+    committed, _ = advance(committed, unreachable)
+    assert committed.state is ReservationState.COMMITTED
+    assert not committed.may_move_on
+    dead = SourceLost(migration_id=MIGRATION_ID, reason="killed", is_dead=True)
+    for end in (dead, MigrationClosed(migration_id=MIGRATION_ID)):
+        released, commands = advance(committed, end)
+        assert (released.state, released.may_move_on, commands) == (
+            ReservationState.RELEASED,
+            True,
+            (),
+        )
+
+
+def test_a_source_that_died_during_the_admission_leaves_no_record_behind() -> None:
+    dead = SourceLost(migration_id=MIGRATION_ID, reason="killed", is_dead=True)
+    reservation, _ = advance(make_reservation(ReservationState.ADMITTING), dead)
+    reservation, commands = advance(reservation, RequestAdmitted(migration_id=MIGRATION_ID))
+    assert (reservation.state, commands) == (ReservationState.RELEASED, ())
+
+
+@pytest.mark.parametrize(
+    "reservation",
+    [
+        make_reservation(ReservationState.COMMITTED),
+        make_reservation(ReservationState.RELEASED),
+        absent(MIGRATION_ID),
+    ],
+    ids=lambda reservation: reservation.state,
+)
+def test_an_abort_reaches_the_request_however_much_is_remembered(
+    reservation: Reservation,
+) -> None:
+    after, commands = advance(reservation, AbortRequested(**IDS))
+    assert (after.state, commands) == (reservation.state, (AbortRequest(**IDS),))
+
+
+def test_stages_out_of_order_are_not_current() -> None:
+    reservation = make_reservation(ReservationState.RECEIVING, stage=2)
+    assert is_current(reservation, announced(3, 10, 1))
+    assert not is_current(reservation, announced(2, 10, 1))
+    assert is_current(reservation, written(2, 10))
+    assert not is_current(reservation, written(1, 10))
+    assert not is_current(
+        reservation,
+        ReservationExpired(migration_id=MIGRATION_ID, state=ReservationState.RECEIVING, stage=1),
+    )
