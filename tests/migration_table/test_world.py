@@ -148,12 +148,8 @@ def lose_an_abort_during_the_commit(patch: pytest.MonkeyPatch) -> None:
 
 
 def lose_an_abort_after_the_commit(patch: pytest.MonkeyPatch) -> None:
-    _source_rule(
-        patch,
-        source_rules.COMMITTED,
-        source.RequestAborted,
-        source_rules.SourceRule(to=source_rules.COMMITTED),
-    )
+    rule: source_rules.SourceRule = Rule(to=source_rules.COMMITTED)
+    _source_rule(patch, source_rules.COMMITTED, source.RequestAborted, rule)
 
 
 def leave_the_request_suspended(patch: pytest.MonkeyPatch) -> None:
