@@ -61,14 +61,14 @@ class DecisionLog:
         self._file = self._open(None)
 
     def write(self, now: float, event: Event, actions: Iterable[Action]) -> None:
-        """Append one decision. It reaches the disk by `flush`, or when the buffer is full."""
-        if self._num_bytes >= self._max_bytes:
-            self._file.close()
-            # The state before this event: it is the first that the new segment replays.
-            self._file = self._open(self._pending_checkpoint)
+        """Append one decision, as soon as it is made: a full segment ends with a checkpoint of now.
+
+        It reaches the disk by `flush`, or when the buffer is full.
+        """
         self._append({"now": now, "event": encode(event), "actions": [encode(a) for a in actions]})
         if self._num_bytes >= self._max_bytes:
-            self._pending_checkpoint = self._checkpoint()
+            self._file.close()
+            self._file = self._open(self._checkpoint())
 
     def flush(self) -> None:
         """Hand what was written to the operating system; call it every second or so."""
@@ -94,7 +94,6 @@ class DecisionLog:
         path = self._folder / f"decisions-{self._number:06}.jsonl"
         self._file = path.open("x", encoding="utf-8")
         self._num_bytes = 0
-        self._pending_checkpoint: Mapping[str, Any] | None = None
         self._append(
             {
                 "llumsched": __version__,

@@ -71,9 +71,12 @@ def _identity(result: ReplayResult) -> str:
 
 
 def _comparison(result: ReplayResult, name: str) -> str:
-    lines = [
+    summary = (
         f"{result.num_events} events; {result.num_different} decided otherwise by {name!r};"
-        f" {result.num_placed_elsewhere} requests placed elsewhere",
+        f" {result.num_placed_elsewhere} requests placed elsewhere"
+    )
+    lines = [
+        summary,
         "",
         *_columns("actions", result.recorded, result.replayed, name),
         "",
