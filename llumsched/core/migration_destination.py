@@ -112,10 +112,15 @@ def is_current(reservation: Reservation, event: ReservationEvent) -> bool:
 
 
 def timeout_s(reservation: Reservation, options: ReservationOptions) -> float | None:
-    """How long to wait before ReservationExpired; armed when state or stage change."""
+    """How long to wait before ReservationExpired; None if there is no limit.
+
+    The host arms it when state or stage change, and again when its expiry changed neither.
+    """
     match reservation.state:
         case ReservationState.ALLOCATING | ReservationState.RESERVED | ReservationState.RECEIVING:
             return options.reservation_timeout_s
+        case ReservationState.COMMITTED:
+            return options.acknowledge_interval_s
         case ReservationState.RELEASED:
             return options.tombstone_s
     return None

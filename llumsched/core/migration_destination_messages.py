@@ -42,7 +42,10 @@ class ReservationRequested(ReservationEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageAnnounced(ReservationEvent):
-    """The source's CopyBlocks has come, with its data or ahead of it."""
+    """The source's CopyBlocks has come, with its data or ahead of it.
+
+    A stage that travels in pieces is announced once, by its first.
+    """
 
     stage: int
     first_block: int
@@ -68,7 +71,7 @@ class ReleaseRequested(ReservationEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AbortRequested(ReservationEvent):
-    """The source's AbortAtDestination has come, after it learned of the commit."""
+    """The source's AbortAtDestination has come: it knows of the commit, and the client is gone."""
 
     request_id: str
 
@@ -177,7 +180,8 @@ class AdmitRequest(ReservationCommand):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FreeBlocks(ReservationCommand):
-    """Give the reservation's blocks back, after any write to them that is under way."""
+    """Give back the blocks that were allocated for this migration, if they were, and not those of
+    another of the same request; after any write to them that is under way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,11 +31,14 @@ class ReleaseReason(StrEnum):
 class ReservationOptions:
     """How long the destination waits.
 
-    A reservation that hears nothing for `reservation_timeout_s` is released. A tombstone is kept
-    for `tombstone_s`, which must exceed the time for which the link can delay a message.
+    A reservation that hears nothing for `reservation_timeout_s` is released. A commit is
+    acknowledged again every `acknowledge_interval_s` until the source has closed the migration. A
+    tombstone is kept for `tombstone_s`, which must exceed the time for which the link can delay a
+    message.
     """
 
     reservation_timeout_s: float = 60.0
+    acknowledge_interval_s: float = 1.0
     tombstone_s: float = 600.0
 
 

@@ -204,7 +204,8 @@ _RULES: dict[tuple[ReservationState, type[ReservationEvent]], tuple[DestinationR
     # The request runs here. The record answers for it until nobody can ask any more.
     (COMMITTED, CommitRequested): (_go(COMMITTED, acknowledge_commit),),
     (COMMITTED, CommitQueried): (_go(COMMITTED, acknowledge_commit),),
-    (COMMITTED, AbortRequested): (_go(COMMITTED, abort_request),),
+    (COMMITTED, ReservationExpired): (_go(COMMITTED, acknowledge_commit),),
+    (COMMITTED, AbortRequested): (_release(ReleaseReason.CLOSED, abort_request),),
     (COMMITTED, MigrationClosed): (_release(ReleaseReason.CLOSED),),
     (COMMITTED, SourceLost): (
         _release(ReleaseReason.CLOSED, when=source_is_dead),
@@ -264,7 +265,7 @@ _ILLEGAL: frozenset[tuple[ReservationState, type[ReservationEvent]]] = frozenset
             for event in (RequestAdmitted, AdmissionFailed)
         ),
         # These states have no deadline.
-        *((state, ReservationExpired) for state in (ABSENT, ADMITTING, COMMITTED)),
+        *((state, ReservationExpired) for state in (ABSENT, ADMITTING)),
     }
 )
 

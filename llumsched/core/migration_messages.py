@@ -87,7 +87,7 @@ class RequestFinished(MigrationEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestAborted(MigrationEvent):
-    """The client aborted the request at the source, which leaves it to the migration to release."""
+    """The client aborted the request at the source. The engine may have dropped it already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,8 @@ class RequestPreempted(MigrationEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitAcknowledged(MigrationEvent):
-    """The destination has taken the request over. Answers a CommitRequest or a QueryCommit."""
+    """The destination has taken the request over. Answers a CommitRequest or a QueryCommit, and
+    comes again until the destination hears that the migration is closed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,15 +210,15 @@ class ResumeRequest(MigrationCommand):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AbortAtDestination(MigrationCommand):
-    """Pass the client's abort on to the instance that has the request now.
+    """Pass the client's abort on to the instance that has the request now. Closes the migration.
 
-    The host repeats it until the destination has answered or is dead.
+    As the answer to an acknowledgement it is repeated with it. When the client aborts later than
+    that, the host delivers it at least once, unless the destination is dead.
     """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CloseMigration(MigrationCommand):
-    """Tell the destination that its acknowledgement came, so it need not remember the outcome.
-
-    If the message is lost, the destination's record lives as long as the source does.
-    """
+    """Tell the destination that its acknowledgement came: it need not remember the outcome and may
+    move the request on. If the message is lost, the acknowledgement comes again. A host that has
+    forgotten the migration by then answers with this all the same."""

@@ -177,13 +177,7 @@ _REFUSED = (
     _abort(AbortReason.COMMIT_REFUSED, resume_request),
 )
 _ACKNOWLEDGED = (
-    _go(
-        COMMITTED,
-        release_source,
-        abort_at_destination,
-        close_migration,
-        when=abort_requested,
-    ),
+    _go(COMMITTED, release_source, abort_at_destination, when=abort_requested),
     _go(COMMITTED, release_source, close_migration),
 )
 _DEAD = (
@@ -262,6 +256,11 @@ _RULES: dict[tuple[MigrationState, type[MigrationEvent]], tuple[SourceRule, ...]
     (RESOLVING, RequestAborted): (_go(RESOLVING),),
     (RESOLVING, DeadlineExpired): (_go(RESOLVING, query_commit),),
     (RESOLVING, PeerLost): (*_DEAD, _go(RESOLVING)),
+    # The destination repeats its acknowledgement until it knows that it was heard.
+    (COMMITTED, CommitAcknowledged): (
+        _go(COMMITTED, abort_at_destination, when=abort_requested),
+        _go(COMMITTED, close_migration),
+    ),
     # The client may abort before it learns that the request has moved.
     (COMMITTED, RequestAborted): (_go(COMMITTED, abort_at_destination),),
 }
@@ -279,7 +278,7 @@ _IGNORED: frozenset[tuple[MigrationState, type[MigrationEvent]]] = frozenset(
         # Over: the request's life goes on without the migration.
         *((state, event) for state in TERMINAL_STATES for event in EVENTS),
     }
-    - {(COMMITTED, RequestAborted)}
+    - {(COMMITTED, CommitAcknowledged), (COMMITTED, RequestAborted)}
 )
 
 _ILLEGAL: frozenset[tuple[MigrationState, type[MigrationEvent]]] = frozenset(

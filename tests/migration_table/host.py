@@ -208,11 +208,16 @@ class Instance:
         if migration.state is source.MigrationState.COMMITTED and not was_terminal:
             self.moved_to[migration.request_id] = migration.destination
         for command in commands:
-            self._execute_outgoing(outgoing, command)
+            # An abort that is no answer is not repeated with one, so the host sees to it.
+            self._execute_outgoing(
+                outgoing, command, reliable=isinstance(event, source.RequestAborted)
+            )
         if migration.state is source.MigrationState.ABORTED and not was_terminal:
             self.engine_work.append(lambda: self._end_unsuspended_export(outgoing))
 
-    def _execute_outgoing(self, outgoing: Outgoing, command: source.MigrationCommand) -> None:
+    def _execute_outgoing(
+        self, outgoing: Outgoing, command: source.MigrationCommand, reliable: bool = False
+    ) -> None:
         match command:
             case source.ReserveBlocks():
                 self._send_out(outgoing, command, outgoing.state)
@@ -226,8 +231,8 @@ class Instance:
                 self.engine_work.append(lambda: self._end_export(outgoing, self.engine.release))
             case source.ResumeRequest():
                 self.engine_work.append(lambda: self._resume(outgoing, command))
-            case source.AbortAtDestination() | source.CloseMigration():
-                self._send_out(outgoing, command, reliable=True)
+            case source.AbortAtDestination():
+                self._send_out(outgoing, command, reliable=reliable)
             case _:
                 self._send_out(outgoing, command)
 

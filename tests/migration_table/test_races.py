@@ -150,6 +150,19 @@ def test_a_lost_acknowledgement_is_asked_for() -> None:
     cluster.assert_ends_well("b")
 
 
+def test_a_lost_close_is_asked_for() -> None:
+    cluster = Cluster()
+    cluster.migrate("m0", "a", "b")
+    cluster.deliver_until(source.CloseMigration)
+    cluster.take(source.CloseMigration)
+    cluster.decode("b")
+    assert not cluster.migrate("m1", "b", "c")
+    cluster.expire("b")
+    cluster.deliver_until()
+    assert cluster.migrate("m1", "b", "c")
+    cluster.assert_ends_well("c")
+
+
 def test_a_query_that_overtakes_the_commit_decides_against_it() -> None:
     cluster = Cluster()
     cluster.migrate("m0", "a", "b")

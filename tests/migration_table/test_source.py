@@ -276,7 +276,7 @@ def test_a_dead_destination_gives_the_request_back(state: MigrationState) -> Non
     [
         pytest.param(
             CommitAcknowledged(migration_id=MIGRATION_ID),
-            (RELEASE_SOURCE, AbortAtDestination(**IDS), CloseMigration(**IDS)),
+            (RELEASE_SOURCE, AbortAtDestination(**IDS)),
             id="acknowledged",
         ),
         pytest.param(
@@ -306,6 +306,19 @@ def test_an_abort_that_comes_after_the_commit_follows_the_request() -> None:
     )
     assert migration.state is MigrationState.COMMITTED
     assert commands == (AbortAtDestination(**IDS),)
+
+
+@pytest.mark.parametrize(
+    ("abort_requested", "answer"),
+    [(False, CloseMigration(**IDS)), (True, AbortAtDestination(**IDS))],
+)
+def test_an_acknowledgement_that_comes_again_is_answered_again(
+    abort_requested: bool, answer: MigrationCommand
+) -> None:
+    committed = make_migration(MigrationState.COMMITTED, abort_requested=abort_requested)
+    for _ in range(2):
+        event = CommitAcknowledged(migration_id=MIGRATION_ID)
+        assert advance(committed, event) == (committed, (answer,))
 
 
 # Late messages.

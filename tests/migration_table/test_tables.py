@@ -195,7 +195,7 @@ def test_a_client_that_aborted_never_gets_its_request_resumed() -> None:
                     assert not any(isinstance(c, source.ResumeRequest) for c in commands)
 
 
-def test_every_wait_has_a_deadline_but_that_for_the_engine_and_that_for_the_source() -> None:
+def test_every_wait_has_a_deadline_but_that_for_the_engine() -> None:
     options = destination.ReservationOptions()
     for state in source.MigrationState:
         timeout_s = source.timeout_s(make_migration(state))
@@ -208,5 +208,4 @@ def test_every_wait_has_a_deadline_but_that_for_the_engine_and_that_for_the_sour
     assert unlimited == {
         destination.ReservationState.ABSENT,
         destination.ReservationState.ADMITTING,
-        destination.ReservationState.COMMITTED,
     }
