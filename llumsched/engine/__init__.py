@@ -1,0 +1,1 @@
+"""Engines as the scheduler needs them: the ports, the adapter to vLLM, and one to test with."""

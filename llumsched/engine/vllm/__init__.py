@@ -1,0 +1,1 @@
+"""The adapter to vLLM, and with the frontend the one place that knows its internals."""
