@@ -38,6 +38,7 @@ class ServeOptions:
     config: Config
     ray_address: str | None
     admin_api: bool
+    decision_log: Path | None
     allow_other_vllm: bool
 
 
@@ -77,6 +78,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         "listens on loopback.",
     )
     group.add_argument(
+        "--decision-log",
+        metavar="FOLDER",
+        help="Keep every event and decision of the scheduler there, for `llumsched replay`; the "
+        "oldest are removed. Default: none is kept.",
+    )
+    group.add_argument(
         "--allow-other-vllm",
         action="store_true",
         help="Start with a vLLM version this release was not written for.",
@@ -97,6 +104,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         config=_scheduler_config(args.policy, config_path),
         ray_address=args.ray_address,
         admin_api=_admin_api(args),
+        decision_log=Path(args.decision_log).absolute() if args.decision_log else None,
         allow_other_vllm=args.allow_other_vllm,
     )
 

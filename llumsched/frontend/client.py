@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, cast
@@ -34,8 +35,10 @@ from vllm.v1.engine.core_client import (
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from llumsched.core.types import priority_class
 from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID
-from llumsched.frontend.routes import Arrival, Passed, Routes
+from llumsched.frontend.metrics import FrontendMetrics
+from llumsched.frontend.routes import Arrival, Passed, Route, Routes
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +114,7 @@ class RoutingEngineClient(AsyncMPClient):
         client_index: int = 0,
         client_count: int = 1,
         ready_timeout_s: float = 60.0,
+        metrics: FrontendMetrics | None = None,
     ) -> None:
         # Not AsyncMPClient.__init__, which derives its engines from the data-parallel size and
         # may start them; the fields it would set are set here.
@@ -136,7 +140,8 @@ class RoutingEngineClient(AsyncMPClient):
         self.resources.output_socket = sockets.output
         self._finalizer = weakref.finalize(self, self.resources)
 
-        self.routes = Routes()
+        self._metrics = metrics if metrics is not None else FrontendMetrics()
+        self.routes = Routes(observer=self._metrics)
         self._aborts: set[asyncio.Future[None]] = set()
         self._placer = placer
         self.engine_ranks_managed = list(engine_indices)
@@ -168,12 +173,21 @@ class RoutingEngineClient(AsyncMPClient):
         request.client_index = self.client_index
         request_id = request.request_id
         self._ensure_output_queue_task()
-        route = self.routes.open(request_id, request.external_req_id)
+        route = self.routes.open(
+            request_id,
+            request.external_req_id,
+            priority_class=priority_class(request.priority),
+            opened_s=time.monotonic(),
+        )
         try:
             instance = await self._placer.place(request)
-        except BaseException:
-            self.routes.close(request_id)
+        except Exception:
+            self._end(request_id, "rejected")
             raise
+        except BaseException:
+            self._end(request_id, "aborted")
+            raise
+        self._metrics.placement_s.observe(time.monotonic() - route.opened_s)
         if self.routes.get(request_id) is not route:
             return  # aborted while the scheduler was choosing
         route.instance = instance
@@ -182,14 +196,21 @@ class RoutingEngineClient(AsyncMPClient):
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         by_instance: dict[int, list[str]] = {}
         for request_id in request_ids:
-            route = self.routes.close(request_id)
+            route = self._end(request_id, "aborted")
             if route is None:
                 continue
-            self._placer.ended(request_id, aborted=True)
             for instance in self.routes.holders(route):
                 by_instance.setdefault(instance, []).append(request_id)
         for instance, ids in by_instance.items():
             await self._abort_at(instance, ids)
+
+    def _end(self, request_id: str, outcome: str) -> Route | None:
+        """Stop following a request that did not finish by itself, and say so."""
+        route = self.routes.close(request_id)
+        if route is not None:
+            self._placer.ended(request_id, aborted=True)
+            self._metrics.ended(route, outcome)
+        return route
 
     async def _abort_at(self, instance: int, request_ids: list[str]) -> None:
         if instance in self.engine_ranks_managed and not self.resources.engine_dead:
@@ -283,12 +304,13 @@ class RoutingEngineClient(AsyncMPClient):
         failed = []
         for request_id, route in self.routes:
             if route.instance == instance:
-                self.routes.close(request_id)
+                self._end(request_id, "instance_lost")
                 failed.append(
                     EngineCoreOutput(
                         request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR
                     )
                 )
+        self._metrics.lost_instances.inc()
         logger.error("Instance %d is lost, and %d requests with it.", instance, len(failed))
         if failed:
             self.outputs_queue.put_nowait(EngineCoreOutputs(engine_index=instance, outputs=failed))

@@ -2,8 +2,9 @@
 
 A request that moves sends its last source token and its first destination token on different
 sockets, so they may arrive in either order. The destination announces "outputs start at n";
-tokens from an instance that is not (yet) the request's own are held until exactly ``n`` tokens
-have been passed on, then the request belongs to that instance and what was held follows.
+tokens of that stay are held until exactly ``n`` tokens have been passed on, then the request
+belongs to that instance and what was held follows. Stays are told apart by the number of moves
+before them, since a request may come back to an instance while the one between is still silent.
 
 Invariant: for every request the tokens passed on are those of one uninterrupted run, none
 lost, none doubled. Pure bookkeeping: no sockets, no clock, no knowledge of vLLM's types beyond
@@ -28,14 +29,20 @@ class Output(Protocol):
 @dataclass(slots=True)
 class Route:
     """``instance`` is ``None`` until the scheduler has chosen one. ``external_id`` is the id the
-    client knows, of which there may be several sequences (``n`` > 1)."""
+    client knows, of which there may be several sequences (``n`` > 1). ``opened_s`` is the
+    caller's own clock."""
 
     external_id: str
+    priority_class: int = 0
+    opened_s: float = 0.0
     instance: int | None = None
     num_moves: int = 0
     num_tokens: int = 0
     arrivals: list[Arrival] = field(default_factory=list)
+    stays: dict[int, int] = field(default_factory=dict)
+    """Instance -> the number of moves before the latest stay it has announced."""
     held: dict[int, list[Output]] = field(default_factory=dict)
+    """Stay (as the number of moves before it) -> outputs that came too early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +63,22 @@ class Passed:
     outputs: Sequence[Output]
 
 
+class RouteObserver(Protocol):
+    """Hears, once each, what became of a request that was not closed before."""
+
+    def first_token(self, route: Route) -> None: ...
+
+    def moved(self, route: Route) -> None: ...
+
+    def finished(self, route: Route) -> None: ...
+
+
 class Routes:
     """The frontend's requests and the instances that run them."""
 
-    def __init__(self) -> None:
+    def __init__(self, observer: RouteObserver | None = None) -> None:
         self._routes: dict[str, Route] = {}
+        self._observer = observer
 
     def __len__(self) -> int:
         return len(self._routes)
@@ -74,9 +92,18 @@ class Routes:
     def get(self, request_id: str) -> Route | None:
         return self._routes.get(request_id)
 
-    def open(self, request_id: str, external_id: str | None = None) -> Route:
+    def open(
+        self,
+        request_id: str,
+        external_id: str | None = None,
+        *,
+        priority_class: int = 0,
+        opened_s: float = 0.0,
+    ) -> Route:
         """Begin to follow a request that has no instance yet."""
-        route = self._routes[request_id] = Route(external_id or request_id)
+        route = self._routes[request_id] = Route(
+            external_id or request_id, priority_class, opened_s
+        )
         return route
 
     def close(self, request_id: str) -> Route | None:
@@ -88,7 +115,7 @@ class Routes:
 
     def holders(self, route: Route) -> set[int]:
         """Every instance that may run the request now: its own, and any it is arriving at."""
-        found = {arrival.instance for arrival in route.arrivals} | set(route.held)
+        found = set(route.stays)
         if route.instance is not None:
             found.add(route.instance)
         return found
@@ -106,16 +133,16 @@ class Routes:
             route = self._routes.get(output.request_id)
             if route is None:
                 continue  # aborted meanwhile
-            if route.instance != instance:
-                route.held.setdefault(instance, []).append(output)
-                continue
-            own.append(output)
-            route.num_tokens += len(output.new_token_ids)
-            if output.finish_reason is not None:
-                del self._routes[output.request_id]
-                finished.append(output.request_id)
-            elif route.arrivals:
-                self._switch(output.request_id, route, drained, finished)
+            # An instance announces a stay before the first output of it, on the same socket, so
+            # an output belongs to the latest stay its instance has announced.
+            stay = route.stays.get(instance, 0)
+            if stay > route.num_moves:
+                route.held.setdefault(stay, []).append(output)
+            elif stay == route.num_moves and instance == route.instance:
+                own.append(output)
+                self._count(output, route, finished)
+                if route.arrivals and output.finish_reason is None:
+                    self._follow(route, drained, finished)
         passed = [Passed(instance, own)] if own else []
         return passed + drained, finished
 
@@ -131,42 +158,32 @@ class Routes:
             return [], [], False
         drained: list[Passed] = []
         finished: list[str] = []
+        route.stays[arrival.instance] = arrival.num_moves
         route.arrivals.append(arrival)
-        self._switch(request_id, route, drained, finished)
+        self._follow(route, drained, finished)
         return drained, finished, True
 
-    def _switch(
-        self, request_id: str, route: Route, drained: list[Passed], finished: list[str]
-    ) -> None:
-        """Follow the request to where its next token comes from, as often as it moved."""
-        while True:
-            # A later move that starts at this very token makes the earlier ones moot.
-            due = [
-                a
-                for a in route.arrivals
-                if a.num_moves > route.num_moves and a.num_tokens == route.num_tokens
-            ]
-            if not due:
-                return
+    def _follow(self, route: Route, drained: list[Passed], finished: list[str]) -> None:
+        """Go to where the request's next token comes from, as often as it has moved."""
+        while due := [a for a in route.arrivals if a.num_tokens == route.num_tokens]:
+            # Of two that start at this very token, the later one has the next token.
             arrival = max(due, key=lambda a: a.num_moves)
             route.instance, route.num_moves = arrival.instance, arrival.num_moves
+            if self._observer is not None:
+                self._observer.moved(route)
             route.arrivals = [a for a in route.arrivals if a.num_moves > route.num_moves]
-            outputs: list[Output] = []
-            held = route.held.pop(arrival.instance, [])
-            while held:
-                output = held.pop(0)
-                outputs.append(output)
-                route.num_tokens += len(output.new_token_ids)
-                if output.finish_reason is not None:
-                    del self._routes[request_id]
-                    finished.append(request_id)
-                    break
-                if any(a.num_tokens == route.num_tokens for a in route.arrivals):
-                    break
-            if held and request_id in self._routes:
-                # It came back here later: the rest is of that stay.
-                route.held[arrival.instance] = held
-            if outputs:
-                drained.append(Passed(arrival.instance, outputs))
-            if request_id not in self._routes:
-                return
+            held = route.held.pop(arrival.num_moves, [])
+            for output in held:
+                self._count(output, route, finished)
+            if held:
+                drained.append(Passed(arrival.instance, held))
+
+    def _count(self, output: Output, route: Route, finished: list[str]) -> None:
+        if self._observer is not None and not route.num_tokens and output.new_token_ids:
+            self._observer.first_token(route)
+        route.num_tokens += len(output.new_token_ids)
+        if output.finish_reason is not None:
+            del self._routes[output.request_id]
+            finished.append(output.request_id)
+            if self._observer is not None:
+                self._observer.finished(route)

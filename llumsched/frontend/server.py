@@ -120,7 +120,7 @@ async def _serve(
         num_instances=options.num_instances,
         progress=_progress,
     ) as pool:
-        pool.start_scheduler(options.config, host)
+        pool.start_scheduler(options.config, host, options.decision_log)
         plans = _plans(options, vllm_config, sockets, pool.scheduler_endpoint, host, log_stats)
         pool.start_instances(
             plans, _resources(vllm_config, len(plans)), timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S

@@ -14,6 +14,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -47,6 +48,7 @@ from llumsched.core.events import (
 )
 from llumsched.core.load import InstanceLoad
 from llumsched.core.scheduler import GlobalScheduler
+from llumsched.decision_log import DecisionLog
 from llumsched.plugins import build_bundle
 from llumsched.runtime.messages import (
     ClusterDescription,
@@ -79,14 +81,23 @@ class Controller:
     """Args:
     config: the policy bundle and the scheduler's options.
     clock: seconds that only ever grow; handed to the core as ``now``.
+    decision_log: a folder to keep ``(now, event, actions)`` in, for ``llumsched replay``.
     """
 
-    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: Config,
+        clock: Callable[[], float] = time.monotonic,
+        decision_log: Path | None = None,
+    ) -> None:
         self._config = config
         self._clock = clock
         bundle = build_bundle(config)
         self._policy = bundle.name
-        self._scheduler = GlobalScheduler(bundle, bundle.options)
+        self._scheduler = GlobalScheduler(bundle, bundle.options, seed=config.seed)
+        self._log = (
+            DecisionLog(decision_log, config, self._scheduler.checkpoint) if decision_log else None
+        )
         self._instances: dict[str, RegisterInstance] = {}
         self._identities: dict[str, bytes] = {}
         self._loads: dict[str, InstanceLoad] = {}
@@ -134,6 +145,12 @@ class Controller:
         self._handle(InstanceLost(instance_id=instance_id, reason=reason))
         for identity in self._identities.values():
             self._outbox.append((identity, InstanceGone(instance_id=instance_id)))
+
+    def close(self) -> None:
+        """Write out the decision log."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
 
     async def flush(self) -> None:
         """Send what ``instance_lost`` has to tell; ``serve`` does so by itself."""
@@ -262,7 +279,10 @@ class Controller:
     # ---- actions --------------------------------------------------------------------------
 
     def _handle(self, event: Event) -> tuple[Action, ...]:
-        actions = self._scheduler.handle(event, self._clock())
+        now_s = self._clock()
+        actions = self._scheduler.handle(event, now_s)
+        if self._log is not None:
+            self._log.write(now_s, event, actions)
         for action in actions:
             self._carry_out(action)
         return actions
@@ -286,9 +306,7 @@ class Controller:
                 pass  # answered by _migrate
             case LaunchInstance():
                 reason = "this deployment has a fixed number of instances"
-                self._scheduler.handle(
-                    LaunchFailed(launch_id=action.launch_id, reason=reason), self._clock()
-                )
+                self._handle(LaunchFailed(launch_id=action.launch_id, reason=reason))
             case TerminateInstance():
                 logger.info("Instance %s may leave: %s", action.instance_id, action.reason)
             case PolicyFailed():
@@ -319,7 +337,7 @@ class Controller:
         destination = self._instances.get(action.destination)
         if source is None or destination is None:
             missing = action.source if source is None else action.destination
-            self._scheduler.handle(
+            self._handle(
                 MigrationFinished(
                     migration_id=action.migration_id,
                     request_id=action.request_id,
@@ -327,8 +345,7 @@ class Controller:
                     destination=action.destination,
                     outcome=MigrationOutcome.REFUSED,
                     reason=f"instance {missing} is not connected",
-                ),
-                self._clock(),
+                )
             )
             return
         order = OrderMigration(
@@ -351,8 +368,8 @@ class Controller:
 class ControllerActor:
     """The Ray actor around ``Controller``; its methods are coroutines of one event loop."""
 
-    def __init__(self, config: Config, host: str) -> None:
-        self._controller = Controller(config)
+    def __init__(self, config: Config, host: str, decision_log: Path | None) -> None:
+        self._controller = Controller(config, decision_log=decision_log)
         self._context = zmq.asyncio.Context()
         self._endpoint = self._controller.bind(self._context, host)
         self._serving: asyncio.Task[None] | None = None
@@ -363,6 +380,10 @@ class ControllerActor:
             self._serving = asyncio.create_task(self._controller.serve())
             self._serving.add_done_callback(_log_end)
         return self._endpoint
+
+    async def close(self) -> None:
+        """Write out the decision log; the actor may be killed afterwards."""
+        self._controller.close()
 
     async def instance_lost(self, instance_id: str, reason: str) -> None:
         self._controller.instance_lost(instance_id, reason)

@@ -124,7 +124,7 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start_scheduler(self, config: Config, host: str) -> None:
+    def start_scheduler(self, config: Config, host: str, decision_log: Path | None) -> None:
         """Start Ray, if need be, and the global scheduler."""
         started_s = time.monotonic()
         self._owns_ray = start_ray(
@@ -135,7 +135,7 @@ class Pool:
         actor = ray.remote(ControllerActor).options(
             name=f"{ACTOR_NAME}-{os.getpid()}", num_cpus=0, max_concurrency=64
         )
-        self._controller = actor.remote(config, host)
+        self._controller = actor.remote(config, host, decision_log)
         self.scheduler_endpoint = ray.get(self._controller.endpoint.remote(), timeout=60)
         self._progress("the global scheduler is up")
 
@@ -248,6 +248,9 @@ class Pool:
                 for actor in self._actors.values():
                     actor.stop.remote()
                 ray.wait(list(self._runs), num_returns=len(self._runs), timeout=STOP_TIMEOUT_S)
+        if self._controller is not None:
+            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+                ray.get(self._controller.close.remote(), timeout=STOP_TIMEOUT_S)
         for actor in (*self._actors.values(), self._controller):
             if actor is not None:
                 with contextlib.suppress(Exception):
