@@ -27,10 +27,14 @@ BENCH_ARGS ?=
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed-$(EXTRA)
+# Both vLLM distributions are the module `vllm`: a virtual environment holds one of them.
+OTHER_INSTALLED := $(filter-out $(INSTALLED),$(wildcard $(VENV)/.installed-*))
 export LLUMSCHED_CACHE_DIR ?= $(CURDIR)/.cache
-# The tests and the demo need no model hub, and report no usage to anyone.
-export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
+ifeq ($(MODEL),smollm2)
+# It comes from the package index: nothing waits for a model hub that may be out of reach.
+export HF_HUB_OFFLINE ?= 1
+endif
 
 .PHONY: help install model demo serve test check format format-check lint types contracts bench \
 	docs hooks clean distclean
@@ -43,6 +47,10 @@ install: $(INSTALLED) ## make .venv and install llumsched with all it needs
 $(INSTALLED): setup.py scripts/drop_unloadable_torch_addons.py
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "llumsched needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@if [[ -n "$(OTHER_INSTALLED)" ]]; then \
+		echo "$(VENV) holds another vLLM than EXTRA=$(EXTRA): make distclean, or choose VENV=.venv-$(EXTRA)"; \
+		exit 1; \
+	fi
 	@echo "[1/3] virtual environment in $(VENV)"
 	"$(PYTHON)" -m venv $(VENV)
 	@echo "[2/3] llumsched with vLLM ($(EXTRA)), Ray and the tools: a few minutes the first time"

@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if distribution not in _OPTIONAL:
             raise
         print(
-            f"llumsched: '{' '.join(arguments[:1])}' needs {distribution}, which is not installed:"
-            " pip install 'llumsched[cpu]', or 'llumsched[gpu]' on a machine with GPUs",
+            f"llumsched: '{arguments[0]}' needs {distribution}, which is not installed: install"
+            " llumsched with its extra 'cpu', or 'gpu' on a machine with GPUs",
             file=sys.stderr,
         )
         return 1

@@ -113,7 +113,7 @@ def test_a_passthrough_command_gets_its_arguments_untouched(
         (
             ModuleNotFoundError("No module named 'vllm.v1'", name="vllm.v1"),
             1,
-            "'status' needs vllm, which is not installed: pip install 'llumsched[cpu]'",
+            "'status' needs vllm, which is not installed: install llumsched with its extra 'cpu'",
         ),
         (KeyboardInterrupt(), 130, ""),
     ],

@@ -66,7 +66,7 @@ def test_each_source_file_is_in_the_wheel_once(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = [name for name in archive.namelist() if ".dist-info/" not in name]
     package = ROOT / "llumsched"
-    expected = ["llumsched/py.typed"]
+    expected: list[str] = []
     for folder, name in (
         (package, "llumsched"),
         (ROOT / "policies", "llumsched/policies"),
@@ -74,11 +74,13 @@ def test_each_source_file_is_in_the_wheel_once(wheel: Path) -> None:
     ):
         expected += [
             f"{name}/{path.relative_to(folder)}"
-            for path in folder.rglob("*.py")
-            if not path.is_relative_to(package / "policies")
+            for path in folder.rglob("*")
+            if path.is_file()
+            and "__pycache__" not in path.parts
+            and not path.is_relative_to(package / "policies")
             and not path.is_relative_to(package / "simulator")
         ]
-    assert sorted(packed) == sorted(set(expected))
+    assert sorted(packed) == sorted(expected)
 
 
 def test_the_links_lead_to_the_folders_at_the_top() -> None:
