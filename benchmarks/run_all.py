@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from benchmarks import _report
 
 FOLDER = Path(__file__).parent
 DOCS = FOLDER.parent / "docs"
+GRACE_S = 30.0
 GENERATED = "<!-- Written by `make bench`; change the benchmark, not this page. -->"
 
 
@@ -60,13 +62,28 @@ def run(benchmark: Benchmark, *, quick: bool, timeout_s: float) -> dict[str, Any
         command = [sys.executable, "-m", f"benchmarks.{benchmark.name}", "--json", str(report)]
         if quick:
             command.append("--quick")
+        process = subprocess.Popen(command, cwd=FOLDER.parent)
         try:
-            subprocess.run(command, cwd=FOLDER.parent, timeout=timeout_s, check=True)
-        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-            print(f"{benchmark.name} failed: {error}", file=sys.stderr, flush=True)
+            status = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            print(f"{benchmark.name}: not done after {timeout_s:.0f} s", file=sys.stderr)
+            _interrupt(process)
+            return None
+        if status != 0:
+            print(f"{benchmark.name}: exit status {status}", file=sys.stderr)
             return None
         content: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         return content
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    """As Ctrl-C does, so that a benchmark stops the servers it has started."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def write_docs(benchmarks: Sequence[Benchmark], docs: Path) -> None:

@@ -140,6 +140,22 @@ def test_a_run_reports_missed_goals_and_fails_only_for_a_failed_benchmark(
     assert "failed to run: bad" in capsys.readouterr().out
 
 
+def test_a_benchmark_that_hangs_is_interrupted_and_cleans_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    (folder / "slow.py").write_text(
+        'import time\nBENCHMARK = "Slow"\n'
+        "try:\n    time.sleep(60)\nfinally:\n    print('its servers are stopped', flush=True)\n"
+    )
+    monkeypatch.setattr(run_all, "FOLDER", folder)
+    assert run_all.main(["slow", "--quick", "--timeout-s", "2"]) == 1
+    printed = capfd.readouterr()
+    assert "slow: not done after 2 s" in printed.err
+    assert "its servers are stopped" in printed.out
+
+
 def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run_all.main(["no_such_benchmark"])
