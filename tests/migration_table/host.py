@@ -12,36 +12,22 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from llumsched.core import migration as source
 from llumsched.core import migration_destination as destination
 from llumsched.engine.base import CannotMigrate
-from llumsched.engine.fake import (
+from llumsched.engine.fake import FakeEngine
+from llumsched.engine.fake_blocks import BlockContent
+from llumsched.engine.fake_request import (
     FakeCopyableBlocks,
-    FakeEngine,
     FakeFinal,
     FakeState,
     FakeSuspendedRequest,
 )
-from llumsched.engine.fake_blocks import BlockContent
+from tests.migration_table.wire import Message, event_of
 
-Command = source.MigrationCommand | destination.ReservationCommand
 Wait = source.DeadlineExpired | destination.ReservationExpired
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """A command on its way to the other instance, with what travels along.
-
-    `reliable`: the host would repeat it until it is answered or its receiver is dead.
-    """
-
-    sender: str
-    receiver: str
-    command: Command
-    payload: Any = None
-    reliable: bool = False
 
 
 class Network(Protocol):
@@ -132,7 +118,7 @@ class Instance:
 
     def receive(self, message: Message) -> None:
         """Handle a message, whichever side it is for."""
-        event = self._event_of(message)
+        event = event_of(message)
         if isinstance(event, destination.ReservationEvent):
             self.tell_incoming(event, message)
         elif isinstance(event, source.BlocksReserved | source.BlocksCopied):
@@ -482,60 +468,3 @@ class Instance:
         if incoming.holds_import:
             incoming.holds_import = False
             self.engine.cancel(incoming.reservation.request_id)
-
-    # ---- messages ---------------------------------------------------------------------------
-
-    @staticmethod
-    def _event_of(
-        message: Message,
-    ) -> source.MigrationEvent | destination.ReservationEvent | None:
-        command = message.command
-        migration_id = command.migration_id
-        match command:
-            case source.ReserveBlocks():
-                return destination.ReservationRequested(
-                    migration_id=migration_id, request_id=command.request_id, source=message.sender
-                )
-            case source.CopyBlocks():
-                return destination.StageAnnounced(
-                    migration_id=migration_id,
-                    stage=command.stage,
-                    first_block=command.first_block,
-                    num_blocks=command.num_blocks,
-                )
-            case source.CommitRequest():
-                return destination.CommitRequested(
-                    migration_id=migration_id, num_blocks=command.num_blocks
-                )
-            case source.QueryCommit():
-                return destination.CommitQueried(migration_id=migration_id)
-            case source.ReleaseBlocks():
-                return destination.ReleaseRequested(migration_id=migration_id)
-            case source.AbortAtDestination():
-                return destination.AbortRequested(
-                    migration_id=migration_id, request_id=command.request_id
-                )
-            case source.CloseMigration():
-                return destination.MigrationClosed(migration_id=migration_id)
-            case destination.ConfirmReservation():
-                return source.BlocksReserved(
-                    migration_id=migration_id,
-                    num_cached_blocks=command.num_cached_blocks,
-                    num_full_blocks_now=0,
-                    num_preemptions=0,
-                )
-            case destination.RejectReservation():
-                return source.ReservationRejected(migration_id=migration_id, reason=command.reason)
-            case destination.ConfirmCopy():
-                return source.BlocksCopied(
-                    migration_id=migration_id,
-                    stage=command.stage,
-                    num_blocks_total=command.num_blocks_total,
-                    num_full_blocks_now=0,
-                    num_preemptions=0,
-                )
-            case destination.AcknowledgeCommit():
-                return source.CommitAcknowledged(migration_id=migration_id)
-            case destination.RefuseCommit():
-                return source.CommitRefused(migration_id=migration_id, reason=command.reason)
-        raise AssertionError(f"{type(command).__name__} is not a message")

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 
 from llumsched.engine.base import CannotMigrate, MigrationEngine
-from llumsched.engine.fake import (
-    FakeEngine,
+from llumsched.engine.fake import FakeEngine
+from llumsched.engine.fake_blocks import BlockContent
+from llumsched.engine.fake_request import (
     FakeFinal,
     FakeOutput,
     FakeState,
     FakeSuspendedRequest,
     expected_output,
 )
-from llumsched.engine.fake_blocks import BlockContent
 
 PROMPT = (7, 3, 9, 1, 4)
 MAX_OUTPUT_TOKENS = 12

@@ -14,8 +14,13 @@ from llumsched.core.migration_destination import (
     Reservation,
     ReservationState,
 )
-from llumsched.engine.fake import FakeEngine, FakeOutput, expected_output
-from tests.migration_table.host import Command, Instance, Message
+from llumsched.engine.fake import FakeEngine
+from llumsched.engine.fake_request import (
+    FakeOutput,
+    expected_output,
+)
+from tests.migration_table.host import Instance
+from tests.migration_table.wire import Command, Message
 
 PROMPT = (5, 2, 8, 1, 6)
 MAX_OUTPUT_TOKENS = 30

@@ -22,7 +22,10 @@ from llumsched.core import migration_destination as destination
 from llumsched.core import migration_destination_rules as destination_rules
 from llumsched.core import migration_rules as source_rules
 from llumsched.core.migration_table import IllegalTransition, Rule, TransitionTable
-from llumsched.engine.fake import FakeEngine, FakeFinal
+from llumsched.engine.fake import FakeEngine
+from llumsched.engine.fake_request import (
+    FakeFinal,
+)
 from tests.migration_table.world import World
 
 NUM_RUNS = int(os.environ.get("LLUMSCHED_MIGRATION_RUNS", "1200"))

@@ -24,8 +24,13 @@ from typing import TypeVar
 
 from llumsched.core.migration import Migration, MigrationOptions, MigrationState
 from llumsched.core.migration_destination import ReservationExpired, ReservationState
-from llumsched.engine.fake import FakeEngine, FakeOutput, expected_output
-from tests.migration_table.host import Instance, Message, Wait
+from llumsched.engine.fake import FakeEngine
+from llumsched.engine.fake_request import (
+    FakeOutput,
+    expected_output,
+)
+from tests.migration_table.host import Instance, Wait
+from tests.migration_table.wire import Message
 
 T = TypeVar("T")
 
