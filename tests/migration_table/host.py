@@ -123,7 +123,7 @@ class Instance:
             self.tell_incoming(event, message)
         elif isinstance(event, source.BlocksReserved | source.BlocksCopied):
             self.engine_work.append(lambda: self._complete_with_progress(event))
-        elif event is not None:
+        else:
             self.tell_outgoing(event)
 
     def abort(self, request_id: str) -> None:
