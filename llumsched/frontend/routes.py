@@ -159,8 +159,10 @@ class Routes:
         drained: list[Passed] = []
         finished: list[str] = []
         route.stays[arrival.instance] = arrival.num_moves
-        route.arrivals.append(arrival)
-        self._follow(route, drained, finished)
+        # Else it has moved on already, from a stay without a single token.
+        if arrival.num_moves > route.num_moves:
+            route.arrivals.append(arrival)
+            self._follow(route, drained, finished)
         return drained, finished, True
 
     def _follow(self, route: Route, drained: list[Passed], finished: list[str]) -> None:

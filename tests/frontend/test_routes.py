@@ -1,0 +1,227 @@
+"""What the frontend passes on is the uninterrupted run, in whatever order its sockets deliver.
+
+A run is a list of *stays*: the instance that produced a stretch of the request's tokens. Each
+instance writes to a pipe of its own, in order: at the start of a stay the announcement (but for
+the first, which the scheduler chose), then the tokens. The pipes are read in any order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llumsched.frontend.routes import Arrival, Passed, Routes
+
+REQUEST = "request"
+
+
+@dataclass
+class Output:
+    """The part of ``EngineCoreOutput`` that routes look at."""
+
+    new_token_ids: list[int]
+    finish_reason: str | None = None
+    request_id: str = REQUEST
+
+
+Message = Output | Arrival
+
+
+@dataclass(frozen=True)
+class Stay:
+    """Outputs of ``instance``, each of so many tokens."""
+
+    instance: int
+    sizes: tuple[int, ...]
+
+
+@dataclass
+class Reader:
+    """A frontend with one request; what it passed on."""
+
+    first_instance: int
+    routes: Routes = field(default_factory=Routes)
+    passed: list[int] = field(default_factory=list)
+    num_finished: int = 0
+    unwanted_at: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.routes.open(REQUEST, "external").instance = self.first_instance
+
+    def read(self, instance: int, messages: Sequence[Message]) -> None:
+        """Take in messages of one pipe. Outputs next to each other come as one batch."""
+        batch: list[Output] = []
+        for message in messages:
+            if isinstance(message, Output):
+                batch.append(message)
+                continue
+            self._pass_on(instance, batch)
+            batch = []
+            parts, finished, wanted = self.routes.arrive(REQUEST, message)
+            self._note(parts, finished)
+            if not wanted:
+                self.unwanted_at.append(message.instance)
+        self._pass_on(instance, batch)
+
+    def _pass_on(self, instance: int, batch: list[Output]) -> None:
+        if batch:
+            self._note(*self.routes.pass_on(instance, batch))
+
+    def _note(self, parts: Iterable[Passed], finished: Sequence[str]) -> None:
+        for part in parts:
+            for output in part.outputs:
+                self.passed.extend(output.new_token_ids)
+        self.num_finished += len(finished)
+        assert self.passed == list(range(len(self.passed))), "lost, doubled or out of order"
+
+
+def pipes_of(stays: Sequence[Stay], *, finishes: bool = True) -> dict[int, deque[Message]]:
+    """What each instance writes. Tokens count up from 0; the last output carries the end."""
+    pipes: dict[int, deque[Message]] = {stay.instance: deque() for stay in stays}
+    num_tokens = 0
+    output = None
+    for number, stay in enumerate(stays):
+        if number:
+            pipes[stay.instance].append(Arrival(stay.instance, number, num_tokens))
+        for size in stay.sizes:
+            output = Output(list(range(num_tokens, num_tokens + size)))
+            pipes[stay.instance].append(output)
+            num_tokens += size
+    if finishes:
+        if output is None or output is not pipes[stays[-1].instance][-1]:
+            output = Output([])  # as when its last token is a stop token that is not passed on
+            pipes[stays[-1].instance].append(output)
+        output.finish_reason = "stop"
+    return pipes
+
+
+def num_tokens_of(stays: Sequence[Stay]) -> int:
+    return sum(sum(stay.sizes) for stay in stays)
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> list[Stay]:
+    """A run over up to three instances, of which no two successive stays share one. A stay may
+    be empty: the request moved on before it decoded there."""
+    sizes = st.lists(st.integers(1, 3), max_size=4).map(tuple)
+    stays = [Stay(draw(st.integers(0, 2)), draw(sizes))]
+    for _ in range(draw(st.integers(0, 6))):
+        others = [i for i in range(3) if i != stays[-1].instance]
+        stays.append(Stay(draw(st.sampled_from(others)), draw(sizes)))
+    return stays
+
+
+def read_some(draw: st.DrawFn, reader: Reader, pipes: dict[int, deque[Message]]) -> None:
+    """Read the next few messages of any pipe that has some."""
+    instance = draw(st.sampled_from(sorted(i for i, pipe in pipes.items() if pipe)))
+    num_messages = draw(st.integers(1, len(pipes[instance])))
+    reader.read(instance, [pipes[instance].popleft() for _ in range(num_messages)])
+
+
+@given(st.data(), runs())
+def test_any_order_of_delivery_gives_the_uninterrupted_run(
+    data: st.DataObject, stays: list[Stay]
+) -> None:
+    pipes, reader = pipes_of(stays), Reader(stays[0].instance)
+    while any(pipes.values()):
+        read_some(data.draw, reader, pipes)
+    assert reader.passed == list(range(num_tokens_of(stays)))
+    assert reader.num_finished == 1
+    assert len(reader.routes) == 0
+
+
+@given(st.data(), runs())
+def test_what_was_passed_on_is_all_that_could_be(data: st.DataObject, stays: list[Stay]) -> None:
+    """Nothing is held back for longer than its predecessors are missing."""
+    pipes, reader = pipes_of(stays, finishes=False), Reader(stays[0].instance)
+    delivered: set[int] = set()
+    announced = {0}
+    while any(pipes.values()):
+        before = {i: list(pipe) for i, pipe in pipes.items()}
+        read_some(data.draw, reader, pipes)
+        for instance, messages in before.items():
+            for message in messages[: len(messages) - len(pipes[instance])]:
+                if isinstance(message, Arrival):
+                    announced.add(message.num_moves)
+                else:
+                    delivered.update(message.new_token_ids)
+        expected = 0
+        start = 0
+        for number, stay in enumerate(stays):
+            end = start + sum(stay.sizes)
+            if number not in announced and stay.sizes:
+                break
+            while expected < end and expected in delivered:
+                expected += 1
+            if expected < end:
+                break
+            start = end
+        assert len(reader.passed) == expected
+
+
+@given(st.data(), runs())
+def test_an_abort_reaches_every_instance_that_may_run_it(
+    data: st.DataObject, stays: list[Stay]
+) -> None:
+    """The client leaves at any point: each instance from which anything arrives later is either
+    told at once or when its announcement comes, and nothing is passed on any more."""
+    pipes, reader = pipes_of(stays, finishes=False), Reader(stays[0].instance)
+    while any(pipes.values()) and data.draw(st.booleans()):
+        read_some(data.draw, reader, pipes)
+    num_passed = len(reader.passed)
+    last_known = {stays[0].instance}
+    route = reader.routes.close(REQUEST)
+    assert route is not None
+    told = set(reader.routes.holders(route))
+    assert told >= {route.instance}
+    while any(pipes.values()):
+        read_some(data.draw, reader, pipes)
+    assert len(reader.passed) == num_passed
+    assert stays[-1].instance in told | set(reader.unwanted_at) | last_known
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_tokens_that_overtake_the_last_ones_of_the_source_wait(size: int) -> None:
+    reader = Reader(0)
+    reader.read(1, [Arrival(1, 1, 2), Output([2 + i for i in range(size)])])
+    assert reader.passed == []
+    reader.read(0, [Output([0])])
+    assert reader.passed == [0]
+    reader.read(0, [Output([1])])
+    assert reader.passed == list(range(2 + size))
+
+
+def test_a_second_stay_is_not_taken_for_the_first() -> None:
+    """There and back again, and everything of the first instance arrives before anything of
+    the second."""
+    reader = Reader(0)
+    reader.read(0, [Output([0]), Arrival(0, 2, 2), Output([2])])
+    assert reader.passed == [0]
+    reader.read(1, [Arrival(1, 1, 1), Output([1])])
+    assert reader.passed == [0, 1, 2]
+
+
+def test_a_request_that_nobody_waits_for_is_unwanted() -> None:
+    reader = Reader(0)
+    reader.routes.close(REQUEST)
+    reader.read(1, [Arrival(1, 1, 0), Output([0])])
+    assert reader.unwanted_at == [1]
+    assert reader.passed == []
+
+
+def test_requests_do_not_disturb_each_other() -> None:
+    routes = Routes()
+    for name in ("a", "b"):
+        routes.open(name, name).instance = 0
+    parts, finished = routes.pass_on(
+        0, [Output([0], request_id="a"), Output([0], "stop", "b"), Output([1], request_id="a")]
+    )
+    assert [output.request_id for part in parts for output in part.outputs] == ["a", "b", "a"]
+    assert finished == ["b"]
+    assert [name for name, _ in routes] == ["a"]
+    assert routes.num_requests(0) == 1
