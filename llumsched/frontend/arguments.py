@@ -49,9 +49,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         UsageError: for what vLLM's parser does not catch itself.
     """
     parser: argparse.ArgumentParser = make_arg_parser(
-        FlexibleArgumentParser(  # type: ignore[no-untyped-call]
-            prog="llumsched serve", description=DESCRIPTION
-        )
+        FlexibleArgumentParser(prog="llumsched serve", description=DESCRIPTION)
     )
     group = parser.add_argument_group("llumsched", "The pool of instances and its scheduler.")
     group.add_argument(

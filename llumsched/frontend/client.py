@@ -212,6 +212,11 @@ class RoutingEngineClient(AsyncMPClient):
             self._metrics.ended(route, outcome)
         return route
 
+    def _abort_soon(self, instance: int, request_id: str) -> None:
+        abort = asyncio.ensure_future(self._abort_at(instance, [request_id]))
+        self._aborts.add(abort)
+        abort.add_done_callback(self._aborts.discard)
+
     async def _abort_at(self, instance: int, request_ids: list[str]) -> None:
         if instance in self.engine_ranks_managed and not self.resources.engine_dead:
             await self._send_input(
@@ -275,9 +280,7 @@ class RoutingEngineClient(AsyncMPClient):
         )
         if not wanted:
             # Its client left while it moved: no instance that knew of the abort runs it.
-            abort = asyncio.ensure_future(self._abort_at(instance, [request_id]))
-            self._aborts.add(abort)
-            abort.add_done_callback(self._aborts.discard)
+            self._abort_soon(instance, request_id)
             return
         self._deliver(passed, finished)
 
@@ -303,8 +306,12 @@ class RoutingEngineClient(AsyncMPClient):
         self.core_engines = [engine_identity(i) for i in self.engine_ranks_managed]
         failed = []
         for request_id, route in self.routes:
-            if route.instance == instance:
+            holders = self.routes.holders(route)
+            if instance in holders:
                 self._end(request_id, "instance_lost")
+                # It may also be on its way to or from another instance.
+                for other in holders - {instance}:
+                    self._abort_soon(other, request_id)
                 failed.append(
                     EngineCoreOutput(
                         request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR

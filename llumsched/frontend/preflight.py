@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 from vllm.config import VllmConfig
 
 from llumsched.frontend.arguments import UsageError

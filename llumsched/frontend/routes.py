@@ -115,7 +115,7 @@ class Routes:
 
     def holders(self, route: Route) -> set[int]:
         """Every instance that may run the request now: its own, and any it is arriving at."""
-        found = set(route.stays)
+        found = {i for i, num_moves in route.stays.items() if num_moves >= route.num_moves}
         if route.instance is not None:
             found.add(route.instance)
         return found

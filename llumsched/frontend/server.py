@@ -47,6 +47,12 @@ from llumsched.runtime.launch import InstanceResources, LaunchError, Pool
 
 logger = logging.getLogger(__name__)
 
+# An engine answers between two steps, and a step may hold a long prompt: on a CPU that takes
+# seconds. Nothing is lost by waiting before the suspension; after it, the request stands still.
+MIGRATION_OPTIONS = MigrationOptions(
+    reserve_timeout_s=30.0, suspend_timeout_s=30.0, final_stage_timeout_s=10.0
+)
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the server until it is told to stop; the process's exit status."""
@@ -177,7 +183,7 @@ def _plans(
             scheduler_endpoint=scheduler_endpoint,
             host=host,
             victim=victim,
-            migration=MigrationOptions(),
+            migration=MIGRATION_OPTIONS,
         )
         for index in range(options.num_instances)
     ]

@@ -54,6 +54,7 @@ class _Arriving:
     state: bytes = b""
     final: bytes = b""
     block_ids: list[int] = field(default_factory=list)
+    is_allocated: bool = False
     room: asyncio.Event = field(default_factory=asyncio.Event)
     num_blocks_received: int = 0
     timer: asyncio.TimerHandle | None = None
@@ -153,9 +154,11 @@ class IncomingMigrations:
             arriving.room.clear()
             arriving.num_blocks_received = 0
             self._post(announced)
+        if not self._is_receiving(arriving, message.stage):
+            return
         await arriving.room.wait()
         record = arriving.record
-        if record.state is not protocol.ReservationState.RECEIVING or record.stage != message.stage:
+        if not self._is_receiving(arriving, message.stage):
             return
         write(arriving.block_ids[message.first_block : message.first_block + message.num_blocks])
         arriving.num_blocks_received += message.num_blocks
@@ -167,6 +170,12 @@ class IncomingMigrations:
                     num_blocks_total=record.first_block + record.num_stage_blocks,
                 )
             )
+
+    def _is_receiving(self, arriving: _Arriving, stage: int) -> bool:
+        record = arriving.record
+        if record.state is protocol.ReservationState.ABSENT:
+            self._forget(record.migration_id)
+        return record.state is protocol.ReservationState.RECEIVING and record.stage == stage
 
     def source_gone(self, source: str) -> None:
         """The process of a source is known to be dead."""
@@ -202,7 +211,9 @@ class IncomingMigrations:
         for command in commands:
             self._execute(arriving, command)
         after = arriving.record
-        if (after.state, after.stage) != (before.state, before.stage):
+        if (after.state, after.stage) != (before.state, before.stage) or isinstance(
+            event, protocol.ReservationExpired
+        ):
             self._arm(arriving)
         if after.state is not protocol.ReservationState.RECEIVING:
             arriving.room.set()  # whoever still waits to write finds that it may not
@@ -222,8 +233,8 @@ class IncomingMigrations:
             arriving.timer = loop.call_later(timeout_s, self._post, expired)
 
     def _forget(self, migration_id: str) -> None:
-        arriving = self._arriving.pop(migration_id)
-        if arriving.timer is not None:
+        arriving = self._arriving.pop(migration_id, None)
+        if arriving is not None and arriving.timer is not None:
             arriving.timer.cancel()
 
     # ---- commands -------------------------------------------------------------------------
@@ -242,8 +253,7 @@ class IncomingMigrations:
             case protocol.AdmitRequest():
                 self._spawn(self._admit(arriving, migration_id, request_id))
             case protocol.FreeBlocks():
-                arriving.block_ids = []
-                self._call(lambda: self._port.cancel(request_id))
+                self._free(arriving, request_id)
             case protocol.AbortRequest():
                 self._abort(request_id)
             case protocol.ConfirmReservation():
@@ -276,19 +286,20 @@ class IncomingMigrations:
                 raise AssertionError(f"no such command: {command}")
 
     async def _allocate(self, arriving: _Arriving, migration_id: str) -> None:
+        request_id = arriving.record.request_id
         try:
             state = msgspec.msgpack.decode(arriving.state, type=RequestState)
             reservation = await self._engine(lambda: self._port.reserve(state))
             arriving.state = b""
-            if arriving.record.state is protocol.ReservationState.ALLOCATING:
-                arriving.block_ids = reservation.block_ids
+            arriving.is_allocated = True
+            arriving.block_ids = reservation.block_ids
+            if arriving.record.state is not protocol.ReservationState.ALLOCATING:
+                self._free(arriving, request_id)  # given up while the engine was at it
+                return
             if reservation.grammar is not None:
                 await asyncio.wait_for(asyncio.wrap_future(reservation.grammar), GRAMMAR_TIMEOUT_S)
         except Exception as error:
-            if arriving.block_ids:
-                arriving.block_ids = []
-                request_id = arriving.record.request_id
-                self._call(lambda: self._port.cancel(request_id))
+            self._free(arriving, request_id)
             reason = str(error) or type(error).__name__
             if not isinstance(error, CannotMigrate):
                 logger.warning("Reservation of migration %s failed: %r", migration_id, error)
@@ -299,6 +310,13 @@ class IncomingMigrations:
                 migration_id=migration_id, num_cached_blocks=reservation.num_cached_blocks
             )
         )
+
+    def _free(self, arriving: _Arriving, request_id: str) -> None:
+        """Give back what this migration, and no other of the same request, has reserved."""
+        if arriving.is_allocated:
+            arriving.is_allocated = False
+            arriving.block_ids = []
+            self._call(lambda: self._port.cancel(request_id))
 
     async def _grow(
         self, arriving: _Arriving, migration_id: str, request_id: str, num_blocks: int
@@ -320,7 +338,8 @@ class IncomingMigrations:
             logger.warning("Commit of migration %s failed: %r", migration_id, error)
             self._post(protocol.AdmissionFailed(migration_id=migration_id, reason=str(error)))
             return
-        arriving.block_ids = []  # they are the request's own now
+        arriving.is_allocated = False  # the blocks are the request's own now
+        arriving.block_ids = []
         self._post(protocol.RequestAdmitted(migration_id=migration_id))
 
     # ---- helpers --------------------------------------------------------------------------

@@ -265,7 +265,7 @@ class Pool:
 
 
 def _cluster_resources() -> Mapping[str, float]:
-    resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    resources: Mapping[str, float] = ray.cluster_resources()
     return resources
 
 

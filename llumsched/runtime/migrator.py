@@ -34,6 +34,7 @@ from llumsched.runtime.incoming import IncomingMigrations, Reply
 from llumsched.runtime.messages import (
     CommitAnswer,
     Hello,
+    MigrationClosed,
     OrderMigration,
     PeerMessage,
     ReportMigration,
@@ -230,11 +231,11 @@ class Migrator:
             raise
         return link
 
-    def _on_answer(self, message: PeerMessage) -> None:
-        """An answer from a destination; those to a migration that has ended are dropped."""
+    def _on_answer(self, message: PeerMessage) -> bool:
+        """An answer from a destination; whether it was to a migration that goes on."""
         outgoing = self._outgoing.get(getattr(message, "migration_id", ""))
         if outgoing is None:
-            return
+            return False
         migration_id = outgoing.migration_id
         match message:
             case Reserved():
@@ -253,6 +254,7 @@ class Migrator:
                 )
             case _:
                 logger.warning("Dropped an answer that is none: %s", type(message).__name__)
+        return True
 
     # ---- destination ----------------------------------------------------------------------
 
@@ -357,7 +359,7 @@ class _Link:
         endpoint: str,
         ring: SendRing,
         kv: KVBlocks,
-        on_answer: Callable[[PeerMessage], None],
+        on_answer: Callable[[PeerMessage], bool],
     ) -> None:
         self.endpoint = endpoint
         self.transport = ""
@@ -449,4 +451,6 @@ class _Link:
                     self._slots_sent.remove(message.slot)
                     self._ring.free(message.slot)
                 continue
-            self._on_answer(message)
+            if not self._on_answer(message) and isinstance(message, CommitAnswer):
+                # The destination asks until it knows that its answer has come.
+                await self.send(MigrationClosed(migration_id=message.migration_id))

@@ -38,7 +38,9 @@ from llumsched.runtime.messages import (
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-CallEngine = Callable[[Callable[[], T]], Future[T]]
+
+# The destination may run the request: only its word, or its death, lets the source resume.
+_FATE_UNKNOWN = frozenset({protocol.MigrationState.COMMITTING, protocol.MigrationState.RESOLVING})
 
 
 class PeerLink(Protocol):
@@ -167,13 +169,16 @@ class OutgoingMigration:
             num_preemptions=state.num_preemptions,
             options=self._options,
         )
+        self._migration = migration
         try:
-            migration = await self._drive(migration, commands)
+            await self._drive(commands)
         finally:
             for task in self._tasks:
                 task.cancel()
-            # Whatever happened, nothing stays pinned or suspended.
-            await self._engine(lambda: self._port.resume(self.request_id))
+            if self._migration.state not in _FATE_UNKNOWN:
+                # Whatever else happened, nothing stays pinned or suspended.
+                await self._engine(lambda: self._port.resume(self.request_id))
+        migration = self._migration
         if migration.state is protocol.MigrationState.COMMITTED:
             total_s = time.perf_counter() - started_s
             return self._report(MigrationOutcome.COMMITTED, "", self._measured(migration, total_s))
@@ -186,15 +191,14 @@ class OutgoingMigration:
             detail if refused and detail else f"{text}: {detail}" if detail else text,
         )
 
-    async def _drive(
-        self, migration: protocol.Migration, commands: tuple[protocol.MigrationCommand, ...]
-    ) -> protocol.Migration:
-        deadline_s = self._deadline(migration)
+    async def _drive(self, commands: tuple[protocol.MigrationCommand, ...]) -> None:
+        deadline_s = self._deadline(self._migration)
         while True:
             for command in commands:
-                await self._execute(migration, command)
+                await self._execute(self._migration, command)
+            migration = self._migration
             if migration.is_terminal:
-                return migration
+                return
             try:
                 event = await asyncio.wait_for(
                     self._events.get(), max(0.0, deadline_s - time.monotonic())
@@ -206,12 +210,18 @@ class OutgoingMigration:
             commands = ()
             if not protocol.is_current(migration, event):
                 continue
-            before = (migration.state, migration.stage)
-            migration, commands = protocol.advance(migration, event)
-            if (migration.state, migration.stage) != before or isinstance(
+            try:
+                self._migration, commands = protocol.advance(migration, event)
+            except protocol.IllegalTransition as error:
+                # A peer that breaks the protocol, or a defect here: the table has changed nothing,
+                # and the deadline of the state it left in place ends the migration in order.
+                logger.error("Migration %s: %s", self.migration_id, error)
+                continue
+            after = self._migration
+            if (after.state, after.stage) != (migration.state, migration.stage) or isinstance(
                 event, protocol.DeadlineExpired
             ):
-                deadline_s = self._deadline(migration)
+                deadline_s = self._deadline(after)
 
     @staticmethod
     def _deadline(migration: protocol.Migration) -> float:
