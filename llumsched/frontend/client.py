@@ -32,6 +32,7 @@ from vllm.v1.engine.core_client import (
     BackgroundResources,
     _process_utility_output,
 )
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
@@ -248,7 +249,8 @@ class RoutingEngineClient(AsyncMPClient):
                     client._take_in(outputs)
                     del client
             except asyncio.CancelledError:
-                raise
+                # The server is stopping: requests under way end with an error, now.
+                queue.put_nowait(EngineDeadError())
             except Exception as error:
                 queue.put_nowait(error)
 

@@ -47,6 +47,9 @@ from llumsched.runtime.launch import InstanceResources, LaunchError, Pool
 
 logger = logging.getLogger(__name__)
 
+# How long connections may take to close once their requests have ended.
+CLOSING_TIMEOUT_S = 3
+
 # An engine answers between two steps, and a step may hold a long prompt: on a CPU that takes
 # seconds. Nothing is lost by waiting before the suspension; after it, the request stands still.
 MIGRATION_OPTIONS = MigrationOptions(
@@ -280,6 +283,7 @@ async def _serve_http(
         log_level=args.uvicorn_log_level,
         access_log=not args.disable_uvicorn_access_log,
         timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        timeout_graceful_shutdown=engine.vllm_config.shutdown_timeout + CLOSING_TIMEOUT_S,
         ssl_keyfile=args.ssl_keyfile,
         ssl_certfile=args.ssl_certfile,
         ssl_ca_certs=args.ssl_ca_certs,
