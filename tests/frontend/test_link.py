@@ -1,0 +1,132 @@
+"""The frontend's link to a scheduler that answers, rejects, holds, or is silent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+import zmq
+import zmq.asyncio
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+
+from llumsched.frontend import link as link_module
+from llumsched.frontend.link import Rejected, SchedulerLink
+from llumsched.runtime.messages import (
+    ClusterDescription,
+    DescribeCluster,
+    Message,
+    Placed,
+    PlaceRequest,
+    decode_control,
+    encode,
+)
+
+TIMEOUT_S = 20.0
+Answer = Callable[[Message], Message | None]
+
+
+def request(request_id: str = "r1") -> EngineCoreRequest:
+    return EngineCoreRequest(
+        request_id=request_id,
+        prompt_token_ids=[1, 2, 3],
+        mm_features=None,
+        sampling_params=SamplingParams(max_tokens=5),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+
+
+def run(answer: Answer, scenario: Callable[[SchedulerLink], Awaitable[None]]) -> None:
+    """Play ``scenario`` against a scheduler that answers each message with ``answer``."""
+
+    async def play() -> None:
+        context = zmq.asyncio.Context()
+        socket = context.socket(zmq.ROUTER)
+        socket.bind("tcp://127.0.0.1:*")
+
+        async def serve() -> None:
+            while True:
+                identity, payload = await socket.recv_multipart()
+                reply = answer(decode_control(payload))
+                if reply is not None:
+                    await socket.send_multipart([identity, encode(reply)])
+
+        serving = asyncio.create_task(serve())
+        link = SchedulerLink(socket.get_string(zmq.LAST_ENDPOINT), {"a": 0, "b": 1}, lambda: 1)
+        try:
+            await asyncio.wait_for(scenario(link), TIMEOUT_S)
+        finally:
+            link.close()
+            serving.cancel()
+            context.destroy(linger=0)
+
+    asyncio.run(play())
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "PLACEMENT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(link_module, "PROBE_TIMEOUT_S", 0.2)
+
+
+def test_a_request_goes_where_the_scheduler_says() -> None:
+    def answer(message: Message) -> Message | None:
+        if isinstance(message, PlaceRequest):
+            assert message.request.num_prompt_tokens == 3
+            assert message.request.max_output_tokens == 5
+            return Placed(request_id=message.request.request_id, instance_id="a", reason="")
+        return None
+
+    async def scenario(link: SchedulerLink) -> None:
+        assert await link.place(request()) == 0
+
+    run(answer, scenario)
+
+
+def test_a_rejection_says_why_and_when_to_come_again() -> None:
+    def answer(message: Message) -> Message | None:
+        if isinstance(message, PlaceRequest):
+            return Placed(
+                request_id="r1", instance_id=None, reason="the queue is full", retry_after_s=1.5
+            )
+        return None
+
+    async def scenario(link: SchedulerLink) -> None:
+        with pytest.raises(Rejected, match=r"the queue is full\. Try again in 2 s\.") as error:
+            await link.place(request())
+        assert error.value.http_status == 503
+
+    run(answer, scenario)
+
+
+def test_a_silent_scheduler_does_not_stop_serving() -> None:
+    async def scenario(link: SchedulerLink) -> None:
+        assert await link.place(request()) == 1  # the least loaded
+
+    run(lambda _: None, scenario)
+
+
+def test_a_held_request_waits_as_long_as_the_scheduler_lives() -> None:
+    probes = 0
+
+    def answer(message: Message) -> Message | None:
+        nonlocal probes
+        if isinstance(message, DescribeCluster):
+            probes += 1
+            if probes == 3:
+                return Placed(request_id="r1", instance_id="b", reason="room at last")
+            return ClusterDescription(
+                call_id=message.call_id, policy="latency", instances=[], migrations={}
+            )
+        return None
+
+    async def scenario(link: SchedulerLink) -> None:
+        assert await link.place(request()) == 1
+        assert probes >= 3
+
+    run(answer, scenario)
