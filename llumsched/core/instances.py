@@ -100,7 +100,7 @@ class Instances:
         self.leave_if_empty(load.instance_id, out)
 
     def _forget_ghosts(self, instance: InstanceRecord, now: float, out: list[Action]) -> None:
-        """An empty instance runs none of the requests it took long ago: their end was not told."""
+        """An empty instance runs none of the requests it once named: their end was not told."""
         instance_id = instance.spec.instance_id
         if (
             instance.load.num_running
@@ -110,7 +110,8 @@ class Instances:
         ):
             return
         for record in self._ledger.on(instance_id):
-            if not record.is_unreported and now - record.reported_s > self._options.stale_after_s:
+            # The margin is for what is named on its way into the engine, before it waits there.
+            if record.named_s is not None and now - record.named_s > self._options.stale_after_s:
                 self._dispatcher.end(record.request.request_id, None, out)
 
     def state(self) -> list[dict[str, Any]]:

@@ -23,7 +23,8 @@ class RequestRecord:
     queued_s: float
     instance_id: str | None = None
     is_unreported: bool = False
-    reported_s: float = 0.0
+    named_s: float | None = None
+    """When a report of its present instance named it; None: none has."""
     num_sent_blocks: int = 0
     num_predicted_blocks: int = 0
     redispatch_reason: str = ""
@@ -58,6 +59,7 @@ class Ledger:
         request = record.request
         instance_id = instance.spec.instance_id
         record.instance_id = instance_id
+        record.named_s = None
         on_instance = self._by_instance.get(instance_id)
         if on_instance is None:
             on_instance = self._by_instance[instance_id] = {}
@@ -78,8 +80,8 @@ class Ledger:
             self._cluster.add_predicted(instance, record.num_predicted_blocks)
 
     def reported(self, record: RequestRecord, now: float) -> None:
-        """A report shows the request now: its overlay goes."""
-        record.reported_s = now
+        """A report names the request, so its numbers count it: the overlay goes."""
+        record.named_s = now
         self._drop_overlay(record)
 
     def _drop_overlay(self, record: RequestRecord) -> None:
@@ -121,7 +123,7 @@ class Ledger:
                 "queued_s": record.queued_s,
                 "instance_id": record.instance_id,
                 "is_unreported": record.is_unreported,
-                "reported_s": record.reported_s,
+                "named_s": record.named_s,
                 "redispatch_reason": record.redispatch_reason,
             }
             for record in self.requests.values()
@@ -134,11 +136,11 @@ class Ledger:
                 request=from_plain(SchedulingRequest, entry["request"]),
                 sequence=entry["sequence"],
                 queued_s=entry["queued_s"],
-                reported_s=entry["reported_s"],
                 redispatch_reason=entry["redispatch_reason"],
             )
             self.requests[record.request.request_id] = record
             if entry["instance_id"] is not None:
                 instance = self._cluster.records[entry["instance_id"]]
                 self.place(record, instance, overlay=entry["is_unreported"])
+                record.named_s = entry["named_s"]
         self.next_sequence = next_sequence
