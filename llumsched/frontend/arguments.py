@@ -13,11 +13,11 @@ import yaml
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from llumsched.config import DEFAULT_POLICY, Config, load
+from llumsched.config import DEFAULT_POLICY, KEYS, Config, load
 from llumsched.plugins import build_bundle
 
 # Keys of the scheduler's configuration that no flag of vLLM's has.
-SCHEDULER_KEYS = frozenset({"policy", "parts", "scheduler"})
+SCHEDULER_KEYS = frozenset(KEYS) - {"seed"}
 
 DESCRIPTION = """Serve a model on several vLLM instances behind one OpenAI-compatible server.
 
@@ -87,7 +87,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         help="Start with a vLLM version this release was not written for.",
     )
     rest, config_path = _take_scheduler_config(list(argv))
-    args = parser.parse_args(rest)
+    try:
+        args = parser.parse_args(rest)
+    except (AssertionError, ValueError) as error:
+        # How vLLM's parser tells of a --config it cannot use.
+        raise UsageError(str(error)) from error
     if args.model_tag is not None:
         args.model = args.model_tag
     if args.host is None and not args.uds:
@@ -143,7 +147,7 @@ def _take_scheduler_config(argv: list[str]) -> tuple[list[str], Path | None]:
             continue
         path = Path(value if equals else argv[position + 1])
         if not _is_scheduler_config(path):
-            rest += argv[position : position + width]
+            rest += ["--config", str(path)]  # vLLM overlooks --config=FILE
         elif found is not None:
             raise UsageError(f"Two scheduler configurations: {found} and {path}.")
         else:

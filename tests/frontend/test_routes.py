@@ -116,10 +116,10 @@ def runs(draw: st.DrawFn) -> list[Stay]:
     return stays
 
 
-def read_some(draw: st.DrawFn, reader: Reader, pipes: dict[int, deque[Message]]) -> None:
+def read_some(data: st.DataObject, reader: Reader, pipes: dict[int, deque[Message]]) -> None:
     """Read the next few messages of any pipe that has some."""
-    instance = draw(st.sampled_from(sorted(i for i, pipe in pipes.items() if pipe)))
-    num_messages = draw(st.integers(1, len(pipes[instance])))
+    instance = data.draw(st.sampled_from(sorted(i for i, pipe in pipes.items() if pipe)))
+    num_messages = data.draw(st.integers(1, len(pipes[instance])))
     reader.read(instance, [pipes[instance].popleft() for _ in range(num_messages)])
 
 
@@ -129,7 +129,7 @@ def test_any_order_of_delivery_gives_the_uninterrupted_run(
 ) -> None:
     pipes, reader = pipes_of(stays), Reader(stays[0].instance)
     while any(pipes.values()):
-        read_some(data.draw, reader, pipes)
+        read_some(data, reader, pipes)
     assert reader.passed == list(range(num_tokens_of(stays)))
     assert reader.num_finished == 1
     assert len(reader.routes) == 0
@@ -143,7 +143,7 @@ def test_what_was_passed_on_is_all_that_could_be(data: st.DataObject, stays: lis
     announced = {0}
     while any(pipes.values()):
         before = {i: list(pipe) for i, pipe in pipes.items()}
-        read_some(data.draw, reader, pipes)
+        read_some(data, reader, pipes)
         for instance, messages in before.items():
             for message in messages[: len(messages) - len(pipes[instance])]:
                 if isinstance(message, Arrival):
@@ -172,7 +172,7 @@ def test_an_abort_reaches_every_instance_that_may_run_it(
     told at once or when its announcement comes, and nothing is passed on any more."""
     pipes, reader = pipes_of(stays, finishes=False), Reader(stays[0].instance)
     while any(pipes.values()) and data.draw(st.booleans()):
-        read_some(data.draw, reader, pipes)
+        read_some(data, reader, pipes)
     num_passed = len(reader.passed)
     last_known = {stays[0].instance}
     route = reader.routes.close(REQUEST)
@@ -180,7 +180,7 @@ def test_an_abort_reaches_every_instance_that_may_run_it(
     told = set(reader.routes.holders(route))
     assert told >= {route.instance}
     while any(pipes.values()):
-        read_some(data.draw, reader, pipes)
+        read_some(data, reader, pipes)
     assert len(reader.passed) == num_passed
     assert stays[-1].instance in told | set(reader.unwanted_at) | last_known
 

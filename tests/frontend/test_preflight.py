@@ -1,0 +1,127 @@
+"""What is found wrong before anything starts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from llumsched.frontend.arguments import UsageError
+from llumsched.frontend.preflight import (
+    DEFAULT_CPU_KV_NUM_BYTES,
+    GIB,
+    check_model,
+    cpu_threads_per_instance,
+    plan_cpu_memory,
+    weight_num_bytes,
+)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """With 16 GiB of memory available."""
+    memory = SimpleNamespace(available=16 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    return monkeypatch
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder with 1 GiB of weights (on paper)."""
+    (tmp_path / "config.json").write_text("{}")
+    with (tmp_path / "model.safetensors").open("wb") as weights:
+        weights.truncate(GIB)
+    return tmp_path
+
+
+def make_config(model: Path, kv_cache_memory_bytes: int | None = None) -> Any:
+    """The part of vLLM's configuration that is looked at."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(model=str(model)),
+        cache_config=SimpleNamespace(kv_cache_memory_bytes=kv_cache_memory_bytes),
+    )
+
+
+def test_model_folder(model: Path) -> None:
+    check_model(str(model))
+
+
+@pytest.mark.parametrize("name", ["org/model", "model"])
+def test_a_name_on_the_hub_is_vllms_to_find(name: str) -> None:
+    check_model(name)
+
+
+@pytest.mark.parametrize("path", ["/no/such/model", "./no-such-model", "~/no/such/model", "a/b/c"])
+def test_missing_model(path: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        check_model(path)
+    assert f"no model at {path}" in str(refused.value)
+
+
+def test_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no config\.json"):
+        check_model(str(tmp_path))
+
+
+def test_folder_with_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    check_model(str(tmp_path))
+
+
+def test_weights_are_those_of_one_format(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"the same again")
+    assert weight_num_bytes(str(model)) == GIB
+    assert weight_num_bytes("org/model") == 0
+
+
+@pytest.mark.usefixtures("machine")
+def test_memory_is_shared_out(model: Path) -> None:
+    config = make_config(model)
+    assert plan_cpu_memory(config, 1, {}) == DEFAULT_CPU_KV_NUM_BYTES
+    several = plan_cpu_memory(config, 5, {})
+    assert several is not None
+    assert GIB // 4 < several < DEFAULT_CPU_KV_NUM_BYTES
+
+
+@pytest.mark.usefixtures("machine")
+def test_memory_that_a_flag_names_is_left_alone(model: Path) -> None:
+    assert plan_cpu_memory(make_config(model, GIB), 2, {}) is None
+    assert plan_cpu_memory(make_config(model), 2, {"VLLM_CPU_KVCACHE_SPACE": "1"}) is None
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize(
+    ("num_instances", "kv", "environment"),
+    [
+        (50, None, {}),
+        (2, 10 * GIB, {}),
+        (2, None, {"VLLM_CPU_KVCACHE_SPACE": "10"}),
+    ],
+)
+def test_too_little_memory(
+    model: Path, num_instances: int, kv: int | None, environment: dict[str, str]
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        plan_cpu_memory(make_config(model, kv), num_instances, environment)
+    sentence = str(refused.value)
+    assert f"{num_instances} instances need about" in sentence
+    assert "14.4 GiB are available" in sentence
+    assert "Lower --instances" in sentence
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "num_instances", "expected"), [(2, 2, 1), (1, 4, 1), (9, 2, 4), (17, 2, 8)]
+)
+def test_cores_are_shared_out(
+    monkeypatch: pytest.MonkeyPatch, num_cores: int, num_instances: int, expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(num_cores)))
+    assert cpu_threads_per_instance(num_instances, {}) == expected
+
+
+def test_threads_that_the_environment_names_are_left_alone() -> None:
+    assert cpu_threads_per_instance(4, {"OMP_NUM_THREADS": "3"}) == 3
