@@ -3,6 +3,9 @@
 ``Pool`` owns every process it starts. It attaches to a running Ray cluster or starts a local
 one, and ends a local one with itself. An instance is one actor in a placement group of one
 bundle, so that it is placed whole or not at all.
+
+All processes run on this machine, also in a cluster of several: the channels between them are
+not authenticated yet, so they are bound to loopback.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ logger = logging.getLogger(__name__)
 # Environment variables that instances on other machines need as well.
 FORWARDED_PREFIXES = ("VLLM_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "LLUMSCHED_", "TOKENIZERS_")
 PLACEMENT_TIMEOUT_S = 30.0
+A_SHARE = 0.001  # of a resource that only says where
 STOP_TIMEOUT_S = 1.5
 
 
@@ -133,7 +137,10 @@ class Pool:
         how = "started a local Ray" if self._owns_ray else "attached to the Ray cluster"
         self._progress(f"{how} in {time.monotonic() - started_s:.1f} s")
         actor = ray.remote(ControllerActor).options(
-            name=f"{ACTOR_NAME}-{os.getpid()}", num_cpus=0, max_concurrency=64
+            name=f"{ACTOR_NAME}-{os.getpid()}",
+            num_cpus=0,
+            max_concurrency=64,
+            resources={_this_node(): A_SHARE},
         )
         self._controller = actor.remote(config, host, decision_log)
         self.scheduler_endpoint = ray.get(self._controller.endpoint.remote(), timeout=60)
@@ -147,7 +154,8 @@ class Pool:
         Raises:
             LaunchError: if one cannot be placed, fails, or takes longer than ``timeout_s``.
         """
-        bundle = {"CPU": resources.num_cpus}
+        here = _this_node()
+        bundle = {"CPU": resources.num_cpus, here: A_SHARE}
         if resources.num_gpus:
             bundle["GPU"] = resources.num_gpus
         self._groups = [placement_group([bundle]) for _ in plans]
@@ -159,8 +167,8 @@ class Pool:
         if waiting:
             raise LaunchError(
                 f"The Ray cluster has room for {len(placed)} of {len(plans)} instances: each needs "
-                f"{_in_words(bundle)}; it has {_in_words(_cluster_resources())} in all. Lower "
-                "--instances or add machines."
+                f"{_in_words(bundle)} on this machine; the cluster has "
+                f"{_in_words(_cluster_resources())} in all. Lower --instances."
             )
         environment = {
             name: value for name, value in os.environ.items() if name.startswith(FORWARDED_PREFIXES)
@@ -262,6 +270,11 @@ class Pool:
             self._watching.join(timeout=1.0)
         ray.shutdown()
         self._progress(f"everything has ended, after {time.monotonic() - started_s:.1f} s")
+
+
+def _this_node() -> str:
+    """The resource that Ray gives to this machine alone."""
+    return f"node:{ray.util.get_node_ip_address()}"
 
 
 def _cluster_resources() -> Mapping[str, float]:
