@@ -129,6 +129,10 @@ def _load(name: str, target: str, *, source: str) -> Policy:
             f"policy {name!r}: cannot import {module_name} ({error}); "
             "is its package installed, or on PYTHONPATH?"
         ) from error
+    except Exception as error:
+        raise PluginError(
+            f"policy {name!r}: {module_name} fails when imported: {type(error).__name__}: {error}"
+        ) from error
     found = getattr(module, attribute, None)
     if found is None:
         raise PluginError(f"policy {name!r}: module {module_name} has no {attribute!r}")

@@ -21,6 +21,9 @@ from llumsched.core.scheduler import GlobalScheduler
 from llumsched.decision_log import Decision, read_segment, segments_of
 from llumsched.plugins import build_bundle
 
+TICK_LATENCY_S = 0.1
+"""A recorded tick may come this much after its deadline; until then none is added."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
@@ -99,8 +102,9 @@ def replay(path: Path, other: Config | None = None, *, max_shown: int = 3) -> Re
 
 
 def _tick_until(scheduler: GlobalScheduler, now: float) -> tuple[Action, ...]:
+    """The ticks that the recorded host did not need, because its scheduler had other deadlines."""
     actions: tuple[Action, ...] = ()
-    while (deadline := scheduler.next_deadline()) is not None and deadline < now:
+    while (deadline := scheduler.next_deadline()) is not None and deadline < now - TICK_LATENCY_S:
         actions += scheduler.handle(Ticked(), deadline)
     return actions
 
