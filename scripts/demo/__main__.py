@@ -65,7 +65,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    server = Server(model, FLAGS, default_cache_dir() / "demo-server.log")
+    server = Server(_short(model), FLAGS, default_cache_dir() / "demo-server.log")
     try:
         return asyncio.run(_run(screen, server))
     finally:
@@ -188,6 +188,14 @@ def _machine() -> str:
         f"{engine} · Ray {found.get('ray', '?')} · Python {sys.version.split()[0]} · {cpu},"
         f" {len(os.sched_getaffinity(0))} cores"
     )
+
+
+def _short(model: str) -> str:
+    """A folder below the current one by its relative path: the command is there to be read."""
+    path = Path(model)
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        return str(path.relative_to(Path.cwd()))
+    return model
 
 
 if __name__ == "__main__":

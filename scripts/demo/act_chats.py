@@ -12,7 +12,7 @@ from scripts.demo.screen import Running
 from scripts.demo.stage import Check, Stage, beside, until
 
 MAX_TOKENS = 80
-TABLE_AT_TOKEN = 12
+TABLE_AT_TOKEN = 4
 TABLE_TIMEOUT_S = 60.0
 
 
