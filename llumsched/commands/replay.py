@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llumsched.commands import CommandError
 from llumsched.config import Config, ConfigError, load
@@ -56,11 +57,11 @@ def run(args: argparse.Namespace) -> int:
     if other is None:
         print(_identity(result))
         for difference in result.first_differences:
-            print(_difference(difference, "replayed"))
+            print(_difference(difference))
         return 0 if result.is_identical else 1
-    print(_comparison(result, other.policy))
+    print(_comparison(result, args.policy or str(args.config)))
     for difference in result.first_differences:
-        print(_difference(difference, other.policy))
+        print(_difference(difference))
     return 0
 
 
@@ -72,38 +73,47 @@ def _identity(result: ReplayResult) -> str:
 
 def _comparison(result: ReplayResult, name: str) -> str:
     summary = (
-        f"{result.num_events} events; {result.num_different} decided otherwise by {name!r};"
-        f" {result.num_placed_elsewhere} requests placed elsewhere"
+        f"{result.num_events} events; {name} decides {result.num_different} of them otherwise"
+        f" and places {result.num_placed_elsewhere} requests elsewhere"
     )
     lines = [
         summary,
         "",
-        *_columns("actions", result.recorded, result.replayed, name),
+        *_columns("actions", result.recorded, result.replayed),
         "",
-        *_columns("dispatches to", result.recorded_on, result.replayed_on, name),
+        *_columns("dispatches to", result.recorded_on, result.replayed_on),
     ]
     return "\n".join(lines)
 
 
-def _columns(
-    title: str, recorded: Counter[str], replayed: Counter[str], name: str
-) -> Iterable[str]:
+def _columns(title: str, recorded: Counter[str], replayed: Counter[str]) -> Iterable[str]:
     names = sorted(recorded.keys() | replayed.keys())
-    width = max(len(title), *(len(n) for n in names), 0) if names else len(title)
-    columns = max(len(name), len("recorded"))
-    yield f"{title:<{width}}  {'recorded':>{columns}}  {name:>{columns}}"
-    for key in names:
-        yield f"{key:<{width}}  {recorded[key]:>{columns}}  {replayed[key]:>{columns}}"
+    width = max(len(name) for name in (title, *names))
+    yield f"{title:<{width}}  recorded  replayed"
+    for name in names:
+        yield f"{name:<{width}}  {recorded[name]:>8}  {replayed[name]:>8}"
 
 
-def _difference(difference: Difference, name: str) -> str:
+def _difference(difference: Difference) -> str:
     decision = difference.decision
     return (
-        f"\nevent {difference.number}, at {decision.now:.3f} s: {decision.event}\n"
+        f"\nevent {difference.number}, at {decision.now:.3f} s: {_brief(decision.event)}\n"
         f"  recorded: {_actions(decision.actions)}\n"
-        f"  {name}: {_actions(difference.replayed)}"
+        f"  replayed: {_actions(difference.replayed)}"
     )
 
 
 def _actions(actions: tuple[Action, ...]) -> str:
-    return "; ".join(str(action) for action in actions) or "nothing"
+    return "; ".join(_brief(action) for action in actions) or "nothing"
+
+
+def _brief(value: Any) -> str:
+    """A value without the fields that are at their defaults."""
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
+    shown = [
+        f"{field.name}={_brief(getattr(value, field.name))}"
+        for field in dataclasses.fields(value)
+        if getattr(value, field.name) != field.default
+    ]
+    return f"{type(value).__name__}({', '.join(shown)})"

@@ -243,7 +243,7 @@ def test_the_command_says_whether_it_is_identical(
     assert "every decision identical" in capsys.readouterr().out
     assert command(str(tmp_path), "--policy", "round_robin", "--show", "1") == 0
     shown = capsys.readouterr().out
-    assert "requests placed elsewhere" in shown
+    assert "events; round_robin decides" in shown
     assert "dispatches to" in shown
     assert shown.count("\nevent ") == 1
     (segment,) = segments_of(tmp_path)
