@@ -28,7 +28,10 @@ from scripts.prepare_model import ALIAS, default_cache_dir, prepare_model
 
 ACTS_TIMEOUT_S = 600.0
 QUIET_TIMEOUT_S = 10.0
-NUM_LOG_LINES_SHOWN = 6
+# Of the server's log, if the demo fails; a server that is gone breaks its clients first.
+NUM_LOG_LINES_SHOWN = 4
+MAX_LOG_LINE_SHOWN = 300
+SERVER_IS_GONE_WITHIN_S = 1.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # A KV cache so small that four chats are a load: 52 blocks of 32 tokens an instance (vLLM keeps
@@ -90,8 +93,8 @@ async def _run(screen: Screen, server: Server) -> int:
     if problem:
         screen.check(False, problem)
     if status == 1:
-        for line in server.last_lines(NUM_LOG_LINES_SHOWN):
-            screen.line(screen.dim(line[: screen.width]))
+        for line in server.telling_lines(NUM_LOG_LINES_SHOWN):
+            screen.paragraph(line[:MAX_LOG_LINE_SHOWN])
         screen.line(f"The server's whole log: {server.log_path}")
     return _say_how_it_ended(screen, ending, status)
 
@@ -123,6 +126,9 @@ async def _play(screen: Screen, server: Server) -> list[Check]:
     ended = asyncio.create_task(server.ended())
     try:
         await asyncio.wait({acting, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if acting.done() and acting.exception() is not None:
+            # It may be the server's end that broke the act.
+            await asyncio.wait({ended}, timeout=SERVER_IS_GONE_WITHIN_S)
         if ended.done():
             await ended
         return await acting

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -27,6 +28,9 @@ REFUSAL = "llumsched serve: "
 READY = "serving "
 
 PROGRAM = (sys.executable, "-m", "llumsched")
+
+LOOKS_LIKE_AN_ERROR = re.compile(r"\b(ERROR|CRITICAL)\b|^\S*Error: |\bended: ")
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 MARK = "LLUMSCHED_DEMO_RUN"
 BOOT_TIMEOUT_S = 300.0
@@ -114,9 +118,11 @@ class Server:
                 raise self._failure()
             await asyncio.sleep(POLL_INTERVAL_S)
 
-    def last_lines(self, number: int) -> list[str]:
-        """The end of its log."""
-        return [line for line in self._lines() if line][-number:]
+    def telling_lines(self, number: int) -> list[str]:
+        """The first errors in its log; where it has none, its last lines."""
+        lines = [line for line in self._lines() if line]
+        errors = [line for line in lines if LOOKS_LIKE_AN_ERROR.search(line)]
+        return errors[:number] or lines[-number:]
 
     async def stop(self) -> Ending:
         """End the server, then whatever it may have left behind."""
@@ -177,7 +183,7 @@ class Server:
     def _lines(self) -> list[str]:
         """The whole lines of its log: of one that is being written, the end is missing."""
         *lines, _ = _read(self.log_path).decode(errors="replace").split("\n")
-        return [line.rstrip() for line in lines]
+        return [COLOUR.sub("", line).rstrip() for line in lines]
 
     async def _accepts(self) -> bool:
         """It says that it serves a moment before it accepts connections."""

@@ -106,6 +106,21 @@ def test_a_server_that_dies_while_it_serves_is_noticed(
     server.close()
 
 
+def test_of_a_log_the_errors_are_shown(make_server: Callable[[str], Server]) -> None:
+    server = make_server(
+        "print('noise', '\\x1b[31mERROR: first\\x1b[0m', 'noise: OSError: maybe', 'ValueError: second', sep='\\n')"
+    )
+
+    async def run() -> None:
+        server.start()
+        with pytest.raises(ServerFailed):
+            await server.ended()
+
+    asyncio.run(run())
+    assert server.telling_lines(4) == ["ERROR: first", "ValueError: second"]
+    server.close()
+
+
 def test_a_child_that_left_the_family_and_hears_nothing_is_ended_too(
     make_server: Callable[[str], Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,7 +192,7 @@ def test_rays_folder_is_private_and_goes(make_server: Callable[[str], Server]) -
         asyncio.run(run())
     finally:
         del os.environ["RAY_ADDRESS"]
-    folder, _, has_address = server.last_lines(1)[0].partition(" ")
+    folder, _, has_address = server.telling_lines(1)[0].partition(" ")
     assert Path(folder).is_dir()
     assert has_address == "False"
     server.close()
