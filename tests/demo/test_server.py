@@ -108,7 +108,8 @@ def test_a_server_that_dies_while_it_serves_is_noticed(
 
 def test_of_a_log_the_errors_are_shown(make_server: Callable[[str], Server]) -> None:
     server = make_server(
-        "print('noise', '\\x1b[31mERROR: first\\x1b[0m', 'noise: OSError: maybe', 'ValueError: second', sep='\\n')"
+        "print('noise', '\\x1b[31mERROR: first\\x1b[0m', sep='\\n')\n"
+        "print('noise: OSError: maybe', 'ValueError: second', sep='\\n')"
     )
 
     async def run() -> None:
