@@ -35,13 +35,14 @@ class KvRouter:
 
     def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
         c = cluster.columns
-        block_size = cluster.block_size or c.block_size
-        prefill_blocks = -(-c.num_prefill_tokens_pending // block_size) + cluster.demand_blocks(
-            request
-        )
+        # Pending tokens count in fractions of a block, as Dynamo counts them.
+        cost = c.num_prefill_tokens_pending * (self.overlap_weight / (cluster.block_size or 1))
+        if cluster.block_size is None:
+            cost /= c.block_size
+        cost += c.num_used_blocks
+        cost += self.overlap_weight * cluster.demand_blocks(request)
         if cluster.match_prefix is not None and request.prefix_hashes:
-            prefill_blocks = prefill_blocks - cluster.match_prefix(request)
-        cost = self.overlap_weight * prefill_blocks + c.num_used_blocks
+            cost -= self.overlap_weight * cluster.match_prefix(request)
         candidates = cluster.candidates(request)
         row = (
             self._draw(cost, cluster, candidates)

@@ -48,12 +48,11 @@ class Freeness:
         free = c.num_total_blocks - c.virtual_usage
         batch_size = c.batch_size
         if self.queue == "whole":
-            free = free - np.maximum(c.num_waiting_blocks - c.head_of_line_blocks, 0)
-            batch_size = batch_size + c.num_waiting
+            free -= c.num_waiting_blocks - c.head_of_line_blocks
+            batch_size = c.num_requests
         if request.predicted_output_tokens is not None:
             growth = np.maximum(c.predicted_final_blocks - c.num_used_blocks, 0)
-            free = free - self.growth_weight * growth
-        score: FloatColumn = np.where(
-            c.freeness == np.inf, np.inf, free / np.maximum(batch_size, 1)
-        )
-        return score
+            free -= self.growth_weight * growth
+        # An empty instance has all its blocks for a batch of one: no other has more.
+        free /= np.maximum(batch_size, 1)
+        return free

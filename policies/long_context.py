@@ -51,29 +51,32 @@ class PromptLength:
         c = cluster.columns
         candidates = cluster.candidates(request)
         among = c.is_accepting if candidates is None else candidates
-        among = _prefer(among, c.num_prefill_tokens_pending <= self.max_pending_prefill_tokens)
+        unstalled = among & (c.num_prefill_tokens_pending <= self.max_pending_prefill_tokens)
+        if np.count_nonzero(unstalled):
+            among = unstalled
         if _is_long(request, cluster, self.long_share):
             row = cluster.argmax(c.num_room_blocks, among)
             reason = "long prompt: the most free blocks"
         else:
-            clearing = _clearing(cluster, self.long_share)
-            if clearing is not None:
-                others = np.ones(len(cluster), dtype=np.bool_)
-                others[clearing] = False
-                among = _prefer(among, others)
-            packable = among & (c.freeness > self.pack_freeness) & np.isfinite(c.freeness)
-            if packable.any():
-                row = cluster.argmin(c.freeness, packable)
-                reason = "short prompt: packed"
-            else:
-                row = cluster.argmax(c.freeness, among)
-                reason = "short prompt: the freest"
+            row, reason = self._place_short(among, cluster)
         if row is None:
             return None
         return Placement(
             instance_id=cluster.instance_ids[row],
             reason=f"{reason} ({c.num_free_blocks.item(row)} free)",
         )
+
+    def _place_short(self, among: BoolColumn, cluster: ClusterSnapshot) -> tuple[int | None, str]:
+        freeness = cluster.columns.freeness
+        clearing = _clearing(cluster, self.long_share)
+        if clearing is not None and np.count_nonzero(among) > 1:
+            among = among.copy()
+            among[clearing] = False
+        row = cluster.argmin(freeness, among & (freeness > self.pack_freeness))
+        # The lowest may be infinite: then only empty instances are left to open.
+        if row is not None and freeness[row] < np.inf:
+            return row, "short prompt: packed"
+        return cluster.argmax(freeness, among), "short prompt: the freest"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +137,9 @@ class ClearRoom:
 
 
 def _is_long(request: SchedulingRequest, cluster: ClusterSnapshot, long_share: float) -> bool:
-    block_size = cluster.block_size or int(cluster.columns.block_size.min(initial=1))
+    block_size = cluster.block_size or cluster.stable(
+        "smallest block", lambda: int(cluster.columns.block_size.min(initial=1))
+    )
     return request.num_prompt_tokens >= long_share * cluster.max_total_blocks * block_size
 
 
@@ -146,11 +151,6 @@ def _clearing(cluster: ClusterSnapshot, long_share: float) -> int | None:
             c = cluster.columns
             return cluster.argmax(c.num_room_blocks, cluster.candidates(request))
     return None
-
-
-def _prefer(among: BoolColumn, preferred: BoolColumn) -> BoolColumn:
-    both = among & preferred
-    return both if both.any() else among
 
 
 def bundle() -> PolicyBundle:

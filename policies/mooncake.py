@@ -66,14 +66,19 @@ class EarlyRejection:
     def admit(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Verdict:
         c = cluster.columns
         pools = split(cluster, self.prefill_share)
+        is_decode, is_prefill, capacity = cluster.stable(self, lambda: self._stable(pools, cluster))
+        arriving = float(c.num_requests @ is_prefill) + 1
+        decoding = float(c.num_requests @ is_decode)
+        if arriving + decoding <= self.max_decode_load * capacity:
+            # Not too full even if no request ends until then.
+            return ADMIT
         ttft_s, _ = _predicted(request, cluster)
-        prefill_ends_s = float(ttft_s[pools.prefill].min(initial=np.inf))
+        row = cluster.argmin(ttft_s, pools.prefill)
+        prefill_ends_s = 0.0 if row is None else ttft_s.item(row)
         # Requests that decode now end evenly over their decode time; those in prefill all arrive.
-        decode_s = self.expected_output_tokens * c.decode_step_s[pools.decode]
+        decode_s = self.expected_output_tokens * c.decode_step_s
         left = np.maximum(0.0, 1.0 - prefill_ends_s / np.maximum(decode_s, 1e-9))
-        staying = float(c.num_requests[pools.decode] @ left)
-        only_prefill, capacity = cluster.stable(self, lambda: self._stable(pools, cluster))
-        load = (staying + int(c.num_requests @ only_prefill) + 1) / max(1, capacity)
+        load = (float((c.num_requests * left) @ is_decode) + arriving) / max(1.0, capacity)
         if load <= self.max_decode_load:
             return ADMIT
         return Reject(
@@ -84,10 +89,14 @@ class EarlyRejection:
             retry_after_s=max(1.0, min(60.0, float(decode_s.mean()) / 2)),
         )
 
-    def _stable(self, pools: Pools, cluster: ClusterSnapshot) -> tuple[IntColumn, int]:
-        only_prefill = (pools.prefill & ~pools.decode).astype(np.int64)
-        max_num_seqs = cluster.columns.max_num_seqs[pools.decode]
-        return only_prefill, int(np.minimum(max_num_seqs, self.max_batch).sum())
+    def _stable(
+        self, pools: Pools, cluster: ClusterSnapshot
+    ) -> tuple[FloatColumn, FloatColumn, float]:
+        """Decode rows, rows that only prefill (1 or 0 each), and the decode pool's capacity."""
+        is_decode = pools.decode.astype(np.float64)
+        is_prefill = (pools.prefill & ~pools.decode).astype(np.float64)
+        capacity = np.minimum(cluster.columns.max_num_seqs, self.max_batch) @ is_decode
+        return is_decode, is_prefill, float(capacity)
 
 
 def _predicted(
@@ -105,7 +114,8 @@ def _predicted(
         else:
             matched = np.zeros(len(cluster), dtype=np.int64)
             num_tokens = c.num_prefill_tokens_pending + request.num_prompt_tokens
-        ttft_s = cluster.step_time.prefill_s(num_tokens, c.decode_step_s, c.max_num_batched_tokens)
+        ttft_s: FloatColumn = num_tokens * c.prefill_token_s
+        ttft_s += c.decode_step_s
         return ttft_s, matched
 
     return cluster.fresh(("mooncake", request.request_id), predict)

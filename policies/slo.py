@@ -10,6 +10,7 @@ Invariant: nothing is rejected that some instance is predicted to serve in time.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,21 +42,14 @@ class DeadlineSlack:
     expected_output_tokens: int = param(256, OUTPUT_DOC, at_least=1)
 
     def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
-        ttft_s = predicted_ttft_s(request, cluster, self.expected_output_tokens)
-        tpot_s = predicted_tpot_s(cluster, 1)
-        # The share of its deadline that the tighter of the two takes up.
-        share = np.maximum(
-            ttft_s * (1 / (request.ttft_slo_s or self.ttft_slo_s)),
-            tpot_s * (1 / (request.tpot_slo_s or self.tpot_slo_s)),
-        )
-        row = cluster.argmin(share, cluster.candidates(request))
-        if row is None:
+        outlook = _outlook(request, cluster, self)
+        if outlook is None:
             return None
         return Placement(
-            instance_id=cluster.instance_ids[row],
+            instance_id=cluster.instance_ids[outlook.row],
             reason=(
-                f"predicted first token in {ttft_s.item(row):.2f} s, "
-                f"then {tpot_s.item(row) * 1000:.0f} ms a token"
+                f"predicted first token in {outlook.ttft_s:.2f} s, "
+                f"then {outlook.tpot_s * 1000:.0f} ms a token"
             ),
         )
 
@@ -72,24 +66,18 @@ class DeadlineAdmission:
     )
 
     def admit(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Verdict:
+        outlook = _outlook(request, cluster, self)
+        if outlook is None or outlook.share <= 1 + self.tolerance:
+            return ADMIT
         ttft_slo_s = request.ttft_slo_s or self.ttft_slo_s
         tpot_slo_s = request.tpot_slo_s or self.tpot_slo_s
-        ttft_s = predicted_ttft_s(request, cluster, self.expected_output_tokens)
-        tpot_s = predicted_tpot_s(cluster, 1)
-        allowed = 1 + self.tolerance
-        meets = (ttft_s <= allowed * ttft_slo_s) & (tpot_s <= allowed * tpot_slo_s)
-        if cluster.any(meets):
-            return ADMIT
-        accepting = cluster.columns.is_accepting
-        best = float(ttft_s[accepting].min(initial=np.inf))
-        best_tpot = float(tpot_s[accepting].min(initial=np.inf))
         return Reject(
             reason=(
-                f"no instance can meet the deadlines: predicted first token in {best:.1f} s "
-                f"(deadline {ttft_slo_s:g} s), {best_tpot * 1000:.0f} ms a token "
-                f"(deadline {tpot_slo_s * 1000:.0f} ms)"
+                f"no instance can meet the deadlines: predicted first token in "
+                f"{outlook.ttft_s:.1f} s (deadline {ttft_slo_s:g} s), "
+                f"{outlook.tpot_s * 1000:.0f} ms a token (deadline {tpot_slo_s * 1000:.0f} ms)"
             ),
-            retry_after_s=max(1.0, min(60.0, best - ttft_slo_s)),
+            retry_after_s=max(1.0, min(60.0, outlook.ttft_s - ttft_slo_s)),
         )
 
 
@@ -108,8 +96,10 @@ class DeadlinePairs:
         c = cluster.columns
         missing = c.head_of_line_blocks - c.num_free_blocks
         wait_s = _block_wait_s(cluster, missing, self.expected_output_tokens)
-        now = np.maximum(predicted_tpot_s(cluster, 0) / self.tpot_slo_s, wait_s / self.ttft_slo_s)
-        then = np.maximum(predicted_tpot_s(cluster, 1) / self.tpot_slo_s, wait_s / self.ttft_slo_s)
+        tpot_s = c.decode_step_s
+        more_s = cluster.step_time.running_s
+        now = np.maximum(tpot_s / self.tpot_slo_s, wait_s / self.ttft_slo_s)
+        then = np.maximum((tpot_s + more_s) / self.tpot_slo_s, wait_s / self.ttft_slo_s)
         draining = c.is_draining
         sources = np.flatnonzero(c.is_fresh & (c.num_running > 0) & ((now > 1) | draining))
         sources = sources[np.argsort(np.where(draining, -np.inf, -now)[sources], kind="stable")]
@@ -124,36 +114,60 @@ class DeadlinePairs:
             )
 
 
+class _Outlook(NamedTuple):
+    """The instance with the most slack, and what is predicted of a request there."""
+
+    row: int
+    share: float
+    """Share of its deadline that the tighter of the two times takes up."""
+    ttft_s: float
+    tpot_s: float
+
+
+def _outlook(
+    request: SchedulingRequest,
+    cluster: ClusterSnapshot,
+    policy: DeadlineSlack | DeadlineAdmission,
+) -> _Outlook | None:
+    """Admission and dispatch ask the same: the second finds the answer of the first."""
+    ttft_slo_s = request.ttft_slo_s or policy.ttft_slo_s
+    tpot_slo_s = request.tpot_slo_s or policy.tpot_slo_s
+    expected_output_tokens = policy.expected_output_tokens
+    key = (request.request_id, ttft_slo_s, tpot_slo_s, expected_output_tokens)
+    known: _Outlook | None = cluster.fresh_values.get(key)
+    if known is not None:
+        return known
+    ttft_s = predicted_ttft_s(request, cluster, expected_output_tokens)
+    tpot_s = cluster.columns.decode_step_s
+    share = ttft_s * (1 / ttft_slo_s)
+    np.maximum(share, tpot_s * (1 / tpot_slo_s), out=share)
+    row = cluster.argmin(share, cluster.candidates(request))
+    if row is None:
+        return None
+    outlook = _Outlook(row, share.item(row), ttft_s.item(row), tpot_s.item(row))
+    cluster.fresh_values[key] = outlook
+    return outlook
+
+
 def predicted_ttft_s(
     request: SchedulingRequest, cluster: ClusterSnapshot, expected_output_tokens: int
 ) -> FloatColumn:
     """Seconds until the first token, a row each: wait for blocks, then prefill behind others."""
-
-    def predict() -> FloatColumn:
-        c = cluster.columns
-        num_tokens = c.num_prefill_tokens_pending + request.num_prompt_tokens
-        prefill_s = cluster.step_time.prefill_s(
-            num_tokens, c.decode_step_s, c.max_num_batched_tokens
-        )
-        missing = cluster.demand_blocks(request) - c.num_room_blocks
-        return prefill_s + _block_wait_s(cluster, missing, expected_output_tokens)
-
-    return cluster.fresh(("ttft", request.request_id, expected_output_tokens), predict)
-
-
-def predicted_tpot_s(cluster: ClusterSnapshot, more: int) -> FloatColumn:
-    """Seconds per output token, a row each, with `more` requests than it has."""
-    result: FloatColumn = cluster.columns.decode_step_s + cluster.step_time.running_s * more
-    return result
+    c = cluster.columns
+    num_tokens = c.num_prefill_tokens_pending + request.num_prompt_tokens
+    ttft_s: FloatColumn = num_tokens * c.prefill_token_s
+    ttft_s += c.decode_step_s
+    missing = cluster.demand_blocks(request) - c.num_room_blocks
+    ttft_s += _block_wait_s(cluster, missing, expected_output_tokens)
+    return ttft_s
 
 
 def _block_wait_s(
     cluster: ClusterSnapshot, missing: IntColumn, expected_output_tokens: int
 ) -> FloatColumn:
-    """Seconds until missing blocks are free: requests end after about that many steps."""
-    c = cluster.columns
-    turnover_s = expected_output_tokens * c.decode_step_s
-    wait_s: FloatColumn = np.maximum(missing, 0) * turnover_s / np.maximum(c.num_used_blocks, 1)
+    """Seconds until missing blocks are free: requests end after about that many tokens."""
+    wait_s: FloatColumn = np.maximum(missing, 0) * cluster.columns.block_turnover_s
+    wait_s *= expected_output_tokens
     return wait_s
 
 

@@ -43,29 +43,30 @@ class FillTarget:
     def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
         c = cluster.columns
         candidates = cluster.candidates(request)
-        used = c.num_total_blocks - c.num_room_blocks + cluster.demand_blocks(request)
+        left = c.num_room_blocks - cluster.demand_blocks(request)
         if request.predicted_output_tokens is not None:
-            used = np.maximum(used, c.predicted_final_blocks)
-        max_blocks, max_batch = cluster.stable(self, lambda: self._limits(cluster))
-        within = (used <= max_blocks) & (c.num_requests < max_batch)
+            left = np.minimum(left, c.num_total_blocks - c.predicted_final_blocks)
+        reserve, max_batch, share = cluster.stable(self, lambda: self._limits(cluster))
+        within = (left >= reserve) & (c.num_requests < max_batch)
         if candidates is not None:
             within &= candidates
-        usage = used / c.num_total_blocks
-        row = cluster.argmax(usage, within)
+        share_left = left * share
+        row = cluster.argmin(share_left, within)
         reason = "the fullest within the target"
         if row is None:
-            row = cluster.argmin(usage, candidates)
+            row = cluster.argmax(share_left, candidates)
             reason = "all are past the target; the emptiest"
         if row is None:
             return None
         return Placement(
             instance_id=cluster.instance_ids[row],
-            reason=f"{reason}: KV usage {usage.item(row):.0%} with it",
+            reason=f"{reason}: KV usage {1 - share_left.item(row):.0%} with it",
         )
 
-    def _limits(self, cluster: ClusterSnapshot) -> tuple[AnyColumn, AnyColumn]:
+    def _limits(self, cluster: ClusterSnapshot) -> tuple[AnyColumn, AnyColumn, AnyColumn]:
         c = cluster.columns
-        return self.target_kv_usage * c.num_total_blocks, self.target_batch * c.max_num_seqs
+        reserve = (1 - self.target_kv_usage) * c.num_total_blocks
+        return reserve, self.target_batch * c.max_num_seqs, 1 / c.num_total_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,15 +84,15 @@ class PreemptionBound:
         c = cluster.columns
         block_size = cluster.block_size or c.block_size
         growth_blocks = -(-self.growth_tokens // block_size)
+        demand = cluster.demand_blocks(request) + growth_blocks
         if request.predicted_output_tokens is None:
-            granted = growth_blocks * (c.num_requests + 1)
+            granted = growth_blocks * c.num_requests
         else:
-            granted = np.maximum(c.predicted_final_blocks - c.num_used_blocks, 0) + growth_blocks
+            granted = np.maximum(c.predicted_final_blocks - c.num_used_blocks, 0)
+        if cluster.any(c.num_room_blocks - granted >= demand):
+            return ADMIT
         # An empty instance takes anything: holding it longer would not make more room.
-        fits = (c.num_room_blocks - granted >= cluster.demand_blocks(request)) | (
-            c.num_requests == 0
-        )
-        if cluster.any(fits):
+        if cluster.any(c.num_requests == 0):
             return ADMIT
         return Hold(reason="every instance would have to preempt")
 

@@ -44,6 +44,8 @@ class InstanceRecord:
     num_sent_blocks: int = 0
     num_sent_tokens: int = 0
     num_sent_high: int = 0
+    num_high_running: int = 0
+    headroom_blocks: float = 0.0
     predicted_final_blocks: int = 0
     num_migrations_in: int = 0
     num_migrations_out: int = 0
@@ -79,7 +81,7 @@ class Cluster:
         self.num_booting = 0
         self.snapshot = self._view(0.0)
 
-    # Membership: rare, so a whole new set of arrays is fine.
+    # Membership.
 
     def join(self, spec: InstanceSpec, now: float) -> InstanceRecord:
         """Add an instance, empty and fresh until its first report says otherwise."""
@@ -91,9 +93,10 @@ class Cluster:
         )
         record = InstanceRecord(spec=spec, load=load, last_report_s=now)
         row = bisect.bisect_left(self._ids, spec.instance_id)
+        self._insert_row(row)
         self._ids.insert(row, spec.instance_id)
+        self._number_rows(row)
         self.records[spec.instance_id] = record
-        self._reshape(lambda column: np.insert(column, row, 0))
         self._columns.block_size[row] = spec.block_size
         self._columns.max_num_seqs[row] = spec.max_num_seqs
         self._columns.max_num_batched_tokens[row] = spec.max_num_batched_tokens
@@ -107,30 +110,42 @@ class Cluster:
     def remove(self, instance_id: str) -> None:
         """Forget an instance."""
         record = self.records.pop(instance_id)
-        row = self._rows[instance_id]
+        row = self._rows.pop(instance_id)
         self._num_accepting -= bool(self._columns.is_accepting[row])
         record.state = InstanceState.GONE
+        num_rows = len(self._ids)
+        for column in self._columns.arrays():
+            column[row : num_rows - 1] = column[row + 1 : num_rows]
         del self._ids[row]
-        self._reshape(lambda column: np.delete(column, row))
+        self._number_rows(row)
         self.snapshot = self._view(self.snapshot.now)
 
-    def _reshape(self, change: Callable[[np.ndarray], np.ndarray]) -> None:
-        self._columns = Columns(
-            **{name: change(getattr(self._columns, name)) for name in Columns.__dataclass_fields__}
-        )
-        self._rows = {instance_id: row for row, instance_id in enumerate(self._ids)}
+    def _insert_row(self, row: int) -> None:
+        num_rows = len(self._ids)
+        if num_rows == len(self._columns.state):
+            # Room for twice as many, so that joining costs little per instance.
+            self._columns = self._columns.padded(max(16, 2 * num_rows))
+        for column in self._columns.arrays():
+            column[row + 1 : num_rows + 1] = column[row:num_rows]
+            column[row] = 0
+
+    def _number_rows(self, first: int) -> None:
+        for row in range(first, len(self._ids)):
+            self._rows[self._ids[row]] = row
 
     def _view(self, now: float) -> ClusterSnapshot:
-        columns = self._columns
-        block_sizes = set(columns.block_size.tolist())
+        columns = self._columns.read_only(len(self._ids))
+        smallest, largest = (
+            (int(columns.block_size.min()), int(columns.block_size.max())) if self._ids else (0, 0)
+        )
         return ClusterSnapshot(
             now=now,
             instance_ids=tuple(self._ids),
-            columns=columns.read_only(),
+            columns=columns,
             rng=self._rng,
             step_time=self._step_time,
             num_booting=self.num_booting,
-            block_size=block_sizes.pop() if len(block_sizes) == 1 else None,
+            block_size=smallest if smallest == largest and self._ids else None,
             num_accepting=self._num_accepting,
             max_total_blocks=int(columns.num_total_blocks.max(initial=0)),
             min_total_blocks=int(columns.num_total_blocks.min()) if self._ids else 0,
@@ -152,9 +167,9 @@ class Cluster:
         return snapshot
 
     def _find_stale(self, now: float) -> None:
-        last_report_s = self._columns.last_report_s
+        last_report_s = self.snapshot.columns.last_report_s
         silent = last_report_s < now - self._stale_after_s
-        for row in np.flatnonzero(silent & self._columns.is_fresh):
+        for row in np.flatnonzero(silent & self.snapshot.columns.is_fresh):
             record = self.records[self._ids[row]]
             record.is_fresh = False
             self._publish_state(record)
@@ -257,6 +272,8 @@ class Cluster:
         for priority, num_running in load.num_running_by_class:
             if priority >= PriorityClass.HIGH:
                 num_high += num_running
+        record.num_high_running = num_high
+        record.headroom_blocks = self._headroom.blocks(PriorityClass.HIGH, load.num_total_blocks)
         columns.step_time_s[row] = load.step_time_s
         columns.last_report_s[row] = record.last_report_s
         columns.num_total_blocks[row] = load.num_total_blocks
@@ -279,36 +296,41 @@ class Cluster:
         num_sent = record.num_sent
         num_total = load.num_total_blocks
         num_free = load.num_free_blocks - record.num_sent_blocks
+        num_used = num_total - num_free
+        num_waiting = load.num_waiting
         batch_size = load.num_running + num_sent
         columns.num_free_blocks[row] = num_free
-        columns.num_used_blocks[row] = num_total - num_free
+        columns.num_used_blocks[row] = num_used
         columns.num_room_blocks[row] = num_free - load.num_waiting_blocks
         columns.num_unreported[row] = num_sent
         columns.batch_size[row] = batch_size
-        columns.num_requests[row] = batch_size + load.num_waiting
-        step_time = self._step_time
-        columns.decode_step_s[row] = (
-            load.step_time_s + step_time.running_s * num_sent
-            if load.step_time_s > 0
-            else step_time.base_s + step_time.running_s * batch_size
-        )
-        columns.num_waiting_tokens[row] = load.num_waiting_tokens + record.num_sent_tokens
+        columns.num_requests[row] = batch_size + num_waiting
         columns.num_prefill_tokens_pending[row] = (
             load.num_prefill_tokens_pending + record.num_sent_tokens
         )
+        step_time = self._step_time
+        if load.step_time_s > 0:
+            step_s = load.step_time_s + step_time.running_s * num_sent
+        else:
+            step_s = step_time.base_s + step_time.running_s * batch_size
+        columns.decode_step_s[row] = step_s
+        columns.prefill_token_s[row] = (
+            step_time.prefill_token_s + step_s / record.spec.max_num_batched_tokens
+        )
+        columns.block_turnover_s[row] = step_s / (num_used or 1)
         if record.state is not InstanceState.SERVING:
             columns.virtual_usage[row] = math.inf
             columns.freeness[row] = -math.inf
             return
-        usage: float = num_total - num_free
-        if load.num_waiting:
+        usage: float = num_used
+        if num_waiting:
             usage += load.head_of_line_blocks
-        if record.num_sent_high or columns.num_high_running[row]:
-            usage += self._headroom.blocks(PriorityClass.HIGH, num_total)
+        if record.num_sent_high or record.num_high_running:
+            usage += record.headroom_blocks
         columns.virtual_usage[row] = usage
         if batch_size:
             columns.freeness[row] = (num_total - usage) / batch_size
-        elif load.num_waiting or usage:
+        elif num_waiting or usage:
             columns.freeness[row] = num_total - usage
         else:
             columns.freeness[row] = math.inf

@@ -29,12 +29,10 @@ class DispatchQueue:
     def __len__(self) -> int:
         return len(self._order)
 
-    def __contains__(self, record: RequestRecord) -> bool:
-        return _key(record) in self._records
-
     def push(self, record: RequestRecord, deadline_s: float) -> None:
         """Hold a request until it is removed; `expired` names it after its deadline."""
         key = _key(record)
+        record.is_held = True
         self._records[key] = (deadline_s, record)
         bisect.insort(self._order, key)
         bisect.insort(self._deadlines, (deadline_s, key))
@@ -42,6 +40,7 @@ class DispatchQueue:
     def remove(self, record: RequestRecord) -> None:
         """Stop holding a request."""
         key = _key(record)
+        record.is_held = False
         deadline_s, _ = self._records.pop(key)
         del self._order[bisect.bisect_left(self._order, key)]
         del self._deadlines[bisect.bisect_left(self._deadlines, (deadline_s, key))]

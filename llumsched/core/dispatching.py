@@ -6,7 +6,9 @@ nonsense is replaced by the built-in least-loaded choice for that decision.
 This module does not know instances joining or leaving (`scheduler`) or migration (`rebalancing`).
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from llumsched.core.actions import Action, DispatchRequest, RejectRequest
 from llumsched.core.answers import malformed, policy_failed
@@ -19,6 +21,8 @@ from llumsched.core.snapshot import ClusterSnapshot
 from llumsched.core.types import InstanceState, SchedulingRequest
 
 OVERLOAD_RETRY_S = 1.0
+FEW_HELD = 8
+PASS_INTERVAL_S = 0.02
 
 
 class Dispatcher:
@@ -38,8 +42,12 @@ class Dispatcher:
         self._cluster = cluster
         self._ledger = ledger
         self._queue = queue
-        self.last_blind_id = ""
-        """The instance chosen last while none reported."""
+        # Held requests are not tried again before this ...
+        self._next_pass_s = 0.0
+        # ... and all of them let a new one pass them.
+        self._all_let_pass = False
+        # The instance chosen last while none reported.
+        self._last_blind_id = ""
 
     def arrive(self, request: SchedulingRequest, now: float, out: list[Action]) -> None:
         """Place a new request, or hold or reject it."""
@@ -48,18 +56,19 @@ class Dispatcher:
         if self._bundle.predictor is not None and request.predicted_output_tokens is None:
             request = self._predicted(request, out)
         record = self._ledger.open(request, now)
-        if len(self._queue):
+        if not len(self._queue) or (self._all_let_pass and now < self._next_pass_s):
+            if self._try(record, now, "", out) is not None:
+                self._hold(record, now, out)
+        else:
             self._hold(record, now, out)
             self.dispatch_held(now, out)
-        elif self._try(record, now, "", out) is not None:
-            self._hold(record, now, out)
 
     def end(self, request_id: str, num_output_tokens: int | None, out: list[Action]) -> None:
         """Forget a request that finished or was aborted."""
         record = self._ledger.requests.get(request_id)
         if record is None:
             return
-        if record in self._queue:
+        if record.is_held:
             self._queue.remove(record)
         self._ledger.close(record)
         predictor = self._bundle.predictor
@@ -69,6 +78,20 @@ class Dispatcher:
             except Exception as error:
                 out.append(policy_failed(predictor, error))
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, besides the queue."""
+        return {
+            "next_pass_s": self._next_pass_s,
+            "all_let_pass": self._all_let_pass,
+            "last_blind_id": self._last_blind_id,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._next_pass_s = state["next_pass_s"]
+        self._all_let_pass = state["all_let_pass"]
+        self._last_blind_id = state["last_blind_id"]
+
     def hold_again(self, record: RequestRecord, now: float) -> None:
         """Hold a request whose instance is gone; it goes before those that arrived later."""
         self._ledger.unplace(record)
@@ -77,12 +100,27 @@ class Dispatcher:
 
     def dispatch_held(self, now: float, out: list[Action]) -> None:
         """Try held requests again, in order, until one must wait and no other may pass it."""
-        if not len(self._queue):
+        if not len(self._queue) or now < self._next_pass_s:
             return
-        for record in list(self._queue.in_order(self._options.max_queue_attempts)):
+        limit = self._options.max_queue_attempts
+        num_held = len(self._queue)
+        num_tried = 0
+        for record in list(self._queue.in_order(limit)):
             held = self._try(record, now, record.redispatch_reason, out)
+            num_tried += 1
             if held is not None and not held.others_may_pass:
                 return
+        if num_tried > FEW_HELD and len(self._queue) == num_held:
+            # Many were tried in vain. Reports come all the time; do not try all at each of them.
+            self._next_pass_s = now + PASS_INTERVAL_S
+            self._all_let_pass = num_held <= limit
+
+    def next_deadline(self) -> float | None:
+        """When held requests expire, or should be tried again."""
+        expires = self._queue.next_deadline()
+        if expires is None or self._next_pass_s <= self._cluster.snapshot.now:
+            return expires
+        return min(expires, self._next_pass_s)
 
     def expire(self, now: float, out: list[Action]) -> None:
         """Reject what was held for too long."""
@@ -91,8 +129,6 @@ class Dispatcher:
             self._reject(record, reason, OVERLOAD_RETRY_S, out)
 
     def _hold(self, record: RequestRecord, now: float, out: list[Action]) -> None:
-        if record.request.request_id not in self._ledger.requests or record.instance_id is not None:
-            return
         limit = self._options.max_queued_requests
         self._queue.push(record, now + self._options.queue_timeout_s)
         if len(self._queue) > limit:
@@ -107,7 +143,7 @@ class Dispatcher:
     def _reject(
         self, record: RequestRecord, reason: str, retry_after_s: float | None, out: list[Action]
     ) -> None:
-        if record in self._queue:
+        if record.is_held:
             self._queue.remove(record)
         self._ledger.close(record)
         out.append(
@@ -122,7 +158,7 @@ class Dispatcher:
         """Dispatch or reject the request, or say why it is held."""
         cluster = self._cluster.at(now)
         request = record.request
-        if len(cluster) and cluster.cannot_ever_hold(request):
+        if cluster.instance_ids and cluster.cannot_ever_hold(request):
             self._reject(
                 record,
                 f"the prompt of {request.num_prompt_tokens} tokens exceeds the KV cache of every "
@@ -145,7 +181,7 @@ class Dispatcher:
             placement = self._choose(request, cluster, out)
             if placement is None:
                 return Hold(reason="the dispatch policy holds it")
-        if record in self._queue:
+        if record.is_held:
             self._queue.remove(record)
         self._ledger.place(record, self._cluster.records[placement.instance_id], overlay=True)
         out.append(
@@ -201,10 +237,10 @@ class Dispatcher:
         if not serving:
             return None
         serving.sort()
-        following = [i for i in serving if i > self.last_blind_id]
-        self.last_blind_id = (following or serving)[0]
+        following = [i for i in serving if i > self._last_blind_id]
+        self._last_blind_id = (following or serving)[0]
         return Placement(
-            instance_id=self.last_blind_id, reason="no instance reports its load; round-robin"
+            instance_id=self._last_blind_id, reason="no instance reports its load; round-robin"
         )
 
     def _predicted(self, request: SchedulingRequest, out: list[Action]) -> SchedulingRequest:

@@ -17,6 +17,9 @@ import numpy as np
 
 from llumsched.core.snapshot import IntColumn
 
+# From here on, all bits at once are cheaper than one after another.
+MANY_HOLDERS = 12
+
 
 class PrefixIndex:
     """Bounded index of cached prefix blocks."""
@@ -30,6 +33,7 @@ class PrefixIndex:
         self._free_slots: list[int] = []
         self._ids: tuple[str, ...] = ()
         self._slots_of_rows = np.empty(0, dtype=np.int64)
+        self._rows_of_slots: dict[int, int] = {}
         self.num_dropped = 0
         """Blocks that were not indexed because the index was full."""
 
@@ -123,18 +127,25 @@ class PrefixIndex:
             levels.append((mask, high))
             depth = high
         if levels:
-            slots = self._slots(instance_ids)
+            slots, rows = self._slots(instance_ids)
             for mask, num_blocks in levels:
-                matched[self._bit_column(mask)[slots]] = num_blocks
+                if mask.bit_count() > MANY_HOLDERS:
+                    matched[self._bit_column(mask)[slots]] = num_blocks
+                    continue
+                while mask:
+                    lowest = mask & -mask
+                    matched[rows[lowest.bit_length() - 1]] = num_blocks
+                    mask ^= lowest
         return matched
 
-    def _slots(self, instance_ids: tuple[str, ...]) -> IntColumn:
+    def _slots(self, instance_ids: tuple[str, ...]) -> tuple[IntColumn, dict[int, int]]:
+        """The slot of each row, and the row of each slot; kept until the instances change."""
         if self._ids is not instance_ids:
             self._ids = instance_ids
-            self._slots_of_rows = np.fromiter(
-                (self._bits[i].bit_length() - 1 for i in instance_ids), dtype=np.int64
-            )
-        return self._slots_of_rows
+            slots = [self._bits[instance_id].bit_length() - 1 for instance_id in instance_ids]
+            self._slots_of_rows = np.array(slots, dtype=np.int64)
+            self._rows_of_slots = {slot: row for row, slot in enumerate(slots)}
+        return self._slots_of_rows, self._rows_of_slots
 
     def _bit_column(self, mask: int) -> np.ndarray:
         num_slots = len(self._blocks) + len(self._free_slots)

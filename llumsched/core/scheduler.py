@@ -140,7 +140,7 @@ class GlobalScheduler:
     def next_deadline(self) -> float | None:
         """When `Ticked` must come, if nothing else happens before; None: never."""
         deadlines = (
-            self._queue.next_deadline(),
+            self._dispatcher.next_deadline(),
             self._rebalancer.next_deadline(),
             self._instances.next_deadline(),
             self._scaling.next_deadline(),
@@ -184,7 +184,7 @@ class GlobalScheduler:
             ],
             "migrations": self._arbiter.state(),
             "next_rebalance_s": self._rebalancer.next_s,
-            "last_blind_id": self._dispatcher.last_blind_id,
+            "dispatcher": self._dispatcher.state(),
             "scaling": self._scaling.state(),
             "prefix_blocks": {} if self._prefix_index is None else self._prefix_index.state(),
             "policies": {
@@ -206,7 +206,7 @@ class GlobalScheduler:
         self._arbiter.restore(state["migrations"])
         if self._rebalancer.next_s is not None and state["next_rebalance_s"] is not None:
             self._rebalancer.next_s = state["next_rebalance_s"]
-        self._dispatcher.last_blind_id = state["last_blind_id"]
+        self._dispatcher.restore(state["dispatcher"])
         self._scaling.restore(state["scaling"])
         if self._prefix_index is not None:
             self._prefix_index.restore(state["prefix_blocks"])

@@ -46,6 +46,8 @@ class Columns:
     virtual_usage: FloatColumn
     step_time_s: FloatColumn
     decode_step_s: FloatColumn
+    prefill_token_s: FloatColumn
+    block_turnover_s: FloatColumn
     last_report_s: FloatColumn
     num_total_blocks: IntColumn
     num_free_blocks: IntColumn
@@ -58,7 +60,6 @@ class Columns:
     num_requests: IntColumn
     head_of_line_blocks: IntColumn
     num_waiting_blocks: IntColumn
-    num_waiting_tokens: IntColumn
     num_prefill_tokens_pending: IntColumn
     num_high_running: IntColumn
     victim_blocks: IntColumn
@@ -85,20 +86,30 @@ class Columns:
             }
         )
 
-    def read_only(self) -> Columns:
-        """The same arrays as views that cannot be written."""
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        """Every column."""
+        return [getattr(self, name) for name in self.__dataclass_fields__]
+
+    def padded(self, num_rows: int) -> Columns:
+        """Longer columns that begin like these."""
+        longer = Columns.empty(num_rows)
+        for column, old in zip(longer.arrays(), self.arrays(), strict=True):
+            column[: len(old)] = old
+        return longer
+
+    def read_only(self, num_rows: int) -> Columns:
+        """The first rows, as views that cannot be written."""
         views = {}
         for name in self.__dataclass_fields__:
-            view = getattr(self, name).view()
+            view = getattr(self, name)[:num_rows]
             view.flags.writeable = False
             views[name] = view
         return Columns(**views)
 
     def copy(self) -> Columns:
-        """Read-only copies of the arrays."""
-        return Columns(
-            **{name: getattr(self, name).copy() for name in self.__dataclass_fields__}
-        ).read_only()
+        """Read-only copies of the columns."""
+        copies = Columns(**{name: getattr(self, name).copy() for name in self.__dataclass_fields__})
+        return copies.read_only(len(self.state))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -108,8 +119,10 @@ class ClusterSnapshot:
     Columns whose name does not say it all: `num_free_blocks` may be negative (more has been sent
     than fits); `num_room_blocks` is what the queue leaves of it; `batch_size` is running +
     unreported and `num_requests` that + waiting; `decode_step_s` is the measured step, or the
-    modelled one, with the unreported requests in it; `predicted_final_blocks` is the sum of the
-    predicted final sizes of all requests, 0 without a length predictor.
+    modelled one, with the unreported requests in it; `prefill_token_s` is what a prompt token
+    takes in such steps; `block_turnover_s` how long it takes, per token of output, until one block
+    comes free; `predicted_final_blocks` is the sum of the predicted final sizes of all requests, 0
+    without a length predictor.
     """
 
     now: float
@@ -204,13 +217,19 @@ class ClusterSnapshot:
         """Whether one of these rows accepts work."""
         if self.num_accepting < len(self.instance_ids):
             among = among & self.columns.is_accepting
-        return bool(among.any())
+        return bool(np.count_nonzero(among))
 
     def argmin(self, score: AnyColumn, among: BoolColumn | None = None) -> int | None:
         """Row of the lowest score, with the rules of `argmax`."""
+        if not len(self.instance_ids):
+            return None
         if among is None:
-            return int(score.argmin()) if len(self.instance_ids) else None
-        return self.argmax(-score, among)
+            return int(score.argmin())
+        row = int(np.where(among, score, np.inf).argmin())
+        if among[row]:
+            return row
+        rows = np.flatnonzero(among)
+        return int(rows[0]) if len(rows) else None
 
     def random_row(self, among: BoolColumn | None = None) -> int | None:
         """A row drawn with equal chances; None if `among` is empty."""
@@ -244,7 +263,7 @@ class ClusterSnapshot:
             num_accepting=self.num_accepting,
             max_total_blocks=self.max_total_blocks,
             min_total_blocks=self.min_total_blocks,
-            rows=self.rows,
+            rows=dict(self.rows),
             held=lambda: held,
             match_prefix=self.match_prefix,
         )
@@ -313,10 +332,6 @@ class InstanceView:
     @property
     def num_requests(self) -> int:
         return int(self.cluster.columns.num_requests[self.row])
-
-    @property
-    def num_waiting_tokens(self) -> int:
-        return int(self.cluster.columns.num_waiting_tokens[self.row])
 
     @property
     def num_prefill_tokens_pending(self) -> int:

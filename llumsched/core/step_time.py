@@ -1,21 +1,16 @@
-"""The fitted step-time model, and what it predicts for a prompt or a decode.
+"""The fitted step-time model.
 
     step = base + prefill_token * prompt tokens in the step + running * running requests
 
 The form and the default coefficients are those of the evaluation in Llumnix (OSDI '24): LLaMA-7B on
 an A10. Where an instance has reported the duration of a step, the report replaces the model's own
-idea of it (the snapshot's column `decode_step_s`). Columns have one row per instance.
+idea of it. A prompt of n tokens, computed in chunks beside the decodes, then takes about
+n * (prefill_token + step / tokens per step), and a step for its last chunk.
 
-Invariant: pure; more load never predicts less time. This module does not know deadlines.
+This module does not know deadlines, nor columns (`cluster` keeps them).
 """
 
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
-
-Column = npt.NDArray[np.float64]
-AnyColumn = npt.NDArray[np.float64] | npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,14 +20,6 @@ class StepTimeModel:
     base_s: float = 0.0432
     prefill_token_s: float = 0.000203
     running_s: float = 0.00027
-
-    def prefill_s(
-        self, num_tokens: AnyColumn, step_s: Column, max_num_batched_tokens: AnyColumn
-    ) -> Column:
-        """Time until `num_tokens` prompt tokens are computed in chunks beside the decodes."""
-        num_steps = np.ceil(num_tokens / max_num_batched_tokens)
-        result: Column = self.prefill_token_s * num_tokens + num_steps * step_s
-        return result
 
 
 DEFAULT_STEP_TIME = StepTimeModel()

@@ -311,8 +311,10 @@ class Gate:
 
     def __init__(self) -> None:
         self.is_open = False
+        self.num_asked = 0
 
     def admit(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Any:
+        self.num_asked += 1
         if request.request_id.startswith("no"):
             return Reject(reason="not today", retry_after_s=9.0)
         if not self.is_open and request.request_id.startswith(("wait", "stop")):
@@ -333,6 +335,25 @@ def test_admission_rejects_holds_and_lets_others_pass_or_not() -> None:
     assert driver.arrive("r2") == ()
     gate.is_open = True
     assert dispatched(driver.report("a")) == [("wait", "a"), ("stop", "a"), ("r2", "a")]
+
+
+def test_many_held_requests_are_not_all_tried_at_every_report() -> None:
+    gate = Gate()
+    driver = Driver(PolicyBundle(name="test", dispatch=Freeness(), admission=gate))
+    driver.join("a")
+    for number in range(12):
+        driver.arrive(f"wait{number}")
+    driver.report("a")
+    num_asked = gate.num_asked
+    driver.report("a")
+    assert gate.num_asked == num_asked
+    # A new one that may pass them does not wait for their turn.
+    assert dispatched(driver.arrive("r")) == [("r", "a")]
+    gate.is_open = True
+    deadline_s = driver.scheduler.next_deadline()
+    assert deadline_s == pytest.approx(0.02)
+    driver.now = deadline_s
+    assert len(dispatched(driver.handle(Ticked()))) == 12
 
 
 def _joined(instance_id: str, request_ids: tuple[str, ...] = ()) -> InstanceJoined:

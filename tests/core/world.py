@@ -187,7 +187,6 @@ class World:
                 num_waiting=len(waiting),
                 head_of_line_blocks=waiting[0] if waiting else 0,
                 num_waiting_blocks=sum(waiting),
-                num_waiting_tokens=sum(waiting) * BLOCK_SIZE,
                 num_prefill_tokens_pending=sum(waiting) * BLOCK_SIZE,
                 step_time_s=0.02,
                 num_migrations_in=sum(m.destination == instance_id for m in moves),
