@@ -11,12 +11,16 @@ from llumsched.core.types import InstanceRole
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchRequest:
-    """Send a request to an instance. A second one for the same id follows the loss of the first
-    instance: the frontend sends prompt and delivered tokens again."""
+    """Send a request to an instance.
+
+    A second one for the same id follows the loss of the first instance: the frontend sends prompt
+    and delivered tokens again. A prediction goes along for the instance's victim policy.
+    """
 
     request_id: str
     instance_id: str
     reason: str
+    predicted_output_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -189,6 +189,7 @@ class Dispatcher:
                 request_id=request.request_id,
                 instance_id=placement.instance_id,
                 reason=prefix + placement.reason,
+                predicted_output_tokens=request.predicted_output_tokens,
             )
         )
         return None

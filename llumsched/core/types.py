@@ -31,6 +31,19 @@ class PriorityClass(IntEnum):
     NORMAL = 0
     HIGH = 1
 
+    @classmethod
+    def parse(cls, name: str) -> "PriorityClass":
+        """The class of this name, in any case: what a header says.
+
+        Raises:
+            ValueError: there is no such class; the message names those there are.
+        """
+        try:
+            return cls[name.strip().upper()]
+        except KeyError:
+            known = ", ".join(member.name.lower() for member in cls)
+            raise ValueError(f"unknown priority {name!r}; there are: {known}") from None
+
 
 def priority_class(vllm_priority: int) -> PriorityClass:
     """The class of vLLM's `priority` field, where a *lower* number is served earlier."""

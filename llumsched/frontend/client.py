@@ -32,7 +32,6 @@ from vllm.v1.engine.core_client import (
     BackgroundResources,
     _process_utility_output,
 )
-from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
@@ -249,8 +248,7 @@ class RoutingEngineClient(AsyncMPClient):
                     client._take_in(outputs)
                     del client
             except asyncio.CancelledError:
-                # The server is stopping: requests under way end with an error, now.
-                queue.put_nowait(EngineDeadError())
+                raise
             except Exception as error:
                 queue.put_nowait(error)
 

@@ -15,7 +15,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from http import HTTPStatus
 from typing import Any
 
 import uvloop
@@ -26,6 +27,7 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.exceptions import GracefulHTTPError
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import async_llm as async_llm_module
@@ -55,6 +57,16 @@ CLOSING_TIMEOUT_S = 3
 MIGRATION_OPTIONS = MigrationOptions(
     reserve_timeout_s=30.0, suspend_timeout_s=30.0, final_stage_timeout_s=10.0
 )
+
+
+class Engine(AsyncLLM):
+    """vLLM's frontend; its requests end when it does."""
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        # AsyncLLM leaves them waiting for outputs, and their clients for the connection to break.
+        stopping = GracefulHTTPError("The server is stopping.", HTTPStatus.SERVICE_UNAVAILABLE)
+        self.output_processor.propagate_error(stopping)
+        super().shutdown(timeout)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -120,7 +132,7 @@ async def _serve(
     listen_address: str,
     sock: socket.socket,
 ) -> int:
-    signal.signal(signal.SIGTERM, _interrupt)
+    _on_signals(_interrupt)
     host = "127.0.0.1"
     sockets = FrontendSockets(host)
     log_stats = not args.disable_log_stats
@@ -130,13 +142,14 @@ async def _serve(
         progress=_progress,
     ) as pool:
         pool.start_scheduler(options.config, host, options.decision_log)
+        _on_signals(_interrupt)  # Ray has put its own handler there
         plans = _plans(options, vllm_config, sockets, pool.scheduler_endpoint, host, log_stats)
         pool.start_instances(
             plans, _resources(vllm_config, len(plans)), timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S
         )
         link_holder: list[SchedulerLink] = []
         with _our_client(sockets, plans, link_holder, pool.scheduler_endpoint):
-            engine = AsyncLLM.from_vllm_config(
+            engine = Engine.from_vllm_config(
                 vllm_config=vllm_config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
                 enable_log_requests=args.enable_log_requests,
@@ -158,6 +171,7 @@ async def _serve(
             closing = await _serve_http(args, options, engine, link, index_of, listen_address, sock)
             await closing
         finally:
+            _on_signals(signal.SIG_IGN)
             _progress("stopping")
             engine.shutdown(timeout=0)
             link.close()
@@ -295,8 +309,16 @@ async def _serve_http(
     )
 
 
+def _on_signals(handler: Callable[..., None] | signal.Handlers) -> None:
+    """What Ctrl-C and SIGTERM do. While vLLM's server runs, they are its own."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
 def _interrupt(*_: object) -> None:
-    """SIGTERM while booting: unwind as Ctrl-C does."""
+    """While booting: unwind at once, though the loop is blocked; a second signal must not
+    interrupt what ends the processes."""
+    _on_signals(signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -35,6 +36,7 @@ FORWARDED_PREFIXES = ("VLLM_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "LLUMSCH
 PLACEMENT_TIMEOUT_S = 30.0
 A_SHARE = 0.001  # of a resource that only says where
 STOP_TIMEOUT_S = 1.5
+END_TIMEOUT_S = 1.0
 
 
 class LaunchError(Exception):
@@ -246,9 +248,18 @@ class Pool:
         if self._stopping.is_set():
             return
         self._stopping.set()
-        if not ray.is_initialized():
-            return
         started_s = time.monotonic()
+        # Known now, since those whose parent ends first are no longer found from here.
+        processes = psutil.Process().children(recursive=True)
+        has_started = bool(processes) or ray.is_initialized()
+        if ray.is_initialized():
+            self._stop_actors()
+            ray.shutdown()
+        _end(processes)
+        if has_started:
+            self._progress(f"everything has ended, after {time.monotonic() - started_s:.1f} s")
+
+    def _stop_actors(self) -> None:
         if self._runs:
             # A chance to end by themselves; what has not by then is killed and leaves nothing
             # behind either, since the memory it shares has no name.
@@ -268,8 +279,17 @@ class Pool:
                 remove_placement_group(group)
         if self._watching is not None:
             self._watching.join(timeout=1.0)
-        ray.shutdown()
-        self._progress(f"everything has ended, after {time.monotonic() - started_s:.1f} s")
+
+
+def _end(processes: Sequence[psutil.Process]) -> None:
+    """See that processes of ours have ended: Ray leaves some if it was interrupted while it
+    started, and its agents notice only seconds later that the raylet is gone."""
+    _, alive = psutil.wait_procs(processes, timeout=END_TIMEOUT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            alive += process.children()  # started since
+            process.kill()
+    psutil.wait_procs(alive, timeout=END_TIMEOUT_S)
 
 
 def _this_node() -> str:

@@ -287,6 +287,19 @@ INTERNALS: tuple[Internal, ...] = (
         "vLLM's own logs",
         ("args",),
     ),
+    Internal("vllm.v1.engine.async_llm:AsyncLLM", "shutdown", "end requests", ("timeout",)),
+    Internal(
+        "vllm.v1.engine.async_llm:AsyncLLM", "output_processor", "end requests", on_instances=True
+    ),
+    Internal(
+        "vllm.v1.engine.output_processor:OutputProcessor",
+        "propagate_error",
+        "end requests",
+        ("e",),
+    ),
+    Internal(
+        "vllm.exceptions", "GracefulHTTPError", "tell clients why", ("message", "http_status")
+    ),
     Internal(
         "vllm.v1.engine.async_llm:AsyncLLM",
         "from_vllm_config",

@@ -1,0 +1,87 @@
+"""The servers of the end-to-end tests, each booted once, and what plain vLLM answers."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from scripts.prepare_model import prepare_model
+from tests.e2e.client import Admin, Client
+from tests.e2e.plain import PlainAnswers
+from tests.e2e.servers import RUNNING, Server, llumsched, plain_vllm
+
+LOG_TAIL_NUM_CHARACTERS = 6000
+
+_log_sizes = pytest.StashKey[dict[str, int]]()
+
+
+@pytest.fixture(scope="session")
+def model() -> str:
+    return prepare_model()
+
+
+@pytest.fixture(scope="session")
+def log_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session")
+def llumsched_server(model: str, log_folder: Path) -> Iterator[Server]:
+    """Two instances that move requests only when told; it may still be booting."""
+    server = llumsched(model, log_folder, "--instances=2", "--policy=round_robin")
+    try:
+        yield server
+    finally:
+        ending = server.end()
+    assert not ending.left, f"left after SIGTERM: {ending.left}\n{server.log()[-4000:]}"
+
+
+@pytest.fixture(scope="session")
+def plain(llumsched_server: Server, model: str, log_folder: Path) -> PlainAnswers:
+    """What plain vLLM says to every case. Its server boots beside llumsched's, and ends here."""
+    server = plain_vllm(model, log_folder)
+    try:
+        server.await_health()
+        return PlainAnswers(Client(server.url, model))
+    finally:
+        server.end()
+
+
+@pytest.fixture(scope="session")
+def booted(llumsched_server: Server, model: str) -> Iterator[Admin]:
+    llumsched_server.await_health()
+    client = Admin(llumsched_server.url, model)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def pool(booted: Admin) -> Iterator[Admin]:
+    """Two instances at rest; the test must leave them at rest as well."""
+    booted.await_idle()
+    yield booted
+    booted.await_idle()
+
+
+# ---- the logs of the servers, shown with a test that failed --------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    item.stash[_log_sizes] = {s.name: s.log_path.stat().st_size for s in RUNNING}
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        for server in RUNNING:
+            since = item.stash[_log_sizes].get(server.name, 0)
+            said = server.log(since)[-LOG_TAIL_NUM_CHARACTERS:]
+            report.sections.append((f"log of {server.name} since the test began", said))
+    return report

@@ -1,0 +1,117 @@
+"""A request that is moved while it streams answers as if it had not been."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from tests.e2e.cases import COMPLETIONS, SEVERAL, SINGLE, completion
+from tests.e2e.client import Admin, Chunk, Whole, belongs, differences, in_parallel
+from tests.e2e.moving import Mover, move
+from tests.e2e.plain import PlainAnswers
+
+# Tokens after which a request is sent away, and sent back: early enough to arrive before its end.
+THERE_AND_BACK = (2, 12)
+LONG_PROMPT = [504 + i % 997 for i in range(700)]
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_there_and_back_again(pool: Admin, plain: PlainAnswers, name: str) -> None:
+    mover = Mover(pool, THERE_AND_BACK)
+    found = pool.whole(*SINGLE[name], on_chunk=mover)
+    there, back = mover.reports
+    assert (there["source"], there["destination"]) == (back["destination"], back["source"])
+    assert there["num_output_tokens"] < back["num_output_tokens"]
+    assert not differences(found.as_dict(), plain.streamed[name].as_dict())
+
+
+def test_inside_a_batch(pool: Admin, plain: PlainAnswers) -> None:
+    """Six at once, each moved there and back past the others."""
+    names = list(SINGLE)[:6]
+    found: dict[str, Whole] = {}
+    movers = {name: Mover(pool, THERE_AND_BACK) for name in names}
+
+    def ask(name: str) -> None:
+        found[name] = pool.whole(*SINGLE[name], on_chunk=movers[name])
+
+    in_parallel(*(lambda name=name: ask(name) for name in names))
+    for name in names:
+        assert not differences(found[name].as_dict(), plain.streamed[name].as_dict()), name
+        assert len(movers[name].reports) == 2
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_each_sequence_of_a_request_moves(pool: Admin, plain: PlainAnswers, name: str) -> None:
+    path, body = SEVERAL[name]
+    num_sequences = len(plain.streamed[name].choices)
+    seen: set[int] = set()
+    moved: list[str] = []
+
+    def move_all(_number: int, chunk: Chunk) -> None:
+        seen.update(choice["index"] for choice in chunk["choices"])
+        if moved or len(seen) < num_sequences:
+            return
+        ambiguous = pool.migrate(chunk["id"])
+        sequences = [r["request_id"] for r in pool.requests() if belongs(r, chunk["id"])]
+        assert len(sequences) == num_sequences
+        assert ambiguous.status == 409
+        assert all(s in ambiguous.body["error"]["message"] for s in sequences)
+        for sequence in sequences:
+            answer = move(pool, sequence)
+            assert answer.status == 200, answer
+            moved.append(answer.body["request_id"])
+        assert sorted(moved) == sorted(sequences)
+
+    found = pool.whole(path, body, on_chunk=move_all)
+    assert len(moved) == num_sequences
+    assert not differences(found.as_dict(), plain.streamed[name].as_dict())
+
+
+def test_long_prompt_moves_in_stages_and_its_cached_blocks_stay(pool: Admin) -> None:
+    body = completion(prompt=LONG_PROMPT)
+    mover = Mover(pool, THERE_AND_BACK)
+    found = pool.whole(COMPLETIONS, body, on_chunk=mover)
+    expected = pool.whole(COMPLETIONS, body)
+    there, back = mover.reports
+    num_prompt_blocks = len(LONG_PROMPT) // 32
+    assert there["num_stages"] >= 2
+    assert there["num_blocks"] + there["num_cached_blocks"] > num_prompt_blocks
+    # The instance that it left and comes back to still has the prompt.
+    assert back["num_cached_blocks"] >= num_prompt_blocks
+    assert back["num_bytes"] < there["num_bytes"]
+    assert not differences(found.as_dict()["choices"], expected.as_dict()["choices"])
+
+
+def test_moved_again_and_again(pool: Admin) -> None:
+    path, body = COMPLETIONS, completion(max_tokens=200, temperature=0.9, seed=21)
+    expected = pool.whole(path, body)
+    mover = Mover(pool, tuple(range(5, 160, 15)))
+    found = pool.whole(path, body, on_chunk=mover)
+    reports = mover.reports
+    assert len(reports) == 11
+    for before, after in itertools.pairwise(reports):
+        assert before["destination"] == after["source"]
+    assert not differences(found.as_dict(), expected.as_dict())
+
+
+@pytest.mark.parametrize("num_tokens_on_the_way", range(0, 12, 2))
+def test_stop_string_found_while_moving(pool: Admin, num_tokens_on_the_way: int) -> None:
+    """The frontend finds it and aborts the request, wherever that is by then."""
+    chunks: list[Chunk] = []
+    body = completion(stream_options=None)
+    pool.whole(COMPLETIONS, body, on_chunk=lambda _, chunk: chunks.append(chunk))
+    num_before = 4
+    text = ""
+    for chunk in chunks:
+        text += chunk["choices"][0]["text"]
+        num_before -= len(chunk["choices"][0]["token_ids"])
+        if num_before <= -num_tokens_on_the_way:
+            break
+    body["stop"] = [text[-10:]]
+    expected = pool.whole(COMPLETIONS, body)
+    assert expected.text == text[:-10]
+    mover = Mover(pool, at=(4,))
+    found = pool.whole(COMPLETIONS, body, on_chunk=mover)
+    assert not differences(found.as_dict(), expected.as_dict())
+    assert mover.answers[0].status in (200, 404, 409)

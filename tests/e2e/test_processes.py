@@ -1,0 +1,120 @@
+"""What cannot work is said before anything starts; what has started ends with its server."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.servers import CHECKOUT, ENGINE_FLAGS, Server, llumsched, server_environment
+
+REFUSAL_TIMEOUT_S = 240
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """How ``llumsched serve`` answers a command line that cannot be served."""
+
+    status: int
+    stdout: str
+    stderr: str
+    has_started_ray: bool
+
+    @property
+    def sentence(self) -> str:
+        """All that it says itself."""
+        (line,) = (li for li in self.stderr.splitlines() if li.startswith("llumsched serve: "))
+        return line.removeprefix("llumsched serve: ")
+
+
+@pytest.fixture(scope="module")
+def refusals(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Refusal]:
+    """All of them at once, as each takes seconds to import vLLM."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        commands = {
+            "port in use": [model, f"--port={port}"],
+            "missing model": ["/no/such/model", "--port=0"],
+            "unknown policy": [model, "--policy=freenes", "--port=0"],
+            "too little memory": [model, "--instances=500", "--port=0"],
+        }
+        started = {}
+        for name, arguments in commands.items():
+            folder = tmp_path_factory.mktemp("refused")
+            started[name] = (
+                folder,
+                subprocess.Popen(
+                    [sys.executable, "-m", "llumsched", "serve", *ENGINE_FLAGS, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    cwd=CHECKOUT,
+                    # Ray makes a folder before anything else.
+                    env=server_environment(RAY_TMPDIR=str(folder)),
+                ),
+            )
+        refusals = {}
+        for name, (folder, process) in started.items():
+            try:
+                stdout, stderr = process.communicate(timeout=REFUSAL_TIMEOUT_S)
+            finally:
+                process.kill()
+            refusals[name] = Refusal(process.returncode, stdout, stderr, any(folder.iterdir()))
+    return refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("port in use", ["Cannot listen", "--port"]),
+        ("missing model", ["no model at /no/such/model"]),
+        ("unknown policy", ["'freenes'", "'freeness'", "llumsched policies"]),
+        ("too little memory", ["500 instances", "GiB", "--instances"]),
+    ],
+)
+def test_one_sentence_before_anything_has_started(
+    refusals: dict[str, Refusal], name: str, words: list[str]
+) -> None:
+    refusal = refusals[name]
+    assert all(word in refusal.sentence for word in words), refusal.sentence
+    assert refusal.status != 0
+    assert not refusal.has_started_ray
+    assert "Traceback" not in refusal.stderr
+    assert "llumsched: " not in refusal.stdout, "it reports progress"
+
+
+@contextmanager
+def booting(model: str, folder: Path) -> Iterator[Server]:
+    server = llumsched(model, folder, "--instances=1", name="booting")
+    try:
+        yield server
+    finally:
+        server.end()
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_while_ray_starts(model: str, tmp_path: Path, signal_number: signal.Signals) -> None:
+    with booting(model, tmp_path) as server:
+        server.await_process("raylet")
+        ending = server.end(signal_number)
+    assert not ending.left
+    assert ending.status != 0
+    assert "serving" not in server.log()
+
+
+def test_signals_while_instances_boot(model: str, tmp_path: Path) -> None:
+    """Whoever presses Ctrl-C presses it again: that must not interrupt the ending."""
+    with booting(model, tmp_path) as server:
+        server.await_line("llumsched: booting 1 instances")
+        ending = server.end(signal.SIGINT, times=3)
+    assert not ending.left
+    assert ending.status == 130
+    assert "serving" not in server.log()

@@ -1,0 +1,71 @@
+"""Between instances that share no memory KV goes through a socket. The server ends by Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.cases import COMPLETIONS, SINGLE, completion
+from tests.e2e.client import Admin, differences
+from tests.e2e.moving import Mover
+from tests.e2e.plain import PlainAnswers
+from tests.e2e.servers import END_TIMEOUT_S, Server, llumsched
+
+
+@pytest.fixture(scope="module")
+def tcp_server(model: str, log_folder: Path) -> Iterator[Server]:
+    flags = ("--instances=2", "--policy=round_robin")
+    server = llumsched(
+        model, log_folder, *flags, name="llumsched-tcp", LLUMSCHED_NO_SHARED_MEMORY="1"
+    )
+    try:
+        server.await_health()
+        yield server
+    finally:
+        server.end()
+
+
+@pytest.fixture
+def tcp_pool(tcp_server: Server, model: str) -> Iterator[Admin]:
+    pool = Admin(tcp_server.url, model)
+    pool.await_idle()
+    yield pool
+    pool.await_idle()
+    pool.close()
+
+
+@pytest.mark.parametrize("name", ["penalties, seeded", "chat with logprobs"])
+def test_there_and_back_again(tcp_pool: Admin, plain: PlainAnswers, name: str) -> None:
+    mover = Mover(tcp_pool, at=(2, 12))
+    found = tcp_pool.whole(*SINGLE[name], on_chunk=mover)
+    assert [report["transport"] for report in mover.reports] == ["tcp", "tcp"]
+    assert not differences(found.as_dict(), plain.streamed[name].as_dict())
+
+
+def test_long_prompt(tcp_pool: Admin) -> None:
+    """Many blocks: the ring of slots is used more than once."""
+    body = completion(prompt=[504 + i % 997 for i in range(700)])
+    expected = tcp_pool.whole(COMPLETIONS, body)
+    mover = Mover(tcp_pool, at=(2, 12))
+    found = tcp_pool.whole(COMPLETIONS, body, on_chunk=mover)
+    assert [report["transport"] for report in mover.reports] == ["tcp", "tcp"]
+    assert not differences(found.choices, expected.choices)
+
+
+def test_control_c_ends_every_process(tcp_server: Server, model: str) -> None:
+    """In the middle of an answer, whose client is told. Keep this test last: there is no server
+    after it."""
+    client = Admin(tcp_server.url, model)
+    with client.stream(COMPLETIONS, completion(max_tokens=400)) as stream:
+        next(stream)
+        before = tcp_server.processes()
+        assert sum(name.startswith("ray::Instance") for name in before.values()) == 2
+        ending = tcp_server.end(signal.SIGINT, times=2)
+        *_, last = stream
+    client.close()
+    assert not ending.left, f"left after {END_TIMEOUT_S:.0f} s: {ending.left}"
+    assert ending.status == 0
+    assert last["error"]["message"] == "The server is stopping."
