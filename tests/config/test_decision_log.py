@@ -141,7 +141,7 @@ def test_what_is_left_of_a_rotated_log_decides_the_same(tmp_path: Path, policy: 
     for path in (tmp_path, *segments):
         result = replay(path)
         assert result.is_identical, result.first_differences
-        assert result.num_events > 10
+        assert result.num_events > 0
 
 
 def test_the_size_is_bounded(tmp_path: Path) -> None:

@@ -351,6 +351,7 @@ def test_many_held_requests_are_not_all_tried_at_every_report() -> None:
     assert dispatched(driver.arrive("r")) == [("r", "a")]
     gate.is_open = True
     deadline_s = driver.scheduler.next_deadline()
+    assert deadline_s is not None
     assert deadline_s == pytest.approx(0.02)
     driver.now = deadline_s
     assert len(dispatched(driver.handle(Ticked()))) == 12

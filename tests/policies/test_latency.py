@@ -213,5 +213,6 @@ def test_a_prediction_never_exceeds_what_the_request_allows() -> None:
     predictor.observe(make_request(), 1000)
     driver = Driver(PolicyBundle(name="test", dispatch=Freeness(), predictor=predictor))
     driver.join("a")
-    driver.arrive("r", max_output_tokens=16)
+    (action,) = driver.arrive("r", max_output_tokens=16)
+    assert action.predicted_output_tokens == 16  # type: ignore[union-attr]
     assert driver.cluster.columns.predicted_final_blocks[0] == 2
