@@ -1,7 +1,8 @@
 """Keep the average freeness inside a range (Llumnix, OSDI '24, section 4.4).
 
 Invariant: the freeness averaged is that of a normal-priority request, without the headroom of
-others; what it must last for and the cool-downs are the scheduler's.
+others. An instance that boots counts as one at the upper end: help is on its way. How long a wish
+must last, and the cool-downs, are the scheduler's.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,9 @@ class FreenessRange:
         free = c.num_free_blocks[rows] - np.where(
             c.num_waiting[rows], c.head_of_line_blocks[rows], 0
         )
-        average = float((free / np.maximum(c.batch_size[rows], 1)).mean())
+        freeness = free / np.maximum(c.batch_size[rows], 1)
+        num_booting = cluster.num_booting
+        average = float(freeness.sum() + num_booting * self.high) / (len(rows) + num_booting)
         if average < self.low:
             return ScaleUp(num_instances=1, reason=f"average freeness {average:.1f} < {self.low:g}")
         if average > self.high and len(rows) > 1:

@@ -1,8 +1,9 @@
 """Which proposed migrations may start.
 
 Invariants: an instance sends and receives no more than its slots; a request is in one migration;
-two instances do not exchange load in both directions within `settle_s`; a pair starts only if the
-move narrows the gap between the two, so it never merely swaps their roles.
+two instances do not exchange load in both directions, at once or within `migration_settle_s`; where
+balance is the aim, an instance does not give and take at once, and a pair starts only if the move
+narrows the gap between the two, so it never merely swaps their roles.
 This module does not know why a migration was proposed.
 """
 
@@ -40,6 +41,7 @@ class MigrationArbiter:
         self._options = options
         self._next_id = 0
         self._rests_until: dict[tuple[str, str | None], float] = {}
+        self._forget_rests_s = 0.0
         self.active: dict[str, ActiveMigration] = {}
         self._by_instance: dict[str, dict[str, ActiveMigration]] = {}
 
@@ -76,10 +78,16 @@ class MigrationArbiter:
             return f"{destination_id} has just given load to {source_id}"
         if now < rests.get((source_id, None), -math.inf):
             return f"{source_id} has just had nothing to move"
+        if any(m.source == destination_id for m in self._between(source_id, destination_id)):
+            return f"{destination_id} is giving load to {source_id}"
         if source.state is InstanceState.DRAINING:
             return None
         if not source.load.num_running:
             return f"source {source.spec.instance_id} runs nothing"
+        if balances and source.num_migrations_in:
+            return f"source {source_id} is taking load in"
+        if balances and destination.num_migrations_out:
+            return f"destination {destination_id} is giving load away"
         if balances and _only_swaps(self._cluster, source, destination):
             return "the move would only swap the roles of source and destination"
         return None
@@ -137,9 +145,11 @@ class MigrationArbiter:
             self._cluster.add_migration_in(destination, -1)
             self._drop_overlay(migration, destination)
         rests = self._rests_until
-        for pair in [pair for pair, until in rests.items() if until <= now]:
-            del rests[pair]
         until = now + self._options.migration_settle_s
+        if now >= self._forget_rests_s:
+            self._forget_rests_s = until
+            for pair in [pair for pair, until in rests.items() if until <= now]:
+                del rests[pair]
         if outcome is MigrationOutcome.COMMITTED:
             rests[(migration.source, migration.destination)] = until
         elif outcome is MigrationOutcome.NOTHING_TO_MOVE and migration.request_id is None:
@@ -158,6 +168,18 @@ class MigrationArbiter:
     def involving(self, instance_id: str) -> list[ActiveMigration]:
         """Active migrations an instance takes part in, oldest first."""
         return list(self._by_instance.get(instance_id, {}).values())
+
+    def _between(self, source: str, destination: str) -> list[ActiveMigration]:
+        if not (source in self._by_instance and destination in self._by_instance):
+            return []
+        return [m for m in self.involving(source) if destination in (m.source, m.destination)]
+
+    def arrived(self, migration: ActiveMigration, request_id: str) -> None:
+        """A report of the destination names the request: its numbers count it."""
+        migration.request_id = request_id
+        destination = self._cluster.records.get(migration.destination)
+        if destination is not None:
+            self._drop_overlay(migration, destination)
 
     def overdue(self, now: float) -> list[ActiveMigration]:
         """Migrations whose end should have been told by now."""

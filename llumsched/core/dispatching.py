@@ -12,7 +12,7 @@ from typing import Any
 
 from llumsched.core.actions import Action, DispatchRequest, RejectRequest
 from llumsched.core.answers import malformed, policy_failed
-from llumsched.core.cluster import Cluster
+from llumsched.core.cluster import Cluster, InstanceRecord
 from llumsched.core.dispatch_queue import DispatchQueue
 from llumsched.core.ledger import Ledger, RequestRecord
 from llumsched.core.options import SchedulerOptions
@@ -77,6 +77,21 @@ class Dispatcher:
                 predictor.observe(record.request, num_output_tokens)
             except Exception as error:
                 out.append(policy_failed(predictor, error))
+
+    def adopt(self, request_id: str, instance: InstanceRecord, now: float) -> None:
+        """An instance that joins holds this request already: learn it, or stop looking for a place.
+
+        One that was dispatched elsewhere meanwhile stays there.
+        """
+        record = self._ledger.requests.get(request_id)
+        if record is None:
+            request = SchedulingRequest(request_id=request_id, num_prompt_tokens=0)
+            record = self._ledger.open(request, now)
+        elif not record.is_held:
+            return
+        else:
+            self._queue.remove(record)
+        self._ledger.place(record, instance, overlay=False)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, besides the queue."""

@@ -22,7 +22,7 @@ from llumsched.core.load import InstanceLoad, InstanceSpec
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.prefix_index import PrefixIndex
 from llumsched.core.rebalancing import Rebalancer
-from llumsched.core.types import InstanceState, SchedulingRequest
+from llumsched.core.types import InstanceState
 
 
 class Instances:
@@ -49,16 +49,14 @@ class Instances:
         self._draining: dict[str, InstanceRecord] = {}
 
     def join(self, event: InstanceJoined, now: float) -> None:
-        """Take in an instance; one that joins again under its id has lost what it ran."""
+        """Take in an instance; one that joins again has lost what it does not name."""
         instance_id = event.spec.instance_id
         self.lose(instance_id, now)
         instance = self._cluster.join(event.spec, now)
         if self._prefix_index is not None:
             self._prefix_index.add_instance(instance_id)
         for request_id in event.request_ids:
-            if request_id not in self._ledger.requests:
-                request = SchedulingRequest(request_id=request_id, num_prompt_tokens=0)
-                self._ledger.place(self._ledger.open(request, now), instance, overlay=False)
+            self._dispatcher.adopt(request_id, instance, now)
         self._rebalancer.membership_changed(now)
 
     def lose(self, instance_id: str, now: float) -> None:

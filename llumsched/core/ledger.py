@@ -29,6 +29,8 @@ class RequestRecord:
     """When a report of its present instance named it; None: none has."""
     num_sent_blocks: int = 0
     num_predicted_blocks: int = 0
+    named_by: str | None = None
+    """The last instance whose report named it; a commit may be known later than that."""
     redispatch_reason: str = ""
 
 
@@ -84,6 +86,7 @@ class Ledger:
     def reported(self, record: RequestRecord, now: float) -> None:
         """A report names the request, so its numbers count it: the overlay goes."""
         record.named_s = now
+        record.named_by = record.instance_id
         self._drop_overlay(record)
 
     def _drop_overlay(self, record: RequestRecord) -> None:
@@ -126,6 +129,7 @@ class Ledger:
                 "instance_id": record.instance_id,
                 "is_unreported": record.is_unreported,
                 "named_s": record.named_s,
+                "named_by": record.named_by,
                 "redispatch_reason": record.redispatch_reason,
             }
             for record in self.requests.values()
@@ -138,6 +142,7 @@ class Ledger:
                 request=from_plain(SchedulingRequest, entry["request"]),
                 sequence=entry["sequence"],
                 queued_s=entry["queued_s"],
+                named_by=entry["named_by"],
                 redispatch_reason=entry["redispatch_reason"],
             )
             self.requests[record.request.request_id] = record

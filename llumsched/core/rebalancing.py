@@ -70,17 +70,19 @@ class Rebalancer:
         seen: set[tuple[str, str]] = set()
         try:
             # Bounded: a policy must not keep the scheduler by yielding for ever.
-            for pair in islice(policy.rebalance(cluster), 4 * len(cluster)):
-                problem = _problem(pair, cluster, seen)
-                if problem is not None:
-                    out.append(policy_failed(policy, problem))
-                    continue
-                seen.add((pair.source, pair.destination))
-                room -= self._start_pair(pair, room, now, out)
-                if room <= 0:
-                    return
+            pairs = list(islice(policy.rebalance(cluster), 4 * len(cluster)))
         except Exception as error:
             out.append(policy_failed(policy, error))
+            return
+        for pair in pairs:
+            problem = _problem(pair, cluster, seen)
+            if problem is not None:
+                out.append(policy_failed(policy, problem))
+                continue
+            seen.add((pair.source, pair.destination))
+            room -= self._start_pair(pair, room, now, out)
+            if room <= 0:
+                return
 
     def _start_pair(self, pair: MigrationPair, limit: int, now: float, out: list[Action]) -> int:
         """Start what may start of a pair; how many that were."""
@@ -190,12 +192,14 @@ class Rebalancer:
     def received(self, record: RequestRecord, destination: InstanceRecord, now: float) -> None:
         """A load report names a request that the ledger has elsewhere: its commit overtook us."""
         instance_id = destination.spec.instance_id
+        record.named_by = instance_id
         for migration in self._arbiter.involving(instance_id):
             if (
                 migration.destination == instance_id
                 and migration.source == record.instance_id
                 and migration.request_id in (None, record.request.request_id)
             ):
+                self._arbiter.arrived(migration, record.request.request_id)
                 self._move(record, instance_id, overlay=False, now=now)
                 return
 
@@ -212,6 +216,7 @@ class Rebalancer:
             self._dispatcher.hold_again(record, now)
             return
         self._ledger.unplace(record)
+        overlay = overlay and record.named_by != destination_id
         self._ledger.place(record, destination, overlay=overlay)
 
 

@@ -6,6 +6,10 @@ policies' and the parts'.
 Invariants: the same events at the same times give the same actions; `handle` never blocks and never
 raises because of a policy; time never runs backwards inside. It does not know the host: what it
 wants done it returns, when it wants to be woken it says in `next_deadline`.
+
+What a host owes: every end of a request is told (by a frontend or a report); `TerminateInstance` is
+followed by `InstanceLost`; a commit that happened is told before the loss of its source, else the
+request is dispatched again while it runs; `Ticked` comes at the deadline.
 """
 
 import random

@@ -237,6 +237,16 @@ def test_a_scheduler_that_restarts_learns_requests_from_the_instances() -> None:
     assert driver.scheduler.request_instance("r2") == "a"
 
 
+def test_an_instance_that_joins_again_keeps_what_it_names() -> None:
+    driver = Driver()
+    driver.join("a")
+    driver.arrive("r1")
+    driver.arrive("r2")
+    actions = driver.handle(_joined("a", request_ids=("r2",)))
+    assert dispatched(actions) == [("r1", "a")]
+    assert driver.scheduler.request_instance("r2") == "a"
+
+
 # Policies that fail.
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llumsched.core.events import DrainRequested, RequestFinished
+from llumsched.core.events import DrainRequested, RequestFinished, ScaleRequested
 from llumsched.core.params import ParamError
 from llumsched.core.policy import MigrationCandidate, PolicyBundle, ScaleDown, ScaleUp, settled
 from llumsched.core.types import PriorityClass
@@ -147,6 +147,8 @@ def test_average_freeness_outside_the_range_scales() -> None:
     assert policy.scale(idle.cluster) == ScaleDown(
         instance_id="b", reason="average freeness 95.5 > 60"
     )
+    full.handle(ScaleRequested(num_instances=2))
+    assert policy.scale(full.cluster) is None  # help is on its way
     inside = make_driver("latency", {"a": {"num_used_blocks": 50, "num_running": 2}})
     assert policy.scale(inside.cluster) is None
 
