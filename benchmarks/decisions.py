@@ -50,8 +50,9 @@ BLOCK_SIZE = 16
 PROMPT_BLOCKS = 40
 
 NOTE = (
-    "p50 / p99 of the quietest of several rounds. The exponent says how p50 grows with the number of"
-    " instances: 1 is linear, 0 constant. A bundle without migration has nothing to decide at a tick."
+    "p50 / p99 of the quietest of several rounds. The exponent says how p50 grows with the number"
+    " of instances: 1 is linear, 0 constant. A bundle without migration has nothing to decide at a"
+    " tick."
 )
 
 # Goals on a machine like the one named in the report, in microseconds.
