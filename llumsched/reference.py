@@ -53,7 +53,8 @@ def text_of(policy: plugins.Policy) -> str:
     lines += textwrap.wrap(policy.doc, WIDTH, initial_indent="    ", subsequent_indent="    ")
     for param in policy.params:
         allowed = param.spec.range_text()
-        head = f"{param.name}: {param.type_name} = {_scalar(param.default)}"
+        default = "(required)" if param.is_required else f"= {_scalar(param.default)}"
+        head = f"{param.name}: {param.type_name} {default}"
         lines.append(f"      {head}" + (f"   [{allowed}]" if allowed else ""))
         lines += textwrap.wrap(
             param.spec.doc, WIDTH, initial_indent=" " * 10, subsequent_indent=" " * 10

@@ -99,7 +99,7 @@ class RoomFirst:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClearRoom:
-    """Move decodes off the instance where a held long prompt will go; else balance by freeness."""
+    """Move decodes off the instance where a held long prompt will go; balance the others."""
 
     long_share: float = param(0.2, LONG_SHARE_DOC, above=0, at_most=1)
     source_below: float = param(
@@ -112,13 +112,15 @@ class ClearRoom:
 
     def rebalance(self, cluster: ClusterSnapshot) -> Iterable[MigrationPair]:
         clearing = _clearing(cluster, self.long_share)
+        cleared = None if clearing is None else cluster.instance_ids[clearing]
         if clearing is not None:
             yield from self._clear(clearing, cluster)
-            return
         balance = FreenessPairs(
             source_below=self.source_below, destination_above=self.destination_above
         )
-        yield from balance.rebalance(cluster)
+        for pair in balance.rebalance(cluster):
+            if cleared not in (pair.source, pair.destination):
+                yield pair
 
     def _clear(self, source: int, cluster: ClusterSnapshot) -> Iterable[MigrationPair]:
         c = cluster.columns

@@ -133,20 +133,19 @@ def _outlook(
     ttft_slo_s = request.ttft_slo_s or policy.ttft_slo_s
     tpot_slo_s = request.tpot_slo_s or policy.tpot_slo_s
     expected_output_tokens = policy.expected_output_tokens
+
+    def predict() -> _Outlook | None:
+        ttft_s = predicted_ttft_s(request, cluster, expected_output_tokens)
+        tpot_s = cluster.columns.decode_step_s
+        share = ttft_s * (1 / ttft_slo_s)
+        np.maximum(share, tpot_s * (1 / tpot_slo_s), out=share)
+        row = cluster.argmin(share, cluster.candidates(request))
+        if row is None:
+            return None
+        return _Outlook(row, share.item(row), ttft_s.item(row), tpot_s.item(row))
+
     key = (request.request_id, ttft_slo_s, tpot_slo_s, expected_output_tokens)
-    known: _Outlook | None = cluster.fresh_values.get(key)
-    if known is not None:
-        return known
-    ttft_s = predicted_ttft_s(request, cluster, expected_output_tokens)
-    tpot_s = cluster.columns.decode_step_s
-    share = ttft_s * (1 / ttft_slo_s)
-    np.maximum(share, tpot_s * (1 / tpot_slo_s), out=share)
-    row = cluster.argmin(share, cluster.candidates(request))
-    if row is None:
-        return None
-    outlook = _Outlook(row, share.item(row), ttft_s.item(row), tpot_s.item(row))
-    cluster.fresh_values[key] = outlook
-    return outlook
+    return cluster.fresh(key, predict)
 
 
 def predicted_ttft_s(

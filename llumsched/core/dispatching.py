@@ -174,18 +174,22 @@ class Dispatcher:
         cluster = self._cluster.at(now)
         request = record.request
         if cluster.instance_ids and cluster.cannot_ever_hold(request):
-            self._reject(
-                record,
+            too_long = (
                 f"the prompt of {request.num_prompt_tokens} tokens exceeds the KV cache of every "
-                f"instance (the largest has {cluster.max_total_blocks} blocks)",
-                None,
-                out,
+                f"instance (the largest has {cluster.max_total_blocks} blocks)"
             )
+            if record.redispatch_reason:
+                # It was running: the instance that could hold it may come back.
+                return Hold(reason=too_long, others_may_pass=True)
+            self._reject(record, too_long, None, out)
             return None
+        candidates = cluster.candidates(request)
         if not cluster.num_accepting:
-            placement = self._blind(cluster)
+            placement = self._blind(request)
             if placement is None:
                 return Hold(reason="no instance accepts work")
+        elif candidates is not None and not candidates.any():
+            return Hold(reason="no accepting instance can hold it", others_may_pass=True)
         else:
             verdict = self._judge(request, cluster, out)
             if isinstance(verdict, Reject):
@@ -237,24 +241,24 @@ class Dispatcher:
             return _least_loaded(request, cluster)
         if placement is None:
             return None
-        problem = _problem(placement, cluster)
+        problem = _problem(placement, request, cluster)
         if problem is None:
             return placement
         out.append(policy_failed(policy, problem))
         return _least_loaded(request, cluster)
 
-    def _blind(self, cluster: ClusterSnapshot) -> Placement | None:
+    def _blind(self, request: SchedulingRequest) -> Placement | None:
         """With no instance reporting there is nothing to compare: take turns."""
-        serving = [
+        able = sorted(
             instance_id
             for instance_id, record in self._cluster.records.items()
             if record.state is InstanceState.SERVING
-        ]
-        if not serving:
+            and request.num_prompt_blocks(record.spec.block_size) <= record.load.num_total_blocks
+        )
+        if not able:
             return None
-        serving.sort()
-        following = [i for i in serving if i > self._last_blind_id]
-        self._last_blind_id = (following or serving)[0]
+        following = [i for i in able if i > self._last_blind_id]
+        self._last_blind_id = (following or able)[0]
         return Placement(
             instance_id=self._last_blind_id, reason="no instance reports its load; round-robin"
         )
@@ -276,7 +280,9 @@ class Dispatcher:
         return replace(request, predicted_output_tokens=max(1, predicted))
 
 
-def _problem(placement: Placement, cluster: ClusterSnapshot) -> str | None:
+def _problem(
+    placement: Placement, request: SchedulingRequest, cluster: ClusterSnapshot
+) -> str | None:
     wrong_shape = malformed(placement, Placement)
     if wrong_shape is not None:
         return wrong_shape
@@ -287,6 +293,8 @@ def _problem(placement: Placement, cluster: ClusterSnapshot) -> str | None:
         view = cluster[placement.instance_id]
         why = view.state.value if view.is_fresh else "stale"
         return f"chose instance {placement.instance_id!r}, which is {why}"
+    if not cluster.all_hold(request) and not cluster[placement.instance_id].fits(request):
+        return f"chose instance {placement.instance_id!r}, which cannot hold the prompt"
     return None
 
 

@@ -58,6 +58,11 @@ class Param:
     spec: ParamSpec
 
     @property
+    def is_required(self) -> bool:
+        """Whether it has no default: the configuration must give it."""
+        return self.default is dataclasses.MISSING
+
+    @property
     def type_name(self) -> str:
         """The type as a reader writes it: `int`, `float | None`."""
         return getattr(self.type, "__name__", None) or str(self.type)
@@ -87,7 +92,9 @@ def _params(cls: type) -> Iterator[Param]:
     for field in dataclasses.fields(cls):
         if field.init:
             spec = field.metadata.get(_SPEC, ParamSpec(doc=""))
-            yield Param(name=field.name, type=hints[field.name], default=field.default, spec=spec)
+            factory = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
+            yield Param(name=field.name, type=hints[field.name], default=default, spec=spec)
 
 
 def check_param(described: Param, value: Any) -> Any:

@@ -192,13 +192,19 @@ class ClusterSnapshot:
             return request.num_prompt_tokens > self.max_total_blocks * self.block_size
         return not bool((self.demand_blocks(request) <= self.columns.num_total_blocks).any())
 
+    def all_hold(self, request: SchedulingRequest) -> bool:
+        """Whether every known instance, if empty, could hold the prompt (may say no in doubt)."""
+        return (
+            self.block_size is not None
+            and request.num_prompt_tokens <= self.min_total_blocks * self.block_size
+        )
+
     def candidates(self, request: SchedulingRequest) -> BoolColumn | None:
         """Rows that accept work and could ever hold the request; None means every row."""
+        if self.all_hold(request):
+            all_accept = self.num_accepting == len(self.instance_ids)
+            return None if all_accept else self.columns.is_accepting
         demand = self.demand_blocks(request)
-        if isinstance(demand, int) and demand <= self.min_total_blocks:
-            return (
-                None if self.num_accepting == len(self.instance_ids) else self.columns.is_accepting
-            )
         return self.columns.is_accepting & (self.columns.num_total_blocks >= demand)
 
     def argmax(self, score: AnyColumn, among: BoolColumn | None = None) -> int | None:

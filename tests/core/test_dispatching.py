@@ -130,6 +130,37 @@ def test_different_block_sizes_are_each_counted_in_their_own() -> None:
     assert dispatched((action,)) == [("r", "b")]
 
 
+def test_a_placement_that_cannot_hold_the_prompt_is_replaced() -> None:
+    small = Scripted(lambda _: Placement(instance_id="small", reason="mistaken"))
+    driver = Driver(PolicyBundle(name="test", dispatch=small))
+    driver.join("small", num_total_blocks=10)
+    driver.join("zbig")
+    failed, placed = driver.arrive("r", num_blocks=50)
+    assert isinstance(failed, PolicyFailed)
+    assert failed.error == "chose instance 'small', which cannot hold the prompt"
+    assert dispatched((placed,)) == [("r", "zbig")]
+
+
+def test_what_only_a_draining_instance_could_hold_waits_and_others_pass() -> None:
+    driver = Driver()
+    driver.join("big")
+    driver.join("small", num_total_blocks=10)
+    driver.arrive("x")
+    driver.handle(DrainRequested(instance_id="big"))
+    assert driver.arrive("r1", num_blocks=50) == ()
+    assert dispatched(driver.arrive("r2")) == [("r2", "small")]
+
+
+def test_a_running_request_whose_only_instance_died_is_not_rejected() -> None:
+    driver = Driver()
+    driver.join("big")
+    driver.join("small", num_total_blocks=10)
+    driver.arrive("r", num_blocks=50)
+    assert driver.handle(InstanceLost(instance_id="big")) == ()
+    assert dispatched(driver.arrive("r2")) == [("r2", "small")]
+    assert dispatched(driver.handle(_joined("big"))) == [("r", "big")]
+
+
 # The queue.
 
 
@@ -229,6 +260,9 @@ def test_when_none_reports_the_known_instances_take_turns() -> None:
     actions = [driver.arrive(f"r{i}")[0] for i in range(4)]
     assert [a.instance_id for a in actions] == ["a", "c", "a", "c"]  # type: ignore[union-attr]
     assert actions[0].reason == "no instance reports its load; round-robin"  # type: ignore[union-attr]
+    driver.join("d", num_total_blocks=2000)
+    driver.now = 200.0
+    assert dispatched(driver.arrive("long", num_blocks=500)) == [("long", "d")]
 
 
 def test_a_scheduler_that_restarts_learns_requests_from_the_instances() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -31,6 +31,17 @@ def test_parameters_are_listed_with_defaults_and_docs() -> None:
         ("mode", "str", "fast", "A mode.", "one of fast, slow"),
     ]
     assert params_of(object) == ()
+
+
+@dataclass
+class Unusual:
+    needed: str
+    made: list[int] = field(default_factory=list)
+
+
+def test_a_parameter_may_be_required_or_made() -> None:
+    needed, made = params_of(Unusual)
+    assert (needed.is_required, made.is_required, made.default) == (True, False, [])
 
 
 @pytest.mark.parametrize(

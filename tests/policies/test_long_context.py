@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llumsched.core.actions import DispatchRequest
-from llumsched.core.events import MigrationFinished, MigrationOutcome, Ticked
+from llumsched.core.events import DrainRequested, MigrationFinished, MigrationOutcome, Ticked
 from tests.policies.clusters import make_driver, place, report, tick
 
 LONG = 60
@@ -54,6 +54,17 @@ def test_clearing_goes_on_until_there_is_room() -> None:
     report(driver, "c", {"num_used_blocks": 45, "num_running": 2})
     assert driver.scheduler.request_instance("long") is None
     assert tick(driver)[0][0] == "c"
+
+
+def test_the_others_are_balanced_and_drained_meanwhile() -> None:
+    driver = make_driver("long_context", busy() | {"d": {"num_used_blocks": 97, "num_running": 9}})
+    place(driver, "long", num_blocks=LONG)
+    driver.handle(DrainRequested(instance_id="d"))
+    moved = tick(driver)
+    assert ("c", "a") in moved
+    assert [destination for source, destination in moved if source == "d"] == []
+    report(driver, "b", {"num_used_blocks": 40, "num_running": 2})
+    assert ("d", "b") in tick(driver)
 
 
 def test_a_long_prompt_that_fits_goes_to_the_most_free_blocks_at_once() -> None:
