@@ -7,14 +7,14 @@ Invariant: no instance is in two pairs of one decision. Departure from the paper
 thresholds of their own, so that a pair cannot swap its roles for ever.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from llumsched.core.params import ParamError, check_params, param
 from llumsched.core.policy import MigrationPair
-from llumsched.core.snapshot import ClusterSnapshot
+from llumsched.core.snapshot import BoolColumn, ClusterSnapshot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,17 +38,22 @@ class FreenessPairs:
             )
 
     def rebalance(self, cluster: ClusterSnapshot) -> Iterable[MigrationPair]:
+        return self.pairs(cluster, np.ones(len(cluster), dtype=np.bool_))
+
+    def pairs(self, cluster: ClusterSnapshot, among: BoolColumn) -> Iterator[MigrationPair]:
+        """The pairs between these rows; for policies that balance only some of them."""
         c = cluster.columns
         freeness = c.freeness
         sources = np.flatnonzero(
-            (freeness < self.source_below)
+            among
+            & (freeness < self.source_below)
             & (c.is_accepting | (c.is_draining & c.is_fresh))
             & (c.num_running > 0)
         )
         # What drains must go somewhere: any instance that is not itself short of room will do.
         any_draining = bool(c.is_draining[sources].any())
         floor = self.source_below if any_draining else self.destination_above
-        destinations = np.flatnonzero(c.is_accepting & (freeness > floor))
+        destinations = np.flatnonzero(among & c.is_accepting & (freeness > floor))
         # Rows are sorted by id and the sort is stable, so ties go by instance id.
         sources = sources[np.argsort(freeness[sources], kind="stable")]
         destinations = destinations[np.argsort(-freeness[destinations], kind="stable")]

@@ -111,16 +111,15 @@ class ClearRoom:
     max_moves: int = param(4, "Requests moved off the instance at one decision.", at_least=1)
 
     def rebalance(self, cluster: ClusterSnapshot) -> Iterable[MigrationPair]:
+        others = np.ones(len(cluster), dtype=np.bool_)
         clearing = _clearing(cluster, self.long_share)
-        cleared = None if clearing is None else cluster.instance_ids[clearing]
         if clearing is not None:
+            others[clearing] = False
             yield from self._clear(clearing, cluster)
         balance = FreenessPairs(
             source_below=self.source_below, destination_above=self.destination_above
         )
-        for pair in balance.rebalance(cluster):
-            if cleared not in (pair.source, pair.destination):
-                yield pair
+        yield from balance.pairs(cluster, others)
 
     def _clear(self, source: int, cluster: ClusterSnapshot) -> Iterable[MigrationPair]:
         c = cluster.columns
