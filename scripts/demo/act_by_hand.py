@@ -14,7 +14,7 @@ from llumsched.commands.migrate import copied
 from scripts.demo import story
 from scripts.demo.client import Answer, OnText
 from scripts.demo.screen import Running, Screen
-from scripts.demo.stage import Check, Stage
+from scripts.demo.stage import Check, DemoFailed, Stage
 
 MAX_TOKENS = 128
 MOVE_AT_TOKEN = 48
@@ -112,6 +112,8 @@ async def _stream_and_move(stage: Stage) -> tuple[Answer, dict[str, Any]]:
     try:
         async with stage.watching() as watch:
             answer = await _answer(stage, on_text)
+            if not moves:
+                raise DemoFailed(f"the answer ended before its token {MOVE_AT_TOKEN}")
             report = await moves[0]
     finally:
         for task in moves:

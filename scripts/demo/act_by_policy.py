@@ -57,8 +57,13 @@ class Chats:
     def all_done(self) -> bool:
         return all(task.done() for task in self.tasks.values())
 
-    def number_of(self, request_id: str) -> int:
-        return next(n for n, answer in self.answers.items() if answer.request_id == request_id)
+    def number_of(self, request_id: str) -> int | None:
+        """The chat of a request; none for one that has hung up and is not aborted yet."""
+        numbers = (n for n, answer in self.answers.items() if answer.request_id == request_id)
+        return next(numbers, None)
+
+    def num_moves(self, watch: Watch) -> int:
+        return sum(watch.num_moves[answer.request_id] for answer in self.answers.values())
 
     def hang_up(self, number: int) -> None:
         self.tasks.pop(number).cancel()
@@ -94,13 +99,14 @@ async def play(stage: Stage) -> list[Check]:
         return screen.dim(f"+{waited_s:.1f} s")
 
     def on_move(request_id: str, source: str, destination: str, num_tokens: int) -> None:
-        move = f"chat {chats.number_of(request_id)} {source} → {destination}"
-        screen.line(
-            f"{after_the_hang_up()}  {screen.green('── policy:')} {move} after"
-            f" {num_tokens} tokens {screen.green('──')}"
-        )
+        number = chats.number_of(request_id)
+        if number is not None:
+            screen.line(
+                f"{after_the_hang_up()}  {screen.green('── policy:')} chat {number}"
+                f" {source} → {destination} after {num_tokens} tokens {screen.green('──')}"
+            )
 
-    async with stage.watching(on_move) as watch, _chats() as chats:
+    async with _chats() as chats, stage.watching(on_move) as watch:
         async with screen.waiting("until all chats stream"):
             for number, prompt in enumerate(prompts, start=1):
                 chats.start(stage, number, prompt)
@@ -118,7 +124,7 @@ async def play(stage: Stage) -> list[Check]:
         )
         await _show_load(stage, lambda instance_id, load: instance_id not in idle or load == 0)
         await until(
-            lambda: sum(watch.num_moves.values()) >= NUM_MOVES_WANTED or chats.all_done(),
+            lambda: chats.num_moves(watch) >= NUM_MOVES_WANTED or chats.all_done(),
             timeout_s=MOVING_TIMEOUT_S,
         )
         await _show_load(stage, lambda instance_id, load: instance_id not in idle or load > 1)
