@@ -50,7 +50,7 @@ BLOCK_SIZE = 16
 PROMPT_BLOCKS = 40
 
 NOTE = (
-    "p50 / p99 of the quietest of several rounds. The exponent says how p50 grows with the number"
+    "p50 / p99 of the quietest of twelve rounds. The exponent says how p50 grows with the number"
     " of instances: 1 is linear, 0 constant. A bundle without migration has nothing to decide at a"
     " tick."
 )
@@ -176,11 +176,10 @@ class Day:
         return took
 
 
-def measure(bundle_name: str, num_instances: int, quick: bool) -> Timings:
-    """The quietest of several rounds: what else the machine does is not the scheduler's time."""
+def measure(bundle_name: str, num_instances: int, quick: bool, best: Timings) -> None:
+    """Keep the quietest of a few rounds: what else the machine does is not the scheduler's time."""
     day = Day(bundle_name, num_instances)
-    num_rounds, num_events = (2, 40) if quick else (7, 150)
-    best = Timings()
+    num_rounds, num_events = (2, 40) if quick else (4, 150)
     gc.collect()
     gc.disable()
     try:
@@ -191,12 +190,11 @@ def measure(bundle_name: str, num_instances: int, quick: bool) -> Timings:
                 timings.snapshot.append(day.report())
             timings.rebalance += [day.rebalance() for _ in range(max(2, num_events // 10))]
             for kind in ("dispatch", "snapshot", "rebalance"):
-                samples = getattr(timings, kind)
-                if not getattr(best, kind) or p50(samples) < p50(getattr(best, kind)):
+                samples, kept = getattr(timings, kind), getattr(best, kind)
+                if not kept or p50(samples) < p50(kept):
                     setattr(best, kind, samples)
     finally:
         gc.enable()
-    return best
 
 
 def p50(samples: Iterable[float]) -> float:
@@ -251,11 +249,12 @@ def run(quick: bool) -> Report:
     """Measure every bundle at every size, and the prefix index."""
     sizes = SIZES[:3] if quick else SIZES
     bundles = ("latency", "mooncake", "round_robin") if quick else BUNDLES
-    timings: dict[tuple[str, int], Timings] = {}
-    for bundle_name in bundles:
-        for size in sizes:
-            print(f"{bundle_name} at {size} instances", file=sys.stderr, flush=True)
-            timings[bundle_name, size] = measure(bundle_name, size, quick)
+    timings = {(name, size): Timings() for name in bundles for size in sizes}
+    # Several passes, minutes apart: a busy spell must not fall on one bundle alone.
+    for number in range(1 if quick else 3):
+        for bundle_name, size in timings:
+            print(f"pass {number + 1}: {bundle_name}, {size}", file=sys.stderr, flush=True)
+            measure(bundle_name, size, quick, timings[bundle_name, size])
     megabytes, lookup_p50, lookup_p99 = measure_index(quick)
 
     figures = []

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llumsched.core.policy import MigrationPair
-from llumsched.core.snapshot import ROLES, BoolColumn, ClusterSnapshot, FloatColumn, IntColumn
+from llumsched.core.snapshot import ROLES, BoolColumn, ClusterSnapshot, FloatColumn
 from llumsched.core.types import InstanceRole
 
 PREFILL_SHARE_DOC = "Share of the instances, where they have no role of their own, for prefill."
@@ -59,7 +59,7 @@ def hand_over(
     *,
     sources: BoolColumn,
     destinations: BoolColumn,
-    load: FloatColumn | IntColumn,
+    load: FloatColumn,
     reason: str,
 ) -> Iterator[MigrationPair]:
     """Pair every source that runs something with the least loaded destinations, in turns.
@@ -79,12 +79,12 @@ def hand_over(
             source=ids[giver],
             destination=ids[ordered[turn % len(ordered)]],
             reason=reason,
-            num_requests=c.num_running.item(giver),
+            num_requests=int(c.num_running[giver]),
             balances=False,
         )
 
 
-def drain(cluster: ClusterSnapshot, load: FloatColumn | IntColumn) -> Iterable[MigrationPair]:
+def drain(cluster: ClusterSnapshot, load: FloatColumn) -> Iterable[MigrationPair]:
     """Whatever its pool, a draining instance gives what it runs to the least loaded."""
     c = cluster.columns
     draining = c.is_draining & c.is_fresh

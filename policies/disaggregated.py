@@ -56,7 +56,7 @@ class PrefillPool:
             return None
         return Placement(
             instance_id=cluster.instance_ids[row],
-            reason=f"{reason}, {c.num_prefill_tokens_pending.item(row)} tokens pending",
+            reason=f"{reason}, {c.num_prefill_tokens_pending.item(row):.0f} tokens pending",
         )
 
 
@@ -109,7 +109,7 @@ class HandOver:
 
 def _has_room(request: SchedulingRequest, row: int, cluster: ClusterSnapshot) -> bool:
     c = cluster.columns
-    return request.num_prompt_blocks(c.block_size.item(row)) <= c.num_free_blocks.item(row)
+    return request.num_prompt_blocks(int(c.block_size[row])) <= c.num_free_blocks.item(row)
 
 
 HAND_OVER_OPTIONS = SchedulerOptions(

@@ -34,7 +34,7 @@ class ShortestPrefillQueue:
             return None
         return Placement(
             instance_id=cluster.instance_ids[row],
-            reason=f"shortest prefill queue, {pending.item(row)} tokens",
+            reason=f"shortest prefill queue, {pending.item(row):.0f} tokens",
         )
 
 

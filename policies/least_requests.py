@@ -17,5 +17,5 @@ class LeastRequests:
         if row is None:
             return None
         return Placement(
-            instance_id=cluster.instance_ids[row], reason=f"{num_requests.item(row)} requests"
+            instance_id=cluster.instance_ids[row], reason=f"{num_requests.item(row):.0f} requests"
         )

@@ -63,7 +63,7 @@ class PromptLength:
             return None
         return Placement(
             instance_id=cluster.instance_ids[row],
-            reason=f"{reason} ({c.num_free_blocks.item(row)} free)",
+            reason=f"{reason} ({c.num_free_blocks.item(row):.0f} free)",
         )
 
     def _place_short(self, among: BoolColumn, cluster: ClusterSnapshot) -> tuple[int | None, str]:
@@ -127,7 +127,7 @@ class ClearRoom:
         victim_blocks = max(1, c.victim_blocks.item(source))
         destinations = np.flatnonzero(c.is_accepting & (room >= victim_blocks))
         order = destinations[np.argsort(-room[destinations], kind="stable")]
-        num_moves = min(self.max_moves, c.num_running.item(source))
+        num_moves = min(self.max_moves, int(c.num_running[source]))
         for destination in [row for row in order.tolist() if row != source][:num_moves]:
             yield MigrationPair(
                 source=cluster.instance_ids[source],

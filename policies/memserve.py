@@ -39,13 +39,13 @@ class GlobalPromptTree:
             longest = cluster.argmax(matched, among)
             if longest is not None and matched[longest]:
                 among = among & (matched == matched[longest])
-                reason = f"{matched[longest]} blocks cached"
+                reason = f"{matched.item(longest):.0f} blocks cached"
         row = cluster.argmin(pending, among)
         if row is None:
             return None
         return Placement(
             instance_id=cluster.instance_ids[row],
-            reason=f"{reason}, {pending.item(row)} tokens pending",
+            reason=f"{reason}, {pending.item(row):.0f} tokens pending",
         )
 
 

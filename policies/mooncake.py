@@ -16,7 +16,7 @@ import numpy as np
 
 from llumsched.core.params import param
 from llumsched.core.policy import ADMIT, Placement, PolicyBundle, Reject, Verdict
-from llumsched.core.snapshot import ClusterSnapshot, FloatColumn, IntColumn
+from llumsched.core.snapshot import ClusterSnapshot, FloatColumn
 from llumsched.core.types import SchedulingRequest
 from llumsched.policies._pools import PREFILL_SHARE_DOC, Pools, split
 from llumsched.policies.after_first_token import AfterFirstToken
@@ -42,7 +42,9 @@ class Conductor:
             return None
         return Placement(
             instance_id=cluster.instance_ids[row],
-            reason=f"prefill ends in {ttft_s.item(row):.2f} s, {matched.item(row)} blocks cached",
+            reason=(
+                f"prefill ends in {ttft_s.item(row):.2f} s, {matched.item(row):.0f} blocks cached"
+            ),
         )
 
 
@@ -101,10 +103,10 @@ class EarlyRejection:
 
 def _predicted(
     request: SchedulingRequest, cluster: ClusterSnapshot
-) -> tuple[FloatColumn, IntColumn]:
+) -> tuple[FloatColumn, FloatColumn]:
     """Time to first token, and leading blocks of the prompt cached, a row each."""
 
-    def predict() -> tuple[FloatColumn, IntColumn]:
+    def predict() -> tuple[FloatColumn, FloatColumn]:
         c = cluster.columns
         if cluster.match_prefix is not None and request.prefix_hashes:
             matched = cluster.match_prefix(request)
@@ -112,7 +114,7 @@ def _predicted(
             cached = np.minimum(matched * c.block_size, request.num_prompt_tokens - 1)
             num_tokens = c.num_prefill_tokens_pending + request.num_prompt_tokens - cached
         else:
-            matched = np.zeros(len(cluster), dtype=np.int64)
+            matched = np.zeros(len(cluster))
             num_tokens = c.num_prefill_tokens_pending + request.num_prompt_tokens
         ttft_s: FloatColumn = num_tokens * c.prefill_token_s
         ttft_s += c.decode_step_s

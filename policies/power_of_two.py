@@ -24,5 +24,5 @@ class PowerOfTwo:
         row = min(first, second, key=lambda row: (num_requests.item(row), row))
         return Placement(
             instance_id=cluster.instance_ids[row],
-            reason=f"{num_requests.item(row)} requests, the fewer of two",
+            reason=f"{num_requests.item(row):.0f} requests, the fewer of two",
         )

@@ -50,7 +50,7 @@ class CachedPrefix:
                 assert row is not None
                 return Placement(
                     instance_id=cluster.instance_ids[row],
-                    reason=f"{matched[row]} of {len(request.prefix_hashes)} blocks cached",
+                    reason=f"{matched.item(row):.0f} of {len(request.prefix_hashes)} blocks cached",
                 )
         row = cluster.argmax(c.freeness, candidates)
         if row is None:

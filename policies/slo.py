@@ -23,7 +23,7 @@ from llumsched.core.policy import (
     Reject,
     Verdict,
 )
-from llumsched.core.snapshot import ClusterSnapshot, FloatColumn, IntColumn
+from llumsched.core.snapshot import ClusterSnapshot, FloatColumn
 from llumsched.core.types import SchedulingRequest
 from llumsched.policies.freeness_range import FreenessRange
 from llumsched.policies.low_priority_short import LowPriorityShort
@@ -162,7 +162,7 @@ def predicted_ttft_s(
 
 
 def _block_wait_s(
-    cluster: ClusterSnapshot, missing: IntColumn, expected_output_tokens: int
+    cluster: ClusterSnapshot, missing: FloatColumn, expected_output_tokens: int
 ) -> FloatColumn:
     """Seconds until missing blocks are free: requests end after about that many tokens."""
     wait_s: FloatColumn = np.maximum(missing, 0) * cluster.columns.block_turnover_s

@@ -55,7 +55,7 @@ class ThreePools:
         row, name = shortest
         return Placement(
             instance_id=cluster.instance_ids[row],
-            reason=f"{name} pool, {pending.item(row)} tokens queued",
+            reason=f"{name} pool, {pending.item(row):.0f} tokens queued",
         )
 
 

@@ -10,6 +10,7 @@ Invariant: of two sampled instances with room, the one whose requests are predic
 never gets the request.
 """
 
+import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -37,18 +38,23 @@ class PredictedPowerOfTwo:
         yield from drain(cluster, expected)
         pools = split(cluster, self.prefill_share)
         sources = np.flatnonzero(pools.prefill & ~pools.decode & (c.num_running > 0))
+        # Sorted by room, so that those with enough for a request are the first few.
+        decode = np.flatnonzero(pools.decode)
+        decode = decode[np.argsort(-c.num_free_blocks[decode], kind="stable")]
+        room = (-c.num_free_blocks[decode]).tolist()
+        rows = decode.tolist()
         for source in sources.tolist():
-            # Enough room for the request that moves: the paper filters before it samples.
-            roomy = pools.decode & (c.num_free_blocks >= max(1, c.victim_blocks.item(source)))
-            first, second = cluster.random_row(roomy), cluster.random_row(roomy)
-            if first is None or second is None:
+            # The paper filters before it samples: enough room for the request that moves.
+            num_roomy = bisect.bisect_right(room, -max(1.0, c.victim_blocks.item(source)))
+            if not num_roomy:
                 continue
-            destination = min(first, second, key=lambda row: (expected.item(row), row))
+            drawn = [rows[cluster.rng.randrange(num_roomy)] for _ in range(2)]
+            destination = min(drawn, key=lambda row: (expected.item(row), row))
             yield MigrationPair(
                 source=cluster.instance_ids[source],
                 destination=cluster.instance_ids[destination],
-                reason=f"lighter of two: {expected.item(destination)} blocks predicted",
-                num_requests=c.num_running.item(source),
+                reason=f"lighter of two: {expected.item(destination):.0f} blocks predicted",
+                num_requests=int(c.num_running[source]),
                 balances=False,
             )
 

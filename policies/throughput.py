@@ -24,7 +24,7 @@ from llumsched.core.policy import (
     ScaleUp,
     Verdict,
 )
-from llumsched.core.snapshot import AnyColumn, BoolColumn, ClusterSnapshot, IntColumn
+from llumsched.core.snapshot import AnyColumn, BoolColumn, ClusterSnapshot, FloatColumn
 from llumsched.core.types import SchedulingRequest
 from llumsched.policies.low_priority_short import LowPriorityShort
 
@@ -122,11 +122,11 @@ class Consolidate:
             if self._room(cluster, fuller).sum() >= used:
                 yield from self._empty(source, usage, fuller, cluster)
 
-    def _room(self, cluster: ClusterSnapshot, among: BoolColumn) -> IntColumn:
+    def _room(self, cluster: ClusterSnapshot, among: BoolColumn) -> FloatColumn:
         c = cluster.columns
-        limit = (self.target_kv_usage * c.num_total_blocks).astype(np.int64)
+        limit = self.target_kv_usage * c.num_total_blocks
         room = limit - (c.num_total_blocks - c.num_room_blocks)
-        result: IntColumn = np.where(among, np.maximum(room, 0), 0)
+        result: FloatColumn = np.where(among, np.maximum(room, 0), 0)
         return result
 
     def _empty(

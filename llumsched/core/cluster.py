@@ -22,7 +22,7 @@ from llumsched.core.snapshot import (
     STATES,
     ClusterSnapshot,
     Columns,
-    IntColumn,
+    FloatColumn,
 )
 from llumsched.core.step_time import DEFAULT_STEP_TIME, StepTimeModel
 from llumsched.core.types import InstanceState, PriorityClass, SchedulingRequest
@@ -63,7 +63,7 @@ class Cluster:
         rng: random.Random,
         step_time: StepTimeModel = DEFAULT_STEP_TIME,
         held: Callable[[], Sequence[SchedulingRequest]] = tuple,
-        match_prefix: Callable[[SchedulingRequest], IntColumn] | None = None,
+        match_prefix: Callable[[SchedulingRequest], FloatColumn] | None = None,
     ) -> None:
         self._headroom = headroom
         self._stale_after_s = stale_after_s

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from llumsched.core.snapshot import IntColumn
+from llumsched.core.snapshot import FloatColumn, IntColumn
 
 # From here on, all bits at once are cheaper than one after another.
 MANY_HOLDERS = 12
@@ -105,9 +105,9 @@ class PrefixIndex:
         for instance_id, blocks in state.items():
             self.store(instance_id, tuple(blocks))
 
-    def match(self, prefix_hashes: tuple[int, ...], instance_ids: tuple[str, ...]) -> IntColumn:
+    def match(self, prefix_hashes: tuple[int, ...], instance_ids: tuple[str, ...]) -> FloatColumn:
         """Leading blocks of a prompt that each instance holds, in the order of `instance_ids`."""
-        matched = np.zeros(len(instance_ids), dtype=np.int64)
+        matched = np.zeros(len(instance_ids), dtype=np.float64)
         get = self._holders.get
         depth = 0
         end = len(prefix_hashes)

@@ -89,7 +89,7 @@ class Rebalancer:
         source = self._cluster.records[pair.source]
         destination = self._cluster.records[pair.destination]
         snapshot = self._cluster.snapshot
-        num_blocks = snapshot.columns.victim_blocks.item(snapshot.rows[pair.source])
+        num_blocks = int(snapshot.columns.victim_blocks[snapshot.rows[pair.source]])
         limit = min(limit, pair.num_requests)
         for num_started in range(limit):
             if (

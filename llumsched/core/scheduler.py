@@ -47,7 +47,7 @@ from llumsched.core.policy import PolicyBundle, Stateful
 from llumsched.core.prefix_index import PrefixIndex
 from llumsched.core.rebalancing import Rebalancer
 from llumsched.core.scaling import Scaling
-from llumsched.core.snapshot import ClusterSnapshot, IntColumn
+from llumsched.core.snapshot import ClusterSnapshot, FloatColumn
 from llumsched.core.step_time import StepTimeModel
 from llumsched.core.types import SchedulingRequest
 
@@ -222,7 +222,7 @@ class GlobalScheduler:
         limit = self.options.max_queue_attempts
         return tuple(record.request for record in self._queue.in_order(limit))
 
-    def _match_prefix(self, request: SchedulingRequest) -> IntColumn:
+    def _match_prefix(self, request: SchedulingRequest) -> FloatColumn:
         assert self._prefix_index is not None
         return self._prefix_index.match(request.prefix_hashes, self._cluster.snapshot.instance_ids)
 

@@ -1,5 +1,8 @@
 """The cluster as a policy sees it: one numpy column per quantity, one row per instance.
 
+Counts are float64 like the rest: they are exact far beyond any cluster, and arithmetic between
+columns then never converts, which at small sizes is most of its cost.
+
 Every number is already overlaid with what the scheduler has sent and the instances have not
 reported yet, so a burst sees the load it creates itself.
 
@@ -49,26 +52,26 @@ class Columns:
     prefill_token_s: FloatColumn
     block_turnover_s: FloatColumn
     last_report_s: FloatColumn
-    num_total_blocks: IntColumn
-    num_free_blocks: IntColumn
-    num_used_blocks: IntColumn
-    num_room_blocks: IntColumn
-    num_running: IntColumn
-    num_waiting: IntColumn
-    num_unreported: IntColumn
-    batch_size: IntColumn
-    num_requests: IntColumn
-    head_of_line_blocks: IntColumn
-    num_waiting_blocks: IntColumn
-    num_prefill_tokens_pending: IntColumn
-    num_high_running: IntColumn
-    victim_blocks: IntColumn
-    predicted_final_blocks: IntColumn
-    num_migrations_in: IntColumn
-    num_migrations_out: IntColumn
-    block_size: IntColumn
-    max_num_seqs: IntColumn
-    max_num_batched_tokens: IntColumn
+    num_total_blocks: FloatColumn
+    num_free_blocks: FloatColumn
+    num_used_blocks: FloatColumn
+    num_room_blocks: FloatColumn
+    num_running: FloatColumn
+    num_waiting: FloatColumn
+    num_unreported: FloatColumn
+    batch_size: FloatColumn
+    num_requests: FloatColumn
+    head_of_line_blocks: FloatColumn
+    num_waiting_blocks: FloatColumn
+    num_prefill_tokens_pending: FloatColumn
+    num_high_running: FloatColumn
+    victim_blocks: FloatColumn
+    predicted_final_blocks: FloatColumn
+    num_migrations_in: FloatColumn
+    num_migrations_out: FloatColumn
+    block_size: FloatColumn
+    max_num_seqs: FloatColumn
+    max_num_batched_tokens: FloatColumn
     state: IntColumn
     role: IntColumn
     is_accepting: BoolColumn
@@ -140,7 +143,7 @@ class ClusterSnapshot:
     rows: dict[str, int] = field(default_factory=dict)
     held: Callable[[], Sequence[SchedulingRequest]] = tuple
     """Requests waiting for a place, in dispatch order (a bounded number of them)."""
-    match_prefix: Callable[[SchedulingRequest], IntColumn] | None = None
+    match_prefix: Callable[[SchedulingRequest], FloatColumn] | None = None
     """Cached leading blocks of the prompt per row; None if no prefix index is kept."""
 
     stable_values: dict[Hashable, Any] = field(default_factory=dict)
@@ -180,7 +183,7 @@ class ClusterSnapshot:
         """Instances that may be given work: serving, and heard from lately."""
         return [InstanceView(self, int(row)) for row in np.flatnonzero(self.columns.is_accepting)]
 
-    def demand_blocks(self, request: SchedulingRequest) -> IntColumn | int:
+    def demand_blocks(self, request: SchedulingRequest) -> FloatColumn | int:
         """Blocks of the prompt: one number, or one per row where block sizes differ."""
         if self.block_size is not None:
             return -(-request.num_prompt_tokens // self.block_size)
