@@ -298,7 +298,8 @@ class Cluster:
         num_free = load.num_free_blocks - record.num_sent_blocks
         num_used = num_total - num_free
         num_waiting = load.num_waiting
-        batch_size = load.num_running + num_sent
+        # What is arriving holds blocks already, so it counts as running.
+        batch_size = load.num_running + load.num_migrations_in + num_sent
         columns.num_free_blocks[row] = num_free
         columns.num_used_blocks[row] = num_used
         columns.num_room_blocks[row] = num_free - load.num_waiting_blocks

@@ -135,7 +135,8 @@ def freeness(
     """Decode steps until the instance is full; may be negative; +inf when empty, -inf draining."""
     if draining:
         return -math.inf
-    batch_size = load.num_running + unreported.num_requests
+    # What is arriving holds blocks already, so it counts as running.
+    batch_size = load.num_running + load.num_migrations_in + unreported.num_requests
     usage = virtual_usage(load, headroom=headroom, unreported=unreported)
     if not batch_size and not load.num_waiting and not usage:
         return math.inf

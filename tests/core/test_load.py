@@ -105,6 +105,14 @@ def test_blocks_reserved_for_an_incoming_migration_count_as_used() -> None:
     assert freeness(load, headroom=NO_HEADROOM) == TOTAL_BLOCKS - 10
 
 
+def test_an_incoming_migration_counts_in_the_batch_as_its_blocks_count_in_the_usage() -> None:
+    # Else an instance with one request and one arriving looks twice as free as it is, and takes
+    # more than it can keep: the requests then move back and forth.
+    arriving = make_load(num_used_blocks=20, num_running=1, num_migrations_in=1)
+    arrived = make_load(num_used_blocks=20, num_running=2)
+    assert freeness(arriving, headroom=Headroom()) == freeness(arrived, headroom=Headroom())
+
+
 def test_a_stuck_prompt_makes_an_instance_look_full() -> None:
     load = make_load(num_used_blocks=60, num_waiting=3, head_of_line_blocks=50)
     assert freeness(load, headroom=NO_HEADROOM) == TOTAL_BLOCKS - 60 - 50
