@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -15,6 +16,14 @@ from tests.e2e.servers import RUNNING, Server, llumsched, plain_vllm
 LOG_TAIL_NUM_CHARACTERS = 6000
 
 _log_sizes = pytest.StashKey[dict[str, int]]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def servers_end_with_the_tests() -> Iterator[None]:
+    """When a time limit's SIGTERM ends these tests as well, as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

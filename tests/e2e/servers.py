@@ -42,8 +42,9 @@ ENGINE_FLAGS = (
     "--max-model-len=1024",
     "--num-gpu-blocks-override=65",
     "--kv-cache-memory-bytes=134217728",
-    # Long prompts are computed in chunks, which tests rely on; short ones never are, since vLLM
-    # 0.32 on CPU dies of a seeded request whose prompt is (its generator has no offset to reset).
+    # Beside another request a long prompt is computed in chunks, which tests rely on; short ones
+    # never are, since vLLM 0.32 on CPU dies of a seeded request whose prompt is (its generator has
+    # no offset to reset).
     "--max-num-batched-tokens=1024",
     "--long-prefill-token-threshold=128",
     "--enable-auto-tool-choice",
