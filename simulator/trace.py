@@ -87,7 +87,8 @@ class Trace:
 
     def _with_length(self, factor: float) -> Trace:
         def scale(tokens: Ints) -> Ints:
-            return np.maximum(np.ceil(tokens * factor), 1).astype(np.int64)
+            scaled: Ints = np.maximum(np.ceil(tokens * factor), 1).astype(np.int64)
+            return scaled
 
         prompts = scale(self.num_prompt_tokens)
         block_size = max(1, round(self.hash_block_size * factor))
