@@ -82,7 +82,9 @@ QUANTILE_LENGTHS: Mapping[str, QuantileLengths] = MappingProxyType(
 def quantile_lengths(quantiles: Quantiles, num_requests: int, rng: np.random.Generator) -> Ints:
     """Lengths that follow the quantiles, with straight lines between them."""
     shares, tokens = zip(*quantiles, strict=True)
-    return np.ceil(np.interp(rng.random(num_requests), shares, tokens)).astype(np.int64)
+    drawn = np.interp(rng.random(num_requests), shares, tokens)
+    lengths: Ints = np.ceil(drawn).astype(np.int64)
+    return lengths
 
 
 def lognormal_lengths(
