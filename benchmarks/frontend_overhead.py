@@ -41,7 +41,7 @@ class Round:
 
 
 def run(quick: bool) -> Report:
-    num_rounds = 2 if quick else 9
+    num_rounds = 2 if quick else 7
     with plain_vllm() as vllm, llumsched(instances=1) as ours:
         rounds = asyncio.run(_alternate({"vllm": vllm, "llumsched": ours}, num_rounds, quick))
     figures = []
@@ -103,7 +103,7 @@ async def _alternate(
             await _round(session, server, concurrency=8, num_requests=8, salt="warm-up")
         for index in range(num_rounds):
             for concurrency in CONCURRENCIES:
-                num_requests = concurrency * (1 if quick else 2) if concurrency > 1 else 4
+                num_requests = {1: 4, 8: 8 if quick else 16}.get(concurrency, concurrency)
                 # Turn about, so that neither server always comes first.
                 names = list(servers) if index % 2 == 0 else list(reversed(servers))
                 for name in names:

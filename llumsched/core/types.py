@@ -50,6 +50,11 @@ def priority_class(vllm_priority: int) -> PriorityClass:
     return PriorityClass.HIGH if vllm_priority < 0 else PriorityClass.NORMAL
 
 
+def vllm_priority(priority: PriorityClass) -> int:
+    """A value of vLLM's `priority` field that is of this class."""
+    return -int(priority)
+
+
 def num_blocks_for(num_tokens: int, block_size: int) -> int:
     """KV blocks that hold `num_tokens` tokens."""
     return -(-num_tokens // block_size)

@@ -41,6 +41,11 @@ class ServeOptions:
     decision_log: Path | None
     allow_other_vllm: bool
 
+    @property
+    def wants_prefix_blocks(self) -> bool:
+        """Whether the policies ask which instance caches which prefix."""
+        return build_bundle(self.config).options.prefix_index_blocks > 0
+
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
     """vLLM's arguments and ours.

@@ -35,10 +35,11 @@ from vllm.v1.engine.core_client import (
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from llumsched.core.types import priority_class
+from llumsched.core.types import priority_class, vllm_priority
 from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID
+from llumsched.frontend.hints import current
 from llumsched.frontend.metrics import FrontendMetrics
-from llumsched.frontend.routes import Arrival, Passed, Route, Routes
+from llumsched.frontend.routes import Arrival, Finished, Passed, Route, Routes
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,10 @@ class Placer(Protocol):
     async def place(self, request: EngineCoreRequest) -> int:
         """The ZMQ index of the chosen instance; raises what the client should see as an error."""
 
-    def ended(self, request_id: str, *, aborted: bool) -> None:
-        """Tell the scheduler that a request is over."""
+    def ended(
+        self, request_id: str, *, aborted: bool, num_output_tokens: int | None = None
+    ) -> None:
+        """Tell the scheduler that a request is over, and its length if it ended by itself."""
 
 
 class FrontendSockets:
@@ -171,6 +174,9 @@ class RoutingEngineClient(AsyncMPClient):
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         request.client_index = self.client_index
+        priority = current().priority
+        if priority is not None:
+            request.priority = vllm_priority(priority)
         request_id = request.request_id
         self._ensure_output_queue_task()
         route = self.routes.open(
@@ -284,7 +290,7 @@ class RoutingEngineClient(AsyncMPClient):
             return
         self._deliver(passed, finished)
 
-    def _deliver(self, passed: Iterable[Passed], finished: Iterable[str]) -> None:
+    def _deliver(self, passed: Iterable[Passed], finished: Iterable[Finished]) -> None:
         for part in passed:
             self.outputs_queue.put_nowait(
                 EngineCoreOutputs(
@@ -292,8 +298,10 @@ class RoutingEngineClient(AsyncMPClient):
                     outputs=cast("list[EngineCoreOutput]", list(part.outputs)),
                 )
             )
-        for request_id in finished:
-            self._placer.ended(request_id, aborted=False)
+        for request in finished:
+            self._placer.ended(
+                request.request_id, aborted=False, num_output_tokens=request.num_tokens
+            )
 
     # ---- instances ------------------------------------------------------------------------
 

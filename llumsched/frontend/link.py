@@ -21,6 +21,8 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import EngineCoreRequest
 
 from llumsched.core.types import SchedulingRequest, priority_class
+from llumsched.engine.vllm.hints import predict
+from llumsched.frontend.hints import Hints, current
 from llumsched.runtime.messages import (
     ClusterDescription,
     DescribeCluster,
@@ -53,6 +55,7 @@ class SchedulerLink:
     endpoint: the scheduler's control socket.
     engine_indices: ZMQ index of each instance id.
     least_loaded: chooses an instance when the scheduler is silent.
+    prefix_hashes: names the blocks of a prompt, where the scheduler's policies want them.
     """
 
     def __init__(
@@ -60,9 +63,11 @@ class SchedulerLink:
         endpoint: str,
         engine_indices: Mapping[str, int],
         least_loaded: Callable[[], int],
+        prefix_hashes: Callable[[EngineCoreRequest], tuple[int, ...]] | None = None,
     ) -> None:
         self._engine_indices = dict(engine_indices)
         self._least_loaded = least_loaded
+        self._prefix_hashes = prefix_hashes
         self._placements: dict[str, asyncio.Future[Placed]] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count(1)
@@ -74,7 +79,7 @@ class SchedulerLink:
         self._post(RegisterFrontend(frontend_id="frontend-0"))
 
     async def place(self, request: EngineCoreRequest) -> int:
-        """The instance for a request.
+        """The instance for a request, which takes the scheduler's prediction along.
 
         Raises:
             GracefulHTTPError: 503, if the scheduler rejects it; the message says why.
@@ -82,7 +87,9 @@ class SchedulerLink:
         future: asyncio.Future[Placed] = asyncio.get_running_loop().create_future()
         self._placements[request.request_id] = future
         try:
-            await self._socket.send(encode(PlaceRequest(request=_for_scheduling(request))))
+            prefix_hashes = self._prefix_hashes(request) if self._prefix_hashes else ()
+            described = for_scheduling(request, current(), prefix_hashes)
+            await self._socket.send(encode(PlaceRequest(request=described)))
             while True:
                 try:
                     placed = await asyncio.wait_for(asyncio.shield(future), PLACEMENT_TIMEOUT_S)
@@ -100,10 +107,18 @@ class SchedulerLink:
             self._placements.pop(request.request_id, None)
         if placed.instance_id is None:
             raise Rejected(placed.reason, placed.retry_after_s)
+        if placed.predicted_output_tokens is not None and request.sampling_params is not None:
+            predict(request.sampling_params, placed.predicted_output_tokens)
         return self._engine_indices[placed.instance_id]
 
-    def ended(self, request_id: str, *, aborted: bool) -> None:
-        self._post(RequestEnded(request_id=request_id, aborted=aborted))
+    def ended(
+        self, request_id: str, *, aborted: bool, num_output_tokens: int | None = None
+    ) -> None:
+        self._post(
+            RequestEnded(
+                request_id=request_id, aborted=aborted, num_output_tokens=num_output_tokens
+            )
+        )
 
     async def migrate(
         self, request_id: str, destination: str | None, timeout_s: float
@@ -187,7 +202,10 @@ class Rejected(GracefulHTTPError):
         )
 
 
-def _for_scheduling(request: EngineCoreRequest) -> SchedulingRequest:
+def for_scheduling(
+    request: EngineCoreRequest, hints: Hints, prefix_hashes: tuple[int, ...] = ()
+) -> SchedulingRequest:
+    """What the scheduler is told of a request."""
     sampling = request.sampling_params
     prompt = request.prompt_token_ids
     priority = priority_class(request.priority)
@@ -197,4 +215,8 @@ def _for_scheduling(request: EngineCoreRequest) -> SchedulingRequest:
         max_output_tokens=sampling.max_tokens if sampling is not None else 1,
         scheduling_priority=priority,
         execution_priority=priority,
+        client_id=hints.client_id,
+        prefix_hashes=prefix_hashes,
+        ttft_slo_s=hints.ttft_slo_s,
+        tpot_slo_s=hints.tpot_slo_s,
     )

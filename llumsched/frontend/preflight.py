@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 from vllm.config import VllmConfig
 
+from llumsched.engine.vllm.prefix_blocks import SEEDED_ALGORITHMS
 from llumsched.frontend.arguments import UsageError
 
 GIB = 1 << 30
@@ -35,6 +36,21 @@ def check_model(model: str) -> None:
         raise UsageError(f"There is no model at {model}: give a folder or a hub name.")
     if path.is_dir() and not (path / "config.json").exists() and not list(path.glob("*.gguf")):
         raise UsageError(f"{model} is not a model folder: it has no config.json.")
+
+
+def check_prefix_hashes(vllm_config: VllmConfig, environment: Mapping[str, str]) -> None:
+    """Refuse to match prefixes that the processes would name differently.
+
+    Raises:
+        UsageError: naming the two ways out.
+    """
+    algorithm = vllm_config.cache_config.prefix_caching_hash_algo
+    if algorithm in SEEDED_ALGORITHMS and "PYTHONHASHSEED" not in environment:
+        raise UsageError(
+            f"--prefix-caching-hash-algo {algorithm}: each process draws its own seed, so this "
+            "policy could not tell whose cache holds a prompt. Leave the flag out (sha256), or "
+            "set PYTHONHASHSEED to a secret number."
+        )
 
 
 def plan_cpu_memory(

@@ -63,6 +63,14 @@ class Passed:
     outputs: Sequence[Output]
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request that ended by itself, and the output tokens it had, wherever they came from."""
+
+    request_id: str
+    num_tokens: int
+
+
 class RouteObserver(Protocol):
     """Hears, once each, what became of a request that was not closed before."""
 
@@ -120,15 +128,17 @@ class Routes:
             found.add(route.instance)
         return found
 
-    def pass_on(self, instance: int, outputs: Sequence[Output]) -> tuple[list[Passed], list[str]]:
+    def pass_on(
+        self, instance: int, outputs: Sequence[Output]
+    ) -> tuple[list[Passed], list[Finished]]:
         """Take in what ``instance`` sent.
 
         Returns:
-            what may be passed on, in order, and the ids of the requests that finished with it.
+            what may be passed on, in order, and the requests that finished with it.
         """
         own: list[Output] = []
         drained: list[Passed] = []
-        finished: list[str] = []
+        finished: list[Finished] = []
         for output in outputs:
             route = self._routes.get(output.request_id)
             if route is None:
@@ -146,7 +156,9 @@ class Routes:
         passed = [Passed(instance, own)] if own else []
         return passed + drained, finished
 
-    def arrive(self, request_id: str, arrival: Arrival) -> tuple[list[Passed], list[str], bool]:
+    def arrive(
+        self, request_id: str, arrival: Arrival
+    ) -> tuple[list[Passed], list[Finished], bool]:
         """Take in the announcement that a request has moved.
 
         Returns:
@@ -157,7 +169,7 @@ class Routes:
         if route is None:
             return [], [], False
         drained: list[Passed] = []
-        finished: list[str] = []
+        finished: list[Finished] = []
         route.stays[arrival.instance] = arrival.num_moves
         # Else it has moved on already, from a stay without a single token.
         if arrival.num_moves > route.num_moves:
@@ -165,7 +177,7 @@ class Routes:
             self._follow(route, drained, finished)
         return drained, finished, True
 
-    def _follow(self, route: Route, drained: list[Passed], finished: list[str]) -> None:
+    def _follow(self, route: Route, drained: list[Passed], finished: list[Finished]) -> None:
         """Go to where the request's next token comes from, as often as it has moved."""
         while due := [a for a in route.arrivals if a.num_tokens == route.num_tokens]:
             # Of two that start at this very token, the later one has the next token.
@@ -180,12 +192,12 @@ class Routes:
             if held:
                 drained.append(Passed(arrival.instance, held))
 
-    def _count(self, output: Output, route: Route, finished: list[str]) -> None:
+    def _count(self, output: Output, route: Route, finished: list[Finished]) -> None:
         if self._observer is not None and not route.num_tokens and output.new_token_ids:
             self._observer.first_token(route)
         route.num_tokens += len(output.new_token_ids)
         if output.finish_reason is not None:
             del self._routes[output.request_id]
-            finished.append(output.request_id)
+            finished.append(Finished(output.request_id, route.num_tokens))
             if self._observer is not None:
                 self._observer.finished(route)

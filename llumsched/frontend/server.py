@@ -30,6 +30,7 @@ from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.exceptions import GracefulHTTPError
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine import async_llm as async_llm_module
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -37,11 +38,19 @@ from llumsched.core.migration import MigrationOptions
 from llumsched.core.policy import VictimPolicy
 from llumsched.engine.vllm.core import EngineSettings
 from llumsched.engine.vllm.internals import UnsupportedVersion, check_version
+from llumsched.engine.vllm.prefix_blocks import prefix_hasher, record_kv_events
 from llumsched.frontend.admin import admin_router
 from llumsched.frontend.arguments import ServeOptions, UsageError, parse
 from llumsched.frontend.client import FrontendSockets, RoutingEngineClient
+from llumsched.frontend.hints import HintsMiddleware
 from llumsched.frontend.link import SchedulerLink
-from llumsched.frontend.preflight import check_model, cpu_threads_per_instance, plan_cpu_memory
+from llumsched.frontend.pool_metrics import PoolMetrics
+from llumsched.frontend.preflight import (
+    check_model,
+    check_prefix_hashes,
+    cpu_threads_per_instance,
+    plan_cpu_memory,
+)
 from llumsched.plugins import build_bundle
 from llumsched.policies.low_priority_short import LowPriorityShort
 from llumsched.runtime.instance import InstancePlan
@@ -76,6 +85,9 @@ def main(argv: Sequence[str]) -> int:
         check_version(allow_other=options.allow_other_vllm)
         check_model(args.model)
         vllm_config = _engine_config(args)
+        if options.wants_prefix_blocks:
+            check_prefix_hashes(vllm_config, os.environ)
+            record_kv_events(vllm_config)
         if current_platform.is_cpu():
             kv_bytes = plan_cpu_memory(vllm_config, options.num_instances, os.environ)
             if kv_bytes is not None:
@@ -148,7 +160,8 @@ async def _serve(
             plans, _resources(vllm_config, len(plans)), timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S
         )
         link_holder: list[SchedulerLink] = []
-        with _our_client(sockets, plans, link_holder, pool.scheduler_endpoint):
+        prefix_hashes = prefix_hasher(vllm_config) if options.wants_prefix_blocks else None
+        with _our_client(sockets, plans, link_holder, pool.scheduler_endpoint, prefix_hashes):
             engine = Engine.from_vllm_config(
                 vllm_config=vllm_config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
@@ -166,6 +179,7 @@ async def _serve(
             loop.call_soon_threadsafe(client.instance_lost, index_of[instance_id])
 
         pool.watch(on_lost)
+        following = asyncio.create_task(PoolMetrics().follow(link))
         try:
             await engine.reset_mm_cache()
             closing = await _serve_http(args, options, engine, link, index_of, listen_address, sock)
@@ -174,6 +188,7 @@ async def _serve(
             _on_signals(signal.SIG_IGN)
             _progress("stopping")
             engine.shutdown(timeout=0)
+            following.cancel()
             link.close()
             pool.stop()
     return 0
@@ -201,6 +216,7 @@ def _plans(
             host=host,
             victim=victim,
             migration=MIGRATION_OPTIONS,
+            reports_prefix_blocks=options.wants_prefix_blocks,
         )
         for index in range(options.num_instances)
     ]
@@ -227,6 +243,7 @@ def _our_client(
     plans: Sequence[InstancePlan],
     link_holder: list[SchedulerLink],
     scheduler_endpoint: str,
+    prefix_hashes: Callable[[EngineCoreRequest], tuple[int, ...]] | None,
 ) -> Iterator[None]:
     """While this lasts, ``AsyncLLM`` builds its client as one over the pool.
 
@@ -246,6 +263,7 @@ def _our_client(
             scheduler_endpoint,
             {plan.instance_id: plan.engine.engine_index for plan in plans},
             least_loaded,
+            prefix_hashes,
         )
         link_holder.append(link)
         client = RoutingEngineClient(
@@ -281,6 +299,7 @@ async def _serve_http(
     """vLLM's ``build_and_serve``, with the admin routes added to its app."""
     supported_tasks = await engine.get_supported_tasks()
     app = build_app(args, supported_tasks, engine.model_config)
+    app.add_middleware(HintsMiddleware)
     if options.admin_api:
         names = {index: instance_id for instance_id, index in index_of.items()}
         app.include_router(admin_router(link, engine.engine_core.routes, names))

@@ -48,6 +48,7 @@ from llumsched.core.events import (
 )
 from llumsched.core.load import InstanceLoad
 from llumsched.core.scheduler import GlobalScheduler
+from llumsched.core.types import PriorityClass
 from llumsched.decision_log import DecisionLog
 from llumsched.plugins import build_bundle
 from llumsched.runtime.messages import (
@@ -65,6 +66,7 @@ from llumsched.runtime.messages import (
     RegisterInstance,
     ReportLoad,
     ReportMigration,
+    ReportPrefixBlocks,
     RequestEnded,
     Unknown,
     Welcomed,
@@ -75,6 +77,7 @@ from llumsched.runtime.messages import (
 logger = logging.getLogger(__name__)
 
 ACTOR_NAME = "llumsched-global-scheduler"
+LOG_FLUSH_INTERVAL_S = 1.0
 
 
 class Controller:
@@ -98,6 +101,7 @@ class Controller:
         self._log = (
             DecisionLog(decision_log, config, self._scheduler.checkpoint) if decision_log else None
         )
+        self._log_flushed_s = clock()
         self._instances: dict[str, RegisterInstance] = {}
         self._identities: dict[str, bytes] = {}
         self._loads: dict[str, InstanceLoad] = {}
@@ -105,6 +109,7 @@ class Controller:
         self._frontend_of: dict[str, bytes] = {}
         self._operator_calls: dict[str, tuple[bytes, int]] = {}
         self._outcomes: Counter[str] = Counter()
+        self._policy_failures: Counter[str] = Counter()
         self._socket: zmq.asyncio.Socket | None = None
         self._outbox: list[tuple[bytes, Message]] = []
 
@@ -170,6 +175,9 @@ class Controller:
                 self._register(identity, message)
             case ReportLoad():
                 self._report_load(identity, message.load)
+            case ReportPrefixBlocks():
+                for event in message.events():
+                    self._handle(event)
             case ReportMigration():
                 self._report_migration(message)
             case RegisterFrontend():
@@ -179,12 +187,7 @@ class Controller:
                 self._handle(RequestArrived(request=message.request))
             case RequestEnded():
                 self._frontend_of.pop(message.request_id, None)
-                event: Event = (
-                    RequestAborted(request_id=message.request_id)
-                    if message.aborted
-                    else RequestFinished(request_id=message.request_id)
-                )
-                self._handle(event)
+                self._handle(_end_of(message))
             case MigrateRequest():
                 self._migrate(identity, message)
             case DescribeCluster():
@@ -274,6 +277,11 @@ class Controller:
             policy=self._policy,
             instances=described,
             migrations=dict(self._outcomes),
+            queued={
+                PriorityClass(priority).name.lower(): num_queued
+                for priority, num_queued in self._scheduler.num_queued_by_class().items()
+            },
+            policy_failures=dict(self._policy_failures),
         )
 
     # ---- actions --------------------------------------------------------------------------
@@ -282,23 +290,44 @@ class Controller:
         now_s = self._clock()
         actions = self._scheduler.handle(event, now_s)
         if self._log is not None:
-            self._log.write(now_s, event, actions)
+            self._note(self._log, now_s, event, actions)
         for action in actions:
             self._carry_out(action)
         return actions
+
+    def _note(
+        self, log: DecisionLog, now_s: float, event: Event, actions: tuple[Action, ...]
+    ) -> None:
+        """Keep a decision; what is kept reaches the disk within a second of the next one."""
+        try:
+            log.write(now_s, event, actions)
+            if now_s - self._log_flushed_s >= LOG_FLUSH_INTERVAL_S:
+                self._log_flushed_s = now_s
+                log.flush()
+        except OSError as error:
+            # A gap would make the rest useless, and no log is worth a request.
+            logger.error("The decision log ends here: %s", error)
+            self._log = None
 
     def _carry_out(self, action: Action) -> None:
         match action:
             case DispatchRequest():
                 self._answer_placement(
-                    action.request_id, instance_id=action.instance_id, reason=action.reason
+                    Placed(
+                        request_id=action.request_id,
+                        instance_id=action.instance_id,
+                        reason=action.reason,
+                        predicted_output_tokens=action.predicted_output_tokens,
+                    )
                 )
             case RejectRequest():
                 self._answer_placement(
-                    action.request_id,
-                    instance_id=None,
-                    reason=action.reason,
-                    retry_after_s=action.retry_after_s,
+                    Placed(
+                        request_id=action.request_id,
+                        instance_id=None,
+                        reason=action.reason,
+                        retry_after_s=action.retry_after_s,
+                    )
                 )
             case StartMigration():
                 self._order_migration(action)
@@ -310,26 +339,14 @@ class Controller:
             case TerminateInstance():
                 logger.info("Instance %s may leave: %s", action.instance_id, action.reason)
             case PolicyFailed():
+                self._policy_failures[action.policy] += 1
                 logger.error("Policy %s failed: %s", action.policy, action.error)
 
-    def _answer_placement(
-        self,
-        request_id: str,
-        *,
-        instance_id: str | None,
-        reason: str,
-        retry_after_s: float | None = None,
-    ) -> None:
-        identity = self._frontend_of.get(request_id)
+    def _answer_placement(self, answer: Placed) -> None:
+        identity = self._frontend_of.get(answer.request_id)
         if identity is None:
-            logger.warning("No frontend waits for the placement of %s", request_id)
+            logger.warning("No frontend waits for the placement of %s", answer.request_id)
             return
-        answer = Placed(
-            request_id=request_id,
-            instance_id=instance_id,
-            reason=reason,
-            retry_after_s=retry_after_s,
-        )
         self._outbox.append((identity, answer))
 
     def _order_migration(self, action: StartMigration) -> None:
@@ -363,6 +380,14 @@ class Controller:
         outbox, self._outbox = self._outbox, []
         for identity, message in outbox:
             await self._socket.send_multipart([identity, encode(message)])
+
+
+def _end_of(message: RequestEnded) -> Event:
+    if message.aborted:
+        return RequestAborted(request_id=message.request_id)
+    return RequestFinished(
+        request_id=message.request_id, num_output_tokens=message.num_output_tokens
+    )
 
 
 class ControllerActor:

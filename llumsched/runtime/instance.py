@@ -16,6 +16,7 @@ from llumsched.core.migration import MigrationOptions
 from llumsched.core.policy import VictimPolicy
 from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore
 from llumsched.engine.vllm.internals import fingerprint
+from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
 from llumsched.runtime.llumlet import Llumlet
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstancePlan:
-    """Everything an instance has to be told. ``host`` is the address its sockets bind to."""
+    """Everything an instance has to be told. ``host`` is the address its sockets bind to.
+    ``reports_prefix_blocks`` needs an engine that records KV events."""
 
     instance_id: str
     engine: EngineSettings
@@ -31,6 +33,7 @@ class InstancePlan:
     host: str
     victim: VictimPolicy
     migration: MigrationOptions
+    reports_prefix_blocks: bool = False
 
 
 class Instance:
@@ -72,6 +75,7 @@ class Instance:
 
     async def _run_llumlet(self) -> None:
         plan = self._plan
+        scheduler = self._engine.scheduler
         llumlet = Llumlet(
             engine=self._engine,
             instance_id=plan.instance_id,
@@ -80,6 +84,9 @@ class Instance:
             scheduler_endpoint=plan.scheduler_endpoint,
             host=plan.host,
             options=plan.migration,
+            prefix_blocks=PrefixBlockRecorder(scheduler, plan.instance_id)
+            if plan.reports_prefix_blocks
+            else None,
         )
         self._ready.set()
         try:

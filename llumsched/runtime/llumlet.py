@@ -11,22 +11,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import zmq
 import zmq.asyncio
 
+from llumsched.core.events import Event
+from llumsched.core.load import InstanceLoad
 from llumsched.core.migration import MigrationOptions
-from llumsched.core.policy import VictimPolicy, settled
+from llumsched.core.policy import MigrationCandidate, VictimPolicy, settled
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.load import LoadReader
 from llumsched.engine.vllm.migration import MigrationPort
+from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
 from llumsched.runtime.messages import (
     InstanceGone,
     OrderMigration,
     RegisterInstance,
     ReportLoad,
+    ReportPrefixBlocks,
     Unknown,
     decode_control,
     encode,
@@ -40,6 +45,21 @@ T = TypeVar("T")
 REPORT_INTERVAL_S = 0.1
 # Reports on large changes come no closer than this.
 MIN_REPORT_INTERVAL_S = 0.02
+# Which request would move next takes a look at every running one, between two steps.
+VICTIM_INTERVAL_S = 0.5
+
+
+def choose_victims(
+    victim: VictimPolicy, candidates: Sequence[MigrationCandidate]
+) -> Sequence[MigrationCandidate]:
+    """What the policy answers, best first; the candidates as they are if it raises, and without
+    what it made up."""
+    try:
+        known = {candidate.request_id for candidate in candidates}
+        return [chosen for chosen in victim.choose(candidates) if chosen.request_id in known]
+    except Exception:
+        logger.exception("Policy %s failed; any request may move", type(victim).__name__)
+        return candidates
 
 
 class Llumlet:
@@ -48,6 +68,7 @@ class Llumlet:
     victim: orders the candidates when the source has to pick.
     scheduler_endpoint: the global scheduler's control socket.
     host: address to bind the migrator to.
+    prefix_blocks: what the engine caches, if the scheduler's policies want to know.
     """
 
     def __init__(
@@ -60,11 +81,13 @@ class Llumlet:
         scheduler_endpoint: str,
         host: str,
         options: MigrationOptions,
+        prefix_blocks: PrefixBlockRecorder | None = None,
     ) -> None:
         self._engine = engine
         self._instance_id = instance_id
         self._fingerprint = fingerprint
         self._victim = victim
+        self._prefix_blocks = prefix_blocks
         self._port = MigrationPort(engine)
         self._load = LoadReader(engine, instance_id)
         self._loop = asyncio.get_running_loop()
@@ -85,6 +108,8 @@ class Llumlet:
         self._port.on_release = self._load.forget
         self._tasks: set[asyncio.Task[Any]] = set()
         self._report_pending = False
+        self._next_victim_s = 0.0
+        self._victim_blocks: int | None = None
         engine.observe(
             after_step=self._after_step,
             on_abort=self._port.on_abort,
@@ -125,11 +150,15 @@ class Llumlet:
                 )
             )
         )
+        if self._prefix_blocks is not None:
+            await self._tell_prefix_blocks(await self._on_engine(self._prefix_blocks.all))
 
     async def _report(self) -> None:
         while True:
-            load = await self._on_engine(self._read_load)
+            load, changes = await self._on_engine(self._read)
             await self._socket.send(encode(ReportLoad(load=load)))
+            if changes:
+                await self._tell_prefix_blocks(changes)
             await asyncio.sleep(MIN_REPORT_INTERVAL_S)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(
@@ -138,12 +167,22 @@ class Llumlet:
             self._report_now.clear()
             self._report_pending = False
 
-    def _read_load(self) -> Any:
-        return self._load.read(
+    async def _tell_prefix_blocks(self, changes: list[Event]) -> None:
+        await self._socket.send(encode(ReportPrefixBlocks.of(self._instance_id, changes)))
+
+    def _read(self) -> tuple[InstanceLoad, list[Event]]:
+        now_s = time.monotonic()
+        if now_s >= self._next_victim_s:
+            self._next_victim_s = now_s + VICTIM_INTERVAL_S
+            victims = choose_victims(self._victim, self._port.candidates())
+            self._victim_blocks = victims[0].num_blocks if victims else None
+        load = self._load.read(
             num_reserved_blocks=self._migrator.num_reserved_blocks,
             num_migrations_in=self._migrator.num_incoming,
             num_migrations_out=self._migrator.num_outgoing,
+            victim_blocks=self._victim_blocks,
         )
+        return load, self._prefix_blocks.take() if self._prefix_blocks is not None else []
 
     def _after_step(self) -> None:
         self._port.after_step()
@@ -155,7 +194,7 @@ class Llumlet:
         request_id = order.request_id
         if request_id is None:
             candidates = await self._on_engine(self._port.candidates)
-            chosen = self._victim.choose(settled(candidates, order.settle_s))
+            chosen = choose_victims(self._victim, settled(candidates, order.settle_s))
             request_id = chosen[0].request_id if chosen else None
         report = await self._migrator.migrate(order, request_id)
         await self._socket.send(encode(report))

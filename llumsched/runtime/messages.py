@@ -8,8 +8,12 @@ and peer (between the migrators of two instances).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
 import msgspec
 
+from llumsched.core.events import Event, KvBlocksRemoved, KvBlocksStored, KvCacheCleared
 from llumsched.core.load import InstanceLoad, InstanceSpec
 from llumsched.core.types import SchedulingRequest
 
@@ -33,6 +37,52 @@ class RegisterInstance(Message, frozen=True, kw_only=True):
 
 class ReportLoad(Message, frozen=True, kw_only=True):
     load: InstanceLoad
+
+
+class PrefixBlockChange(msgspec.Struct, frozen=True, kw_only=True):
+    """``block_hashes`` are empty for ``cleared``."""
+
+    kind: Literal["stored", "removed", "cleared"]
+    block_hashes: tuple[int, ...] = ()
+
+
+class ReportPrefixBlocks(Message, frozen=True, kw_only=True):
+    """What an instance's prefix cache has gained and lost since the last one, in order."""
+
+    instance_id: str
+    changes: list[PrefixBlockChange]
+
+    @classmethod
+    def of(cls, instance_id: str, events: Iterable[Event]) -> ReportPrefixBlocks:
+        """The message for the core's events of one instance."""
+        changes = []
+        for event in events:
+            match event:
+                case KvBlocksStored():
+                    change = PrefixBlockChange(kind="stored", block_hashes=event.block_hashes)
+                case KvBlocksRemoved():
+                    change = PrefixBlockChange(kind="removed", block_hashes=event.block_hashes)
+                case KvCacheCleared():
+                    change = PrefixBlockChange(kind="cleared")
+                case _:
+                    raise TypeError(f"{type(event).__name__} does not tell of prefix blocks")
+            changes.append(change)
+        return cls(instance_id=instance_id, changes=changes)
+
+    def events(self) -> Iterator[Event]:
+        """The core's events for it."""
+        for change in self.changes:
+            match change.kind:
+                case "stored":
+                    yield KvBlocksStored(
+                        instance_id=self.instance_id, block_hashes=change.block_hashes
+                    )
+                case "removed":
+                    yield KvBlocksRemoved(
+                        instance_id=self.instance_id, block_hashes=change.block_hashes
+                    )
+                case "cleared":
+                    yield KvCacheCleared(instance_id=self.instance_id)
 
 
 class OrderMigration(Message, frozen=True, kw_only=True):
@@ -99,14 +149,16 @@ class Placed(Message, frozen=True, kw_only=True):
     request_id: str
     instance_id: str | None
     reason: str
+    predicted_output_tokens: int | None = None
     retry_after_s: float | None = None
 
 
 class RequestEnded(Message, frozen=True, kw_only=True):
-    """The client of a request is gone, or its stream is complete."""
+    """The client of a request is gone, or its stream is complete, with so many output tokens."""
 
     request_id: str
     aborted: bool
+    num_output_tokens: int | None = None
 
 
 class MigrateRequest(Message, frozen=True, kw_only=True):
@@ -145,17 +197,22 @@ class InstanceDescription(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClusterDescription(Message, frozen=True, kw_only=True):
-    """``migrations`` counts ended migrations by outcome."""
+    """``migrations`` counts ended migrations by outcome, ``policy_failures`` the decisions in
+    which a policy raised or answered nonsense, ``queued`` the requests held by the scheduler, by
+    the name of their priority class."""
 
     call_id: int
     policy: str
     instances: list[InstanceDescription]
     migrations: dict[str, int]
+    queued: dict[str, int] = {}
+    policy_failures: dict[str, int] = {}
 
 
 ControlMessage = (
     RegisterInstance
     | ReportLoad
+    | ReportPrefixBlocks
     | Welcomed
     | Unknown
     | OrderMigration

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ BOOT_TIMEOUT_S = 300.0
 # What the server promises, from the signal to the end of its last process.
 END_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 10.0
+THAT_TIMEOUT_S = 30.0
 POLL_INTERVAL_S = 0.1
 
 # Servers that have not been ended, for whoever wants to show their logs.
@@ -77,6 +78,7 @@ class Server:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
+        self.arguments = tuple(arguments)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / f"{name}.log"
@@ -119,6 +121,13 @@ class Server:
         """Wait until a process of this name runs in its session."""
         while name not in self.processes().values():
             self._await_next(f"{name} runs")
+
+    def await_that(self, holds: Callable[[], bool], what: str) -> None:
+        """Wait until ``holds()``; ``what`` it means is said if it does not come."""
+        deadline_s = time.monotonic() + THAT_TIMEOUT_S
+        while not holds():
+            assert time.monotonic() < deadline_s, f"not in time: {what}\n{self._tail()}"
+            time.sleep(POLL_INTERVAL_S)
 
     def _await_next(self, what: str) -> None:
         status = self._process.poll()

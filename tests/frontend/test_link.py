@@ -11,7 +11,10 @@ import zmq.asyncio
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
+from llumsched.core.types import SchedulingRequest
+from llumsched.engine.vllm.hints import predicted_output_tokens
 from llumsched.frontend import link as link_module
+from llumsched.frontend.hints import Hints, hinted
 from llumsched.frontend.link import Rejected, SchedulerLink
 from llumsched.runtime.messages import (
     ClusterDescription,
@@ -41,7 +44,11 @@ def request(request_id: str = "r1") -> EngineCoreRequest:
     )
 
 
-def run(answer: Answer, scenario: Callable[[SchedulerLink], Awaitable[None]]) -> None:
+def run(
+    answer: Answer,
+    scenario: Callable[[SchedulerLink], Awaitable[None]],
+    prefix_hashes: Callable[[EngineCoreRequest], tuple[int, ...]] | None = None,
+) -> None:
     """Play ``scenario`` against a scheduler that answers each message with ``answer``."""
 
     async def play() -> None:
@@ -57,7 +64,8 @@ def run(answer: Answer, scenario: Callable[[SchedulerLink], Awaitable[None]]) ->
                     await socket.send_multipart([identity, encode(reply)])
 
         serving = asyncio.create_task(serve())
-        link = SchedulerLink(socket.get_string(zmq.LAST_ENDPOINT), {"a": 0, "b": 1}, lambda: 1)
+        endpoint = socket.get_string(zmq.LAST_ENDPOINT)
+        link = SchedulerLink(endpoint, {"a": 0, "b": 1}, lambda: 1, prefix_hashes)
         try:
             await asyncio.wait_for(scenario(link), TIMEOUT_S)
         finally:
@@ -86,6 +94,43 @@ def test_a_request_goes_where_the_scheduler_says() -> None:
         assert await link.place(request()) == 0
 
     run(answer, scenario)
+
+
+def test_the_scheduler_hears_what_the_client_said_of_its_request() -> None:
+    heard: list[SchedulingRequest] = []
+
+    def answer(message: Message) -> Message | None:
+        if isinstance(message, PlaceRequest):
+            heard.append(message.request)
+            return Placed(request_id="r1", instance_id="a", reason="", predicted_output_tokens=17)
+        return None
+
+    hints = Hints(ttft_slo_s=0.5, tpot_slo_s=0.05, client_id="tenant")
+    asked = request()
+    own_args = {"theirs": 1}
+    assert asked.sampling_params is not None
+    asked.sampling_params.extra_args = own_args
+
+    async def scenario(link: SchedulerLink) -> None:
+        with hinted(hints):
+            await link.place(asked)
+
+    run(answer, scenario, prefix_hashes=lambda asked: (7, 8))
+    assert heard == [
+        SchedulingRequest(
+            request_id="r1",
+            num_prompt_tokens=3,
+            max_output_tokens=5,
+            client_id="tenant",
+            prefix_hashes=(7, 8),
+            ttft_slo_s=0.5,
+            tpot_slo_s=0.05,
+        )
+    ]
+    # The prediction goes along with the request, beside what the client put there.
+    assert predicted_output_tokens(asked.sampling_params) == 17
+    assert asked.sampling_params.extra_args["theirs"] == 1
+    assert own_args == {"theirs": 1}
 
 
 def test_a_rejection_says_why_and_when_to_come_again() -> None:

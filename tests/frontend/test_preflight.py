@@ -15,6 +15,7 @@ from llumsched.frontend.preflight import (
     DEFAULT_CPU_KV_NUM_BYTES,
     GIB,
     check_model,
+    check_prefix_hashes,
     cpu_threads_per_instance,
     plan_cpu_memory,
     weight_num_bytes,
@@ -44,6 +45,18 @@ def make_config(model: Path, kv_cache_memory_bytes: int | None = None) -> Any:
         model_config=SimpleNamespace(model=str(model)),
         cache_config=SimpleNamespace(kv_cache_memory_bytes=kv_cache_memory_bytes),
     )
+
+
+def prefix_config(algorithm: str) -> Any:
+    """The part of vLLM's configuration that is looked at."""
+    return SimpleNamespace(cache_config=SimpleNamespace(prefix_caching_hash_algo=algorithm))
+
+
+def test_prefix_hashes_that_every_process_would_seed_for_itself() -> None:
+    with pytest.raises(UsageError, match=r"xxhash.*sha256.*PYTHONHASHSEED"):
+        check_prefix_hashes(prefix_config("xxhash"), {})
+    check_prefix_hashes(prefix_config("xxhash"), {"PYTHONHASHSEED": "1"})
+    check_prefix_hashes(prefix_config("sha256"), {})
 
 
 def test_model_folder(model: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumsched.frontend.routes import Arrival, Passed, Routes
+from llumsched.frontend.routes import Arrival, Finished, Passed, Routes
 
 REQUEST = "request"
 
@@ -72,7 +72,7 @@ class Reader:
         if batch:
             self._note(*self.routes.pass_on(instance, batch))
 
-    def _note(self, parts: Iterable[Passed], finished: Sequence[str]) -> None:
+    def _note(self, parts: Iterable[Passed], finished: Sequence[Finished]) -> None:
         for part in parts:
             for output in part.outputs:
                 self.passed.extend(output.new_token_ids)
@@ -222,6 +222,6 @@ def test_requests_do_not_disturb_each_other() -> None:
         0, [Output([0], request_id="a"), Output([0], "stop", "b"), Output([1], request_id="a")]
     )
     assert [output.request_id for part in parts for output in part.outputs] == ["a", "b", "a"]
-    assert finished == ["b"]
+    assert finished == [Finished("b", 1)]
     assert [name for name, _ in routes] == ["a"]
     assert routes.num_requests(0) == 1

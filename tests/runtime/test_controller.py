@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from llumsched.config import Config
+from llumsched.config import Config, PartConfig
+from llumsched.core.events import Event, KvBlocksRemoved, KvBlocksStored, KvCacheCleared
 from llumsched.core.load import InstanceLoad, InstanceSpec
-from llumsched.core.types import SchedulingRequest
-from llumsched.decision_log import read_segment, segments_of
+from llumsched.core.types import PriorityClass, SchedulingRequest
+from llumsched.decision_log import DecisionLog, read_segment, segments_of
+from llumsched.runtime import controller as controller_module
 from llumsched.runtime.controller import Controller
 from llumsched.runtime.messages import (
     ClusterDescription,
@@ -30,6 +32,8 @@ from llumsched.runtime.messages import (
     RegisterInstance,
     ReportLoad,
     ReportMigration,
+    ReportPrefixBlocks,
+    RequestEnded,
     Unknown,
     Welcomed,
     decode_control,
@@ -93,13 +97,19 @@ def load(instance_id: str, **changes: Any) -> InstanceLoad:
     return InstanceLoad(**(values | changes))
 
 
-def place(request_id: str) -> PlaceRequest:
-    return PlaceRequest(request=SchedulingRequest(request_id=request_id, num_prompt_tokens=64))
+def place(request_id: str, **changes: Any) -> PlaceRequest:
+    values: dict[str, Any] = {"request_id": request_id, "num_prompt_tokens": 64}
+    return PlaceRequest(request=SchedulingRequest(**(values | changes)))
 
 
-def run(scenario: Callable[[Stage], Awaitable[None]], *, decision_log: Path | None = None) -> None:
+def run(
+    scenario: Callable[[Stage], Awaitable[None]],
+    *,
+    config: Config | None = None,
+    decision_log: Path | None = None,
+) -> None:
     async def play() -> None:
-        stage = Stage(Controller(Config.default("latency"), decision_log=decision_log))
+        stage = Stage(Controller(config or Config.default("latency"), decision_log=decision_log))
         serving = asyncio.create_task(stage.controller.serve())
         try:
             await asyncio.wait_for(scenario(stage), TIMEOUT_S)
@@ -240,3 +250,97 @@ def test_every_event_and_decision_is_in_the_log(tmp_path: Path) -> None:
         "LoadReported",
         "RequestArrived",
     ]
+
+
+def test_what_is_decided_is_on_disk_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controller_module, "LOG_FLUSH_INTERVAL_S", 0.0)
+
+    async def scenario(stage: Stage) -> None:
+        await stage.instance("a")
+        frontend = stage.peer()
+        await frontend.say(place("r1"))
+        await frontend.hear()
+        (segment,) = segments_of(tmp_path)
+        assert "RequestArrived" in segment.read_text()
+
+    run(scenario, decision_log=tmp_path)
+
+
+def test_a_full_disk_ends_the_log_and_not_the_scheduler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(DecisionLog, "write", full)
+
+    async def scenario(stage: Stage) -> None:
+        await stage.instance("a")
+        frontend = stage.peer()
+        await frontend.say(place("r1"))
+        assert (await frontend.hear()).instance_id == "a"
+
+    run(scenario, decision_log=tmp_path)
+
+
+def test_a_request_goes_to_the_instance_that_caches_its_prefix() -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.instance("a")
+        b = await stage.instance("b", 1)
+        frontend = stage.peer()
+        events: list[Event] = [
+            KvBlocksStored(instance_id="b", block_hashes=(1, 2**64 - 1, 3)),
+            KvBlocksRemoved(instance_id="b", block_hashes=(3,)),
+        ]
+        await b.say(ReportPrefixBlocks.of("b", events))
+        # Its answer says that what was sent before has been taken in.
+        await b.say(registration("b", 1))
+        assert isinstance(await b.hear(), Welcomed)
+        for number in range(3):
+            await frontend.say(place(f"r{number}", prefix_hashes=(1, 2**64 - 1, 3)))
+            placed = await frontend.hear()
+            assert (placed.instance_id, "2 of 3" in placed.reason) == ("b", True)
+        # Once it is gone from there, the instance does not matter any more.
+        await b.say(ReportPrefixBlocks.of("b", [KvCacheCleared(instance_id="b")]))
+        await b.say(registration("b", 1))
+        assert isinstance(await b.hear(), Welcomed)
+        await frontend.say(place("r9", prefix_hashes=(1, 2**64 - 1, 3)))
+        assert "nothing cached" in (await frontend.hear()).reason
+
+    run(scenario, config=Config.default("prefix_aware"))
+
+
+def test_lengths_are_learned_and_predictions_go_along() -> None:
+    config = replace(
+        Config.default("latency"),
+        parts={"predictor": PartConfig(name="moving_quantile", params={"min_samples": 1})},
+    )
+
+    async def scenario(stage: Stage) -> None:
+        await stage.instance("a")
+        frontend = stage.peer()
+        await frontend.say(place("r1", client_id="c"))
+        assert (await frontend.hear()).predicted_output_tokens is None
+        await frontend.say(RequestEnded(request_id="r1", aborted=False, num_output_tokens=23))
+        await frontend.say(place("r2", client_id="c"))
+        assert (await frontend.hear()).predicted_output_tokens == 23
+        # How far an aborted one would have gone is not known.
+        await frontend.say(RequestEnded(request_id="r2", aborted=True, num_output_tokens=1))
+        await frontend.say(place("r3", client_id="c"))
+        assert (await frontend.hear()).predicted_output_tokens == 23
+
+    run(scenario, config=config)
+
+
+def test_held_requests_are_described_by_class() -> None:
+    async def scenario(stage: Stage) -> None:
+        frontend = stage.peer()
+        await frontend.say(place("r1", scheduling_priority=PriorityClass.HIGH))
+        await frontend.say(place("r2"))
+        await frontend.say(place("r3"))
+        await frontend.say(DescribeCluster(call_id=1))
+        assert (await frontend.hear()).queued == {"high": 1, "normal": 2}
+
+    run(scenario)

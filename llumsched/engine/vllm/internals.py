@@ -140,6 +140,49 @@ INTERNALS: tuple[Internal, ...] = (
     Internal(_POOL, "free_blocks", "unpin blocks", ("ordered_blocks",)),
     Internal(_POOL, "get_num_free_blocks", "report load"),
     Internal(_POOL, "num_gpu_blocks", "report load", on_instances=True),
+    Internal(_POOL, "cached_block_hash_to_block", "list cached prefixes", on_instances=True),
+    Internal(
+        "vllm.v1.core.block_pool:BlockHashToBlockMap",
+        "_cache",
+        "list cached prefixes",
+        on_instances=True,
+    ),
+    # The names of prefix blocks.
+    Internal(_SCHEDULER, "kv_event_publisher", "hear what is cached", on_instances=True),
+    *(
+        Internal("vllm.distributed.kv_events", name, "hear what is cached")
+        for name in (
+            "EventPublisher",
+            "KVEventBatch",
+            "BlockStored",
+            "BlockRemoved",
+            "AllBlocksCleared",
+        )
+    ),
+    Internal(
+        "vllm.v1.core.kv_cache_utils",
+        "get_request_block_hasher",
+        "name the blocks of a prompt",
+        ("hash_block_size", "caching_hash_fn"),
+    ),
+    Internal(
+        "vllm.v1.core.kv_cache_utils", "init_none_hash", "name the blocks of a prompt", ("hash_fn",)
+    ),
+    Internal(
+        "vllm.v1.core.kv_cache_utils",
+        "maybe_convert_block_hash",
+        "name blocks as events do",
+        ("hash_bytes",),
+    ),
+    Internal("vllm.v1.core.kv_cache_utils", "get_block_hash", "name cached blocks", ("key",)),
+    Internal("vllm.utils.hashing", "get_hash_fn_by_name", "name the blocks of a prompt"),
+    Internal(
+        "vllm.v1.request:Request",
+        "from_engine_core_request",
+        "name the blocks of a prompt",
+        ("request", "block_hasher"),
+    ),
+    Internal("vllm.v1.request:Request", "block_hashes", "read the names", on_instances=True),
     Internal("vllm.v1.kv_cache_interface", "FullAttentionSpec", "check the cache's kind"),
     # A request.
     Internal(_REQUEST, "append_output_token_ids", "restore outputs", ("token_ids",)),

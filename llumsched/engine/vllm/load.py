@@ -58,7 +58,12 @@ class LoadReader:
         return (self._last_num_waiting == 0) != (self._scheduler.get_request_counts()[1] == 0)
 
     def read(
-        self, *, num_reserved_blocks: int, num_migrations_in: int, num_migrations_out: int
+        self,
+        *,
+        num_reserved_blocks: int,
+        num_migrations_in: int,
+        num_migrations_out: int,
+        victim_blocks: int | None = None,
     ) -> InstanceLoad:
         """The load now, and which requests came and ended since the last call."""
         scheduler = self._scheduler
@@ -90,6 +95,7 @@ class LoadReader:
             ),
             step_time_s=self._engine.step_time_s,
             num_running_by_class=tuple(sorted(classes.items())),
+            victim_blocks=victim_blocks,
             num_migrations_in=num_migrations_in,
             num_migrations_out=num_migrations_out,
             received_request_ids=tuple(received),

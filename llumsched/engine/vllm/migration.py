@@ -34,6 +34,7 @@ from llumsched.core.policy import MigrationCandidate
 from llumsched.core.types import priority_class
 from llumsched.engine.base import CannotMigrate
 from llumsched.engine.vllm.core import LlumschedEngineCore
+from llumsched.engine.vllm.hints import predicted_output_tokens
 from llumsched.engine.vllm.kv import KVBlocks
 from llumsched.engine.vllm.state import (
     FinalState,
@@ -149,6 +150,7 @@ class MigrationPort:
                 num_blocks=self._num_blocks(request.num_tokens),
                 num_output_tokens=request.num_output_tokens,
                 execution_priority=priority_class(request.priority),
+                predicted_output_tokens=predicted_output_tokens(request.sampling_params),
                 since_migration_s=(
                     now_s - self._moved_here[request].at_s if request in self._moved_here else None
                 ),

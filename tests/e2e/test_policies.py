@@ -1,0 +1,123 @@
+"""What the scheduler's policies are told by real clients and real engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.cases import CHAT, COMPLETIONS, chat, completion
+from tests.e2e.client import Admin
+from tests.e2e.servers import Server, llumsched
+
+CONFIG = """
+policy: prefix_aware
+predictor:
+  name: moving_quantile
+  min_samples: 1
+# Nothing moves by itself.
+migration: none
+"""
+# 6 full blocks of 32 tokens, and a bit.
+PREFIX = [600 + i for i in range(200)]
+
+
+@pytest.fixture(scope="module")
+def server(
+    model: str, log_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("policies")
+    config = folder / "config.yaml"
+    config.write_text(CONFIG)
+    flags = ("--instances=2", f"--config={config}", f"--decision-log={folder / 'log'}")
+    server = llumsched(model, log_folder, *flags, name="llumsched-policies")
+    try:
+        server.await_health()
+        yield server
+    finally:
+        server.end()
+
+
+@pytest.fixture
+def pool(server: Server, model: str) -> Iterator[Admin]:
+    pool = Admin(server.url, model)
+    pool.await_idle()
+    yield pool
+    pool.await_idle()
+    pool.close()
+
+
+@contextmanager
+def running(pool: Admin, prompt: list[int]) -> Iterator[str]:
+    """A request that has begun to answer, and the instance that runs it."""
+    with pool.stream(COMPLETIONS, completion(prompt=prompt, max_tokens=60)) as stream:
+        first = next(stream)
+        yield pool.request(first["id"])["instance_id"]
+        for _ in stream:
+            pass
+
+
+def test_a_prompt_goes_where_its_prefix_is_cached(pool: Admin) -> None:
+    with running(pool, [77] * 40) as busy, running(pool, PREFIX) as cached_at:
+        assert cached_at != busy
+    # With both at rest, freeness alone would choose the first of them.
+    assert cached_at == "instance-1"
+    for turn in range(1, 4):
+        with running(pool, [*PREFIX, *[900 + turn] * turn]) as instance:
+            assert instance == cached_at
+    with running(pool, [88] * 40) as elsewhere:
+        assert elsewhere != cached_at
+
+
+def test_priority_by_header(pool: Admin, server: Server) -> None:
+    before = finished(pool, "high")
+    body = {"model": pool.model, **completion(max_tokens=4)}
+    high = {"X-Request-Priority": "high"}
+    answer = httpx.post(f"{server.url}{COMPLETIONS}", json=body, headers=high, timeout=60)
+    assert answer.status_code == 200
+    assert finished(pool, "high") == before + 1
+    assert pool.post(CHAT, {"model": pool.model, **chat(max_tokens=4)}).status == 200
+    assert finished(pool, "high") == before + 1
+
+
+def test_a_priority_that_there_is_not(pool: Admin, server: Server) -> None:
+    body = {"model": pool.model, **completion(max_tokens=4)}
+    headers = {"X-Request-Priority": "urgent"}
+    answer = httpx.post(f"{server.url}{COMPLETIONS}", json=body, headers=headers, timeout=60)
+    assert answer.status_code == 400
+    assert "normal, high" in answer.json()["error"]["message"]
+
+
+def test_lengths_are_predicted_from_those_before(pool: Admin, server: Server) -> None:
+    """Read in the decision log, where the prediction goes along with the dispatch."""
+    body = {"model": pool.model, **completion(max_tokens=9)}
+    body["ignore_eos"] = True
+    headers = {"X-Client-Id": "a client of its own"}
+    for _ in range(2):
+        answer = httpx.post(f"{server.url}{COMPLETIONS}", json=body, headers=headers, timeout=60)
+        assert answer.status_code == 200
+    (folder,) = (
+        word.partition("=")[2] for word in server.arguments if word.startswith("--decision-log=")
+    )
+    (segment,) = Path(folder).glob("*.jsonl")
+    server.await_that(lambda: '"predicted_output_tokens":9' in segment.read_text(), "logged")
+
+
+def test_the_pool_in_the_metrics(pool: Admin, server: Server) -> None:
+    server.await_that(lambda: "llumsched_scheduler_up 1.0" in pool.text("/metrics"), "described")
+    metrics = pool.text("/metrics")
+    for instance in ("instance-0", "instance-1"):
+        assert f'llumsched_instance_blocks{{instance="{instance}",kind="free"}} 64.0' in metrics
+        assert f'llumsched_instance_freeness{{instance="{instance}",state="serving"}}' in metrics
+    assert 'llumsched_queued_requests{priority_class="high"} 0.0' in metrics
+
+
+def finished(pool: Admin, priority_class: str) -> int:
+    labels = f'{{outcome="finished",priority_class="{priority_class}"}}'
+    for line in pool.text("/metrics").splitlines():
+        if line.startswith(f"llumsched_requests_total{labels}"):
+            return int(float(line.split()[-1]))
+    return 0

@@ -1,0 +1,115 @@
+"""What the scheduler knows of the pool, as a scrape sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from llumsched.core.load import InstanceLoad
+from llumsched.frontend import pool_metrics
+from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
+from llumsched.frontend.pool_metrics import PoolMetrics
+from llumsched.runtime.messages import ClusterDescription, InstanceDescription
+
+
+def description(**changes: Any) -> ClusterDescription:
+    load = InstanceLoad(
+        instance_id="a",
+        sequence=1,
+        num_total_blocks=100,
+        num_free_blocks=60,
+        num_reserved_blocks=10,
+        num_running=3,
+        num_waiting=1,
+    )
+    instance = InstanceDescription(
+        instance_id="a", state="serving", role="mixed", freeness=20.0, report_age_s=0.1, load=load
+    )
+    values: dict[str, Any] = {
+        "call_id": 1,
+        "policy": "latency",
+        "instances": [instance],
+        "migrations": {"committed": 4},
+        "queued": {"high": 2},
+        "policy_failures": {"Mine": 1},
+    }
+    return ClusterDescription(**(values | changes))
+
+
+class Link:
+    """Answers each call with the next of its answers; ``None`` is silence."""
+
+    def __init__(self, answers: Sequence[ClusterDescription | None]) -> None:
+        self.answers = list(answers)
+        self.done = asyncio.Event()
+
+    async def describe(self, timeout_s: float) -> ClusterDescription:
+        if len(self.answers) == 1:
+            self.done.set()
+        answer = self.answers[0] if len(self.answers) == 1 else self.answers.pop(0)
+        if answer is None:
+            raise SchedulerUnavailable("silent")
+        return answer
+
+
+def scraped(monkeypatch: pytest.MonkeyPatch, *answers: ClusterDescription | None) -> Any:
+    """The value of a metric after the last of the answers, and the registry afterwards."""
+    monkeypatch.setattr(pool_metrics, "REFRESH_INTERVAL_S", 0.001)
+    registry = CollectorRegistry()
+
+    async def follow() -> dict[tuple[str, tuple[str, ...]], float]:
+        metrics = PoolMetrics(registry)
+        link = Link(answers)
+        following = asyncio.create_task(metrics.follow(cast("SchedulerLink", link)))
+        await asyncio.wait_for(link.done.wait(), 5)
+        await asyncio.sleep(0.01)
+        values = {
+            (sample.name, tuple(sample.labels.values())): sample.value
+            for family in registry.collect()
+            for sample in family.samples
+        }
+        following.cancel()
+        await asyncio.wait([following])
+        assert not list(registry.collect()), "still registered"
+        return values
+
+    return asyncio.run(follow())
+
+
+def test_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = scraped(monkeypatch, description())
+    assert values["llumsched_scheduler_up", ()] == 1
+    assert values["llumsched_migrations_total", ("committed",)] == 4
+    assert values["llumsched_policy_failures_total", ("Mine",)] == 1
+    assert values["llumsched_queued_requests", ("high",)] == 2
+    assert values["llumsched_queued_requests", ("normal",)] == 0
+    assert values["llumsched_instance_freeness", ("a", "serving")] == 20
+    blocks = {
+        kind: values["llumsched_instance_blocks", ("a", kind)]
+        for kind in ("free", "reserved", "used")
+    }
+    assert blocks == {"free": 60, "reserved": 10, "used": 30}
+    assert sum(blocks.values()) == 100
+    assert values["llumsched_instance_requests", ("a", "running")] == 3
+    assert values["llumsched_instance_requests", ("a", "waiting")] == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "freeness"), [("serving", float("inf")), ("draining", float("-inf"))]
+)
+def test_freeness_of_an_empty_or_draining_instance(
+    monkeypatch: pytest.MonkeyPatch, state: str, freeness: float
+) -> None:
+    instance = InstanceDescription(
+        instance_id="a", state=state, role="mixed", freeness=None, report_age_s=None, load=None
+    )
+    values = scraped(monkeypatch, description(instances=[instance]))
+    assert values["llumsched_instance_freeness", ("a", state)] == freeness
+
+
+def test_what_a_silent_scheduler_knew_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scraped(monkeypatch, description(), None) == {("llumsched_scheduler_up", ()): 0}
