@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -101,6 +102,8 @@ def main(run: Callable[[bool], Report], argv: Sequence[str] | None = None) -> in
     parser.add_argument("--quick", action="store_true", help="few repetitions: shows that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE")
     arguments = parser.parse_args(argv)
+    # SIGTERM unwinds as Ctrl-C does, so that the servers a benchmark has started end with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     content = run(arguments.quick).as_json(machine=machine(), quick=arguments.quick)
     print(markdown(content), flush=True)
     if arguments.json is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,24 @@ def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         run_all.main(["no_such_benchmark"])
     assert "there is no benchmark no_such_benchmark" in capsys.readouterr().err
+
+
+def test_sigterm_unwinds_a_benchmark() -> None:
+    """So that the servers it has started end with it."""
+    unwound = False
+
+    def interrupted(quick: bool) -> Report:
+        nonlocal unwound
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            unwound = True
+        raise AssertionError("SIGTERM was ignored")
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            main(interrupted, [])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert unwound
