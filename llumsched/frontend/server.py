@@ -298,8 +298,9 @@ async def _serve_http(
 ) -> Any:
     """vLLM's ``build_and_serve``, with the admin routes added to its app."""
     supported_tasks = await engine.get_supported_tasks()
+    # Its flag for middleware: once built, the app takes no more.
+    args.middleware = [*args.middleware, f"{HintsMiddleware.__module__}.HintsMiddleware"]
     app = build_app(args, supported_tasks, engine.model_config)
-    app.add_middleware(HintsMiddleware)
     if options.admin_api:
         names = {index: instance_id for instance_id, index in index_of.items()}
         app.include_router(admin_router(link, engine.engine_core.routes, names))

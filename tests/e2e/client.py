@@ -51,8 +51,8 @@ class Client:
     def get(self, path: str) -> Answer:
         return _answer(self._http.get(path))
 
-    def post(self, path: str, body: Body) -> Answer:
-        return _answer(self._http.post(path, json=dict(body)))
+    def post(self, path: str, body: Body, headers: Mapping[str, str] | None = None) -> Answer:
+        return _answer(self._http.post(path, json=dict(body), headers=headers))
 
     def post_bytes(self, path: str, body: bytes) -> Answer:
         headers = {"content-type": "application/json"}

@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import pytest
 
-from tests.e2e.cases import CHAT, COMPLETIONS, chat, completion
-from tests.e2e.client import Admin
+from tests.e2e.cases import COMPLETIONS, completion
+from tests.e2e.client import Admin, Answer
 from tests.e2e.servers import Server, llumsched
 
 CONFIG = """
 policy: prefix_aware
-predictor:
-  name: moving_quantile
-  min_samples: 1
-# Nothing moves by itself.
-migration: none
+parts:
+  predictor:
+    name: moving_quantile
+    min_samples: 1
+  # Nothing moves by itself.
+  migration: none
 """
 # 6 full blocks of 32 tokens, and a bit.
 PREFIX = [600 + i for i in range(200)]
@@ -72,33 +72,32 @@ def test_a_prompt_goes_where_its_prefix_is_cached(pool: Admin) -> None:
         assert elsewhere != cached_at
 
 
-def test_priority_by_header(pool: Admin, server: Server) -> None:
+def ask(pool: Admin, num_tokens: int, **headers: str) -> Answer:
+    """A completion of so many tokens, not streamed."""
+    body = completion(model=pool.model, max_tokens=num_tokens)
+    del body["stream_options"]
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return pool.post(COMPLETIONS, body, named)
+
+
+def test_priority_by_header(pool: Admin) -> None:
     before = finished(pool, "high")
-    body = {"model": pool.model, **completion(max_tokens=4)}
-    high = {"X-Request-Priority": "high"}
-    answer = httpx.post(f"{server.url}{COMPLETIONS}", json=body, headers=high, timeout=60)
-    assert answer.status_code == 200
+    assert ask(pool, 4, x_request_priority="high").status == 200
     assert finished(pool, "high") == before + 1
-    assert pool.post(CHAT, {"model": pool.model, **chat(max_tokens=4)}).status == 200
+    assert ask(pool, 4).status == 200
     assert finished(pool, "high") == before + 1
 
 
-def test_a_priority_that_there_is_not(pool: Admin, server: Server) -> None:
-    body = {"model": pool.model, **completion(max_tokens=4)}
-    headers = {"X-Request-Priority": "urgent"}
-    answer = httpx.post(f"{server.url}{COMPLETIONS}", json=body, headers=headers, timeout=60)
-    assert answer.status_code == 400
-    assert "normal, high" in answer.json()["error"]["message"]
+def test_a_priority_that_there_is_not(pool: Admin) -> None:
+    answer = ask(pool, 4, x_request_priority="urgent")
+    assert answer.status == 400
+    assert "normal, high" in answer.body["error"]["message"]
 
 
 def test_lengths_are_predicted_from_those_before(pool: Admin, server: Server) -> None:
     """Read in the decision log, where the prediction goes along with the dispatch."""
-    body = {"model": pool.model, **completion(max_tokens=9)}
-    body["ignore_eos"] = True
-    headers = {"X-Client-Id": "a client of its own"}
     for _ in range(2):
-        answer = httpx.post(f"{server.url}{COMPLETIONS}", json=body, headers=headers, timeout=60)
-        assert answer.status_code == 200
+        assert ask(pool, 9, x_client_id="a client of its own").status == 200
     (folder,) = (
         word.partition("=")[2] for word in server.arguments if word.startswith("--decision-log=")
     )
