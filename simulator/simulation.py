@@ -7,13 +7,12 @@ the machine. This module does not know how it is done (`cluster`), nor what the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from llumsched.config import Config
-from llumsched.core.migration_record import MigrationOptions
 from llumsched.simulator.hardware import Hardware
 from llumsched.simulator.records import (
     FloatArray,
@@ -56,7 +55,6 @@ class SimulationOptions:
     """Share of the blocks that admission leaves free. None: 0 for vllm-v1, 0.01 for vllm-0.1."""
     enable_prefix_caching: bool = True
     """vllm-v1 only; without prefix hashes in the trace there is nothing to find."""
-    migration: MigrationOptions = field(default_factory=MigrationOptions)
     report_interval_s: float = 0.1
     report_delay_s: float = 0.001
     message_delay_s: float = 0.0005
@@ -170,3 +168,26 @@ class SimulationResult:
     """What to know before believing the numbers: fits that were extrapolated, outputs cut short."""
     is_complete: bool = True
     """False if `stop` or `until_s` ended it."""
+
+
+def simulate(
+    trace: Trace,
+    options: SimulationOptions,
+    *,
+    progress: Callable[[int, float], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> SimulationResult:
+    """Run a trace through a simulated cluster under the policies of `options.config`.
+
+    Args:
+        progress: called now and then with the number of ended requests and the virtual time.
+        stop: asked as often; True ends the simulation with what there is.
+
+    Raises:
+        SimulationError: the options do not fit the trace.
+        PluginError: a policy cannot be found or built.
+        ParamError: a parameter of a policy is wrong.
+    """
+    from llumsched.simulator.cluster import Cluster
+
+    return Cluster(trace, options).run(progress, stop)

@@ -1,0 +1,436 @@
+"""The simulated cluster: the host that carries out what the global scheduler decides.
+
+Four streams are merged by time: arrivals and load reports, which are in order by themselves, the
+scheduler's own deadline, and the kernel's heap for all else. At one instant arrivals come first,
+then deadlines, reports, messages, and last the ends of engine steps (see `kernel`).
+
+Invariants: the scheduler is told only what a real host could tell it: arrivals and ends of requests
+by the frontend, load and cached blocks by reports as old as configured, never a length of output.
+What it decides at the end of a step takes effect an instant later. This module does not know how an
+engine fills a batch (`engine_base`), how a migration proceeds (`cluster_migration`), or what the
+numbers are worth (`metrics`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from llumsched.core.actions import (
+    Action,
+    DispatchRequest,
+    LaunchInstance,
+    PolicyFailed,
+    RefuseMigration,
+    RejectRequest,
+    StartMigration,
+    TerminateInstance,
+)
+from llumsched.core.events import (
+    Event,
+    InstanceJoined,
+    InstanceLost,
+    KvBlocksRemoved,
+    KvBlocksStored,
+    LoadReported,
+    MigrationFinished,
+    RequestArrived,
+    RequestFinished,
+    Ticked,
+)
+from llumsched.core.load import InstanceSpec
+from llumsched.core.scheduler import GlobalScheduler
+from llumsched.core.types import InstanceRole
+from llumsched.decision_log import DecisionLog
+from llumsched.plugins import build_bundle
+from llumsched.simulator.cluster_instances import Instances
+from llumsched.simulator.cluster_migration import Migrations
+from llumsched.simulator.cluster_report import read_load
+from llumsched.simulator.cluster_results import Columns, TimelineRecorder, result_of
+from llumsched.simulator.cost import copy_ps
+from llumsched.simulator.engine_base import Engine
+from llumsched.simulator.engine_request import LiveRequest, Phase
+from llumsched.simulator.kernel import NEVER, PS_PER_S, STEP, Kernel, to_ps
+from llumsched.simulator.records import RequestStatus
+from llumsched.simulator.simulation import SimulationOptions, SimulationResult
+from llumsched.simulator.trace import Trace
+
+# How many turns of the loop pass between two looks at progress and stop.
+TURNS_BETWEEN_LOOKS = 8192
+# The scheduler is not woken more often than this, whatever it asks for.
+SHORTEST_WAIT = PS_PER_S // 1_000_000
+
+
+class Cluster:
+    """One simulation; `run` it once."""
+
+    def __init__(self, trace: Trace, options: SimulationOptions) -> None:
+        self._trace = trace
+        self._options = options
+        config = options.config
+        if options.seed is not None:
+            config = replace(config, seed=options.seed)
+        bundle = build_bundle(config)
+        self._scheduler = GlobalScheduler(bundle, seed=config.seed)
+        self._policy = bundle.name
+        self._log = (
+            None
+            if options.decision_log is None
+            else DecisionLog(
+                options.decision_log,
+                config,
+                self._scheduler.checkpoint,
+                max_segments=1_000_000,
+            )
+        )
+        self._kernel = Kernel()
+        self._columns = Columns(trace)
+        self._instances = Instances(
+            options, self._kernel, self, has_hashes=trace.prefix_hashes is not None
+        )
+        self._tells_blocks = (
+            self._scheduler.options.prefix_index_blocks > 0 and self._instances.has_caches
+        )
+        hardware = options.hardware
+        block_size = hardware.kv.block_size
+        self._migrations = Migrations(
+            kernel=self._kernel,
+            host=self,
+            victim=bundle.victim,
+            options=config.migration_options,
+            message_delay=to_ps(options.message_delay_s),
+            copy=lambda num_blocks: copy_ps(hardware.copy, num_blocks * block_size),
+        )
+        self._live: dict[str, LiveRequest] = {}
+        self._num_ended = 0
+        self._held: set[str] = set()
+        self._is_step = False
+        self._deadline_s: float | None = None
+        self._tick = NEVER
+        self._report_interval = to_ps(options.report_interval_s)
+        self._report_delay = to_ps(options.report_delay_s)
+        self._reports: deque[tuple[int, Engine]] = deque()
+        self._arriving_reports: deque[tuple[int, Event]] = deque()
+        self._counters: Counter[str] = Counter()
+        self._timeline = TimelineRecorder() if options.record_timeline else None
+
+    # ---- the loop -------------------------------------------------------------------------
+
+    def run(
+        self,
+        progress: Callable[[int, float], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> SimulationResult:
+        """Until every request has ended, `until_s` comes, or `stop` says so."""
+        try:
+            self._start()
+            is_complete = self._loop(progress, stop)
+        finally:
+            if self._log is not None:
+                self._log.close()
+        for request in self._live.values():
+            self._columns.write(request, self._status_of(request))
+        return result_of(
+            trace=self._trace,
+            options=self._options,
+            policy=self._policy,
+            columns=self._columns,
+            instances=self._instances,
+            migrations=self._migrations,
+            timeline=self._timeline,
+            counters=self._counters,
+            now=self._kernel.now,
+            is_complete=is_complete,
+        )
+
+    def _start(self) -> None:
+        options = self._options
+        for index in range(options.num_instances):
+            engine = self._instances.launch(0)
+            self._join(engine, None, InstanceRole.MIXED, 0)
+            # Spread over the interval, as reports of independent processes are.
+            first = (index + 1) * self._report_interval // options.num_instances
+            self._reports.append((first, engine))
+        for index, time_s in options.failures:
+            engine = self._instances.engines[index]
+            self._kernel.send(to_ps(time_s), lambda at, engine=engine: self._fail(engine, at))
+
+    def _loop(
+        self, progress: Callable[[int, float], None] | None, stop: Callable[[], bool] | None
+    ) -> bool:
+        kernel = self._kernel
+        heap = kernel.heap
+        arrivals = self._columns.arrivals
+        num_requests = len(arrivals)
+        reports, arriving = self._reports, self._arriving_reports
+        until = NEVER if self._options.until_s is None else to_ps(self._options.until_s)
+        next_row = 0
+        next_arrival = arrivals[0] if num_requests else NEVER
+        turns = TURNS_BETWEEN_LOOKS
+        while self._num_ended < num_requests:
+            turns -= 1
+            if not turns:
+                turns = TURNS_BETWEEN_LOOKS
+                if progress is not None:
+                    progress(self._num_ended, kernel.now / PS_PER_S)
+                if stop is not None and stop():
+                    return False
+            # The next of what comes by itself.
+            now, source = next_arrival, 0
+            if self._tick < now:
+                now, source = self._tick, 1
+            if arriving and arriving[0][0] < now:
+                now, source = arriving[0][0], 2
+            if reports and reports[0][0] < now:
+                now, source = reports[0][0], 3
+            if heap and (heap[0][0] < now):
+                now, source = heap[0][0], 4
+            if now > until or now == NEVER:
+                kernel.now = min(now, until) if now != NEVER else kernel.now
+                return False
+            kernel.now = now
+            if source == 4:
+                entry = kernel.pop()
+                if entry[1] == STEP:
+                    engine = entry[3]
+                    if engine.due == now:
+                        self._is_step = True
+                        engine.end_of_segment(now)
+                        self._is_step = False
+                else:
+                    entry[3](now)
+            elif source == 0:
+                self._arrive(next_row, now)
+                next_row += 1
+                next_arrival = arrivals[next_row] if next_row < num_requests else NEVER
+            elif source == 3:
+                _, engine = reports.popleft()
+                if engine.is_alive:
+                    self._report(engine, now)
+            elif source == 2:
+                event = arriving.popleft()[1]
+                # A report moves a deadline only by what it leads to, or of what is held.
+                if self._handle(event, now / PS_PER_S) or self._held:
+                    self._set_tick(now, at_least=now)
+            else:
+                deadline_s = self._deadline_s
+                assert deadline_s is not None
+                self._tick = NEVER
+                self._handle(Ticked(), max(deadline_s, now / PS_PER_S))
+                self._set_tick(now, at_least=now + SHORTEST_WAIT)
+        return True
+
+    # ---- the scheduler --------------------------------------------------------------------
+
+    def _tell(self, event: Event, now: int) -> None:
+        """Tell the scheduler, and note when it wants to be woken."""
+        self._handle(event, now / PS_PER_S)
+        self._set_tick(now, at_least=now)
+
+    def _handle(self, event: Event, now_s: float) -> tuple[Action, ...]:
+        actions = self._scheduler.handle(event, now_s)
+        if self._log is not None:
+            self._log.write(now_s, event, actions)
+        for action in actions:
+            if self._is_step:
+                self._kernel.send(
+                    self._kernel.now + 1, lambda at, action=action: self._carry_out(action, at)
+                )
+            else:
+                self._carry_out(action, self._kernel.now)
+        return actions
+
+    def _set_tick(self, now: int, at_least: int) -> None:
+        self._deadline_s = deadline_s = self._scheduler.next_deadline()
+        if deadline_s is None:
+            self._tick = NEVER
+        else:
+            self._tick = max(at_least, int(deadline_s * PS_PER_S) + 1)
+
+    def _carry_out(self, action: Action, now: int) -> None:
+        self._counters[type(action).__name__] += 1
+        match action:
+            case DispatchRequest():
+                self._dispatch(action, now)
+            case RejectRequest():
+                request = self._live.pop(action.request_id)
+                self._columns.write(request, RequestStatus.REJECTED)
+                self._held.discard(action.request_id)
+                self._num_ended += 1
+            case StartMigration():
+                delay = to_ps(self._options.message_delay_s)
+                self._kernel.send(now + delay, lambda at: self._start_migration(action, at))
+            case LaunchInstance():
+                self._launch(action, now)
+            case TerminateInstance():
+                engine = self._instances.by_id[action.instance_id]
+                self._kernel.send(now + 1, lambda at: self._leave(engine, at))
+            case PolicyFailed() | RefuseMigration():
+                pass
+
+    # ---- requests -------------------------------------------------------------------------
+
+    def _arrive(self, row: int, now: int) -> None:
+        columns = self._columns
+        request = columns.live_request(row, now, self._instances)
+        if request.num_prompt >= self._instances.max_model_len:
+            # The frontend's answer: no engine takes it.
+            self._counters["prompts too long"] += 1
+            columns.write(request, RequestStatus.REJECTED)
+            self._num_ended += 1
+            return
+        self._live[request.request_id] = request
+        event = RequestArrived(request=columns.scheduling_request(row, request, self._tells_blocks))
+        actions = self._scheduler.handle(event, now / PS_PER_S)
+        if self._log is not None:
+            self._log.write(now / PS_PER_S, event, actions)
+        if len(actions) == 1 and not self._held:
+            action = actions[0]
+            if type(action) is DispatchRequest:
+                # The usual case: nothing is held, so no deadline has moved.
+                self._counters["DispatchRequest"] += 1
+                self._dispatch(action, now)
+                return
+        self._held.add(request.request_id)
+        for action in actions:
+            self._carry_out(action, now)
+        self._set_tick(now, at_least=now)
+
+    def _dispatch(self, action: DispatchRequest, now: int) -> None:
+        self._held.discard(action.request_id)
+        request = self._live.get(action.request_id)
+        if request is None or request.phase != Phase.AWAY:
+            # It ended, or runs on where it is, while the scheduler thought it lost.
+            self._counters["dispatches without effect"] += 1
+            return
+        if request.dispatched < 0:
+            request.dispatched = now
+        request.predicted = action.predicted_output_tokens
+        engine = self._instances.by_id[action.instance_id]
+        if engine.is_alive:
+            engine.add(request, now)
+
+    def finished(self, engine: Engine, request: LiveRequest, now: int) -> None:
+        """The last token has come; the frontend tells it."""
+        if request.migration is not None:
+            self._migrations.request_finished(request, now)
+        del self._live[request.request_id]
+        self._num_ended += 1
+        self._columns.write_finished(request, now)
+        event = RequestFinished(request_id=request.request_id, num_output_tokens=request.generated)
+        if self._handle(event, now / PS_PER_S) or self._held:
+            self._set_tick(now, at_least=now + 1)
+
+    def preempted(self, engine: Engine, request: LiveRequest, now: int) -> None:
+        """The engine evicted it."""
+        if request.migration is not None:
+            self._migrations.request_preempted(request, now)
+
+    def suspended(self, engine: Engine, request: LiveRequest, now: int) -> None:
+        """It is out of the batch for its migration."""
+        self._migrations.request_suspended(request, now)
+
+    def _status_of(self, request: LiveRequest) -> RequestStatus:
+        known = self._scheduler.request_instance(request.request_id)
+        if request.place is None and known is None and request.dispatched >= 0:
+            return RequestStatus.LOST
+        return RequestStatus.UNFINISHED
+
+    # ---- instances ------------------------------------------------------------------------
+
+    def _join(self, engine: Engine, launch_id: str | None, role: InstanceRole, now: int) -> None:
+        options = self._options
+        spec = InstanceSpec(
+            instance_id=engine.instance_id,
+            num_total_blocks=engine.num_blocks,
+            block_size=engine.block_size,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.effective_batched_tokens,
+            role=role,
+        )
+        self._instances.serve(engine, now)
+        self._tell(InstanceJoined(spec=spec, launch_id=launch_id), now)
+
+    def _launch(self, action: LaunchInstance, now: int) -> None:
+        engine = self._instances.launch(now)
+
+        def up(at: int) -> None:
+            self._join(engine, action.launch_id, action.role, at)
+            self._reports.append((at + self._report_interval, engine))
+
+        self._kernel.send(now + to_ps(self._options.effective_boot_s), up)
+
+    def _fail(self, engine: Engine, now: int) -> None:
+        """It dies without a word; what it ran is nowhere until the scheduler learns of it."""
+        if not engine.is_alive:
+            return
+        self._instances.stop(engine, now)
+        self._lose_requests(engine, now)
+        delay = to_ps(self._options.failure_detection_s)
+        self._kernel.send(now + delay, lambda at: self._lost(engine, "it died", at))
+
+    def _leave(self, engine: Engine, now: int) -> None:
+        """The scheduler let it go; what is still on it is dispatched again."""
+        if engine.is_alive:
+            self._instances.stop(engine, now)
+            self._lose_requests(engine, now)
+        self._lost(engine, "terminated", now)
+
+    def _lose_requests(self, engine: Engine, now: int) -> None:
+        engine.die(now)
+        for request in self._live.values():
+            if request.place is engine:
+                request.place = None
+                request.phase = Phase.AWAY
+                request.killed = now
+                request.held = []
+
+    def _lost(self, engine: Engine, reason: str, now: int) -> None:
+        for event in self._migrations.instance_died(engine, now):
+            # A commit is told before the loss of its source.
+            self._tell(event, now)
+        self._held.update(r.request_id for r in self._live.values() if r.phase == Phase.AWAY)
+        self._tell(InstanceLost(instance_id=engine.instance_id, reason=reason), now)
+
+    # ---- reports --------------------------------------------------------------------------
+
+    def _report(self, engine: Engine, now: int) -> None:
+        self._reports.append((now + self._report_interval, engine))
+        migrations, index = self._migrations, engine.index
+        load = read_load(
+            engine,
+            self._instances.next_sequence(index),
+            now,
+            migrations.num_in.get(index, 0),
+            migrations.num_out.get(index, 0),
+        )
+        if self._timeline is not None:
+            self._timeline.add(now, index, load)
+        at = now + self._report_delay
+        if self._tells_blocks:
+            assert engine.cache is not None
+            engine.cache.shrink(load.num_free_blocks)
+            stored, removed = engine.cache.changes()
+            if removed:
+                event: Event = KvBlocksRemoved(instance_id=engine.instance_id, block_hashes=removed)
+                self._arriving_reports.append((at, event))
+            if stored:
+                event = KvBlocksStored(instance_id=engine.instance_id, block_hashes=stored)
+                self._arriving_reports.append((at, event))
+        self._arriving_reports.append((at, LoadReported(load=load)))
+
+    # ---- migrations -----------------------------------------------------------------------
+
+    def _start_migration(self, action: StartMigration, now: int) -> None:
+        source = self._instances.by_id[action.source]
+        destination = self._instances.by_id[action.destination]
+        if not source.is_alive or not destination.is_alive:
+            return
+        named = None if action.request_id is None else self._live.get(action.request_id)
+        self._migrations.start(action, named, source, destination, now)
+
+    def migration_ended(self, event: MigrationFinished, now: int) -> None:
+        """The source's report has come."""
+        self._counters[f"migrations {event.outcome.value}"] += 1
+        self._tell(event, now)

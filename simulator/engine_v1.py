@@ -1,0 +1,142 @@
+"""Today's vLLM (V1 scheduler, read in 0.32): one mixed batch a step, prompts in chunks.
+
+In each step every decode computes one token; a prompt under way, then new ones, take what is left
+of the token budget. Short of blocks, requests are evicted from the tail of the running list and
+recomputed; a step that evicted admits nobody. A new request is admitted when the blocks of its
+whole prompt, less what the prefix cache holds, are free above the watermark, which an otherwise
+empty engine ignores; it is given the blocks of its first chunk. Requests that hold their KV go
+before the queue.
+
+Not modelled: speculative decoding, encoders, LoRA, the overlap of scheduling with execution.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llumsched.simulator.engine_base import Engine
+from llumsched.simulator.engine_request import LiveRequest
+
+
+class EngineV1(Engine):
+    """See the module docstring."""
+
+    __slots__ = ("_partial",)
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        self._partial: LiveRequest | None = None
+        """The request whose prompt is computed in part; always the last of the running."""
+
+    def _schedule(self, now: int) -> None:
+        has_evicted = False
+        num_free = self.num_blocks - self.num_used - self.num_reserved
+        if self.num_decodes:
+            phase = self.progress % self.block_size
+            growth = self.growth
+            while growth[phase] > num_free:
+                self._preempt(next(reversed(self.running)), now)
+                self._partial = None
+                has_evicted = True
+                num_free = self.num_blocks - self.num_used - self.num_reserved
+            num_free -= growth[phase]
+        self.is_blocked = False
+        partial = self._partial
+        if partial is not None:
+            budget = self.max_batched_tokens - self.num_decodes
+            chunk = min(partial.target - partial.computed, budget)
+            needed = -(-(partial.computed + chunk) // self.block_size) - partial.num_blocks
+            if needed > num_free:
+                # The last of the running is itself.
+                self._preempt(partial, now)
+                self._partial = None
+                has_evicted = True
+            elif chunk:
+                self._take_chunk(partial, chunk, needed)
+                num_free -= needed
+        if self.waiting or self.holding:
+            if not has_evicted:
+                self._admit(num_free, now)
+            elif not self.running:
+                # An empty step; the next one admits.
+                self._admit(self.num_blocks - self.num_used - self.num_reserved, now)
+        self._start_step(now, may_last=not has_evicted)
+
+    def _take_chunk(self, request: LiveRequest, chunk: int, num_taken: int) -> None:
+        """Compute a chunk in the coming step, with `num_taken` blocks more in use."""
+        computed = request.computed + chunk
+        request.num_blocks = -(-computed // self.block_size)
+        self.num_used += num_taken
+        self.prefills.append((request, chunk))
+        self._partial = request if computed < request.target else None
+        if self.cache is not None and request.hashes:
+            # vLLM names the blocks of a chunk when it is scheduled.
+            full = min(computed // self.block_size, len(request.hashes))
+            request.held += self.cache.store(request.hashes[len(request.held) : full])
+
+    def _admit(self, num_free: int, now: int) -> None:
+        budget = self.max_batched_tokens - self.num_decodes
+        for _, chunk in self.prefills:
+            budget -= chunk
+        holding, waiting, running = self.holding, self.waiting, self.running
+        block_size = self.block_size
+        while budget > 0 and len(running) < self.max_num_seqs:
+            watermark = self.watermark_blocks if running else 0
+            if holding:
+                request = holding[0]
+                needed = 0 if request.computed % block_size else 1
+                if needed + watermark > num_free:
+                    self.is_blocked = True
+                    return
+                holding.popleft()
+                self._take_holding(request)
+                num_free -= needed
+                budget -= 1
+                continue
+            if not waiting:
+                return
+            request = waiting[0]
+            target = request.target
+            num_found = num_idle = 0
+            if self.cache is not None and request.hashes:
+                # The last token is computed in any case, for what follows it.
+                self.cache.shrink(num_free)
+                num_found, num_idle = self.cache.match(request.hashes, (target - 1) // block_size)
+            if -(-target // block_size) - num_found + num_idle + watermark > num_free:
+                self.is_blocked = True
+                return
+            self._dequeue(now)
+            if num_found:
+                assert self.cache is not None
+                request.held = list(request.hashes[:num_found])
+                self.cache.hold(request.held)
+                request.computed = num_found * block_size
+            chunk = min(target - request.computed, budget)
+            num_taken = -(-(request.computed + chunk) // block_size) - num_found + num_idle
+            self._take_chunk(request, chunk, num_taken)
+            num_free -= num_taken
+            budget -= chunk
+
+    def _start_step(self, now: int, may_last: bool) -> None:
+        b = self.num_decodes
+        prefills = self.prefills
+        if prefills:
+            cost = self.cost_copying if self.num_copies else self.cost
+            num_tokens = b
+            twice_pairs = 0
+            for request, chunk in prefills:
+                num_tokens += chunk
+                twice_pairs += chunk * (2 * request.computed + chunk)
+            duration = cost.base[num_tokens] + round(cost.half_pair * twice_pairs)
+            if b:
+                duration += self._decode_series()[0] - cost.base[b]
+            if num_tokens > self.most_tokens:
+                self.most_tokens = num_tokens
+            self._begin(now, duration, 0, 1, b > 0)
+        elif b:
+            first, increment = self._decode_series()
+            num_steps = 1
+            if may_last:
+                num_free = self.num_blocks - self.num_used - self.num_reserved
+                num_steps = self._steps_that_fit(self._steps_to_next_end(), num_free)
+            self._begin(now, first, increment, num_steps, True)
