@@ -1,0 +1,1 @@
+"""Reading public operator profiles, for :mod:`scripts.fit_hardware`."""
