@@ -20,6 +20,8 @@ _BLOCK_SIZE = 16
 _SYSTEM_PROMPT_TOKENS = (64, 512, 1024, 2048)
 _MEAN_TURNS = 4.0
 _MEAN_THINK_S = 20.0
+# Chats of an earlier time are under way when the trace begins.
+_WARM_UP_S = 4 * _MEAN_TURNS * _MEAN_THINK_S
 _MEDIAN_MESSAGE_TOKENS = 60.0
 _MEDIAN_ANSWER_TOKENS = 200.0
 _SIGMA = 0.8
@@ -31,13 +33,15 @@ _HASHES_OF_A_CHAT = 1 << 16
 
 
 def session_trace(*, rate_rps: float, cv: float, num_requests: int, seed: int) -> Trace:
-    """The first `num_requests` turns, at about `rate_rps` once chats overlap.
+    """`num_requests` turns at about `rate_rps`, from a time when chats are in every stage.
 
     A client id is a chat. A chat ends early when its prompt would pass 16,384 tokens.
     """
     rng = np.random.default_rng([seed, 3])
-    num_chats = num_requests
-    starts = gamma_arrivals(num_chats, rate_rps=rate_rps / _MEAN_TURNS, cv=cv, rng=rng)
+    chat_rate_rps = rate_rps / _MEAN_TURNS
+    # Every chat has a turn, so these are more than enough.
+    num_chats = num_requests + int(2 * _WARM_UP_S * chat_rate_rps) + 100
+    starts = gamma_arrivals(num_chats, rate_rps=chat_rate_rps, cv=cv, rng=rng)
     arrivals: list[float] = []
     prompts: list[int] = []
     outputs: list[int] = []
@@ -68,7 +72,10 @@ def session_trace(*, rate_rps: float, cv: float, num_requests: int, seed: int) -
             context += message
             if context > _MAX_PROMPT_TOKENS:
                 break
-            arrivals.append(when_s)
+            if when_s < _WARM_UP_S:
+                context += answer
+                continue
+            arrivals.append(when_s - _WARM_UP_S)
             heapq.heappush(pending, when_s)
             prompts.append(context)
             outputs.append(answer)

@@ -20,6 +20,7 @@ from llumsched.core.types import PriorityClass
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 PrefixHashes = tuple[tuple[int, ...], ...]
 
 DEFAULT_HASH_BLOCK_SIZE = 16

@@ -1,0 +1,303 @@
+"use strict";
+// Draws the report from the JSON in #data. No library, nothing fetched.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const SVG = "http://www.w3.org/2000/svg";
+const byId = (id) => document.getElementById(id);
+
+function element(name, attributes = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+function shape(parent, name, attributes = {}, text = null) {
+  const made = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  if (text !== null) made.textContent = text;
+  parent.append(made);
+  return made;
+}
+
+const colour = (index) => `var(--series-${index % 8})`;
+// Past eight policies colours come round again, with another stroke.
+const dashes = (index) => ["", "6 4", "2 3"][Math.floor(index / 8) % 3];
+
+function number(value) {
+  if (value === null || !Number.isFinite(value)) return "–";
+  const size = Math.abs(value);
+  if (value === 0 || size >= 100) return Math.round(value).toLocaleString("en");
+  return value.toFixed(Math.min(6, Math.max(0, 2 - Math.floor(Math.log10(size)))));
+}
+
+const tooltip = byId("tooltip");
+function showTooltip(event, text) {
+  tooltip.textContent = text;
+  tooltip.hidden = false;
+  const box = tooltip.getBoundingClientRect();
+  const right = event.clientX + 14 + box.width < innerWidth;
+  tooltip.style.left = `${right ? event.clientX + 14 : event.clientX - 14 - box.width}px`;
+  tooltip.style.top = `${Math.min(event.clientY + 14, innerHeight - box.height - 8)}px`;
+}
+function hideTooltip() { tooltip.hidden = true; }
+
+function chooseTheme() {
+  const root = document.documentElement;
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const apply = () => { root.dataset.theme = dark.matches ? "dark" : "light"; };
+  apply();
+  dark.addEventListener("change", apply);
+  byId("theme").addEventListener("click", () => {
+    root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
+  });
+}
+
+function drawComparison() {
+  const table = byId("comparison");
+  const header = element("tr", {}, element("th", { scope: "col" }));
+  for (const policy of data.policies) header.append(element("th", { scope: "col" }, policy));
+  table.append(element("thead", {}, header));
+  const body = element("tbody");
+  for (const column of data.columns) {
+    const label = element("th", { scope: "row" }, column.label);
+    if (column.unit) label.append(element("span", { class: "unit" }, ` ${column.unit}`));
+    const row = element("tr", {}, label);
+    for (const policy of data.policies) {
+      const { mean, least, greatest } = data.table[policy][column.key];
+      const cell = element("td", {}, number(mean));
+      if (column.best.includes(policy)) cell.className = "best";
+      row.append(cell);
+      if (mean !== null && least !== greatest) {
+        cell.append(element("span", { class: "spread" }, `${number(least)} – ${number(greatest)}`));
+      }
+    }
+    body.append(row);
+  }
+  table.append(body);
+  byId("comparison-hint").textContent = data.num_seeds > 1
+    ? `Mean of ${data.num_seeds} seeds; below it the least and the greatest.`
+    : "One seed: another would give other tails.";
+}
+
+function legend(parent, entries) {
+  for (const { label, paint, line } of entries) {
+    const swatch = element("i", { class: line ? "swatch line" : "swatch" });
+    swatch.style.background = paint;
+    parent.append(element("span", {}, swatch, label));
+  }
+}
+
+// Shares are drawn on a scale that gives 0-90 % half the height, 90-99 % and 99-100 % a quarter.
+function shareToHeight(share) {
+  if (share <= 0.9) return (share / 0.9) * 0.5;
+  if (share <= 0.99) return 0.5 + ((share - 0.9) / 0.09) * 0.25;
+  return 0.75 + ((share - 0.99) / 0.01) * 0.25;
+}
+
+function logTicks(low, high) {
+  const ticks = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += 1) {
+    for (const digit of [1, 2, 5]) {
+      const tick = digit * 10 ** power;
+      if (tick >= low && tick <= high) ticks.push(tick);
+    }
+  }
+  const step = Math.ceil(ticks.length / 7);
+  return ticks.filter((_, index) => index % step === 0);
+}
+
+function drawCdf(parent, figure) {
+  const width = 360, height = 230, left = 40, right = 12, top = 8, bottom = 26;
+  const card = element("div", {}, element("h3", {}, `${figure.label} (${figure.unit})`));
+  parent.append(card);
+  const curves = Object.entries(figure.curves).filter(([, curve]) => curve.values.length);
+  const values = curves.flatMap(([, curve]) => curve.values).filter((value) => value > 0);
+  if (!values.length) { card.append(element("p", { class: "hint" }, "nothing finished")); return; }
+  let low = values.reduce((a, b) => Math.min(a, b)), high = values.reduce((a, b) => Math.max(a, b));
+  if (low === high) { low /= 2; high *= 2; }
+  const svg = document.createElementNS(SVG, "svg");
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", `Cumulative distribution of ${figure.label}`);
+  card.append(svg);
+  const x = (value) => left
+    + ((Math.log(Math.max(value, low)) - Math.log(low)) / (Math.log(high) - Math.log(low)))
+    * (width - left - right);
+  const y = (share) => height - bottom - shareToHeight(share) * (height - top - bottom);
+  for (const share of [0, 0.5, 0.9, 0.95, 0.99, 1]) {
+    shape(svg, "line", { class: "grid", x1: left, x2: width - right, y1: y(share), y2: y(share) });
+    shape(svg, "text", { x: left - 6, y: y(share) + 4, "text-anchor": "end" },
+      share === 1 ? "max" : `P${share * 100}`);
+  }
+  for (const tick of logTicks(low, high)) {
+    shape(svg, "line", { class: "axis", x1: x(tick), x2: x(tick), y1: height - bottom,
+      y2: height - bottom + 4 });
+    shape(svg, "text", { x: x(tick), y: height - 8, "text-anchor": "middle" },
+      Number(tick.toPrecision(2)).toLocaleString("en", { maximumFractionDigits: 6 }));
+  }
+  for (const [policy, curve] of curves) {
+    const index = data.policies.indexOf(policy);
+    const points = curve.values.map((value, i) => `${x(value).toFixed(1)},${y(curve.shares[i]).toFixed(1)}`);
+    shape(svg, "polyline", { class: "curve", points: points.join(" "),
+      style: `stroke: ${colour(index)}`, "stroke-dasharray": dashes(index) });
+  }
+  const cursor = shape(svg, "line", { class: "cursor", x1: left, x2: width - right, visibility: "hidden" });
+  svg.addEventListener("mousemove", (event) => {
+    const box = svg.getBoundingClientRect();
+    const at = ((event.clientY - box.top) / box.height) * height;
+    // The nearest drawn share; all curves have the same shares.
+    const shares = curves[0][1].shares;
+    let nearest = 0;
+    shares.forEach((share, i) => {
+      if (Math.abs(y(share) - at) < Math.abs(y(shares[nearest]) - at)) nearest = i;
+    });
+    cursor.setAttribute("y1", y(shares[nearest]));
+    cursor.setAttribute("y2", y(shares[nearest]));
+    cursor.setAttribute("visibility", "visible");
+    const lines = curves.map(([policy, curve]) =>
+      `${policy}: ${number(curve.values[nearest])} ${figure.unit}`);
+    showTooltip(event, [`P${number(100 * shares[nearest])}`, ...lines].join("\n"));
+  });
+  svg.addEventListener("mouseleave", () => {
+    cursor.setAttribute("visibility", "hidden");
+    hideTooltip();
+  });
+}
+
+function drawTimeline(policy) {
+  const holder = byId("timeline");
+  holder.replaceChildren();
+  const run = data.timelines[policy];
+  const lanes = run.instances.length, samples = run.used[0].length;
+  const laneHeight = lanes <= 8 ? 44 : lanes <= 24 ? 26 : 16;
+  const gap = lanes <= 24 ? 6 : 3;
+  const left = 92, right = 14, top = 6, bottom = 30, width = 1100;
+  const height = top + lanes * (laneHeight + gap) + bottom;
+  const svg = document.createElementNS(SVG, "svg");
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", `KV use of each instance over time under ${policy}`);
+  svg.style.minWidth = "720px";
+  holder.append(svg);
+  const x = (time) => left + (time / run.end_s) * (width - left - right);
+  const step = (width - left - right) / samples;
+  const laneTop = (lane) => top + lane * (laneHeight + gap);
+  for (let lane = 0; lane < lanes; lane += 1) {
+    const base = laneTop(lane) + laneHeight;
+    shape(svg, "rect", { class: "lane", x: left, y: laneTop(lane), width: width - left - right,
+      height: laneHeight, rx: 2 });
+    shape(svg, "text", { x: left - 8, y: base - laneHeight / 2 + 4, "text-anchor": "end" },
+      run.instances[lane]);
+    let used = "", reserved = "", waiting = "";
+    for (let i = 0; i < samples; i += 1) {
+      const share = run.used[lane][i];
+      if (share === null) continue;
+      const from = (left + i * step).toFixed(1), size = (step + 0.2).toFixed(1);
+      const block = (y, h) => `M${from} ${y.toFixed(1)}h${size}v${h.toFixed(1)}h-${size}z`;
+      const h = share * laneHeight, r = run.reserved[lane][i] * laneHeight;
+      if (h > 0.05) used += block(base - h, h);
+      if (r > 0.05) reserved += block(base - h - r, r);
+      if (run.waiting[lane][i] > 0) waiting += block(laneTop(lane), 2.5);
+    }
+    shape(svg, "path", { class: "kv", d: used });
+    shape(svg, "path", { class: "kv-reserved", d: reserved });
+    shape(svg, "path", { class: "waiting", d: waiting });
+  }
+  drawMigrations(svg, run, x, (lane) => laneTop(lane) + laneHeight / 2);
+  for (let i = 0; i <= 8; i += 1) {
+    const time = (run.end_s * i) / 8;
+    shape(svg, "text", { x: x(time), y: height - 10, "text-anchor": i === 8 ? "end" : "middle" },
+      `${number(time)} s`);
+  }
+  trackTimeline(svg, run, { left, right, width, height, samples, laneTop, laneHeight });
+  const drawn = run.migrations.length;
+  byId("timeline-hint").textContent = `Seed ${run.seed}. ${run.num_migrations} migrations`
+    + (drawn < run.num_migrations ? `, of which ${drawn} are drawn.` : ".");
+}
+
+function drawMigrations(svg, run, x, middle) {
+  const opacity = Math.max(0.18, Math.min(0.9, 40 / Math.max(1, run.migrations.length)));
+  for (const [start, end, source, destination, request, blocks, stages, downtime] of run.migrations) {
+    const group = shape(svg, "g", { opacity });
+    const [x1, x2, y1, y2] = [x(start), x(end), middle(source), middle(destination)];
+    const bend = Math.min(24, 4 + Math.abs(y2 - y1) / 6);
+    shape(group, "path", { class: "migration", "stroke-width": 1.4,
+      d: `M${x1} ${y1}C${x1 + bend} ${y1} ${x2 + bend} ${y2} ${x2} ${y2}` });
+    shape(group, "circle", { class: "migration-end", cx: x2, cy: y2, r: 2.4 });
+    group.addEventListener("mousemove", (event) => {
+      event.stopPropagation();
+      showTooltip(event, `request ${request}\n${run.instances[source]} → ${run.instances[destination]}\n`
+        + `${number(start)} – ${number(end)} s\n${blocks} blocks in ${stages} stages\n`
+        + `pause ${number(downtime)} ms`);
+    });
+  }
+}
+
+function trackTimeline(svg, run, place) {
+  const cursor = shape(svg, "line", { class: "cursor", y1: 0, y2: place.height - 24, visibility: "hidden" });
+  svg.addEventListener("mousemove", (event) => {
+    const box = svg.getBoundingClientRect();
+    const px = ((event.clientX - box.left) / box.width) * place.width;
+    const py = ((event.clientY - box.top) / box.height) * place.height;
+    const share = (px - place.left) / (place.width - place.left - place.right);
+    const lane = run.instances.findIndex((_, i) => py < place.laneTop(i) + place.laneHeight + 3);
+    if (share < 0 || share > 1 || lane < 0) { hideTooltip(); return; }
+    const sample = Math.min(place.samples - 1, Math.floor(share * place.samples));
+    cursor.setAttribute("x1", px);
+    cursor.setAttribute("x2", px);
+    cursor.setAttribute("visibility", "visible");
+    const used = run.used[lane][sample];
+    const text = used === null ? "not serving"
+      : `KV used ${number(100 * used)} %\nreserved ${number(100 * run.reserved[lane][sample])} %\n`
+        + `waiting requests ${number(run.waiting[lane][sample])}`;
+    showTooltip(event, `${run.instances[lane]} at ${number(share * run.end_s)} s\n${text}`);
+  });
+  svg.addEventListener("mouseleave", () => {
+    cursor.setAttribute("visibility", "hidden");
+    hideTooltip();
+  });
+}
+
+function drawTimelines() {
+  const policies = data.policies.filter((policy) => data.timelines[policy]);
+  if (!policies.length) { byId("timeline-section").hidden = true; return; }
+  const tabs = byId("timeline-tabs");
+  const choose = (policy) => {
+    for (const tab of tabs.children) {
+      tab.setAttribute("aria-selected", String(tab.textContent === policy));
+    }
+    drawTimeline(policy);
+  };
+  for (const policy of policies) {
+    const tab = element("button", { type: "button", role: "tab" }, policy);
+    tab.addEventListener("click", () => choose(policy));
+    tabs.append(tab);
+  }
+  legend(byId("timeline-legend"), [
+    { label: "KV blocks in use", paint: "var(--kv)" },
+    { label: "reserved for a migration that arrives", paint: "var(--kv-reserved)" },
+    { label: "a request waits", paint: "var(--waiting)", line: true },
+    { label: "migration (the dot is where it goes)", paint: "var(--migration)", line: true },
+  ]);
+  choose(policies[0]);
+}
+
+function fillText() {
+  byId("subtitle").textContent = data.subtitle;
+  for (const [name, value] of data.settings) {
+    byId("settings").append(element("dt", {}, name), element("dd", {}, value));
+  }
+  for (const note of data.notes) byId("notes").append(element("li", {}, note));
+  const warnings = byId("warnings");
+  for (const warning of data.warnings) warnings.append(element("li", {}, warning));
+  warnings.hidden = data.warnings.length === 0;
+}
+
+chooseTheme();
+fillText();
+drawComparison();
+legend(byId("cdf-legend"), data.policies.map((label, index) => (
+  { label, paint: colour(index), line: true })));
+for (const figure of data.cdfs) drawCdf(byId("cdfs"), figure);
+drawTimelines();

@@ -1,0 +1,119 @@
+"""Policies side by side: who is best, how far the seeds spread, what the page gets to draw."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llumsched.simulator.comparison import (
+    COLUMNS,
+    Run,
+    as_json,
+    best_labels,
+    number,
+    reduce_run,
+    spreads,
+    text_table,
+)
+from llumsched.simulator.metrics import Slo
+from llumsched.simulator.report import report_data, write_report
+from tests.simulator.results import make_result
+
+
+def make_run(label: str, seed: int, *, first_token_s: float = 1.0, draw: bool = True) -> Run:
+    result = make_result(first_token_s=np.array([first_token_s, 1.5, np.nan, 4.0]))
+    return reduce_run(result, label=label, seed=seed, slo=Slo(ttft_s=1.0), draw=draw)
+
+
+RUNS = [
+    make_run("latency", 0, first_token_s=0.6),
+    make_run("round_robin", 0, first_token_s=2.0),
+    make_run("latency", 1, first_token_s=0.8),
+]
+
+
+def test_spreads_are_over_the_seeds_of_a_policy() -> None:
+    table = spreads(RUNS)
+    ttft = table["latency"]["ttft_mean"]
+    assert (ttft.mean, ttft.least, ttft.greatest) == pytest.approx((0.6, 0.55, 0.65))
+    assert table["round_robin"]["ttft_mean"].least == 1.25
+
+
+def test_the_best_is_lowest_for_times_and_highest_for_goodput() -> None:
+    table = spreads(RUNS)
+    columns = {column.key: column for column in COLUMNS}
+    assert best_labels(columns["ttft_mean"], table) == {"latency"}
+    assert best_labels(columns["goodput"], table) == {"latency"}
+    assert best_labels(columns["migrations"], table) == set()
+    assert best_labels(columns["mean_instances"], table) == set()
+
+
+def test_the_table_shows_spread_and_marks_the_best() -> None:
+    lines = {line.split("  ")[0]: line for line in text_table(RUNS).splitlines()}
+    assert "0.600 [0.550, 0.650] *" in lines["TTFT mean (s)"]
+    assert "1.25" in lines["TTFT mean (s)"]
+
+
+def test_numbers_have_three_digits_and_no_exponent() -> None:
+    values = (0.0, 0.01234, 1.0, 45.678, 12345.6, float("nan"))
+    assert [number(value) for value in values] == ["0", "0.0123", "1.00", "45.7", "12,346", "-"]
+
+
+def test_the_json_has_no_nan() -> None:
+    text = json.dumps(as_json(RUNS), allow_nan=False)
+    assert json.loads(text)[0]["summary"]["ttft_s"]["count"] == 2
+
+
+def test_the_page_gets_the_time_line_of_the_first_seed() -> None:
+    data = report_data(RUNS, subtitle="", settings={}, notes=())
+    line = data["timelines"]["latency"]
+    assert (line["seed"], line["instances"], line["num_migrations"]) == (0, ["i0", "i1"], 1)
+    assert line["migrations"] == [[1.2, 2.0, 0, 1, 0, 7, 2, 20.0]]
+    assert [v for v in line["used"][0] if v is not None] == [0.5, 0.6]
+    assert data["warnings"][0] == "latency: seed 0 was cut short: its figures are partial"
+
+
+class Page(html.parser.HTMLParser):
+    """Collects every attribute that would make a browser fetch something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.data = ""
+        self._in_data = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = dict(attrs)
+        self.fetched += [f"{tag} {name}" for name in ("src", "href") if name in named]
+        self._in_data = named.get("id") == "data"
+
+    def handle_data(self, data: str) -> None:
+        if self._in_data:
+            self.data += data
+
+
+def test_the_page_is_one_file_that_fetches_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_report(
+        path,
+        RUNS,
+        title="<b> & co",
+        subtitle="</script><script>alert(1)</script>",
+        settings={"hardware": "test"},
+        notes=["a note"],
+    )
+    text = path.read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert page.fetched == []
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|%[A-Z]+%", text)
+    assert "<title>&lt;b&gt; &amp; co</title>" in text
+    content: dict[str, Any] = json.loads(page.data)
+    assert content["subtitle"] == "</script><script>alert(1)</script>"
+    assert content["settings"] == [["hardware", "test"]]

@@ -1,0 +1,77 @@
+"""The figures of a result made by hand, each computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from llumsched.simulator.metrics import Distribution, Slo, latencies, summarise
+from tests.simulator.results import NAN, make_result
+
+
+def test_latencies_are_from_arrival_and_of_finished_requests_only() -> None:
+    times = latencies(make_result())
+    assert times.ttft_s.tolist() == pytest.approx([1.0, 0.5, NAN, NAN], nan_ok=True)
+    assert times.e2e_s.tolist() == pytest.approx([3.0, 0.5, NAN, NAN], nan_ok=True)
+    assert times.queueing_s.tolist() == pytest.approx([0.5, 0.0, NAN, NAN], nan_ok=True)
+    # Ten gaps in two seconds; an answer of one token has no gap.
+    assert times.tpot_s.tolist() == pytest.approx([0.2, NAN, NAN, NAN], nan_ok=True)
+    assert times.itl_max_s.tolist() == pytest.approx([0.6, NAN, NAN, NAN], nan_ok=True)
+
+
+def test_the_summary_of_four_requests() -> None:
+    summary = summarise(make_result())
+    assert summary.num_requests == 4
+    assert (summary.num_finished, summary.num_rejected) == (2, 1)
+    assert (summary.num_lost, summary.num_unfinished) == (0, 1)
+    assert summary.request_throughput_rps == pytest.approx(2 / 5)
+    assert summary.output_throughput_tps == pytest.approx(12 / 5)
+    assert summary.total_throughput_tps == pytest.approx(312 / 5)
+    assert summary.ttft_s.mean == pytest.approx(0.75)
+    assert summary.itl_mean_s == pytest.approx(0.2)
+    assert summary.num_preemptions == 3
+    assert summary.preemption_loss_s.mean == pytest.approx(0.2)
+    assert summary.num_migrations == 1
+    assert summary.migration_downtime_s.p99 == pytest.approx(0.02)
+
+
+def test_instances_are_paid_for_from_launch_to_end() -> None:
+    summary = summarise(make_result())
+    assert summary.instance_seconds == pytest.approx(5.0 + 3.0)
+    assert summary.mean_instances == pytest.approx(8.0 / 5.0)
+
+
+def test_fragmentation_is_what_is_free_while_a_request_waits() -> None:
+    # Nobody waits in the first sample; in the second 40 of 200 blocks are free.
+    assert summarise(make_result()).fragmentation == pytest.approx((0.0 + 0.2) / 2)
+    assert math.isnan(summarise(make_result(timeline=None)).fragmentation)
+
+
+@pytest.mark.parametrize(
+    ("slo", "num_kept"),
+    [
+        (Slo(ttft_s=1.0), 2),
+        (Slo(ttft_s=0.9), 1),
+        (Slo(tpot_s=0.1), 1),
+        (Slo(ttft_s=1.0, tpot_s=0.2, e2e_s=2.0), 1),
+        (Slo(e2e_s=0.1), 0),
+    ],
+)
+def test_goodput_counts_what_keeps_every_bound(slo: Slo, num_kept: int) -> None:
+    summary = summarise(make_result(), slo)
+    assert summary.goodput_rps == pytest.approx(num_kept / 5)
+    assert summary.slo_attainment == pytest.approx(num_kept / 4)
+
+
+@pytest.mark.parametrize("slo", [None, Slo()])
+def test_there_is_no_goodput_without_an_slo(slo: Slo | None) -> None:
+    assert math.isnan(summarise(make_result(), slo).goodput_rps)
+
+
+def test_percentiles_are_interpolated() -> None:
+    values = Distribution.of(np.array([4.0, NAN, 1.0, 2.0, 3.0]))
+    assert (values.count, values.mean, values.p50) == (4, 2.5, 2.5)
+    assert values.p99 == pytest.approx(3.97)
+    assert math.isnan(Distribution.of(np.array([NAN])).p99)
