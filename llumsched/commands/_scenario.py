@@ -1,0 +1,103 @@
+"""The options of a scenario on the command line, for ``simulate`` and ``sweep``.
+
+They are made from the fields of ``Scenario``: name, type, default and help have one source.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, get_args
+
+from llumsched.commands import CommandError
+from llumsched.config import ConfigError
+from llumsched.core.params import Param, ParamError, params_of
+from llumsched.plugins import PluginError
+from llumsched.simulator.export import ExportError
+from llumsched.simulator.generators import GENERATORS
+from llumsched.simulator.hardware import HardwareError
+from llumsched.simulator.metrics import Slo
+from llumsched.simulator.scenario import EXAMPLE, Scenario
+from llumsched.simulator.simulation import SimulationError
+from llumsched.simulator.trace import TraceError
+
+FIELDS: Mapping[str, Param] = {
+    described.name: described for described in params_of(Scenario) if described.name != "traffic"
+}
+"""What a scenario has besides its traffic."""
+
+
+def add_scenario(parser: argparse.ArgumentParser, *, without: frozenset[str] = frozenset()) -> None:
+    """The traffic, and an option for each other field of a scenario."""
+    parser.add_argument(
+        "traffic",
+        metavar="TRAFFIC",
+        help=(
+            "a trace file (CSV or JSON, also gzipped), a generator"
+            f" ({', '.join(GENERATORS)}), or '{EXAMPLE}'"
+        ),
+    )
+    group = parser.add_argument_group("traffic, cluster and policy")
+    for described in FIELDS.values():
+        if described.name in without:
+            continue
+        option = "--" + described.name.replace("_", "-")
+        if described.type is bool:
+            group.add_argument(option, action="store_true", help=described.spec.doc)
+            continue
+        default = "" if described.default is None else f" (default: {described.default})"
+        group.add_argument(
+            option,
+            type=type_of(described),
+            default=described.default,
+            choices=described.spec.choices,
+            metavar=None if described.spec.choices else type_of(described).__name__.upper(),
+            help=(described.spec.doc + default).replace("%", "%%"),
+        )
+
+
+def add_slo(parser: argparse.ArgumentParser) -> None:
+    """The bounds of goodput."""
+    group = parser.add_argument_group("goodput", "requests that keep every bound that is given")
+    for name, what in (("ttft", "to the first token"), ("tpot", "a token after it"),
+                       ("e2e", "to the last token")):  # fmt: skip
+        group.add_argument(f"--slo-{name}-s", type=float, metavar="S", help=f"seconds {what}")
+
+
+def slo_of(args: argparse.Namespace) -> Slo:
+    """The bounds that were given."""
+    return Slo(ttft_s=args.slo_ttft_s, tpot_s=args.slo_tpot_s, e2e_s=args.slo_e2e_s)
+
+
+def scenario_of(args: argparse.Namespace) -> Scenario:
+    """The scenario that the options describe."""
+    given = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
+    return Scenario(traffic=args.traffic, **given)
+
+
+def type_of(described: Param) -> Callable[[str], Any]:
+    """The type of a field, without its None."""
+    types = [kind for kind in get_args(described.type) if kind is not type(None)]
+    chosen: Callable[[str], Any] = types[0] if types else described.type
+    return chosen
+
+
+@contextmanager
+def said_in_one_line() -> Iterator[None]:
+    """Whatever the user can mend becomes the one line that the command line prints."""
+    try:
+        yield
+    except (
+        ConfigError,
+        ExportError,
+        HardwareError,
+        ParamError,
+        PluginError,
+        SimulationError,
+        TraceError,
+    ) as error:
+        raise CommandError(str(error)) from error
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise CommandError(f"{where}{error.strerror or error}") from error

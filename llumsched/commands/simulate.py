@@ -1,0 +1,219 @@
+"""``llumsched simulate``: what a policy would do to this traffic on this hardware, on a laptop."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Self
+
+from tqdm import tqdm
+
+from llumsched import __version__
+from llumsched.commands import CommandError
+from llumsched.commands._scenario import (
+    FIELDS,
+    add_scenario,
+    add_slo,
+    said_in_one_line,
+    scenario_of,
+    slo_of,
+)
+from llumsched.simulator.chrome_trace import write_chrome_trace
+from llumsched.simulator.comparison import Run, as_json, by_label, reduce_run, text_table
+from llumsched.simulator.export import write_csv, write_parquet
+from llumsched.simulator.report import write_report
+from llumsched.simulator.scenario import Scenario
+from llumsched.simulator.simulation import SimulationResult, simulate
+from llumsched.simulator.trace import Trace
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+INTERRUPTED = 130
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    """Add this command's parser."""
+    parser = subparsers.add_parser(
+        "simulate",
+        help="simulate a trace under one policy or several, on modelled hardware",
+        description=(
+            "Simulate traffic on modelled instances under the scheduler that serves, and print the"
+            " figures of each policy side by side. Ctrl-C ends the run and keeps what there is."
+        ),
+    )
+    add_scenario(parser)
+    parser.add_argument(
+        "--compare", metavar="A,B,C", help="policies to put side by side, instead of --policy"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="K", help="runs with seeds 0 to K-1 (default: 1)"
+    )
+    add_slo(parser)
+    output = parser.add_argument_group("results")
+    output.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write report.html, summary.json and a record a request (CSV) there",
+    )
+    output.add_argument("--parquet", action="store_true", help="records as Parquet too")
+    output.add_argument(
+        "--chrome-trace", action="store_true", help="a trace for Perfetto, of the first seed"
+    )
+    output.add_argument(
+        "--decision-log", action="store_true", help="a log for 'llumsched replay', of every run"
+    )
+    output.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run every policy with every seed; print the comparison and write the files."""
+    if args.seeds < 1:
+        raise CommandError(f"--seeds {args.seeds}: at least 1 is needed")
+    if args.out is None and (args.parquet or args.chrome_trace or args.decision_log):
+        raise CommandError("--parquet, --chrome-trace and --decision-log need --out DIR")
+    with said_in_one_line():
+        scenarios = _scenarios(args)
+        for scenario in scenarios:
+            scenario.options(seed=0)  # every mistake shows before the first long run
+        if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
+        with Interrupt() as interrupt:
+            runs, trace = _run_all(args, scenarios, interrupt)
+        print(text_table(runs))
+        for warning in dict.fromkeys(f"{r.label}: {w}" for r in runs for w in r.warnings):
+            print(f"warning: {warning}", file=sys.stderr)
+        if args.out is not None:
+            _write_comparison(args.out, scenarios[0], trace, runs)
+            print(f"\nwritten: {args.out / 'report.html'} and the files that it sums up")
+    if interrupt.is_set:
+        print("interrupted: the figures are of what had been simulated by then", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _scenarios(args: argparse.Namespace) -> list[Scenario]:
+    scenario = scenario_of(args)
+    if args.compare is None:
+        return [scenario]
+    names = [name.strip() for name in args.compare.split(",") if name.strip()]
+    if not names:
+        raise CommandError("--compare: name policies with commas between: latency,round_robin")
+    return [dataclasses.replace(scenario, policy=name) for name in dict.fromkeys(names)]
+
+
+def _run_all(
+    args: argparse.Namespace, scenarios: Sequence[Scenario], interrupt: Interrupt
+) -> tuple[list[Run], Trace]:
+    """Every policy with every seed, or as many as came before the interruption."""
+    runs: list[Run] = []
+    with tqdm(
+        unit=" requests", unit_scale=True, leave=False, disable=True if args.quiet else None
+    ) as bar:
+        for seed in range(args.seeds):
+            trace = scenarios[0].trace(seed)
+            bar.total = len(trace) * len(scenarios) * args.seeds
+            for scenario in scenarios:
+                bar.set_description(f"{scenario.label()}, seed {seed}")
+                start = len(runs) * len(trace)
+
+                def progress(num_done: int, _now_s: float, start: int = start) -> None:
+                    bar.update(start + num_done - bar.n)
+
+                result = simulate(
+                    trace,
+                    scenario.options(
+                        seed,
+                        record_timeline=args.out is not None,
+                        decision_log=_decision_log(args, scenario, seed),
+                    ),
+                    progress=progress,
+                    stop=lambda: interrupt.is_set,
+                )
+                runs.append(
+                    reduce_run(
+                        result,
+                        label=scenario.label(),
+                        seed=seed,
+                        slo=slo_of(args),
+                        draw=seed == 0,
+                    )
+                )
+                if args.out is not None:
+                    _write_run(args, scenario, seed, result)
+                if interrupt.is_set:
+                    return runs, trace
+    return runs, trace
+
+
+def _decision_log(args: argparse.Namespace, scenario: Scenario, seed: int) -> Path | None:
+    if not args.decision_log:
+        return None
+    folder: Path = args.out / f"decisions-{scenario.label()}-{seed}"
+    return folder
+
+
+def _write_run(
+    args: argparse.Namespace, scenario: Scenario, seed: int, result: SimulationResult
+) -> None:
+    name = f"{scenario.label()}-{seed}"
+    write_csv(result, args.out / f"requests-{name}.csv")
+    if args.parquet:
+        write_parquet(result, args.out / f"requests-{name}.parquet")
+    if args.chrome_trace and seed == 0:
+        write_chrome_trace(result, args.out / f"chrome-trace-{name}.json")
+
+
+def _write_comparison(folder: Path, scenario: Scenario, trace: Trace, runs: Sequence[Run]) -> None:
+    """The files about all runs: ``summary.json`` and ``report.html``."""
+    settings = {
+        "traffic": f"{scenario.traffic}: {len(trace):,} requests at {trace.rate_rps:.3g}/s",
+        **{
+            name.replace("_", " "): str(getattr(scenario, name))
+            for name, described in FIELDS.items()
+            if name != "policy" and getattr(scenario, name) != described.default
+        },
+    }
+    for name in ("instances", "hardware", "engine"):
+        settings[name] = str(getattr(scenario, name))
+    content = {
+        "version": __version__,
+        "scenario": {**dataclasses.asdict(scenario), "policy": list(by_label(runs))},
+        "trace_notes": list(trace.notes),
+        "runs": as_json(runs),
+    }
+    (folder / "summary.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_report(
+        folder / "report.html",
+        runs,
+        title=f"{trace.name} on {scenario.instances} instances",
+        subtitle=f"{scenario.hardware}, {scenario.engine}; simulated by llumsched {__version__}",
+        settings=settings,
+        notes=trace.notes,
+    )
+
+
+class Interrupt:
+    """The first Ctrl-C asks for an orderly end, a second one is an ordinary Ctrl-C."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        self.is_set = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,147 @@
+"""``llumsched sweep``: a grid of simulations over all cores."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from llumsched.commands import CommandError
+from llumsched.commands._scenario import (
+    FIELDS,
+    add_scenario,
+    add_slo,
+    said_in_one_line,
+    scenario_of,
+    slo_of,
+    type_of,
+)
+from llumsched.commands.simulate import INTERRUPTED, Interrupt
+from llumsched.plugins import unknown_name
+from llumsched.simulator.comparison import COLUMNS, Spread, number
+from llumsched.simulator.sweep import Row, grid, sweep, write_rows
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_SHOWN = ("ttft_mean", "ttft_p99", "tpot_mean", "tpot_p99", "e2e_p99", "goodput", "mean_instances")
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    """Add this command's parser."""
+    parser = subparsers.add_parser(
+        "sweep",
+        help="simulate a grid of settings over all cores",
+        description=(
+            "Simulate every combination of the values of some options, each with every seed, in"
+            " parallel. Ctrl-C ends it and keeps the points that are done."
+        ),
+    )
+    add_scenario(parser)
+    parser.add_argument(
+        "--grid",
+        action="append",
+        required=True,
+        metavar="OPTION=A,B,...",
+        help="an option above and its values, such as policy=latency,infaas; repeat for more",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="K", help="runs with seeds 0 to K-1 (default: 1)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="processes (default: one a core that may be used)"
+    )
+    add_slo(parser)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write every row there, as CSV")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the grid; print a line a point, and write a row a simulation."""
+    for name, value in (("--seeds", args.seeds), ("--jobs", args.jobs)):
+        if value is not None and value < 1:
+            raise CommandError(f"{name} {value}: at least 1 is needed")
+    axes = dict(_axis(text) for text in args.grid)
+    with said_in_one_line():
+        points = grid(scenario_of(args), axes, args.seeds)
+        for point in points:
+            point.scenario.options(point.seed)  # every mistake shows before the first long run
+        points[0].scenario.trace(seed=0)
+        with (
+            Interrupt() as interrupt,
+            tqdm(
+                total=len(points), unit=" runs", leave=False, disable=True if args.quiet else None
+            ) as bar,
+        ):
+
+            def progress(num_done: int) -> None:
+                bar.update(num_done - bar.n)
+
+            rows = list(
+                sweep(
+                    points,
+                    slo_of(args),
+                    num_processes=args.jobs or len(os.sched_getaffinity(0)),
+                    progress=progress,
+                    stop=lambda: interrupt.is_set,
+                )
+            )
+        print(_table(list(axes), rows))
+        if args.out is not None:
+            write_rows(rows, args.out)
+            print(f"\nwritten: {args.out}, {len(rows)} of {len(points)} runs")
+    if interrupt.is_set:
+        print(f"interrupted: {len(rows)} of {len(points)} runs are done", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _axis(text: str) -> tuple[str, list[Any]]:
+    name, _, values = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if name not in FIELDS:
+        raise CommandError("--grid: " + unknown_name("option", name, FIELDS))
+    if FIELDS[name].type is bool:
+        return name, [_boolean(name, word) for word in values.split(",")]
+    try:
+        return name, [type_of(FIELDS[name])(word.strip()) for word in values.split(",")]
+    except ValueError:
+        kind = FIELDS[name].type_name
+        raise CommandError(f"--grid {text}: the values of {name} must be {kind}") from None
+
+
+def _boolean(name: str, word: str) -> bool:
+    try:
+        return {"true": True, "false": False}[word.strip().lower()]
+    except KeyError:
+        raise CommandError(f"--grid {name}: true or false, not {word!r}") from None
+
+
+def _table(axes: Sequence[str], rows: Sequence[Row]) -> str:
+    """A line a point: the mean of each figure over its seeds."""
+    columns = [column for column in COLUMNS if column.key in _SHOWN]
+    header = [*axes, *(f"{c.label} ({c.unit})" if c.unit else c.label for c in columns)]
+    by_point: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        by_point.setdefault(tuple(row.point.values.values()), []).append(row)
+    lines = [
+        [
+            *map(str, values),
+            *(number(Spread.of(r.figures[c.key] for r in group).mean) for c in columns),
+        ]
+        for values, group in by_point.items()
+    ]
+    widths = [max(map(len, cells)) for cells in zip(header, *lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < len(axes) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (header, *lines)
+    )

@@ -1,0 +1,120 @@
+"""A grid of scenarios over all cores: a row of figures for each point and seed.
+
+Points are independent and each is simulated in one process, so a grid takes as long as its share on
+each core. Rows come in the order of the grid however long each took, so that two sweeps of the same
+grid write the same file.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llumsched.core.params import check_param, params_of
+from llumsched.simulator.comparison import COLUMNS, reduce_run
+from llumsched.simulator.metrics import Slo
+from llumsched.simulator.scenario import Scenario
+from llumsched.simulator.simulation import simulate
+
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One simulation of a sweep: the axes' values, the scenario that they make, the seed."""
+
+    values: Mapping[str, Any]
+    scenario: Scenario
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """The figures of a point, by the keys of `comparison.COLUMNS`."""
+
+    point: Point
+    figures: Mapping[str, float]
+    is_complete: bool
+
+
+def grid(scenario: Scenario, axes: Mapping[str, Sequence[Any]], num_seeds: int) -> list[Point]:
+    """Every combination of the axes' values with every seed; the last axis changes fastest.
+
+    Raises:
+        ParamError: a value is out of range for its axis.
+    """
+    fields = {described.name: described for described in params_of(Scenario)}
+    for name, values in axes.items():
+        for value in values:
+            check_param(fields[name], value)
+    points = []
+    for combination in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, combination, strict=True))
+        made = dataclasses.replace(scenario, **chosen)
+        points += [Point(values=chosen, scenario=made, seed=seed) for seed in range(num_seeds)]
+    return points
+
+
+def simulate_point(point: Point, slo: Slo) -> Row:
+    """Simulate one point."""
+    scenario = point.scenario
+    # Fragmentation is computed from the time line.
+    options = scenario.options(point.seed, record_timeline=True)
+    result = simulate(scenario.trace(point.seed), options)
+    run = reduce_run(result, label=scenario.label(), seed=point.seed, slo=slo, draw=False)
+    return Row(point=point, figures=run.figures(), is_complete=run.is_complete)
+
+
+def sweep(
+    points: Sequence[Point],
+    slo: Slo,
+    *,
+    num_processes: int,
+    progress: Callable[[int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Iterator[Row]:
+    """Simulate the points in processes; rows come in the order of the points.
+
+    When `stop` says so, what has not begun is left out.
+    """
+    with ProcessPoolExecutor(num_processes, initializer=_ignore_interrupts) as pool:
+        futures = [pool.submit(simulate_point, point, slo) for point in points]
+        pending: set[Future[Row]] = set(futures)
+        try:
+            while pending:
+                done, pending = wait_for(pending, timeout=_POLL_S)
+                if progress is not None:
+                    progress(len(futures) - len(pending))
+                if any(future.exception() for future in done) or (stop is not None and stop()):
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    break
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    yield from (future.result() for future in futures if not future.cancelled())
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """The rows as CSV: the axes, the seed, every figure."""
+    axes = list(rows[0].point.values) if rows else []
+    keys = [column.key for column in COLUMNS]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        header = [f"{c.key} ({c.unit})" if c.unit else c.key for c in COLUMNS]
+        writer.writerow([*axes, "seed", *header])
+        for row in rows:
+            figures = [row.figures[key] for key in keys]
+            cells = ["" if value != value else value for value in figures]
+            writer.writerow([*row.point.values.values(), row.point.seed, *cells])
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches every process of the terminal; only the parent is to act on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
