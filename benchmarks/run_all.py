@@ -31,6 +31,10 @@ GRACE_S = 30.0
 GENERATED = "<!-- Written by `make bench`; change the benchmark, not this page. -->"
 
 
+class Skipped(Exception):
+    """A benchmark lacks what it needs, and has said what."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
     """A module of this folder that declares itself by a top-level ``BENCHMARK = "its title"``."""
@@ -56,7 +60,10 @@ def discover(folder: Path) -> list[Benchmark]:
 
 
 def run(benchmark: Benchmark, *, quick: bool, timeout_s: float) -> dict[str, Any] | None:
-    """The report of one benchmark, or ``None`` when it failed; its output is passed through."""
+    """The report of one benchmark, or ``None`` when it failed; its output is passed through.
+
+    Raises ``Skipped`` when the benchmark says that it cannot run here.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
         command = [sys.executable, "-m", f"benchmarks.{benchmark.name}", "--json", str(report)]
@@ -69,6 +76,8 @@ def run(benchmark: Benchmark, *, quick: bool, timeout_s: float) -> dict[str, Any
             print(f"{benchmark.name}: not done after {timeout_s:.0f} s", file=sys.stderr)
             _interrupt(process)
             return None
+        if status == _report.SKIPPED:
+            raise Skipped
         if status != 0:
             print(f"{benchmark.name}: exit status {status}", file=sys.stderr)
             return None
@@ -130,10 +139,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     chosen = [known[name] for name in arguments.names or known]
     reports: dict[str, dict[str, Any]] = {}
+    skipped: list[Benchmark] = []
     for position, benchmark in enumerate(chosen, start=1):
         print(f"\n=== {position}/{len(chosen)} {benchmark.title} ===", flush=True)
         started_s = time.monotonic()
-        report = run(benchmark, quick=arguments.quick, timeout_s=arguments.timeout_s)
+        try:
+            report = run(benchmark, quick=arguments.quick, timeout_s=arguments.timeout_s)
+        except Skipped:
+            skipped.append(benchmark)
+            continue
         print(f"({time.monotonic() - started_s:.0f} s)", flush=True)
         if report is None:
             continue
@@ -145,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             (folder / f"{benchmark.name}.json").write_text(text, encoding="utf-8")
     if not arguments.quick:
         write_docs(list(known.values()), DOCS)
-    return _summarise(chosen, reports)
+    if skipped:
+        print(f"\nskipped: {', '.join(benchmark.name for benchmark in skipped)}")
+    return _summarise([b for b in chosen if b not in skipped], reports)
 
 
 def _summarise(chosen: Sequence[Benchmark], reports: dict[str, dict[str, Any]]) -> int:

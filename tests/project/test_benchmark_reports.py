@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import run_all
+from benchmarks import _report, fidelity, run_all
 from benchmarks._report import Figure, Report, Table, main, markdown, number
 
 
@@ -139,6 +139,35 @@ def test_a_run_reports_missed_goals_and_fails_only_for_a_failed_benchmark(
     (folder / "bad.py").write_text(program.format(title="Bad", body='raise SystemExit("no room")'))
     assert run_all.main(["bad", "--quick"]) == 1
     assert "failed to run: bad" in capsys.readouterr().out
+
+
+def test_a_benchmark_that_lacks_its_data_is_skipped_and_its_page_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, kept = tmp_path / "benchmarks", tmp_path / "docs" / "benchmarks" / "lacking.json"
+    folder.mkdir()
+    (folder / "lacking.py").write_text(
+        f'import sys\nBENCHMARK = "Lacking"\nsys.exit({_report.SKIPPED})\n'
+    )
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps(measure(False).as_json(machine="a machine", quick=False)))
+    before = kept.read_text()
+    monkeypatch.setattr(run_all, "FOLDER", folder)
+    monkeypatch.setattr(run_all, "DOCS", tmp_path / "docs")
+
+    assert run_all.main([]) == 0
+    assert "skipped: lacking" in capsys.readouterr().out
+    assert kept.read_text() == before
+    assert "[Lacking]" in (tmp_path / "docs" / "benchmarks.md").read_text()
+
+
+def test_fidelity_says_which_data_it_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("LLUMSCHED_DATA", raising=False)
+    assert fidelity.main([]) == _report.SKIPPED
+    assert fidelity.main([str(tmp_path)]) == _report.SKIPPED
+    assert "it needs the public runs, in DATA/traces/measured" in capsys.readouterr().err
 
 
 def test_a_benchmark_that_hangs_is_interrupted_and_cleans_up(
