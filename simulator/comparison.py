@@ -156,16 +156,16 @@ def shown_columns(table: Mapping[str, Mapping[str, Spread]]) -> list[FigureColum
 
 
 def best_labels(column: FigureColumn, table: Mapping[str, Mapping[str, Spread]]) -> set[str]:
-    """Who has the best mean, if the column has a better end and the labels differ."""
+    """Who has the best mean, as far as the table shows it; nobody where all show the same."""
     means = {
         label: row[column.key].mean
         for label, row in table.items()
         if not math.isnan(row[column.key].mean)
     }
-    if column.better == "neither" or len(set(means.values())) < 2:
+    if column.better == "neither" or len({number(mean) for mean in means.values()}) < 2:
         return set()
     best = (min if column.better == "lower" else max)(means.values())
-    return {label for label, mean in means.items() if mean == best}
+    return {label for label, mean in means.items() if number(mean) == number(best)}
 
 
 def text_table(runs: Sequence[Run]) -> str:
@@ -194,8 +194,9 @@ def _cells(column: FigureColumn, table: Mapping[str, Mapping[str, Spread]]) -> I
     for label, row in table.items():
         spread = row[column.key]
         cell = number(spread.mean)
-        if spread.least != spread.greatest and not math.isnan(spread.mean):
-            cell += f" [{number(spread.least)}, {number(spread.greatest)}]"
+        least, greatest = number(spread.least), number(spread.greatest)
+        if least != greatest:
+            cell += f" [{least}, {greatest}]"
         yield f"{cell} *" if label in best else f"{cell}  "
 
 

@@ -65,18 +65,21 @@ function drawComparison() {
     const row = element("tr", {}, label);
     for (const policy of data.policies) {
       const { mean, least, greatest } = data.table[policy][column.key];
-      const cell = element("td", {}, number(mean));
-      if (column.best.includes(policy)) cell.className = "best";
-      row.append(cell);
-      if (mean !== null && least !== greatest) {
-        cell.append(element("span", { class: "spread" }, `${number(least)} – ${number(greatest)}`));
+      const cell = element("td");
+      if (column.best.includes(policy)) {
+        cell.append(element("span", { class: "tag" }, "best"), element("b", {}, number(mean)));
+      } else {
+        cell.append(number(mean));
       }
+      const [from, to] = [number(least), number(greatest)];
+      cell.append(element("span", { class: "spread" }, from === to ? "" : `${from} – ${to}`));
+      row.append(cell);
     }
     body.append(row);
   }
   table.append(body);
   byId("comparison-hint").textContent = data.num_seeds > 1
-    ? `Mean of ${data.num_seeds} seeds; below it the least and the greatest.`
+    ? `Mean of ${data.num_seeds} seeds, and beside it the least and the greatest.`
     : "One seed: another would give other tails.";
 }
 
@@ -108,7 +111,7 @@ function logTicks(low, high) {
 }
 
 function drawCdf(parent, figure) {
-  const width = 360, height = 230, left = 40, right = 12, top = 8, bottom = 26;
+  const width = 360, height = 230, left = 40, right = 12, top = 12, bottom = 26;
   const card = element("div", {}, element("h3", {}, `${figure.label} (${figure.unit})`));
   parent.append(card);
   const curves = Object.entries(figure.curves).filter(([, curve]) => curve.values.length);
