@@ -2,9 +2,11 @@
 
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 
@@ -37,6 +39,19 @@ PACKAGES = [
     "llumsched.runtime",
     "llumsched.simulator",
 ]
+
+
+class BuildWithHardware(build_py):
+    """Puts ``configs/hardware`` into the wheel, where the simulator looks for it.
+
+    An editable installation needs no copy: there the simulator finds the folder itself.
+    """
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "llumsched" / "simulator" / "hardware_files"
+            shutil.copytree(HERE / "configs" / "hardware", target, dirs_exist_ok=True)
 
 
 def version() -> str:
@@ -73,6 +88,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=PACKAGES,
+    cmdclass={"build_py": BuildWithHardware},
     package_data={
         "llumsched": ["py.typed"],
         "llumsched.simulator": ["data/*", "report_page/*"],

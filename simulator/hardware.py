@@ -27,7 +27,10 @@ import yaml
 from llumsched.core.params import ParamError, check_param, check_params, param, params_of
 from llumsched.plugins import unknown_name
 
-FOLDER = Path("configs") / "hardware"
+_IN_WHEEL = Path(__file__).parent / "hardware_files"
+_IN_CHECKOUT = Path(__file__).resolve().parents[1] / "configs" / "hardware"
+FOLDER = _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_CHECKOUT
+"""Where the hardware files that ship are: `configs/hardware`, of which a wheel has a copy."""
 
 
 class HardwareError(ValueError):

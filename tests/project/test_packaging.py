@@ -16,6 +16,7 @@ from llumsched.policies import BUILT_IN
 
 ROOT = Path(llumsched.__file__).parents[1]
 SOURCES = (
+    "configs",
     "llumsched",
     "policies",
     "simulator",
@@ -24,6 +25,14 @@ SOURCES = (
     "README.md",
     "LICENSE",
 )
+
+# What a wheel without its extras can do: nothing of serving, and a simulation.
+SIMULATE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from llumsched.cli import main
+sys.exit(main(["simulate", "example", "--requests", "20", "--quiet"]))
+"""
 
 # Run where nothing of the checkout can be found, with the wheel's folder as the argument.
 LOAD_ENTRY_POINTS = """
@@ -71,6 +80,7 @@ def test_each_source_file_is_in_the_wheel_once(wheel: Path) -> None:
         (package, "llumsched"),
         (ROOT / "policies", "llumsched/policies"),
         (ROOT / "simulator", "llumsched/simulator"),
+        (ROOT / "configs" / "hardware", "llumsched/simulator/hardware_files"),
     ):
         expected += [
             f"{name}/{path.relative_to(folder)}"
@@ -88,6 +98,15 @@ def test_the_links_lead_to_the_folders_at_the_top() -> None:
         link = ROOT / "llumsched" / name
         assert link.is_symlink()
         assert link.readlink() == Path("..") / name
+
+
+def test_a_simulation_runs_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    pip("install", "--target", str(target), str(wheel))
+    command = [sys.executable, "-P", "-c", SIMULATE, str(target)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "TTFT P99 (s)" in done.stdout
 
 
 def test_entry_points_load_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
