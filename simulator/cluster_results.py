@@ -15,7 +15,8 @@ import numpy as np
 from llumsched.core.load import InstanceLoad
 from llumsched.core.types import SchedulingRequest
 from llumsched.simulator.cluster_instances import Instances
-from llumsched.simulator.cluster_migration import Migrations, Move
+from llumsched.simulator.cluster_migration import Migrations
+from llumsched.simulator.cluster_move import Move
 from llumsched.simulator.engine_request import LiveRequest
 from llumsched.simulator.kernel import PS_PER_S, to_s
 from llumsched.simulator.records import (

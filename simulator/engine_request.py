@@ -1,7 +1,7 @@
 """One live request inside an engine model.
 
 Invariant: while it decodes, `computed` and `generated` are those of the moment it began to; what
-they are now follows from the engine's progress (`engine_base`). Times are picoseconds; -1: never.
+they are now follows from the engine's progress (`engine_batch`). Times are picoseconds; -1: never.
 """
 
 from __future__ import annotations
@@ -27,43 +27,53 @@ class Phase(IntEnum):
     ENDED = 6
 
 
-class LiveRequest:
-    """Mutable, made at arrival and dropped when the request ends."""
+# The same as plain numbers: they are written and compared several times for every request.
+AWAY, WAITING, PREFILLING, DECODING, SUSPENDED, HOLDING, ENDED = map(int, Phase)
 
-    __slots__ = (
-        "arrival",
-        "computed",
-        "dispatched",
-        "downtime",
-        "entry",
-        "execution_priority",
-        "finish_step",
-        "first_token",
-        "generated",
-        "hashes",
-        "held",
-        "inbound",
-        "itl_max",
-        "join_step",
-        "killed",
-        "last_token",
-        "loss",
-        "migration",
-        "moved",
-        "num_blocks",
-        "num_migrations",
-        "num_output",
-        "num_preemptions",
-        "num_prompt",
-        "offset",
-        "phase",
-        "place",
-        "predicted",
-        "request_id",
-        "row",
-        "scheduled",
-        "target",
-    )
+
+class LiveRequest:
+    """Mutable, made at arrival and dropped when the request ends.
+
+    Most of a request's life needs few of these; the others keep the class's value.
+    """
+
+    phase: int = AWAY
+    place: Any = None
+    """The engine it is on."""
+    predicted: int | None = None
+    generated: int = 0
+    """Output tokens produced."""
+    computed: int = 0
+    """Tokens whose KV is here."""
+    num_blocks: int = 0
+    """KV blocks it holds while it does not decode."""
+    offset: int = 0
+    """Computed tokens less the engine's progress, while it decodes."""
+    finish_step: int = 0
+    """The engine's progress at which its last token comes."""
+    join_step: int = 0
+    entry: int = -1
+    """Number of its entry in the engine's heap of ends; -1: it has none."""
+    dispatched: int = -1
+    scheduled: int = -1
+    first_token: int = -1
+    last_token: int = -1
+    """When its last token came, as far as `generated` counts."""
+    itl_max: int = 0
+    num_preemptions: int = 0
+    killed: int = -1
+    """When it last lost its KV."""
+    loss: int = 0
+    num_migrations: int = 0
+    moved: int = -1
+    """When it came to its instance by a migration."""
+    downtime: int = 0
+    migration: Any = None
+    """The migration by which it is leaving."""
+    inbound: Any = None
+    """The record of the migration by which it came, until its first token here."""
+    held: Sequence[int] = ()
+    """Hashes of the blocks it holds that are named."""
 
     def __init__(
         self,
@@ -82,41 +92,5 @@ class LiveRequest:
         self.execution_priority = execution_priority
         self.arrival = arrival
         self.hashes = hashes
-        self.predicted: int | None = None
-        self.phase = 0
-        self.place: Any = None
-        """The engine it is on."""
-        self.generated = 0
-        """Output tokens produced."""
-        self.computed = 0
-        """Tokens whose KV is here."""
         self.target = num_prompt
         """Tokens to compute before it decodes: prompt, and what was produced before an eviction."""
-        self.num_blocks = 0
-        """KV blocks it holds while it does not decode."""
-        self.held: list[int] = []
-        """Hashes of the blocks among them that are named."""
-        self.offset = 0
-        """Computed tokens less the engine's progress, while it decodes."""
-        self.finish_step = 0
-        """The engine's progress at which its last token comes."""
-        self.join_step = 0
-        self.entry = -1
-        """Number of its entry in the engine's heap of ends; -1: it has none."""
-        self.dispatched = -1
-        self.scheduled = -1
-        self.first_token = -1
-        self.last_token = -1
-        """When its last token came, as far as `generated` counts."""
-        self.itl_max = 0
-        self.num_preemptions = 0
-        self.killed = -1
-        self.loss = 0
-        self.num_migrations = 0
-        self.moved = -1
-        """When it came to its instance by a migration."""
-        self.downtime = 0
-        self.migration: Any = None
-        """The migration by which it is leaving."""
-        self.inbound: Any = None
-        """The record of the migration by which it came, until its first token here."""

@@ -21,8 +21,6 @@ class EngineV01(Engine):
 
     entry_gap_is_own = True
 
-    __slots__ = ()
-
     def _schedule(self, now: int) -> None:
         self.is_blocked = False
         if self.waiting:
@@ -44,12 +42,12 @@ class EngineV01(Engine):
         first, increment = self._decode_series()
         if now > self.last_decode_end:
             # Prompts came between: those who decoded before them waited for both.
-            self._note_gap(self.progress + 1, now + first - self.last_decode_end)
+            self.note_gap(self.progress + 1, now + first - self.last_decode_end)
         num_steps = 1
         if not has_evicted:
             num_free = self.num_blocks - self.num_used - self.num_reserved
             # One block less, for the request in turn; a step that takes the last is seen by itself.
-            num_steps = max(1, self._steps_that_fit(self._steps_to_next_end(), num_free - 1))
+            num_steps = max(1, self.steps_that_fit(self.steps_to_next_end(), num_free - 1))
         self._begin(now, first, increment, num_steps, True)
 
     def _batch_prompts(self, now: int) -> None:

@@ -21,8 +21,6 @@ from llumsched.simulator.engine_request import LiveRequest
 class EngineV1(Engine):
     """See the module docstring."""
 
-    __slots__ = ("_partial",)
-
     def __init__(self, **parts: Any) -> None:
         super().__init__(**parts)
         self._partial: LiveRequest | None = None
@@ -72,7 +70,8 @@ class EngineV1(Engine):
         if self.cache is not None and request.hashes:
             # vLLM names the blocks of a chunk when it is scheduled.
             full = min(computed // self.block_size, len(request.hashes))
-            request.held += self.cache.store(request.hashes[len(request.held) : full])
+            named = self.cache.store(request.hashes[len(request.held) : full])
+            request.held = [*request.held, *named]
 
     def _admit(self, num_free: int, now: int) -> None:
         budget = self.max_batched_tokens - self.num_decodes
@@ -108,7 +107,7 @@ class EngineV1(Engine):
             self._dequeue(now)
             if num_found:
                 assert self.cache is not None
-                request.held = list(request.hashes[:num_found])
+                request.held = request.hashes[:num_found]
                 self.cache.hold(request.held)
                 request.computed = num_found * block_size
             chunk = min(target - request.computed, budget)
@@ -138,5 +137,5 @@ class EngineV1(Engine):
             num_steps = 1
             if may_last:
                 num_free = self.num_blocks - self.num_used - self.num_reserved
-                num_steps = self._steps_that_fit(self._steps_to_next_end(), num_free)
+                num_steps = self.steps_that_fit(self.steps_to_next_end(), num_free)
             self._begin(now, first, increment, num_steps, True)
