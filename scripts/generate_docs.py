@@ -1,4 +1,4 @@
-"""Write the parts of ``docs/`` that come from the code: the protocol's diagrams, the policies.
+"""Write the parts of ``docs/`` that come from the code: protocol, policies, simulator.
 
 A page is prose with generated parts, each between ``<!-- generated: NAME -->`` and
 ``<!-- end of NAME -->``. Only what lies between is written, so that prose and code each have one
@@ -18,6 +18,11 @@ from typing import Any
 from llumsched import plugins
 from llumsched.core import migration_destination_rules, migration_rules
 from llumsched.core.migration_table import Rule, TransitionTable
+from llumsched.core.params import params_of
+from llumsched.simulator.generators import GENERATORS
+from llumsched.simulator.hardware import available, load_hardware
+from llumsched.simulator.loaders import FORMATS
+from llumsched.simulator.scenario import Scenario
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -89,12 +94,58 @@ def policies() -> str:
     return "\n\n".join(parts)
 
 
+def simulate_options() -> str:
+    """The options that a scenario has."""
+    rows = [
+        (
+            f"`--{param.name.replace('_', '-')}`",
+            "" if param.default is None or param.type is bool else f"`{param.default}`",
+            param.spec.range_text(),
+            param.spec.doc,
+        )
+        for param in params_of(Scenario)
+        if param.name != "traffic"
+    ]
+    return _grid(("option", "default", "range", ""), rows)
+
+
+def trace_formats() -> str:
+    """The formats that traces are read in."""
+    return _grid(("format", ""), [(f"`{f.name}`", f.summary) for f in FORMATS.values()])
+
+
+def generators() -> str:
+    """The generators of traffic."""
+    return _grid(("generator", ""), [(f"`{g.name}`", g.summary) for g in GENERATORS.values()])
+
+
+def hardware() -> str:
+    """The hardware files that ship."""
+    rows = []
+    for name in available():
+        loaded = load_hardware(name)
+        rows.append(
+            (
+                f"`{name}`",
+                loaded.model,
+                loaded.accelerator,
+                f"{loaded.kv.num_blocks:,} of {loaded.kv.block_size} tokens",
+                f"{100 * loaded.fit_error:.1f} %",
+            )
+        )
+    return _grid(("name", "model", "accelerator", "KV blocks", "fit"), rows)
+
+
 PARTS: Mapping[str, Callable[[], str]] = {
     "source diagram": lambda: diagram(migration_rules.TABLE),
     "source transitions": lambda: transitions(migration_rules.TABLE),
     "destination diagram": lambda: diagram(migration_destination_rules.TABLE),
     "destination transitions": lambda: transitions(migration_destination_rules.TABLE),
     "policies": policies,
+    "simulate options": simulate_options,
+    "trace formats": trace_formats,
+    "generators": generators,
+    "hardware": hardware,
 }
 """Name of a generated part -> what writes it."""
 

@@ -42,7 +42,9 @@ class Scenario:
         None, "requests a second: scales time, or draws arrivals where there are none", above=0
     )
     cv: float = param(1.0, "burstiness of drawn arrivals (CV of the gaps); 1: Poisson", above=0)
-    requests: int | None = param(None, "at most this many, the first ones", at_least=1)
+    requests: int | None = param(
+        None, "how many, the first ones; default: all of a file, or 10,000", at_least=1
+    )
     clients: int = param(50, "clients of the generator 'clients'", at_least=1)
     length_scale: float = param(1.0, "factor for prompt and output lengths", above=0)
     high_share: float = param(0.0, "share of requests of high priority", at_least=0, at_most=1)
