@@ -241,6 +241,12 @@ def as_plain(target: Target, profile: Profile, fitted: Fit) -> dict[str, Any]:
     }
 
 
+def as_text(content: Mapping[str, Any]) -> str:
+    """The hardware file as YAML."""
+    header = "# Written by `python -m scripts.fit_hardware`; change the script, not this file.\n"
+    return header + yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=98)
+
+
 _PCIE_NOTE = "assumed are 12 GB/s over PCIe 4.0 by way of host memory, and 5 ms to begin."
 _RDMA_NOTE = (
     "17.8 GB/s and 0.4 ms are one of the eight network cards of Mooncake's published KV transfer"
@@ -361,11 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         fitted = fit(profile, num_kv_tokens=target.num_blocks * _BLOCK_SIZE)
         content = as_plain(target, profile, fitted)
         path = arguments.out / f"{name}.yaml"
-        header = (
-            "# Written by `python -m scripts.fit_hardware`; change the script, not this file.\n"
-        )
-        text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=98)
-        path.write_text(header + text, encoding="utf-8")
+        path.write_text(as_text(content), encoding="utf-8")
         print(f"{path}: fit error {100 * fitted.mean_error:.1f} %, {len(fitted.table)} points")
     return 0
 
