@@ -1,0 +1,121 @@
+"""Fitting the step-time model to measured steps.
+
+    step = table(tokens) + kv_token * context of the decodes + skew_token * skew + pair * pairs
+
+The table is linear between knots at powers of two, so every term is linear in what is fitted: one
+least-squares problem of relative errors, in which no term may be negative. Every fourth step has no
+part in the fit; the error that is reported is theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llumsched.simulator.hardware import StepCoefficients
+from llumsched.simulator.trace import Floats
+
+_HELD_OUT = 4
+_FEWEST_STEPS = 20
+
+
+class FitError(ValueError):
+    """There are too few steps to fit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSample:
+    """One measured step; the fields are those of a step in `cost`."""
+
+    num_prefill_tokens: int
+    num_pairs: int
+    num_decodes: int
+    num_kv_tokens: int
+    num_skew_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFit:
+    """Coefficients, and what they say of every sample."""
+
+    coefficients: StepCoefficients
+    measured_s: Floats
+    predicted_s: Floats
+    held_out_error: float
+    """Mean relative error of the steps that had no part in the fit."""
+
+
+def fit_steps(samples: Sequence[StepSample]) -> StepFit:
+    """The coefficients that fit these steps best.
+
+    Raises:
+        FitError: there are fewer than twenty.
+    """
+    if len(samples) < _FEWEST_STEPS:
+        raise FitError(
+            f"{len(samples)} steps were measured; at least {_FEWEST_STEPS} are needed: measure"
+            " for longer"
+        )
+    tokens = np.array([s.num_prefill_tokens + s.num_decodes for s in samples], dtype=np.float64)
+    knots = _knots(tokens)
+    others = np.array(
+        [(s.num_kv_tokens, s.num_skew_tokens, s.num_pairs) for s in samples], dtype=np.float64
+    )
+    terms = np.concatenate([_hats(tokens, knots), others], axis=1)
+    seconds = np.array([s.seconds for s in samples], dtype=np.float64)
+    held_out = np.arange(len(samples)) % _HELD_OUT == 0
+    solution = _non_negative(terms[~held_out], seconds[~held_out])
+    predicted: Floats = terms @ solution
+    errors = np.abs(predicted / seconds - 1)
+    kv_token, skew_token, pair = solution[len(knots) :].tolist()
+    return StepFit(
+        coefficients=StepCoefficients(
+            table=tuple(
+                (int(knot), float(f"{value:.5g}"))
+                for knot, value in zip(knots, solution, strict=False)
+            ),
+            kv_token_s=kv_token,
+            skew_token_s=skew_token,
+            prefill_pair_s=pair,
+        ),
+        measured_s=seconds,
+        predicted_s=predicted,
+        held_out_error=float(errors[held_out].mean()),
+    )
+
+
+def _knots(tokens: Floats) -> Floats:
+    """Powers of two that have a step near them, and both ends."""
+    powers = 2.0 ** np.arange(0, 1 + np.ceil(np.log2(tokens.max())))
+    near = [p for p in powers if ((tokens > p / 1.5) & (tokens < p * 1.5)).any()]
+    knots: Floats = np.unique([tokens.min(), *near, tokens.max()])
+    knots = knots[(knots >= tokens.min()) & (knots <= tokens.max())]
+    return knots if len(knots) > 1 else np.array([knots[0], knots[0] + 1])
+
+
+def _hats(tokens: Floats, knots: Floats) -> Floats:
+    """A column a knot: its weight in the line between the knots on either side."""
+    return np.stack([np.interp(tokens, knots, row) for row in np.eye(len(knots))], axis=1)
+
+
+def _non_negative(terms: Floats, seconds: Floats) -> Floats:
+    """Least squares of relative errors; terms that come out negative are left out, the worst first.
+
+    A term that no step has (no batch was unequal, say) is zero.
+    """
+    weighted = terms / seconds[:, None]
+    scale = np.maximum(np.abs(weighted).max(axis=0), 1e-300)
+    kept = [i for i in range(terms.shape[1]) if np.abs(terms[:, i]).max() > 0]
+    solution = np.zeros(terms.shape[1])
+    while kept:
+        found, *_ = np.linalg.lstsq(
+            weighted[:, kept] / scale[kept], np.ones(len(seconds)), rcond=None
+        )
+        if found.min() >= 0:
+            solution[kept] = found / scale[kept]
+            break
+        kept.pop(int(found.argmin()))
+    return solution
