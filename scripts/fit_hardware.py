@@ -34,6 +34,8 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "hardware"
 _TABLE_TOLERANCE = 0.01
 # Smaller chunks are rare at an engine's token budget, and their kernels are others.
 _MIN_CHUNK = 256
+# Requests that share a prefix read more context in a step than the cache holds.
+_SHARING = 4
 _BLOCK_SIZE = 16
 _LLAMA_3_8B_KV_BYTES = attention_kv_bytes(num_layers=32, num_kv_heads=8, head_size=128)
 _LLAMA_2_7B_KV_BYTES = attention_kv_bytes(num_layers=32, num_kv_heads=32, head_size=128)
@@ -85,9 +87,9 @@ class Fit:
 
 
 def fit(profile: Profile, *, num_kv_tokens: int) -> Fit:
-    """Coefficients for a profile, on those of its points that fit into this KV cache."""
+    """Coefficients for a profile, on those of its points that an engine with this cache can meet."""
     decode, prefill = profile.decode, profile.prefill
-    decode = decode[decode.num_kv_tokens <= num_kv_tokens]
+    decode = decode[decode.num_kv_tokens <= _SHARING * num_kv_tokens]
     prefill = prefill[
         (prefill.num_kv_tokens + prefill.num_context_tokens <= num_kv_tokens)
         & (prefill.num_prefill_tokens >= _MIN_CHUNK)
