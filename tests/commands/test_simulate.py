@@ -72,6 +72,15 @@ def test_a_comparison_is_printed_and_written(
         assert len(list(csv.DictReader(file))) == 60
 
 
+def test_a_configuration_file_is_a_policy_by_the_name_of_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("policy: infaas\nscheduler: {migration_interval_s: 0.5}\n")
+    assert cli.main(["simulate", *SMALL, "--compare", f"latency,{file}"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["latency", "mine"]
+
+
 def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         assert cli.main(["simulate", *SMALL, "--out", str(tmp_path / name)]) == 0
