@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop
 
 from llumsched.core.actions import (
@@ -93,6 +93,11 @@ class Cluster:
         self._counters: Counter[str] = Counter()
         self._timeline = TimelineRecorder() if options.record_timeline else None
 
+    @property
+    def engines(self) -> Sequence[Engine]:
+        """The engine models of all instances there have been."""
+        return self._instances.engines
+
     # ---- the loop -------------------------------------------------------------------------
 
     def run(
@@ -113,6 +118,10 @@ class Cluster:
                 gc.enable()
             self._port.close()
         for request in self._live.values():
+            if request.phase == Phase.DECODING:
+                engine = request.place
+                steps_left = request.finish_step - engine.progress_at(self._kernel.now)
+                request.generated = request.num_output - steps_left
             self._columns.write(request, self._status_of(request))
         return result_of(
             trace=self._trace,

@@ -66,8 +66,8 @@ class Columns:
         """The request of a row, as it arrives. Output beyond the longest model length is cut."""
         num_prompt = self._prompts[row]
         num_output = self._outputs[row]
-        if num_prompt + num_output > instances.max_model_len:
-            num_output = max(1, instances.max_model_len - num_prompt)
+        if num_prompt + num_output > instances.max_model_len > num_prompt:
+            num_output = instances.max_model_len - num_prompt
             self.num_cut_short += 1
         hashes: Sequence[int] = ()
         if instances.has_caches:

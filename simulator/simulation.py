@@ -7,6 +7,7 @@ the machine. This module does not know how it is done (`cluster`), nor what the 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,10 @@ DEFAULT_WATERMARK: Mapping[str, float] = {"vllm-v1": 0.0, "vllm-0.1": 0.01}
 
 class SimulationError(ValueError):
     """A simulation cannot be run as asked; the message names the option and the fix."""
+
+
+class ExtrapolationWarning(UserWarning):
+    """A simulation went beyond what its models cover; `SimulationResult.warnings` says where."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,4 +195,7 @@ def simulate(
     """
     from llumsched.simulator.cluster import Cluster
 
-    return Cluster(trace, options).run(progress, stop)
+    result = Cluster(trace, options).run(progress, stop)
+    for warning in result.warnings:
+        warnings.warn(warning, ExtrapolationWarning, stacklevel=2)
+    return result

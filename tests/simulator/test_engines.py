@@ -1,0 +1,137 @@
+"""The closed form of both engines against a model that walks every token of every request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llumsched.simulator.cost import StepCost
+from llumsched.simulator.kernel import PS_PER_S, to_ps
+from llumsched.simulator.simulation import simulate
+from llumsched.simulator.trace import Trace
+from tests.simulator.clusters import (
+    engine_options,
+    make_hardware,
+    make_options,
+    make_requests,
+    traces,
+)
+from tests.simulator.naive_engine import Naive, NaiveV01, NaiveV1
+
+# Random requests may be longer than what a small engine holds.
+pytestmark = pytest.mark.filterwarnings("ignore:.*cut short")
+
+BLOCK_SIZE = 4
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_every_time_is_that_of_a_walk_over_all_tokens(data: st.DataObject) -> None:
+    given_options = data.draw(engine_options(block_size=BLOCK_SIZE))
+    trace = data.draw(traces(block_size=BLOCK_SIZE, with_hashes=False))
+    options = make_options(**given_options)
+    kind = NaiveV1 if options.engine == "vllm-v1" else NaiveV01
+    naive = kind(
+        cost=StepCost(options.hardware.step, options.effective_batched_tokens),
+        num_blocks=options.effective_kv_blocks,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=options.max_num_seqs,
+        max_batched_tokens=options.effective_batched_tokens,
+        watermark_blocks=int(options.effective_watermark * options.effective_kv_blocks),
+    )
+    longest = (naive.num_blocks - naive.watermark_blocks) * BLOCK_SIZE
+    requests = [
+        Naive(arrival=to_ps(arrival), num_prompt=prompt, num_output=min(output, longest - prompt))
+        for arrival, prompt, output in zip(
+            trace.arrival_s.tolist(),
+            trace.num_prompt_tokens.tolist(),
+            trace.num_output_tokens.tolist(),
+            strict=True,
+        )
+    ]
+
+    naive.run(requests)
+    result = simulate(trace, options)
+
+    def seconds(times: list[int]) -> list[float]:
+        return [time / PS_PER_S for time in times]
+
+    assert result.scheduled_s.tolist() == seconds([r.scheduled for r in requests])
+    assert result.first_token_s.tolist() == seconds([r.token_times[0] for r in requests])
+    assert result.finished_s.tolist() == seconds([r.token_times[-1] for r in requests])
+    assert result.num_preemptions.tolist() == [r.num_preemptions for r in requests]
+    assert result.num_steps == naive.num_steps
+    gaps = [r.longest_gap / PS_PER_S if len(r.token_times) > 1 else np.nan for r in requests]
+    np.testing.assert_array_equal(result.itl_max_s, gaps)
+
+
+def run(trace: Trace, **changes: Any) -> list[list[float]]:
+    """First token and end of each request, in milliseconds."""
+    result = simulate(trace, make_options(**changes))
+    columns = zip(result.first_token_s.tolist(), result.finished_s.tolist(), strict=True)
+    return [[round(time * 1e3, 3) for time in times] for times in columns]
+
+
+class TestV1:
+    def test_one_request_takes_a_prefill_and_a_step_for_each_further_token(self) -> None:
+        # 36.04 ms is the floor; one decode adds 0.27 ms and 0.874 us for each token of context.
+        prefill = 36.04 + 10.2e-6 * 10 * 10 / 2
+        decode_1, decode_2 = (36.31 + 0.874e-3 * tokens for tokens in (10, 11))
+        [[first, last]] = run(make_requests((1.0, 10, 3)))
+        assert first == pytest.approx(1000 + prefill, abs=1e-3)
+        assert last == pytest.approx(1000 + prefill + decode_1 + decode_2, abs=2e-3)
+
+    def test_a_long_prompt_is_computed_in_chunks_beside_the_decodes(self) -> None:
+        trace = make_requests((0.0, 4, 50), (0.1, 200, 2))
+        result = simulate(trace, make_options(max_num_seqs=8, max_num_batched_tokens=64))
+        # 63 tokens a step are left beside the decode: four steps, and the decode never waits.
+        assert result.itl_max_s[0] < 0.05
+        assert 4 * 0.036 < result.first_token_s[1] - result.scheduled_s[1] < 4 * 0.04
+
+    def test_the_last_admitted_is_evicted_and_recomputes_all_it_had(self) -> None:
+        trace = make_requests((0.0, 40, 100), (0.0, 40, 100))
+        hardware = make_hardware(num_blocks=40)
+        result = simulate(trace, make_options(hardware=hardware))
+        assert result.num_preemptions.tolist() == [0, 1]
+        assert result.preemption_loss_s[0] == 0
+        # It waits until the other ends.
+        assert result.itl_max_s[1] > result.preemption_loss_s[1] > 1.0
+        assert result.finished_s[1] > result.finished_s[0]
+
+    def test_no_request_is_admitted_below_the_watermark_of_a_busy_engine(self) -> None:
+        trace = make_requests((0.0, 300, 40), (0.5, 300, 2))
+        hardware = make_hardware(num_blocks=160)
+        at_once = simulate(trace, make_options(hardware=hardware))
+        held = simulate(trace, make_options(hardware=hardware, watermark=0.05))
+        assert at_once.scheduled_s[1] < at_once.finished_s[0]
+        assert held.scheduled_s[1] == held.finished_s[0]
+
+    def test_no_more_than_max_num_seqs_run(self) -> None:
+        trace = make_requests(*[(0.0, 4, 10)] * 3)
+        result = simulate(trace, make_options(max_num_seqs=2))
+        assert result.scheduled_s.tolist() == [0, 0, result.finished_s[0]]
+
+
+class TestV01:
+    def test_a_prompt_stalls_every_decode(self) -> None:
+        trace = make_requests((0.0, 4, 50), (0.1, 700, 2))
+        result = simulate(trace, make_options(engine="vllm-0.1"))
+        prefill = 5.6e-3 + 0.203e-3 * 700 + 5.1e-9 * 700**2
+        assert result.first_token_s[1] - result.scheduled_s[1] == pytest.approx(prefill)
+        assert result.itl_max_s[0] > prefill + 0.036
+
+    def test_what_does_not_fit_holds_back_what_would(self) -> None:
+        trace = make_requests((0.0, 500, 30), (0.1, 500, 2), (0.2, 4, 2))
+        result = simulate(trace, make_options(engine="vllm-0.1"))
+        assert result.scheduled_s[1] == result.scheduled_s[2] == result.finished_s[0]
+
+    def test_who_came_last_is_evicted(self) -> None:
+        trace = make_requests((0.0, 40, 100), (0.1, 40, 100))
+        hardware = make_hardware(num_blocks=42)
+        result = simulate(trace, make_options(engine="vllm-0.1", hardware=hardware))
+        assert result.num_preemptions[0] == 0
+        assert result.num_preemptions[1] >= 1

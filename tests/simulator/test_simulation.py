@@ -1,0 +1,155 @@
+"""What a simulated cluster does: migrations, failures, scaling, refusals, and how it ends."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+
+from llumsched.config import Config, PartConfig
+from llumsched.simulator.records import RequestStatus
+from llumsched.simulator.simulation import SimulationError, simulate
+from tests.simulator.clusters import make_hardware, make_options, make_requests
+
+MOVING = Config(
+    policy="latency",
+    parts={"dispatch": PartConfig(name="round_robin")},
+    params={"source_below": 100.0, "destination_above": 100.0},
+    scheduler={"migration_interval_s": 0.2},
+)
+
+
+def test_a_request_moves_while_it_decodes_and_pauses_for_a_copy_and_a_step() -> None:
+    # Two fill one instance, and the other has soon nothing to do.
+    trace = make_requests((0.0, 300, 90), (0.0, 4, 5), (0.01, 300, 90))
+    options = make_options(num_instances=2, config=MOVING)
+    result = simulate(trace, options)
+    committed = [m for m in result.migrations if m.outcome == "committed"]
+    assert committed
+    copy_s = 15e-3
+    for migration in committed:
+        assert migration.num_stages >= 2
+        assert migration.num_blocks >= 75
+        # The pause holds the last copy, two messages, and one or two steps of the destination.
+        assert copy_s < migration.downtime_s < copy_s + 0.1
+        assert migration.end_s > migration.start_s
+    moved = committed[0].request
+    assert result.num_migrations[moved] >= 1
+    assert result.itl_max_s[moved] >= committed[0].downtime_s
+    assert result.num_preemptions[moved] == 0
+
+
+def test_what_an_instance_ran_when_it_died_is_computed_again_elsewhere() -> None:
+    trace = make_requests((0.0, 20, 100), (0.0, 20, 100))
+    options = make_options(num_instances=2, failures=((0, 1.0),), failure_detection_s=0.5)
+    result = simulate(trace, options)
+    assert (result.status == RequestStatus.FINISHED).all()
+    assert result.instance.tolist() == [1, 1]
+    assert result.instances[0].gone_s == 1.0
+    stalled = int(np.argmax(result.itl_max_s))
+    # From its last token until the other instance has computed prompt and output so far.
+    assert 0.5 < result.itl_max_s[stalled] < 0.7
+    assert result.num_output_tokens.tolist() == [100, 100]
+
+
+def test_when_every_instance_is_dead_requests_are_held_and_then_rejected() -> None:
+    trace = make_requests((0.0, 20, 100))
+    config = Config(policy="round_robin", scheduler={"queue_timeout_s": 5.0})
+    result = simulate(trace, make_options(failures=((0, 1.0),), config=config))
+    assert result.status.tolist() == [RequestStatus.REJECTED]
+    assert result.end_s == pytest.approx(1.0 + 1.0 + 5.0, abs=0.01)
+
+
+def test_instances_are_launched_under_load_and_leave_after_it() -> None:
+    scheduler = {
+        "max_instances": 3,
+        "scale_up_after_s": 1.0,
+        "scale_down_after_s": 5.0,
+        "scale_up_cooldown_s": 1.0,
+        "scale_down_cooldown_s": 5.0,
+    }
+    config = Config(policy="latency", scheduler=scheduler)
+    busy = [(0.1 * i, 40, 60) for i in range(100)]
+    trace = make_requests(*busy, *[(40.0 + 5 * i, 4, 4) for i in range(10)])
+    result = simulate(trace, make_options(config=config, boot_s=2.0))
+    launched = result.instances[1:]
+    assert launched
+    assert launched[0].serving_s == pytest.approx(launched[0].launched_s + 2.0)
+    assert any(not np.isnan(instance.gone_s) for instance in result.instances)
+    assert (result.status == RequestStatus.FINISHED).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*cut short")
+def test_a_prompt_that_no_engine_takes_is_rejected_and_a_long_output_cut() -> None:
+    trace = make_requests((0.0, 900, 5), (0.0, 700, 500))
+    result = simulate(trace, make_options(hardware=make_hardware(num_blocks=200)))
+    assert result.status.tolist() == [RequestStatus.REJECTED, RequestStatus.FINISHED]
+    assert result.num_output_tokens.tolist() == [0, 100]
+    assert any("cut short" in warning for warning in result.warnings)
+
+
+def test_it_stops_when_told_and_what_has_ended_is_whole() -> None:
+    trace = make_requests(*[(float(i), 10, 10) for i in range(20)])
+    half = simulate(trace, make_options(until_s=10.25))
+    assert not half.is_complete
+    assert half.end_s == 10.25
+    assert half.status.tolist() == [1] * 10 + [0] * 10
+    # One prefill and the decode steps that have ended since.
+    assert half.num_output_tokens[10] == 1 + int((0.25 - 0.03604) / 0.03632)
+    assert np.isnan(half.finished_s[10])
+
+    asked = []
+    long = make_requests(*[(0.001 * i, 1, 1) for i in range(20_000)])
+    stopped = simulate(
+        long,
+        make_options(num_instances=1),
+        progress=lambda num_ended, now_s: asked.append((num_ended, now_s)),
+        stop=lambda: len(asked) == 1,
+    )
+    assert not stopped.is_complete
+    assert len(asked) == 1
+    assert stopped.end_s == asked[0][1]
+
+
+def test_beyond_what_was_measured_a_warning_says_so() -> None:
+    hardware = make_hardware()
+    small = type(hardware.measured)(batch_tokens=50, requests=1000, kv_tokens=10**6)
+    changed = type(hardware)(
+        **{
+            **{name: getattr(hardware, name) for name in type(hardware).__dataclass_fields__},
+            "measured": small,
+        }
+    )
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        result = simulate(make_requests((0.0, 60, 2)), make_options(hardware=changed))
+    assert result.warnings == (
+        "EXTRAPOLATED: up to 60 tokens in a step; test was measured up to 50",
+    )
+    assert [str(w.message) for w in raised] == list(result.warnings)
+
+
+def test_an_empty_trace_has_an_empty_result() -> None:
+    trace = make_requests((0.0, 1, 1)).head(0)
+    result = simulate(trace, make_options())
+    assert len(result.status) == 0
+    assert result.is_complete
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "vllm-2"}, "unknown engine 'vllm-2'; there are: vllm-v1, vllm-0.1"),
+        ({"num_instances": 0}, "at least 1"),
+        ({"report_interval_s": 0.0}, "report_interval_s"),
+        ({"message_delay_s": 0.0}, "message_delay_s"),
+        ({"report_delay_s": -1.0}, "report_delay_s"),
+        ({"watermark": 1.0}, "watermark"),
+        ({"max_num_batched_tokens": 100}, "vLLM refuses that"),
+        ({"failures": ((3, 1.0),)}, "instance 3; there are 0 to 0"),
+    ],
+)
+def test_options_that_make_no_sense_name_the_fix(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SimulationError, match=message):
+        make_options(**changes)
