@@ -44,6 +44,9 @@ def _column(
     return FigureColumn(key=key, label=label, unit=unit, better=better, scale=scale, get=get)
 
 
+# Less of a difference than this is none.
+_AS_GOOD_AS = 0.01
+
 COLUMNS: Sequence[FigureColumn] = (
     _column("finished", "finished", "%", lambda s: s.num_finished / s.num_requests,
             better="higher", scale=100),
@@ -156,20 +159,23 @@ def shown_columns(table: Mapping[str, Mapping[str, Spread]]) -> list[FigureColum
 
 
 def best_labels(column: FigureColumn, table: Mapping[str, Mapping[str, Spread]]) -> set[str]:
-    """Who has the best mean, as far as the table shows it; nobody where all show the same."""
+    """Who has the best mean, or one within 1 % of it; nobody where that is everybody."""
     means = {
         label: row[column.key].mean
         for label, row in table.items()
         if not math.isnan(row[column.key].mean)
     }
-    if column.better == "neither" or len({number(mean) for mean in means.values()}) < 2:
+    if column.better == "neither" or not means:
         return set()
     best = (min if column.better == "lower" else max)(means.values())
-    return {label for label, mean in means.items() if number(mean) == number(best)}
+    labels = {
+        label for label, mean in means.items() if math.isclose(mean, best, rel_tol=_AS_GOOD_AS)
+    }
+    return set() if len(labels) == len(means) else labels
 
 
 def text_table(runs: Sequence[Run]) -> str:
-    """The comparison for a terminal: a line a figure, a column a policy, `*` the best mean.
+    """The comparison for a terminal: a line a figure, a column a policy, `*` the best means.
 
     With several seeds, the least and the greatest value follow the mean in brackets.
     """

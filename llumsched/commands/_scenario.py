@@ -6,6 +6,7 @@ They are made from the fields of ``Scenario``: name, type, default and help have
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, get_args
@@ -19,7 +20,7 @@ from llumsched.simulator.generators import GENERATORS
 from llumsched.simulator.hardware import HardwareError
 from llumsched.simulator.metrics import Slo
 from llumsched.simulator.scenario import EXAMPLE, Scenario
-from llumsched.simulator.simulation import SimulationError
+from llumsched.simulator.simulation import ExtrapolationWarning, SimulationError
 from llumsched.simulator.trace import TraceError
 
 FIELDS: Mapping[str, Param] = {
@@ -85,9 +86,14 @@ def type_of(described: Param) -> Callable[[str], Any]:
 
 @contextmanager
 def said_in_one_line() -> Iterator[None]:
-    """Whatever the user can mend becomes the one line that the command line prints."""
+    """Whatever the user can mend becomes the one line that the command line prints.
+
+    Extrapolation is not warned about on the way: results carry it, and it is printed with them.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExtrapolationWarning)
+            yield
     except (
         ConfigError,
         ExportError,

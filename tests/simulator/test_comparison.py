@@ -54,6 +54,16 @@ def test_the_best_is_lowest_for_times_and_highest_for_goodput() -> None:
     assert best_labels(columns["mean_instances"], table) == set()
 
 
+def test_who_is_as_good_as_the_best_is_best_too_unless_all_are() -> None:
+    columns = {column.key: column for column in COLUMNS}
+    runs = [
+        make_run(label, 0, first_token_s=seconds)
+        for label, seconds in (("a", 1.0), ("b", 1.001), ("c", 2.0))
+    ]
+    assert best_labels(columns["ttft_mean"], spreads(runs)) == {"a", "b"}
+    assert best_labels(columns["ttft_mean"], spreads(runs[:2])) == set()
+
+
 def test_the_table_shows_spread_and_marks_the_best() -> None:
     lines = {line.split("  ")[0]: line for line in text_table(RUNS).splitlines()}
     assert "0.600 [0.550, 0.650] *" in lines["TTFT mean (s)"]
