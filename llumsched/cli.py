@@ -34,7 +34,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
 """Every subcommand, in the order of the help, with its one line of help."""
 
 # Distributions that not every command needs: a missing one is a matter of installation, not a bug.
-_OPTIONAL = frozenset({"msgspec", "psutil", "ray", "torch", "vllm", "zmq"})
+_OPTIONAL = frozenset({"msgspec", "psutil", "ray", "torch", "uvloop", "vllm", "zmq"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
