@@ -69,9 +69,24 @@ def write_parquet(result: SimulationResult, path: Path) -> None:
     Raises:
         ExportError: pyarrow is not installed.
     """
+    check_parquet()
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrays = {
+        name: pa.array(column, from_pandas=True) for name, column in request_columns(result).items()
+    }
+    pq.write_table(pa.table(arrays), path, compression="zstd")
+
+
+def check_parquet() -> None:
+    """Whether Parquet can be written, asked before a long run rather than after it.
+
+    Raises:
+        ExportError: pyarrow is not installed.
+    """
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        import pyarrow.parquet  # noqa: F401
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "pyarrow":
             raise
@@ -79,10 +94,6 @@ def write_parquet(result: SimulationResult, path: Path) -> None:
             "Parquet needs pyarrow, which is not installed: pip install 'llumsched[parquet]', or"
             " use the CSV"
         ) from error
-    arrays = {
-        name: pa.array(column, from_pandas=True) for name, column in request_columns(result).items()
-    }
-    pq.write_table(pa.table(arrays), path, compression="zstd")
 
 
 def write_trace(trace: Trace, path: Path) -> None:

@@ -104,6 +104,8 @@ def said_in_one_line() -> Iterator[None]:
         TraceError,
     ) as error:
         raise CommandError(str(error)) from error
+    except BrokenPipeError:
+        raise  # the reader of our output has left, which the command line knows
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise CommandError(f"{where}{error.strerror or error}") from error

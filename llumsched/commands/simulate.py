@@ -26,7 +26,7 @@ from llumsched.commands._scenario import (
 )
 from llumsched.simulator.chrome_trace import write_chrome_trace
 from llumsched.simulator.comparison import Run, as_json, by_label, reduce_run, text_table
-from llumsched.simulator.export import write_csv, write_parquet
+from llumsched.simulator.export import check_parquet, write_csv, write_parquet
 from llumsched.simulator.report import write_report
 from llumsched.simulator.scenario import Scenario
 from llumsched.simulator.simulation import SimulationResult, simulate
@@ -84,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         scenarios = _scenarios(args)
         for scenario in scenarios:
             scenario.options(seed=0)  # every mistake shows before the first long run
+        if args.parquet:
+            check_parquet()
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
         with Interrupt() as interrupt:

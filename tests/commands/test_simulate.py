@@ -108,6 +108,26 @@ def test_an_interrupted_run_leaves_what_there_is(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_missing_pyarrow_is_said_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    out = tmp_path / "out"
+    assert cli.main(["simulate", *SMALL, "--parquet", "--out", str(out)]) == 1
+    assert "pip install 'llumsched[parquet]'" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_reader_that_leaves_is_no_mistake() -> None:
+    program = [sys.executable, "-m", "llumsched", "simulate", *SMALL]
+    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    reader.wait()
+    assert reader.stdin is not None
+    with reader.stdin as pipe:
+        done = subprocess.run(program, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    assert "Broken pipe" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
