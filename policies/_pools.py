@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llumsched.core.policy import MigrationPair
-from llumsched.core.snapshot import ROLES, BoolColumn, ClusterSnapshot, FloatColumn
+from llumsched.core.snapshot import ROLES, BoolColumn, ClusterSnapshot, FloatColumn, IntColumn, Rows
 from llumsched.core.types import InstanceRole
 
 PREFILL_SHARE_DOC = "Share of the instances, where they have no role of their own, for prefill."
@@ -27,6 +27,16 @@ class Pools:
 
     prefill: BoolColumn
     decode: BoolColumn
+    prefill_rows: IntColumn
+    """The rows of `prefill` by number."""
+
+
+def prefill_rows(
+    cluster: ClusterSnapshot, prefill_share: float, candidates: BoolColumn | None
+) -> Rows:
+    """The prefill pool, or what of it are candidates."""
+    pools = split(cluster, prefill_share)
+    return pools.prefill_rows if candidates is None else pools.prefill & candidates
 
 
 def split(cluster: ClusterSnapshot, prefill_share: float) -> Pools:
@@ -51,7 +61,7 @@ def _split(cluster: ClusterSnapshot, prefill_share: float) -> Pools:
         prefill = decode
     if not decode.any():
         decode = prefill
-    return Pools(prefill=prefill, decode=decode)
+    return Pools(prefill=prefill, decode=decode, prefill_rows=np.flatnonzero(prefill))
 
 
 def hand_over(

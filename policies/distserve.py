@@ -14,7 +14,7 @@ from llumsched.core.params import param
 from llumsched.core.policy import MigrationPair, Placement, PolicyBundle
 from llumsched.core.snapshot import ClusterSnapshot
 from llumsched.core.types import SchedulingRequest
-from llumsched.policies._pools import PREFILL_SHARE_DOC, drain, hand_over, split
+from llumsched.policies._pools import PREFILL_SHARE_DOC, drain, hand_over, prefill_rows, split
 from llumsched.policies.after_first_token import AfterFirstToken
 from llumsched.policies.disaggregated import HAND_OVER_OPTIONS
 
@@ -27,9 +27,8 @@ class ShortestPrefillQueue:
 
     def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
         pending = cluster.columns.num_prefill_tokens_pending
-        among = split(cluster, self.prefill_share).prefill
-        candidates = cluster.candidates(request)
-        row = cluster.argmin(pending, among if candidates is None else among & candidates)
+        among = prefill_rows(cluster, self.prefill_share, cluster.candidates(request))
+        row = cluster.argmin(pending, among)
         if row is None:
             return None
         return Placement(

@@ -41,8 +41,8 @@ class KvRouter:
             cost /= c.block_size
         cost += c.num_used_blocks
         cost += self.overlap_weight * cluster.demand_blocks(request)
-        if cluster.match_prefix is not None and request.prefix_hashes:
-            cost -= self.overlap_weight * cluster.match_prefix(request)
+        for num_blocks, rows in cluster.match_prefix(request):
+            cost[rows] -= self.overlap_weight * num_blocks
         candidates = cluster.candidates(request)
         row = (
             self._draw(cost, cluster, candidates)

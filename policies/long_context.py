@@ -49,16 +49,16 @@ class PromptLength:
 
     def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
         c = cluster.columns
+        pending = c.num_prefill_tokens_pending
         candidates = cluster.candidates(request)
-        among = c.is_accepting if candidates is None else candidates
-        unstalled = among & (c.num_prefill_tokens_pending <= self.max_pending_prefill_tokens)
-        if np.count_nonzero(unstalled):
-            among = unstalled
-        if _is_long(request, cluster, self.long_share):
-            row = cluster.argmax(c.num_room_blocks, among)
-            reason = "long prompt: the most free blocks"
-        else:
-            row, reason = self._place_short(among, cluster)
+        row, reason = self._place(request, cluster, candidates)
+        # The choice among all is that among the unstalled too, unless it is stalled itself.
+        if row is not None and pending[row] > self.max_pending_prefill_tokens:
+            unstalled = pending <= self.max_pending_prefill_tokens
+            if candidates is not None:
+                unstalled &= candidates
+            if np.count_nonzero(unstalled):
+                row, reason = self._place(request, cluster, unstalled)
         if row is None:
             return None
         return Placement(
@@ -66,17 +66,25 @@ class PromptLength:
             reason=f"{reason} ({c.num_free_blocks.item(row):.0f} free)",
         )
 
-    def _place_short(self, among: BoolColumn, cluster: ClusterSnapshot) -> tuple[int | None, str]:
-        freeness = cluster.columns.freeness
+    def _place(
+        self, request: SchedulingRequest, cluster: ClusterSnapshot, among: BoolColumn | None
+    ) -> tuple[int | None, str]:
+        c = cluster.columns
+        if _is_long(request, cluster, self.long_share):
+            return cluster.argmax(c.num_room_blocks, among), "long prompt: the most free blocks"
         clearing = _clearing(cluster, self.long_share)
-        if clearing is not None and np.count_nonzero(among) > 1:
-            among = among.copy()
-            among[clearing] = False
-        row = cluster.argmin(freeness, among & (freeness > self.pack_freeness))
+        if clearing is not None:
+            others = c.is_accepting.copy() if among is None else among.copy()
+            others[clearing] = False
+            among = others if np.count_nonzero(others) else among
+        packed = c.freeness > self.pack_freeness
+        if among is not None:
+            packed &= among
+        row = cluster.argmin(c.freeness, packed)
         # The lowest may be infinite: then only empty instances are left to open.
-        if row is not None and freeness[row] < np.inf:
+        if row is not None and c.freeness[row] < np.inf:
             return row, "short prompt: packed"
-        return cluster.argmax(freeness, among), "short prompt: the freest"
+        return cluster.argmax(c.freeness, among), "short prompt: the freest"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

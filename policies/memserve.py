@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from llumsched.core.params import param
 from llumsched.core.policy import Placement, PolicyBundle
-from llumsched.core.snapshot import ClusterSnapshot
+from llumsched.core.snapshot import ClusterSnapshot, Rows
 from llumsched.core.types import SchedulingRequest
 from llumsched.policies._pools import PREFILL_SHARE_DOC, split
 from llumsched.policies.after_first_token import AfterFirstToken
@@ -29,17 +29,17 @@ class GlobalPromptTree:
 
     def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
         pending = cluster.columns.num_prefill_tokens_pending
-        among = split(cluster, self.prefill_share).prefill
+        among: Rows = split(cluster, self.prefill_share).prefill
         candidates = cluster.candidates(request)
         if candidates is not None:
             among = among & candidates
         reason = "nothing cached"
-        if cluster.match_prefix is not None and request.prefix_hashes:
-            matched = cluster.match_prefix(request)
-            longest = cluster.argmax(matched, among)
-            if longest is not None and matched[longest]:
-                among = among & (matched == matched[longest])
-                reason = f"{matched.item(longest):.0f} blocks cached"
+        for num_blocks, rows in cluster.match_prefix(request):
+            holders = rows[among[rows]]
+            if len(holders):
+                among = holders
+                reason = f"{num_blocks} blocks cached"
+                break
         row = cluster.argmin(pending, among)
         if row is None:
             return None

@@ -11,6 +11,7 @@ Invariant: a request is rejected before any of its prefill is computed, or not a
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from llumsched.core.params import param
 from llumsched.core.policy import ADMIT, Placement, PolicyBundle, Reject, Verdict
 from llumsched.core.snapshot import ClusterSnapshot, FloatColumn
 from llumsched.core.types import SchedulingRequest
-from llumsched.policies._pools import PREFILL_SHARE_DOC, Pools, split
+from llumsched.policies._pools import PREFILL_SHARE_DOC, prefill_rows, split
 from llumsched.policies.after_first_token import AfterFirstToken
 from llumsched.policies.disaggregated import HAND_OVER_OPTIONS
 from llumsched.policies.distserve import LeastLoadedDecode
@@ -32,10 +33,7 @@ class Conductor:
     prefill_share: float = param(0.5, PREFILL_SHARE_DOC, above=0, at_most=1)
 
     def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
-        among = split(cluster, self.prefill_share).prefill
-        candidates = cluster.candidates(request)
-        if candidates is not None:
-            among = among & candidates
+        among = prefill_rows(cluster, self.prefill_share, cluster.candidates(request))
         ttft_s, matched = _predicted(request, cluster)
         row = cluster.argmin(ttft_s, among)
         if row is None:
@@ -67,20 +65,19 @@ class EarlyRejection:
 
     def admit(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Verdict:
         c = cluster.columns
-        pools = split(cluster, self.prefill_share)
-        is_decode, is_prefill, capacity = cluster.stable(self, lambda: self._stable(pools, cluster))
-        arriving = float(c.num_requests @ is_prefill) + 1
-        decoding = float(c.num_requests @ is_decode)
-        if arriving + decoding <= self.max_decode_load * capacity:
+        pools = cluster.stable(self, lambda: self._pools(cluster))
+        if c.num_requests.dot(pools.is_either) + 1 <= self.max_decode_load * pools.capacity:
             # Not too full even if no request ends until then.
             return ADMIT
         ttft_s, _ = _predicted(request, cluster)
-        row = cluster.argmin(ttft_s, pools.prefill)
+        row = cluster.argmin(ttft_s, split(cluster, self.prefill_share).prefill_rows)
         prefill_ends_s = 0.0 if row is None else ttft_s.item(row)
         # Requests that decode now end evenly over their decode time; those in prefill all arrive.
         decode_s = self.expected_output_tokens * c.decode_step_s
         left = np.maximum(0.0, 1.0 - prefill_ends_s / np.maximum(decode_s, 1e-9))
-        load = (float((c.num_requests * left) @ is_decode) + arriving) / max(1.0, capacity)
+        staying = (c.num_requests * left).dot(pools.is_decode)
+        arriving = c.num_requests.dot(pools.is_prefill) + 1
+        load = (staying + arriving) / max(1.0, pools.capacity)
         if load <= self.max_decode_load:
             return ADMIT
         return Reject(
@@ -91,14 +88,27 @@ class EarlyRejection:
             retry_after_s=max(1.0, min(60.0, float(decode_s.mean()) / 2)),
         )
 
-    def _stable(
-        self, pools: Pools, cluster: ClusterSnapshot
-    ) -> tuple[FloatColumn, FloatColumn, float]:
-        """Decode rows, rows that only prefill (1 or 0 each), and the decode pool's capacity."""
+    def _pools(self, cluster: ClusterSnapshot) -> "_Pools":
+        pools = split(cluster, self.prefill_share)
         is_decode = pools.decode.astype(np.float64)
         is_prefill = (pools.prefill & ~pools.decode).astype(np.float64)
-        capacity = np.minimum(cluster.columns.max_num_seqs, self.max_batch) @ is_decode
-        return is_decode, is_prefill, float(capacity)
+        return _Pools(
+            is_decode=is_decode,
+            is_prefill=is_prefill,
+            is_either=is_decode + is_prefill,
+            capacity=float(np.minimum(cluster.columns.max_num_seqs, self.max_batch).dot(is_decode)),
+        )
+
+
+class _Pools(NamedTuple):
+    """1 for a row of the pool and 0 for another, so that a product sums over the pool."""
+
+    is_decode: FloatColumn
+    is_prefill: FloatColumn
+    """Rows for prefill alone."""
+    is_either: FloatColumn
+    capacity: float
+    """Requests that the decode pool runs."""
 
 
 def _predicted(
@@ -108,14 +118,16 @@ def _predicted(
 
     def predict() -> tuple[FloatColumn, FloatColumn]:
         c = cluster.columns
-        if cluster.match_prefix is not None and request.prefix_hashes:
-            matched = cluster.match_prefix(request)
+        matched = np.zeros(len(cluster))
+        num_tokens = c.num_prefill_tokens_pending + request.num_prompt_tokens
+        for num_blocks, rows in cluster.match_prefix(request):
+            matched[rows] = num_blocks
             # At least one token is always computed, also of a prompt that is cached to the end.
-            cached = np.minimum(matched * c.block_size, request.num_prompt_tokens - 1)
-            num_tokens = c.num_prefill_tokens_pending + request.num_prompt_tokens - cached
-        else:
-            matched = np.zeros(len(cluster))
-            num_tokens = c.num_prefill_tokens_pending + request.num_prompt_tokens
+            at_most = request.num_prompt_tokens - 1
+            if cluster.block_size is None:
+                num_tokens[rows] -= np.minimum(num_blocks * c.block_size[rows], at_most)
+            else:
+                num_tokens[rows] -= min(num_blocks * cluster.block_size, at_most)
         ttft_s: FloatColumn = num_tokens * c.prefill_token_s
         ttft_s += c.decode_step_s
         return ttft_s, matched

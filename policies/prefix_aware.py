@@ -36,21 +36,20 @@ class CachedPrefix:
     def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
         c = cluster.columns
         candidates = cluster.candidates(request)
-        if request.prefix_hashes and cluster.match_prefix is not None:
-            among = c.is_accepting if candidates is None else candidates
-            least = cluster.argmin(c.num_requests, among)
-            if least is None:
-                return None
-            matched = cluster.match_prefix(request)
-            balanced = among & (c.num_requests <= c.num_requests[least] + self.max_imbalance)
-            best = cluster.argmax(matched, balanced)
-            if best is not None and matched[best] >= self.min_match_blocks:
-                # Of equal matches (a system prompt that all have), the freest.
-                row = cluster.argmax(c.freeness, balanced & (matched == matched[best]))
-                assert row is not None
+        holders = cluster.match_prefix(request)
+        least = cluster.argmin(c.num_requests, candidates) if holders else None
+        for num_blocks, rows in holders:
+            if least is None or num_blocks < self.min_match_blocks:
+                break
+            balanced = rows[c.num_requests[rows] <= c.num_requests[least] + self.max_imbalance]
+            if candidates is not None:
+                balanced = balanced[candidates[balanced]]
+            # Of equal matches (a system prompt that all have), the freest.
+            row = cluster.argmax(c.freeness, balanced)
+            if row is not None:
                 return Placement(
                     instance_id=cluster.instance_ids[row],
-                    reason=f"{matched.item(row):.0f} of {len(request.prefix_hashes)} blocks cached",
+                    reason=f"{num_blocks} of {len(request.prefix_hashes)} blocks cached",
                 )
         row = cluster.argmax(c.freeness, candidates)
         if row is None:

@@ -47,11 +47,14 @@ class FillTarget:
         if request.predicted_output_tokens is not None:
             left = np.minimum(left, c.num_total_blocks - c.predicted_final_blocks)
         reserve, max_batch, share = cluster.stable(self, lambda: self._limits(cluster))
-        within = (left >= reserve) & (c.num_requests < max_batch)
+        share_left = left * share
+        within = left >= reserve
         if candidates is not None:
             within &= candidates
-        share_left = left * share
         row = cluster.argmin(share_left, within)
+        if row is not None and c.num_requests[row] >= max_batch[row]:
+            # Batches are full far more rarely than blocks are, so they are looked at only now.
+            row = cluster.argmin(share_left, within & (c.num_requests < max_batch))
         reason = "the fullest within the target"
         if row is None:
             row = cluster.argmax(share_left, candidates)
@@ -81,20 +84,30 @@ class PreemptionBound:
     )
 
     def admit(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Verdict:
-        c = cluster.columns
-        block_size = cluster.block_size or c.block_size
-        growth_blocks = -(-self.growth_tokens // block_size)
-        demand = cluster.demand_blocks(request) + growth_blocks
-        if request.predicted_output_tokens is None:
-            granted = growth_blocks * c.num_requests
-        else:
-            granted = np.maximum(c.predicted_final_blocks - c.num_used_blocks, 0)
-        if cluster.any(c.num_room_blocks - granted >= demand):
+        # Nearly always the instance with the most room is enough to say yes.
+        roomiest = cluster.argmax(cluster.columns.num_room_blocks, cluster.candidates(request))
+        if roomiest is not None and self._has_room(request, cluster, roomiest):
+            return ADMIT
+        if cluster.any(self._has_room(request, cluster, slice(None))):
             return ADMIT
         # An empty instance takes anything: holding it longer would not make more room.
-        if cluster.any(c.num_requests == 0):
+        if cluster.any(cluster.columns.num_requests == 0):
             return ADMIT
         return Hold(reason="every instance would have to preempt")
+
+    def _has_room(
+        self, request: SchedulingRequest, cluster: ClusterSnapshot, rows: int | slice
+    ) -> BoolColumn:
+        """Whether these rows, or this one, can take the request and let all they run grow."""
+        c = cluster.columns
+        growth_blocks = -(-self.growth_tokens // c.block_size[rows])
+        demand = -(-request.num_prompt_tokens // c.block_size[rows]) + growth_blocks
+        if request.predicted_output_tokens is None:
+            granted = growth_blocks * c.num_requests[rows]
+        else:
+            granted = np.maximum(c.predicted_final_blocks[rows] - c.num_used_blocks[rows], 0)
+        has_room: BoolColumn = c.num_room_blocks[rows] - granted >= demand
+        return has_room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

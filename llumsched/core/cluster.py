@@ -22,10 +22,14 @@ from llumsched.core.snapshot import (
     STATES,
     ClusterSnapshot,
     Columns,
-    FloatColumn,
+    PrefixHolders,
 )
 from llumsched.core.step_time import DEFAULT_STEP_TIME, StepTimeModel
 from llumsched.core.types import InstanceState, PriorityClass, SchedulingRequest
+
+# Members of an enumeration take a look-up at each use, and these are used at every event.
+_SERVING = InstanceState.SERVING
+_HIGH = int(PriorityClass.HIGH)
 
 _STATE_CODE = {state: code for code, state in enumerate(STATES)}
 _ROLE_CODE = {role: code for code, role in enumerate(ROLES)}
@@ -63,7 +67,7 @@ class Cluster:
         rng: random.Random,
         step_time: StepTimeModel = DEFAULT_STEP_TIME,
         held: Callable[[], Sequence[SchedulingRequest]] = tuple,
-        match_prefix: Callable[[SchedulingRequest], FloatColumn] | None = None,
+        match_prefix: Callable[[SchedulingRequest], Sequence[PrefixHolders]] = lambda request: (),
     ) -> None:
         self._headroom = headroom
         self._stale_after_s = stale_after_s
@@ -75,6 +79,7 @@ class Cluster:
         self._ids: list[str] = []
         self._rows: dict[str, int] = {}
         self._columns = Columns.empty(0)
+        self._cells = self._columns.cells()
         self._num_accepting = 0
         # No instance can turn stale before this time; it saves a scan at every event.
         self._next_stale_s = math.inf
@@ -125,6 +130,7 @@ class Cluster:
         if num_rows == len(self._columns.state):
             # Room for twice as many, so that joining costs little per instance.
             self._columns = self._columns.padded(max(16, 2 * num_rows))
+            self._cells = self._columns.cells()
         for column in self._columns.arrays():
             column[row + 1 : num_rows + 1] = column[row:num_rows]
             column[row] = 0
@@ -219,7 +225,7 @@ class Cluster:
         record.num_sent += 1
         record.num_sent_blocks += num_blocks
         record.num_sent_tokens += num_tokens
-        record.num_sent_high += priority >= PriorityClass.HIGH
+        record.num_sent_high += priority >= _HIGH
         self._publish_usage(record, self._rows[record.spec.instance_id])
 
     def remove_sent(
@@ -229,14 +235,14 @@ class Cluster:
         record.num_sent -= 1
         record.num_sent_blocks -= num_blocks
         record.num_sent_tokens -= num_tokens
-        record.num_sent_high -= priority >= PriorityClass.HIGH
+        record.num_sent_high -= priority >= _HIGH
         self._publish_usage(record, self._rows[record.spec.instance_id])
 
     def add_predicted(self, record: InstanceRecord, num_blocks: int) -> None:
         """Count (or with a negative number, discount) the expected final size of a request."""
         record.predicted_final_blocks += num_blocks
         row = self._rows[record.spec.instance_id]
-        self._columns.predicted_final_blocks[row] = record.predicted_final_blocks
+        self._cells.predicted_final_blocks[row] = record.predicted_final_blocks
 
     def add_migration_out(self, source: InstanceRecord, by: int) -> None:
         """Count a migration that starts to leave (`by=1`) or ended (`by=-1`)."""
@@ -254,35 +260,35 @@ class Cluster:
 
     def _publish_state(self, record: InstanceRecord) -> None:
         row = self._rows[record.spec.instance_id]
-        columns = self._columns
-        accepting = record.state is InstanceState.SERVING and record.is_fresh
-        self._num_accepting += accepting - bool(columns.is_accepting[row])
-        columns.is_accepting[row] = accepting
-        columns.is_draining[row] = record.state is InstanceState.DRAINING
-        columns.is_fresh[row] = record.is_fresh
-        columns.state[row] = _STATE_CODE[record.state]
+        cells = self._cells
+        accepting = record.state is _SERVING and record.is_fresh
+        self._num_accepting += accepting - cells.is_accepting[row]
+        cells.is_accepting[row] = accepting
+        cells.is_draining[row] = record.state is InstanceState.DRAINING
+        cells.is_fresh[row] = record.is_fresh
+        cells.state[row] = _STATE_CODE[record.state]
         object.__setattr__(self.snapshot, "num_accepting", self._num_accepting)
         self.snapshot.stable_values.clear()
 
     def _publish(self, record: InstanceRecord) -> None:
         load = record.load
         row = self._rows[record.spec.instance_id]
-        columns = self._columns
+        cells = self._cells
         num_high = 0
         for priority, num_running in load.num_running_by_class:
-            if priority >= PriorityClass.HIGH:
+            if priority >= _HIGH:
                 num_high += num_running
         record.num_high_running = num_high
-        record.headroom_blocks = self._headroom.blocks(PriorityClass.HIGH, load.num_total_blocks)
-        columns.step_time_s[row] = load.step_time_s
-        columns.last_report_s[row] = record.last_report_s
-        columns.num_total_blocks[row] = load.num_total_blocks
-        columns.num_running[row] = load.num_running
-        columns.num_waiting[row] = load.num_waiting
-        columns.head_of_line_blocks[row] = load.head_of_line_blocks
-        columns.num_waiting_blocks[row] = load.num_waiting_blocks
-        columns.num_high_running[row] = num_high
-        columns.victim_blocks[row] = (
+        record.headroom_blocks = self._headroom.blocks(_HIGH, load.num_total_blocks)
+        cells.step_time_s[row] = load.step_time_s
+        cells.last_report_s[row] = record.last_report_s
+        cells.num_total_blocks[row] = load.num_total_blocks
+        cells.num_running[row] = load.num_running
+        cells.num_waiting[row] = load.num_waiting
+        cells.head_of_line_blocks[row] = load.head_of_line_blocks
+        cells.num_waiting_blocks[row] = load.num_waiting_blocks
+        cells.num_high_running[row] = num_high
+        cells.victim_blocks[row] = (
             load.victim_blocks
             if load.victim_blocks is not None
             else load.num_used_blocks // max(1, load.num_running)
@@ -292,7 +298,7 @@ class Cluster:
     def _publish_usage(self, record: InstanceRecord, row: int) -> None:
         # `load.freeness` written out on plain numbers: this runs at every dispatch and report.
         load = record.load
-        columns = self._columns
+        cells = self._cells
         num_sent = record.num_sent
         num_total = load.num_total_blocks
         num_free = load.num_free_blocks - record.num_sent_blocks
@@ -300,13 +306,13 @@ class Cluster:
         num_waiting = load.num_waiting
         # What is arriving holds blocks already, so it counts as running.
         batch_size = load.num_running + load.num_migrations_in + num_sent
-        columns.num_free_blocks[row] = num_free
-        columns.num_used_blocks[row] = num_used
-        columns.num_room_blocks[row] = num_free - load.num_waiting_blocks
-        columns.num_unreported[row] = num_sent
-        columns.batch_size[row] = batch_size
-        columns.num_requests[row] = batch_size + num_waiting
-        columns.num_prefill_tokens_pending[row] = (
+        cells.num_free_blocks[row] = num_free
+        cells.num_used_blocks[row] = num_used
+        cells.num_room_blocks[row] = num_free - load.num_waiting_blocks
+        cells.num_unreported[row] = num_sent
+        cells.batch_size[row] = batch_size
+        cells.num_requests[row] = batch_size + num_waiting
+        cells.num_prefill_tokens_pending[row] = (
             load.num_prefill_tokens_pending + record.num_sent_tokens
         )
         step_time = self._step_time
@@ -314,24 +320,24 @@ class Cluster:
             step_s = load.step_time_s + step_time.running_s * num_sent
         else:
             step_s = step_time.base_s + step_time.running_s * batch_size
-        columns.decode_step_s[row] = step_s
-        columns.prefill_token_s[row] = (
+        cells.decode_step_s[row] = step_s
+        cells.prefill_token_s[row] = (
             step_time.prefill_token_s + step_s / record.spec.max_num_batched_tokens
         )
-        columns.block_turnover_s[row] = step_s / (num_used or 1)
-        if record.state is not InstanceState.SERVING:
-            columns.virtual_usage[row] = math.inf
-            columns.freeness[row] = -math.inf
+        cells.block_turnover_s[row] = step_s / (num_used or 1)
+        if record.state is not _SERVING:
+            cells.virtual_usage[row] = math.inf
+            cells.freeness[row] = -math.inf
             return
         usage: float = num_used
         if num_waiting:
             usage += load.head_of_line_blocks
         if record.num_sent_high or record.num_high_running:
             usage += record.headroom_blocks
-        columns.virtual_usage[row] = usage
+        cells.virtual_usage[row] = usage
         if batch_size:
-            columns.freeness[row] = (num_total - usage) / batch_size
+            cells.freeness[row] = (num_total - usage) / batch_size
         elif num_waiting or usage:
-            columns.freeness[row] = num_total - usage
+            cells.freeness[row] = num_total - usage
         else:
-            columns.freeness[row] = math.inf
+            cells.freeness[row] = math.inf

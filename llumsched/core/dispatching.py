@@ -7,8 +7,9 @@ This module does not know instances joining or leaving (`scheduler`) or migratio
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from llumsched.core.actions import Action, DispatchRequest, RejectRequest
 from llumsched.core.answers import malformed, policy_failed
@@ -17,7 +18,7 @@ from llumsched.core.dispatch_queue import DispatchQueue
 from llumsched.core.ledger import Ledger, RequestRecord
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.policy import ADMIT, Admit, Hold, Placement, PolicyBundle, Reject, Verdict
-from llumsched.core.snapshot import ClusterSnapshot
+from llumsched.core.snapshot import BoolColumn, ClusterSnapshot
 from llumsched.core.types import InstanceState, SchedulingRequest
 
 OVERLOAD_RETRY_S = 1.0
@@ -173,23 +174,24 @@ class Dispatcher:
         """Dispatch or reject the request, or say why it is held."""
         cluster = self._cluster.at(now)
         request = record.request
-        if cluster.instance_ids and cluster.cannot_ever_hold(request):
-            too_long = (
-                f"the prompt of {request.num_prompt_tokens} tokens exceeds the KV cache of every "
-                f"instance (the largest has {cluster.max_total_blocks} blocks)"
-            )
-            if record.redispatch_reason:
-                # It was running: the instance that could hold it may come back.
-                return Hold(reason=too_long, others_may_pass=True)
-            self._reject(record, too_long, None, out)
-            return None
         candidates = cluster.candidates(request)
-        if not cluster.num_accepting:
+        placement: Placement | None
+        if candidates is not None and not np.count_nonzero(candidates):
+            if cluster.instance_ids and cluster.cannot_ever_hold(request):
+                too_long = (
+                    f"the prompt of {request.num_prompt_tokens} tokens exceeds the KV cache of "
+                    f"every instance (the largest has {cluster.max_total_blocks} blocks)"
+                )
+                if record.redispatch_reason:
+                    # It was running: the instance that could hold it may come back.
+                    return Hold(reason=too_long, others_may_pass=True)
+                self._reject(record, too_long, None, out)
+                return None
+            if cluster.num_accepting:
+                return Hold(reason="no accepting instance can hold it", others_may_pass=True)
             placement = self._blind(request)
             if placement is None:
                 return Hold(reason="no instance accepts work")
-        elif candidates is not None and not candidates.any():
-            return Hold(reason="no accepting instance can hold it", others_may_pass=True)
         else:
             verdict = self._judge(request, cluster, out)
             if isinstance(verdict, Reject):
@@ -197,7 +199,7 @@ class Dispatcher:
                 return None
             if isinstance(verdict, Hold):
                 return verdict
-            placement = self._choose(request, cluster, out)
+            placement = self._choose(request, cluster, candidates, out)
             if placement is None:
                 return Hold(reason="the dispatch policy holds it")
         if record.is_held:
@@ -231,21 +233,25 @@ class Dispatcher:
         return verdict
 
     def _choose(
-        self, request: SchedulingRequest, cluster: ClusterSnapshot, out: list[Action]
+        self,
+        request: SchedulingRequest,
+        cluster: ClusterSnapshot,
+        candidates: BoolColumn | None,
+        out: list[Action],
     ) -> Placement | None:
         policy = self._bundle.dispatch
         try:
             placement = policy.dispatch(request, cluster)
         except Exception as error:
             out.append(policy_failed(policy, error))
-            return _least_loaded(request, cluster)
+            return _least_loaded(cluster, candidates)
         if placement is None:
             return None
-        problem = _problem(placement, request, cluster)
+        problem = _problem(placement, cluster, candidates)
         if problem is None:
             return placement
         out.append(policy_failed(policy, problem))
-        return _least_loaded(request, cluster)
+        return _least_loaded(cluster, candidates)
 
     def _blind(self, request: SchedulingRequest) -> Placement | None:
         """With no instance reporting there is nothing to compare: take turns."""
@@ -277,11 +283,11 @@ class Dispatcher:
             return request
         if request.max_output_tokens is not None:
             predicted = min(predicted, request.max_output_tokens)
-        return replace(request, predicted_output_tokens=max(1, predicted))
+        return request.with_prediction(max(1, predicted))
 
 
 def _problem(
-    placement: Placement, request: SchedulingRequest, cluster: ClusterSnapshot
+    placement: Placement, cluster: ClusterSnapshot, candidates: BoolColumn | None
 ) -> str | None:
     wrong_shape = malformed(placement, Placement)
     if wrong_shape is not None:
@@ -289,17 +295,18 @@ def _problem(
     row = cluster.rows.get(placement.instance_id)
     if row is None:
         return f"chose unknown instance {placement.instance_id!r}"
-    if not cluster.columns.is_accepting[row]:
-        view = cluster[placement.instance_id]
-        why = view.state.value if view.is_fresh else "stale"
-        return f"chose instance {placement.instance_id!r}, which is {why}"
-    if not cluster.all_hold(request) and not cluster[placement.instance_id].fits(request):
-        return f"chose instance {placement.instance_id!r}, which cannot hold the prompt"
-    return None
+    if candidates is None or candidates[row]:
+        return None
+    view = cluster[placement.instance_id]
+    if view.is_accepting:
+        why = "cannot hold the prompt"
+    else:
+        why = f"is {view.state.value if view.is_fresh else 'stale'}"
+    return f"chose instance {placement.instance_id!r}, which {why}"
 
 
-def _least_loaded(request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
-    row = cluster.argmax(cluster.columns.freeness, cluster.candidates(request))
+def _least_loaded(cluster: ClusterSnapshot, candidates: BoolColumn | None) -> Placement | None:
+    row = cluster.argmax(cluster.columns.freeness, candidates)
     if row is None:
         return None
     return Placement(instance_id=cluster.instance_ids[row], reason="built-in least-loaded choice")

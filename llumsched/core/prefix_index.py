@@ -15,10 +15,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from llumsched.core.snapshot import FloatColumn, IntColumn
+from llumsched.core.snapshot import IntColumn, PrefixHolders
 
-# From here on, all bits at once are cheaper than one after another.
-MANY_HOLDERS = 12
+# Masks whose rows are kept: some megabytes at a thousand instances.
+MAX_KEPT_MASKS = 2048
 
 
 class PrefixIndex:
@@ -33,7 +33,7 @@ class PrefixIndex:
         self._free_slots: list[int] = []
         self._ids: tuple[str, ...] = ()
         self._slots_of_rows = np.empty(0, dtype=np.int64)
-        self._rows_of_slots: dict[int, int] = {}
+        self._rows_of_masks: dict[int, IntColumn] = {}
         self.num_dropped = 0
         """Blocks that were not indexed because the index was full."""
 
@@ -105,9 +105,15 @@ class PrefixIndex:
         for instance_id, blocks in state.items():
             self.store(instance_id, tuple(blocks))
 
-    def match(self, prefix_hashes: tuple[int, ...], instance_ids: tuple[str, ...]) -> FloatColumn:
-        """Leading blocks of a prompt that each instance holds, in the order of `instance_ids`."""
-        matched = np.zeros(len(instance_ids), dtype=np.float64)
+    def match(
+        self, prefix_hashes: tuple[int, ...], instance_ids: tuple[str, ...]
+    ) -> list[PrefixHolders]:
+        """Who holds how many leading blocks of a prompt, longest first; each holder comes once.
+
+        Rows are those of `instance_ids`.
+        """
+        if self._ids is not instance_ids:
+            self._number_slots(instance_ids)
         get = self._holders.get
         depth = 0
         end = len(prefix_hashes)
@@ -124,33 +130,34 @@ class PrefixIndex:
                     low = middle
                 else:
                     high = middle
-            levels.append((mask, high))
+            levels.append((high, mask))
             depth = high
-        if levels:
-            slots, rows = self._slots(instance_ids)
-            for mask, num_blocks in levels:
-                if mask.bit_count() > MANY_HOLDERS:
-                    matched[self._bit_column(mask)[slots]] = num_blocks
-                    continue
-                while mask:
-                    lowest = mask & -mask
-                    matched[rows[lowest.bit_length() - 1]] = num_blocks
-                    mask ^= lowest
-        return matched
+        found = []
+        further = 0
+        for num_blocks, mask in reversed(levels):
+            found.append(PrefixHolders(num_blocks, self._rows(mask & ~further)))
+            further |= mask
+        return found
 
-    def _slots(self, instance_ids: tuple[str, ...]) -> tuple[IntColumn, dict[int, int]]:
-        """The slot of each row, and the row of each slot; kept until the instances change."""
-        if self._ids is not instance_ids:
-            self._ids = instance_ids
-            slots = [self._bits[instance_id].bit_length() - 1 for instance_id in instance_ids]
-            self._slots_of_rows = np.array(slots, dtype=np.int64)
-            self._rows_of_slots = {slot: row for row, slot in enumerate(slots)}
-        return self._slots_of_rows, self._rows_of_slots
+    def _number_slots(self, instance_ids: tuple[str, ...]) -> None:
+        self._ids = instance_ids
+        slots = [self._bits[instance_id].bit_length() - 1 for instance_id in instance_ids]
+        self._slots_of_rows = np.array(slots, dtype=np.int64)
+        self._rows_of_masks.clear()
 
-    def _bit_column(self, mask: int) -> np.ndarray:
-        num_slots = len(self._blocks) + len(self._free_slots)
-        raw = np.frombuffer(mask.to_bytes(-(-num_slots // 8), "little"), dtype=np.uint8)
-        return np.unpackbits(raw, bitorder="little").view(np.bool_)
+    def _rows(self, mask: int) -> IntColumn:
+        """The rows of a mask; kept, since many prompts have the same holders."""
+        rows = self._rows_of_masks.get(mask)
+        if rows is None:
+            num_slots = len(self._blocks) + len(self._free_slots)
+            raw = np.frombuffer(mask.to_bytes(-(-num_slots // 8), "little"), dtype=np.uint8)
+            bits = np.unpackbits(raw, bitorder="little")
+            rows = np.flatnonzero(bits[self._slots_of_rows])
+            rows.flags.writeable = False
+            if len(self._rows_of_masks) >= MAX_KEPT_MASKS:
+                self._rows_of_masks.clear()
+            self._rows_of_masks[mask] = rows
+        return rows
 
     def _shared(self, mask: int) -> int:
         """One object for equal masks, as long as there are not too many different ones."""

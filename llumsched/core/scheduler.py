@@ -13,7 +13,7 @@ request is dispatched again while it runs; `Ticked` comes at the deadline.
 """
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llumsched.core.actions import Action
@@ -47,7 +47,7 @@ from llumsched.core.policy import PolicyBundle, Stateful
 from llumsched.core.prefix_index import PrefixIndex
 from llumsched.core.rebalancing import Rebalancer
 from llumsched.core.scaling import Scaling
-from llumsched.core.snapshot import ClusterSnapshot, FloatColumn
+from llumsched.core.snapshot import ClusterSnapshot, PrefixHolders
 from llumsched.core.step_time import StepTimeModel
 from llumsched.core.types import SchedulingRequest
 
@@ -75,7 +75,7 @@ class GlobalScheduler:
                 running_s=options.step_running_s,
             ),
             held=self._held,
-            match_prefix=self._match_prefix if self._prefix_index is not None else None,
+            match_prefix=self._match_prefix,
         )
         self._ledger = Ledger(self._cluster)
         self._dispatcher = Dispatcher(
@@ -219,11 +219,14 @@ class GlobalScheduler:
                 policy.restore(state["policies"][type(policy).__qualname__])
 
     def _held(self) -> tuple[SchedulingRequest, ...]:
+        if not len(self._queue):
+            return ()
         limit = self.options.max_queue_attempts
         return tuple(record.request for record in self._queue.in_order(limit))
 
-    def _match_prefix(self, request: SchedulingRequest) -> FloatColumn:
-        assert self._prefix_index is not None
+    def _match_prefix(self, request: SchedulingRequest) -> Sequence[PrefixHolders]:
+        if self._prefix_index is None or not request.prefix_hashes:
+            return ()
         return self._prefix_index.match(request.prefix_hashes, self._cluster.snapshot.instance_ids)
 
     # Requests.

@@ -84,3 +84,11 @@ class SchedulingRequest:
     def num_prompt_blocks(self, block_size: int) -> int:
         """Demand of the request while it queues: the blocks of its prompt."""
         return -(-self.num_prompt_tokens // block_size)
+
+    def with_prediction(self, num_output_tokens: int) -> "SchedulingRequest":
+        """A copy with this `predicted_output_tokens`; `dataclasses.replace` takes twice as long."""
+        copy = object.__new__(SchedulingRequest)
+        for name in SchedulingRequest.__slots__:
+            object.__setattr__(copy, name, getattr(self, name))
+        object.__setattr__(copy, "predicted_output_tokens", num_output_tokens)
+        return copy

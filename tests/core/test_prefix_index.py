@@ -23,6 +23,17 @@ def chain(prompt: str) -> tuple[int, ...]:
     return tuple(hash(prompt[:end]) for end in range(1, len(prompt) + 1))
 
 
+def matched(
+    index: PrefixIndex, hashes: tuple[int, ...], ids: tuple[str, ...] = IDS
+) -> dict[str, int]:
+    """Leading blocks by holder; longest come first, and each holder once."""
+    found = index.match(hashes, ids)
+    assert sorted((num_blocks for num_blocks, _ in found), reverse=True) == [n for n, _ in found]
+    holders = [(ids[row], num_blocks) for num_blocks, rows in found for row in rows.tolist()]
+    assert len(dict(holders)) == len(holders)
+    return dict(holders)
+
+
 prompts = st.text("xy", min_size=1, max_size=12)
 
 
@@ -32,19 +43,14 @@ def test_a_match_is_the_longest_common_start(cached: dict[str, list[str]], promp
     for instance_id, texts in cached.items():
         for text in texts:
             index.store(instance_id, chain(text))
-    expected = [
-        max(
-            (
-                end
-                for text in cached.get(instance_id, ())
-                for end in range(len(prompt) + 1)
-                if text.startswith(prompt[:end])
-            ),
-            default=0,
+    expected = {
+        instance_id: max(
+            end for text in texts for end in range(len(prompt) + 1) if text.startswith(prompt[:end])
         )
-        for instance_id in IDS
-    ]
-    assert index.match(chain(prompt), IDS).tolist() == expected
+        for instance_id, texts in cached.items()
+        if any(text.startswith(prompt[0]) for text in texts)
+    }
+    assert matched(index, chain(prompt)) == expected
 
 
 def test_an_eviction_shortens_the_match() -> None:
@@ -52,18 +58,18 @@ def test_an_eviction_shortens_the_match() -> None:
     index.store("a", chain("xyxy"))
     index.store("b", chain("xyxy"))
     index.remove("a", chain("xyxy")[2:])
-    assert index.match(chain("xyxy"), IDS).tolist() == [2, 4, 0, 0]
+    assert matched(index, chain("xyxy")) == {"a": 2, "b": 4}
     index.clear("b")
-    assert index.match(chain("xyxy"), IDS).tolist() == [2, 0, 0, 0]
+    assert matched(index, chain("xyxy")) == {"a": 2}
 
 
 def test_a_full_index_keeps_the_start_of_a_prompt() -> None:
     index = make_index(3)
     index.store("a", chain("xyxyxy"))
     assert (len(index), index.num_dropped) == (3, 3)
-    assert index.match(chain("xyxyxy"), IDS).tolist() == [3, 0, 0, 0]
+    assert matched(index, chain("xyxyxy")) == {"a": 3}
     index.store("b", chain("xy"))
-    assert index.match(chain("xyxyxy"), IDS).tolist() == [3, 2, 0, 0]
+    assert matched(index, chain("xyxyxy")) == {"a": 3, "b": 2}
 
 
 def test_unknown_instances_are_ignored_and_slots_are_used_again() -> None:
@@ -75,7 +81,7 @@ def test_unknown_instances_are_ignored_and_slots_are_used_again() -> None:
     index.store("b", chain("xy"))
     index.remove_instance("b")
     index.add_instance("e")
-    assert index.match(chain("xy"), ("a", "c", "d", "e")).tolist() == [0, 0, 0, 0]
+    assert matched(index, chain("xy"), ("a", "c", "d", "e")) == {}
 
 
 class IndexMachine(RuleBasedStateMachine):

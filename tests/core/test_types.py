@@ -1,10 +1,17 @@
-"""Priorities as vLLM and a header give them."""
+"""Priorities as vLLM and a header give them; requests that learn their predicted length."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from llumsched.core.types import PriorityClass, num_blocks_for, priority_class
+from llumsched.core.types import (
+    PriorityClass,
+    SchedulingRequest,
+    num_blocks_for,
+    priority_class,
+)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(-1, 1), (-100, 1), (0, 0), (5, 0)])
@@ -20,3 +27,12 @@ def test_a_header_names_the_class() -> None:
 
 def test_blocks_are_counted_whole() -> None:
     assert [num_blocks_for(n, 16) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
+
+
+def test_a_prediction_changes_nothing_else() -> None:
+    request = SchedulingRequest(
+        request_id="r", num_prompt_tokens=9, client_id="c", prefix_hashes=(1, 2), ttft_slo_s=1.0
+    )
+    predicted = request.with_prediction(7)
+    assert predicted == dataclasses.replace(request, predicted_output_tokens=7)
+    assert request.predicted_output_tokens is None
