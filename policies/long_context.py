@@ -147,7 +147,7 @@ class ClearRoom:
 
 def _is_long(request: SchedulingRequest, cluster: ClusterSnapshot, long_share: float) -> bool:
     block_size = cluster.block_size or cluster.stable(
-        "smallest block", lambda: int(cluster.columns.block_size.min(initial=1))
+        "smallest block", lambda: min(map(int, cluster.columns.block_size), default=1)
     )
     return request.num_prompt_tokens >= long_share * cluster.max_total_blocks * block_size
 

@@ -19,6 +19,7 @@ from llumsched.core.snapshot import ClusterSnapshot, InstanceView
 from llumsched.core.types import SchedulingRequest
 from llumsched.policies._pools import split
 from llumsched.policies.dynamo import KvRouter
+from llumsched.policies.long_context import PromptLength
 from llumsched.policies.memserve import GlobalPromptTree
 from llumsched.policies.mooncake import Conductor
 from llumsched.policies.prefix_aware import CachedPrefix
@@ -127,6 +128,30 @@ def test_preemption_bound(driver: Driver, request: SchedulingRequest) -> None:
     accepting = driver.cluster.accepting
     admitted = any(has_room(i) or not i.num_requests for i in accepting)
     assert (policy.admit(request, driver.cluster) == ADMIT) is admitted
+
+
+@given(drivers(), requests)
+def test_prompt_length(driver: Driver, request: SchedulingRequest) -> None:
+    policy = PromptLength()
+    cluster = driver.cluster
+    among = able(request, cluster)
+    unstalled = [
+        i for i in among if i.num_prefill_tokens_pending <= policy.max_pending_prefill_tokens
+    ]
+    among = unstalled or among
+    smallest_block = min((i.block_size for i in cluster), default=1)
+    is_long = (
+        request.num_prompt_tokens >= policy.long_share * cluster.max_total_blocks * smallest_block
+    )
+    packed = [i for i in among if policy.pack_freeness < i.freeness < math.inf]
+    expected = None
+    if is_long and among:
+        expected = lowest(among, lambda i: -room(i))
+    elif packed:
+        expected = lowest(packed, lambda i: i.freeness)
+    elif among:
+        expected = lowest(among, lambda i: -i.freeness)
+    assert chosen(driver, policy, request) == expected
 
 
 @given(drivers(), requests)
