@@ -2,9 +2,10 @@
 
     step = table(tokens) + kv_token * context of the decodes + skew_token * skew + pair * pairs
 
-The table is linear between knots at powers of two, so every term is linear in what is fitted: one
-least-squares problem of relative errors, in which no term may be negative. Every fourth step has no
-part in the fit; the error that is reported is theirs.
+The table is linear between knots at powers of two, so every term is linear in what is fitted. What
+is made small is the sum of relative errors, not of their squares (by weighting least squares over
+and over), as a machine that is not quite idle makes some steps much longer; and no term may be
+negative. Every fourth step has no part in the fit; the error that is reported is theirs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from llumsched.simulator.trace import Floats
 
 _HELD_OUT = 4
 _FEWEST_STEPS = 20
+_REWEIGHTINGS = 20
+# Errors below this count alike: a fit need not be better.
+_SMALL_ERROR = 0.01
 
 
 class FitError(ValueError):
@@ -67,7 +71,7 @@ def fit_steps(samples: Sequence[StepSample]) -> StepFit:
     terms = np.concatenate([_hats(tokens, knots), others], axis=1)
     seconds = np.array([s.seconds for s in samples], dtype=np.float64)
     held_out = np.arange(len(samples)) % _HELD_OUT == 0
-    solution = _non_negative(terms[~held_out], seconds[~held_out])
+    solution = _least_errors(terms[~held_out], seconds[~held_out])
     predicted: Floats = terms @ solution
     errors = np.abs(predicted / seconds - 1)
     kv_token, skew_token, pair = solution[len(knots) :].tolist()
@@ -101,19 +105,28 @@ def _hats(tokens: Floats, knots: Floats) -> Floats:
     return np.stack([np.interp(tokens, knots, row) for row in np.eye(len(knots))], axis=1)
 
 
-def _non_negative(terms: Floats, seconds: Floats) -> Floats:
+def _least_errors(terms: Floats, seconds: Floats) -> Floats:
+    """Least sum of relative errors, by least squares with the weights of the errors before."""
+    weights = np.ones(len(seconds))
+    solution = _non_negative(terms, seconds, weights)
+    for _ in range(_REWEIGHTINGS):
+        errors = np.abs(terms @ solution / seconds - 1)
+        weights = 1 / np.sqrt(np.maximum(errors, _SMALL_ERROR))
+        solution = _non_negative(terms, seconds, weights)
+    return solution
+
+
+def _non_negative(terms: Floats, seconds: Floats, weights: Floats) -> Floats:
     """Least squares of relative errors; terms that come out negative are left out, the worst first.
 
     A term that no step has (no batch was unequal, say) is zero.
     """
-    weighted = terms / seconds[:, None]
+    weighted = terms / seconds[:, None] * weights[:, None]
     scale = np.maximum(np.abs(weighted).max(axis=0), 1e-300)
     kept = [i for i in range(terms.shape[1]) if np.abs(terms[:, i]).max() > 0]
     solution = np.zeros(terms.shape[1])
     while kept:
-        found, *_ = np.linalg.lstsq(
-            weighted[:, kept] / scale[kept], np.ones(len(seconds)), rcond=None
-        )
+        found, *_ = np.linalg.lstsq(weighted[:, kept] / scale[kept], weights, rcond=None)
         if found.min() >= 0:
             solution[kept] = found / scale[kept]
             break

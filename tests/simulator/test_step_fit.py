@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import xml.etree.ElementTree as ET
 
@@ -56,6 +57,17 @@ def test_what_steps_were_made_with_is_found() -> None:
 
 def test_the_error_is_that_of_steps_which_had_no_part() -> None:
     assert fit_steps(make_samples(noise=0.1)).held_out_error == pytest.approx(0.05, abs=0.02)
+
+
+def test_a_tenth_of_the_steps_being_far_too_long_changes_little() -> None:
+    samples = make_samples()
+    disturbed = [
+        dataclasses.replace(sample, seconds=sample.seconds * (5.0 if i % 10 == 3 else 1.0))
+        for i, sample in enumerate(samples)
+    ]
+    step = fit_steps(disturbed).coefficients
+    assert step.kv_token_s == pytest.approx(KV_TOKEN_S, rel=0.1)
+    assert tokens_s(step, 32) == pytest.approx(1e-2, rel=0.1)
 
 
 def test_a_term_that_no_step_has_is_zero() -> None:
