@@ -6,6 +6,8 @@
       dispatch: {name: freeness, queue: whole}
       admission: none
     scheduler: {migration_interval_s: 0.2}
+    migration: {max_stages: 4}       # how a request moves
+    transfer: {transport: tcp, checksum: true}
 
 Invariant: a `Config` names only what differs from the defaults in the code, so there is one place
 for each default. What `load` returns can be built: every mistake is an error that names file, line
@@ -22,12 +24,14 @@ from typing import Any
 import yaml
 
 from llumsched import plugins
+from llumsched.core.migration_record import MigrationOptions
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.params import ParamError, check_param, params_of
+from llumsched.core.transfer_options import TransferOptions
 
 DEFAULT_POLICY = "latency"
 NO_POLICY = "none"
-KEYS = ("policy", "seed", "params", "parts", "scheduler")
+KEYS = ("policy", "seed", "params", "parts", "scheduler", "migration", "transfer")
 """The top-level keys of a configuration file."""
 
 
@@ -55,6 +59,20 @@ class Config:
     """Part of the bundle -> what is different; None leaves the part out."""
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     """Changed `SchedulerOptions`."""
+    migration: Mapping[str, Any] = field(default_factory=dict)
+    """Changed `MigrationOptions`."""
+    transfer: Mapping[str, Any] = field(default_factory=dict)
+    """Changed `TransferOptions`."""
+
+    @property
+    def migration_options(self) -> MigrationOptions:
+        """How a request moves."""
+        return MigrationOptions(**self.migration)
+
+    @property
+    def transfer_options(self) -> TransferOptions:
+        """How KV bytes travel."""
+        return TransferOptions(**self.transfer)
 
     @classmethod
     def default(cls, policy: str = DEFAULT_POLICY) -> Config:
@@ -113,7 +131,9 @@ class _Reader:
         policy = self._policy(entries.get("policy"))
         seed = self._seed(entries.get("seed"))
         parts = dict(self._parts(entries.get("parts"), policy))
-        scheduler = self._scheduler(entries.get("scheduler"))
+        scheduler = self._options(entries.get("scheduler"), SchedulerOptions)
+        migration = self._options(entries.get("migration"), MigrationOptions)
+        transfer = self._options(entries.get("transfer"), TransferOptions)
         shared: dict[str, _Entry] = {}
         if "params" in entries:
             shared = {e.key: e for e in self._entries(entries["params"].node, "params")}
@@ -123,6 +143,8 @@ class _Reader:
             params={name: self._value(entry.node) for name, entry in shared.items()},
             parts=parts,
             scheduler=scheduler,
+            migration=migration,
+            transfer=transfer,
         )
         self._build(config, root, {name: entry.node for name, entry in shared.items()})
         return config
@@ -145,16 +167,21 @@ class _Reader:
             raise self._error(entry.node, f"seed must be int, not {seed!r}")
         return seed
 
-    def _scheduler(self, entry: _Entry | None) -> dict[str, Any]:
+    def _options(self, entry: _Entry | None, cls: type) -> dict[str, Any]:
+        """The values of a section whose keys are the fields of `cls`."""
         if entry is None:
             return {}
-        known = {param.name: param for param in params_of(SchedulerOptions)}
+        known = {param.name: param for param in params_of(cls)}
         values = {}
-        for option in self._entries(entry.node, "scheduler", tuple(known)):
+        for option in self._entries(entry.node, entry.key, tuple(known)):
             try:
                 values[option.key] = check_param(known[option.key], self._value(option.node))
             except ParamError as error:
                 raise self._error(option.node, str(error)) from error
+        try:
+            cls(**values)
+        except ParamError as error:
+            raise self._error(entry.node, str(error)) from error
         return values
 
     def _parts(self, entry: _Entry | None, policy: str) -> Iterator[tuple[str, PartConfig | None]]:

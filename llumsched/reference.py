@@ -41,9 +41,14 @@ def yaml_of(config: Config) -> str:
         lines.append(f"    name: {_scalar(name)}")
         for param in params_of(cls):
             lines += _param(param, getattr(part, param.name), 4)
-    lines.append("scheduler:")
-    for param in params_of(type(bundle.options)):
-        lines += _param(param, getattr(bundle.options, param.name), 2)
+    for section, options in (
+        ("scheduler", bundle.options),
+        ("migration", config.migration_options),
+        ("transfer", config.transfer_options),
+    ):
+        lines.append(f"{section}:")
+        for param in params_of(type(options)):
+            lines += _param(param, getattr(options, param.name), 2)
     return "\n".join(lines) + "\n"
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from llumsched.core.migration_messages import MigrationState
+from llumsched.core.params import ParamError, check_params, param
 
 TERMINAL_STATES = frozenset({MigrationState.COMMITTED, MigrationState.ABORTED})
 
@@ -35,25 +36,42 @@ class MigrationOptions:
     than the one before, and fewer than `max_stages` are done. When they stop with more left than
     that, the request decodes about as fast as the link copies: up to `max_final_stage_blocks` it is
     suspended and moved all the same; beyond, it is left alone.
+
+    An engine answers between two steps, and a step may hold a long prompt: on a CPU that takes
+    seconds. Nothing is lost by waiting before the suspension; after it, the request stands still.
     """
 
-    max_stages: int = 8
-    final_stage_blocks: int = 1
-    max_final_stage_blocks: int = 8
-    reserve_timeout_s: float = 5.0
-    stage_timeout_s: float = 30.0
-    suspend_timeout_s: float = 5.0
-    final_stage_timeout_s: float = 5.0
-    commit_timeout_s: float = 2.0
-    query_interval_s: float = 0.5
+    max_stages: int = param(8, "Stages before the last one of a migration.", at_least=1)
+    final_stage_blocks: int = param(
+        1, "Blocks left at which the request is suspended for the last stage.", at_least=0
+    )
+    max_final_stage_blocks: int = param(
+        8,
+        "A request that fills blocks as fast as they are copied is suspended with this many left, "
+        "and with more is left alone.",
+        at_least=0,
+    )
+    prefill_timeout_s: float = param(
+        30.0, "How long a migration waits for the first token of a long prompt.", above=0
+    )
+    reserve_timeout_s: float = param(30.0, "How long the destination may take to reserve.", above=0)
+    stage_timeout_s: float = param(30.0, "How long a stage may take.", above=0)
+    suspend_timeout_s: float = param(
+        30.0, "How long the source may take to the end of the steps in flight.", above=0
+    )
+    final_stage_timeout_s: float = param(10.0, "How long the last stage may take.", above=0)
+    commit_timeout_s: float = param(
+        2.0, "After this long without an answer the destination is asked what it did.", above=0
+    )
+    query_interval_s: float = param(0.5, "Seconds between two such questions.", above=0)
 
     def __post_init__(self) -> None:
-        if self.max_stages < 1:
-            raise ValueError(f"max_stages={self.max_stages}; at least 1 stage is needed")
-        if not 0 <= self.final_stage_blocks <= self.max_final_stage_blocks:
-            raise ValueError(
-                f"final_stage_blocks={self.final_stage_blocks} must lie between 0 and "
-                f"max_final_stage_blocks={self.max_final_stage_blocks}"
+        check_params(self)
+        if self.final_stage_blocks > self.max_final_stage_blocks:
+            raise ParamError(
+                "final_stage_blocks",
+                f"final_stage_blocks={self.final_stage_blocks} must not exceed "
+                f"max_final_stage_blocks={self.max_final_stage_blocks}",
             )
 
 

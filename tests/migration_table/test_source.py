@@ -337,8 +337,8 @@ def test_messages_of_another_migration_or_stage_are_not_current() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_stages": 0}, "at least 1 stage"),
-        ({"final_stage_blocks": 9, "max_final_stage_blocks": 8}, "between 0 and"),
+        ({"max_stages": 0}, "at least 1, not 0"),
+        ({"final_stage_blocks": 9, "max_final_stage_blocks": 8}, "must not exceed"),
     ],
 )
 def test_options_that_contradict_themselves_are_refused(

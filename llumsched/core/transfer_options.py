@@ -1,0 +1,41 @@
+"""How KV bytes travel between instances: which way, how fast, and how much memory that may take.
+
+Invariant: each field's default is the default everywhere. Knows no transport (`llumsched.engine`).
+"""
+
+from dataclasses import dataclass
+
+from llumsched.core.params import check_params, param
+
+TRANSPORTS = ("auto", "shared_memory", "tcp", "gloo", "nccl")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferOptions:
+    """What a migration may use of memory and network."""
+
+    transport: str = param(
+        "auto",
+        "How KV bytes travel: auto is shared memory between instances of one host and tcp between "
+        "hosts; gloo and nccl are torch.distributed's.",
+        choices=TRANSPORTS,
+    )
+    bandwidth_limit_mb_s: float = param(
+        0.0,
+        "Megabytes a second that an instance sends at most, over all its migrations; the last "
+        "stage of each, for which its request stands still, is not slowed down. 0 is no limit.",
+        at_least=0,
+    )
+    checksum: bool = param(
+        False, "Check every part of a stage where it arrives; a wrong one ends its migration."
+    )
+    staging_slots: int = param(
+        4,
+        "Parts of a stage between gather and scatter at a time, over all migrations that leave an "
+        "instance.",
+        at_least=1,
+    )
+    staging_slot_mb: float = param(4.0, "Megabytes of such a part; one block at least.", above=0)
+
+    def __post_init__(self) -> None:
+        check_params(self)
