@@ -87,7 +87,7 @@ class Fit:
 
 
 def fit(profile: Profile, *, num_kv_tokens: int) -> Fit:
-    """Coefficients for a profile, on those of its points that an engine with this cache can meet."""
+    """Coefficients for a profile, on those of its points that an engine of this cache can meet."""
     decode, prefill = profile.decode, profile.prefill
     decode = decode[decode.num_kv_tokens <= _SHARING * num_kv_tokens]
     prefill = prefill[
