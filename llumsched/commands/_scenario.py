@@ -29,6 +29,9 @@ FIELDS: Mapping[str, Param] = {
 """What a scenario has besides its traffic."""
 
 
+_METAVARS: Mapping[Callable[[str], Any], str] = {str: "NAME", int: "N", float: "X"}
+
+
 def add_scenario(parser: argparse.ArgumentParser, *, without: frozenset[str] = frozenset()) -> None:
     """The traffic, and an option for each other field of a scenario."""
     parser.add_argument(
@@ -53,7 +56,7 @@ def add_scenario(parser: argparse.ArgumentParser, *, without: frozenset[str] = f
             type=type_of(described),
             default=described.default,
             choices=described.spec.choices,
-            metavar=None if described.spec.choices else type_of(described).__name__.upper(),
+            metavar=None if described.spec.choices else _METAVARS[type_of(described)],
             help=(described.spec.doc + default).replace("%", "%%"),
         )
 
