@@ -16,7 +16,6 @@ from __future__ import annotations
 import gc
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from heapq import heappop
 
 from llumsched.core.actions import (
     Action,
@@ -183,13 +182,12 @@ class Cluster:
                 return False
             kernel.now = now
             if source == 4:
-                entry = heappop(heap)
-                if entry[1] == STEP:
-                    engine = entry[3]
-                    if engine.due == now:
-                        engine.end_of_segment(now)
-                else:
-                    entry[3](now)
+                _, priority, _, item = kernel.pop()
+                if priority != STEP:
+                    item(now)
+                elif item.due == now:
+                    # A segment that was cut has an entry left where it would have ended.
+                    item.end_of_segment(now)
             elif source == 0:
                 self._arrive(next_row, now)
                 next_row += 1
@@ -370,7 +368,6 @@ class Cluster:
         migrations, index = self._migrations, engine.index
         load = read_load(
             engine,
-            self._instances.next_sequence(index),
             now,
             migrations.num_in(index),
             migrations.num_out(index),

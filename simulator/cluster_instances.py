@@ -40,7 +40,6 @@ class Instances:
         self._launched: list[int] = []
         self._serving: list[int] = []
         self._gone: list[int] = []
-        self._sequences: list[int] = []
 
     def _longest(self) -> int:
         """Prompt and output that one instance can hold, and so recompute after an eviction."""
@@ -76,7 +75,6 @@ class Instances:
         self._launched.append(now)
         self._serving.append(-1)
         self._gone.append(-1)
-        self._sequences.append(0)
         return engine
 
     def serve(self, engine: Engine, now: int) -> None:
@@ -86,11 +84,6 @@ class Instances:
     def stop(self, engine: Engine, now: int) -> None:
         """It is gone, and not paid for any more."""
         self._gone[engine.index] = now
-
-    def next_sequence(self, index: int) -> int:
-        """Numbers the reports of an instance."""
-        self._sequences[index] = sequence = self._sequences[index] + 1
-        return sequence
 
     def lifetimes(self) -> tuple[InstanceLifetime, ...]:
         """What is recorded of all of them, by index."""

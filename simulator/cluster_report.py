@@ -13,9 +13,11 @@ from llumsched.simulator.kernel import PS_PER_S
 
 
 def read_load(
-    engine: Engine, sequence: int, now: int, num_migrations_in: int, num_migrations_out: int
+    engine: Engine, now: int, num_migrations_in: int, num_migrations_out: int
 ) -> InstanceLoad:
     """The report; what came and ended since the last one is told in it, once."""
+    engine.num_reports += 1
+    num_free_blocks, step_ps = engine.free_and_step_time_at(now)
     num_running = len(engine.running)
     num_high = engine.num_high_running
     waiting = engine.waiting
@@ -29,9 +31,9 @@ def read_load(
         engine.finished_ids = []
     return InstanceLoad(
         instance_id=engine.instance_id,
-        sequence=sequence,
+        sequence=engine.num_reports,
         num_total_blocks=engine.num_blocks,
-        num_free_blocks=engine.num_free_at(now),
+        num_free_blocks=num_free_blocks,
         num_reserved_blocks=engine.num_reserved,
         num_running=num_running,
         num_waiting=len(waiting) + len(engine.holding),
@@ -39,7 +41,7 @@ def read_load(
         num_waiting_blocks=engine.num_waiting_blocks,
         num_waiting_tokens=engine.num_waiting_tokens,
         num_prefill_tokens_pending=prefill_tokens,
-        step_time_s=engine.step_time_at(now) / PS_PER_S,
+        step_time_s=step_ps / PS_PER_S,
         num_running_by_class=(
             ((0, num_running - num_high), (1, num_high)) if num_high else ((0, num_running),)
         ),

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from heapq import heappop, heappush
 from typing import Protocol
 
-from llumsched.simulator.cost import StepCost, series_ps, steps_until
+from llumsched.simulator.cost import CostModel, series_ps, steps_until
 from llumsched.simulator.engine_batch import DecodeBatch
 from llumsched.simulator.engine_request import (
     DECODING,
@@ -50,8 +50,8 @@ class Engine(DecodeBatch):
         instance_id: str,
         host: EngineHost,
         kernel: Kernel,
-        cost: StepCost,
-        cost_copying: StepCost,
+        cost: CostModel,
+        cost_copying: CostModel,
         num_blocks: int,
         block_size: int,
         max_num_seqs: int,
@@ -95,6 +95,7 @@ class Engine(DecodeBatch):
         self.prefills: list[tuple[LiveRequest, int]] = []
         self.num_copies = 0
         # What reports and results want.
+        self.num_reports = 0
         self.num_steps = 0
         self.step_time_ps = 0
         self.most_tokens = 0
@@ -216,11 +217,15 @@ class Engine(DecodeBatch):
             return self.progress
         return self.progress + self._steps_begun(now) - 1
 
-    def step_time_at(self, now: int) -> int:
-        """Duration of the latest step that computed no prompt, the one under way included."""
-        if self.segment_steps > 1:
-            return self.step_time_ps + self.increment_ps * (self._steps_begun(now) - 1)
-        return self.step_time_ps
+    def free_and_step_time_at(self, now: int) -> tuple[int, int]:
+        """`num_free_at`, and the duration of the latest step that computed no prompt, the one under
+        way included; for reports, which want both."""
+        free = self.num_blocks - self.num_used - self.num_reserved
+        if not self.segment_decodes:
+            return free, self.step_time_ps
+        begun = self._steps_begun(now)
+        step_ps = self.step_time_ps + self.increment_ps * (begun - 1)
+        return free - self.growth_of(begun), step_ps
 
     def _steps_begun(self, now: int) -> int:
         if self.segment_steps == 1:

@@ -67,8 +67,15 @@ def test_requests_tokens_and_blocks_are_conserved(case: tuple[Trace, SimulationO
     result = cluster.run()
     check_requests(result)
     check_throughput(result)
+    # A request may end at its destination before the source has heard that it came.
+    open_ends = {
+        end
+        for m in result.migrations
+        if m.outcome == "under way"
+        for end in (m.source, m.destination)
+    }
     for engine in cluster.engines:
-        if engine.is_alive and result.is_complete:
+        if engine.is_alive and result.is_complete and engine.instance_id not in open_ends:
             check_blocks(engine)
     timeline = result.timeline
     assert timeline is not None
