@@ -121,7 +121,10 @@ class Cluster:
                 engine = request.place
                 steps_left = request.finish_step - engine.progress_at(self._kernel.now)
                 request.generated = request.num_output - steps_left
-            self._columns.write(request, self._status_of(request))
+            known = self._port.scheduler.request_instance(request.request_id)
+            is_lost = request.place is None and known is None and request.dispatched >= 0
+            status = RequestStatus.LOST if is_lost else RequestStatus.UNFINISHED
+            self._columns.write(request, status)
         return result_of(
             trace=self._trace,
             options=self._options,
@@ -298,12 +301,6 @@ class Cluster:
     def suspended(self, engine: Engine, request: LiveRequest, now: int) -> None:
         """It is out of the batch for its migration."""
         self._migrations.request_suspended(request, now)
-
-    def _status_of(self, request: LiveRequest) -> RequestStatus:
-        known = self._port.scheduler.request_instance(request.request_id)
-        if request.place is None and known is None and request.dispatched >= 0:
-            return RequestStatus.LOST
-        return RequestStatus.UNFINISHED
 
     # ---- instances ------------------------------------------------------------------------
 

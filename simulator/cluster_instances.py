@@ -7,7 +7,8 @@ does not know why instances come and go.
 from __future__ import annotations
 
 from llumsched.simulator.cost import StepCost
-from llumsched.simulator.engine_base import Engine, EngineHost
+from llumsched.simulator.engine_base import Engine
+from llumsched.simulator.engine_host import EngineHost
 from llumsched.simulator.engine_v01 import EngineV01
 from llumsched.simulator.engine_v1 import EngineV1
 from llumsched.simulator.kernel import Kernel, to_s

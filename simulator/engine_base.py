@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from heapq import heappop, heappush
-from typing import Protocol
 
 from llumsched.simulator.cost import CostModel, series_ps, steps_until
 from llumsched.simulator.engine_batch import DecodeBatch
+from llumsched.simulator.engine_host import EngineHost
 from llumsched.simulator.engine_request import (
     DECODING,
     ENDED,
@@ -28,16 +28,6 @@ from llumsched.simulator.engine_request import (
 )
 from llumsched.simulator.kernel import STEP, Kernel
 from llumsched.simulator.kv_cache import PrefixCache
-
-
-class EngineHost(Protocol):
-    """Whom an engine tells what happened, at the end of the step in which it did."""
-
-    def finished(self, engine: Engine, request: LiveRequest, now: int) -> None: ...
-
-    def suspended(self, engine: Engine, request: LiveRequest, now: int) -> None: ...
-
-    def preempted(self, engine: Engine, request: LiveRequest, now: int) -> None: ...
 
 
 class Engine(DecodeBatch):
