@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
 StateT = TypeVar("StateT")
@@ -24,8 +25,53 @@ SuspendedT = TypeVar("SuspendedT", bound="SuspendedRequest[Any]")
 StagingT_contra = TypeVar("StagingT_contra", contravariant=True)
 
 
+class Refusal(StrEnum):
+    """Why a request cannot move: few and fixed, fit for a metric's label."""
+
+    POOLING = "pooling"
+    STREAMING_INPUT = "streaming_input"
+    MULTIMODAL = "multimodal"
+    PROMPT_EMBEDS = "prompt_embeds"
+    KV_CONNECTOR = "kv_connector"
+    UNSUPPORTED_ENGINE = "unsupported_engine"
+    INCOMPATIBLE = "incompatible"
+    UNREACHABLE = "unreachable"
+    NOT_HERE = "not_here"
+    BEING_MIGRATED = "being_migrated"
+    JUST_ARRIVED = "just_arrived"
+    PREFILLING = "prefilling"
+    NOT_SCHEDULABLE = "not_schedulable"
+    TOO_MANY = "too_many"
+    NO_ROOM = "no_room"
+    NOT_TAKEN_OVER = "not_taken_over"
+
+    @property
+    def is_permanent(self) -> bool:
+        """Whether it lies in the request itself, so that asking again is of no use."""
+        return self in _PERMANENT
+
+
+_PERMANENT = frozenset(
+    {
+        Refusal.POOLING,
+        Refusal.STREAMING_INPUT,
+        Refusal.MULTIMODAL,
+        Refusal.PROMPT_EMBEDS,
+        Refusal.KV_CONNECTOR,
+        Refusal.UNSUPPORTED_ENGINE,
+    }
+)
+
+
 class CannotMigrate(Exception):
-    """The request cannot move now; the message is the reason, fit for an operator."""
+    """The request cannot move now; the message is the reason, fit for an operator.
+
+    ``refusal`` is the same for a machine to count and to act on.
+    """
+
+    def __init__(self, reason: str, refusal: Refusal = Refusal.NOT_SCHEDULABLE) -> None:
+        super().__init__(reason)
+        self.refusal = refusal
 
 
 class CopyableBlocks(Protocol):

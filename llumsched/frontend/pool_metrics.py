@@ -57,6 +57,12 @@ class PoolMetrics:
             cluster.migrations,
         )
         yield _counter(
+            "llumsched_migrations_not_moved",
+            "Migrations that were refused or given up, by cause.",
+            "cause",
+            cluster.migration_causes,
+        )
+        yield _counter(
             "llumsched_policy_failures",
             "Decisions in which a policy raised or answered nonsense.",
             "policy",

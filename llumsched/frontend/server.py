@@ -34,7 +34,6 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine import async_llm as async_llm_module
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from llumsched.core.migration import MigrationOptions
 from llumsched.core.policy import VictimPolicy
 from llumsched.engine.vllm.core import EngineSettings
 from llumsched.engine.vllm.internals import UnsupportedVersion, check_version
@@ -60,12 +59,6 @@ logger = logging.getLogger(__name__)
 
 # How long connections may take to close once their requests have ended.
 CLOSING_TIMEOUT_S = 3
-
-# An engine answers between two steps, and a step may hold a long prompt: on a CPU that takes
-# seconds. Nothing is lost by waiting before the suspension; after it, the request stands still.
-MIGRATION_OPTIONS = MigrationOptions(
-    reserve_timeout_s=30.0, suspend_timeout_s=30.0, final_stage_timeout_s=10.0
-)
 
 
 class Engine(AsyncLLM):
@@ -215,7 +208,8 @@ def _plans(
             scheduler_endpoint=scheduler_endpoint,
             host=host,
             victim=victim,
-            migration=MIGRATION_OPTIONS,
+            migration=options.config.migration_options,
+            transfer=options.config.transfer_options,
             reports_prefix_blocks=options.wants_prefix_blocks,
         )
         for index in range(options.num_instances)

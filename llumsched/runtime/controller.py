@@ -109,6 +109,7 @@ class Controller:
         self._frontend_of: dict[str, bytes] = {}
         self._operator_calls: dict[str, tuple[bytes, int]] = {}
         self._outcomes: Counter[str] = Counter()
+        self._causes: Counter[str] = Counter()
         self._policy_failures: Counter[str] = Counter()
         self._socket: zmq.asyncio.Socket | None = None
         self._outbox: list[tuple[bytes, Message]] = []
@@ -214,6 +215,8 @@ class Controller:
 
     def _report_migration(self, report: ReportMigration) -> None:
         self._outcomes[report.outcome] += 1
+        if report.cause:
+            self._causes[report.cause] += 1
         logger.info(
             "Migration of %s from %s to %s: %s%s",
             report.request_id,
@@ -277,6 +280,7 @@ class Controller:
             policy=self._policy,
             instances=described,
             migrations=dict(self._outcomes),
+            migration_causes=dict(self._causes),
             queued={
                 PriorityClass(priority).name.lower(): num_queued
                 for priority, num_queued in self._scheduler.num_queued_by_class().items()

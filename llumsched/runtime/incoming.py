@@ -22,7 +22,7 @@ from llumsched.core import migration_destination as protocol
 from llumsched.engine.base import CannotMigrate
 from llumsched.engine.vllm.migration import MigrationPort
 from llumsched.engine.vllm.state import FinalState, RequestState
-from llumsched.runtime.messages import (
+from llumsched.runtime.peer_messages import (
     AbortMigrated,
     Commit,
     CommitAnswer,
@@ -56,7 +56,7 @@ class _Arriving:
     block_ids: list[int] = field(default_factory=list)
     is_allocated: bool = False
     room: asyncio.Event = field(default_factory=asyncio.Event)
-    num_blocks_received: int = 0
+    blocks_received: set[int] = field(default_factory=set)
     timer: asyncio.TimerHandle | None = None
 
 
@@ -143,6 +143,40 @@ class IncomingMigrations:
         self, message: StoreBlocks, reply: Reply, write: Callable[[list[int]], None]
     ) -> None:
         """Blocks of a stage have come; ``write`` puts them into the blocks of these ids."""
+        arriving = self._announced(message, reply)
+        if not self._is_receiving(arriving, message.stage):
+            return
+        await arriving.room.wait()
+        record = arriving.record
+        if not self._is_receiving(arriving, message.stage):
+            return
+        end = message.first_block + message.num_blocks
+        if not record.first_block <= message.first_block < end <= len(arriving.block_ids):
+            self._fail(message, f"blocks {message.first_block} to {end} are not of this stage")
+            return
+        if message.first_block in arriving.blocks_received:
+            return  # doubled on the link; its slot may hold other blocks by now
+        write(arriving.block_ids[message.first_block : end])
+        arriving.blocks_received.update(range(message.first_block, end))
+        if len(arriving.blocks_received) == record.num_stage_blocks:
+            self._post(
+                protocol.BlocksWritten(
+                    migration_id=message.migration_id,
+                    stage=message.stage,
+                    num_blocks_total=record.first_block + record.num_stage_blocks,
+                )
+            )
+
+    def cannot_write(self, message: StoreBlocks, reply: Reply, reason: str) -> None:
+        """Blocks of a stage have come, but not their bytes: the migration ends, here and there."""
+        if self._is_receiving(self._announced(message, reply), message.stage):
+            self._fail(message, reason)
+
+    def _fail(self, message: StoreBlocks, reason: str) -> None:
+        self._post(protocol.AllocationFailed(migration_id=message.migration_id, reason=reason))
+
+    def _announced(self, message: StoreBlocks, reply: Reply) -> _Arriving:
+        """The record, to which the first part of a stage has announced it."""
         arriving = self._record(message.migration_id, reply)
         announced = protocol.StageAnnounced(
             migration_id=message.migration_id,
@@ -152,24 +186,9 @@ class IncomingMigrations:
         )
         if protocol.is_current(arriving.record, announced):
             arriving.room.clear()
-            arriving.num_blocks_received = 0
+            arriving.blocks_received = set()
             self._post(announced)
-        if not self._is_receiving(arriving, message.stage):
-            return
-        await arriving.room.wait()
-        record = arriving.record
-        if not self._is_receiving(arriving, message.stage):
-            return
-        write(arriving.block_ids[message.first_block : message.first_block + message.num_blocks])
-        arriving.num_blocks_received += message.num_blocks
-        if arriving.num_blocks_received == record.num_stage_blocks:
-            self._post(
-                protocol.BlocksWritten(
-                    migration_id=message.migration_id,
-                    stage=message.stage,
-                    num_blocks_total=record.first_block + record.num_stage_blocks,
-                )
-            )
+        return arriving
 
     def _is_receiving(self, arriving: _Arriving, stage: int) -> bool:
         record = arriving.record

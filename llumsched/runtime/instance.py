@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from llumsched.core.migration import MigrationOptions
 from llumsched.core.policy import VictimPolicy
+from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore
-from llumsched.engine.vllm.internals import fingerprint
+from llumsched.engine.vllm.migration import MigrationPort
 from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
 from llumsched.runtime.llumlet import Llumlet
 
@@ -33,6 +34,7 @@ class InstancePlan:
     host: str
     victim: VictimPolicy
     migration: MigrationOptions
+    transfer: TransferOptions
     reports_prefix_blocks: bool = False
 
 
@@ -46,6 +48,7 @@ class Instance:
     def __init__(self, plan: InstancePlan) -> None:
         self._plan = plan
         self._engine = LlumschedEngineCore(plan.engine)
+        self._port = MigrationPort(self._engine)
         self._stopping = threading.Event()
         self._ready = threading.Event()
         self._llumlet_loop: asyncio.AbstractEventLoop | None = None
@@ -57,6 +60,10 @@ class Instance:
         """The number of KV blocks; answered once the engine is built."""
         num_blocks: int = self._engine.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
         return num_blocks
+
+    def fingerprint(self) -> str:
+        """What must be equal on all instances of a pool."""
+        return self._port.fingerprint()
 
     def run(self) -> None:
         """Serve until ``stop``; raises what the engine died of."""
@@ -78,12 +85,13 @@ class Instance:
         scheduler = self._engine.scheduler
         llumlet = Llumlet(
             engine=self._engine,
+            port=self._port,
             instance_id=plan.instance_id,
-            fingerprint=fingerprint(self._engine),
             victim=plan.victim,
             scheduler_endpoint=plan.scheduler_endpoint,
             host=plan.host,
             options=plan.migration,
+            transfer=plan.transfer,
             prefix_blocks=PrefixBlockRecorder(scheduler, plan.instance_id)
             if plan.reports_prefix_blocks
             else None,

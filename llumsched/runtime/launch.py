@@ -26,6 +26,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from llumsched.config import Config
+from llumsched.engine.compatibility import differences
 from llumsched.runtime.controller import ACTOR_NAME, ControllerActor
 from llumsched.runtime.instance import Instance, InstancePlan
 
@@ -213,9 +214,29 @@ class Pool:
                 f"{instance_id} is ready after {time.monotonic() - started_s:.0f} s: "
                 f"{num_blocks} KV blocks"
             )
+        self._check_alike()
         self._runs = {
             actor.run.remote(): instance_id for instance_id, actor in self._actors.items()
         }
+
+    def _check_alike(self) -> None:
+        fingerprints = dict(
+            zip(
+                self._actors,
+                ray.get(
+                    [actor.fingerprint.remote() for actor in self._actors.values()], timeout=60
+                ),
+                strict=True,
+            )
+        )
+        first_id, first = next(iter(fingerprints.items()))
+        for instance_id, other in fingerprints.items():
+            differing = differences(first, other)
+            if differing:
+                raise LaunchError(
+                    f"Instances {first_id} and {instance_id} cannot exchange requests: {differing} "
+                    f"(here: {first_id}). Give every instance the same model, flags and vLLM."
+                )
 
     def watch(self, on_lost: Callable[[str, str], None]) -> None:
         """Call ``on_lost(instance_id, reason)``, on a thread of its own, when one ends."""

@@ -22,6 +22,7 @@ from llumsched.core.events import Event
 from llumsched.core.load import InstanceLoad
 from llumsched.core.migration import MigrationOptions
 from llumsched.core.policy import MigrationCandidate, VictimPolicy, settled
+from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.load import LoadReader
 from llumsched.engine.vllm.migration import MigrationPort
@@ -65,6 +66,7 @@ def choose_victims(
 class Llumlet:
     """Args:
     engine: the instance's engine core; ``run`` may already be running it.
+    port: requests leave and enter the engine through it.
     victim: orders the candidates when the source has to pick.
     scheduler_endpoint: the global scheduler's control socket.
     host: address to bind the migrator to.
@@ -75,20 +77,20 @@ class Llumlet:
         self,
         *,
         engine: LlumschedEngineCore,
+        port: MigrationPort,
         instance_id: str,
-        fingerprint: str,
         victim: VictimPolicy,
         scheduler_endpoint: str,
         host: str,
         options: MigrationOptions,
+        transfer: TransferOptions,
         prefix_blocks: PrefixBlockRecorder | None = None,
     ) -> None:
         self._engine = engine
         self._instance_id = instance_id
-        self._fingerprint = fingerprint
         self._victim = victim
         self._prefix_blocks = prefix_blocks
-        self._port = MigrationPort(engine)
+        self._port = port
         self._load = LoadReader(engine, instance_id)
         self._loop = asyncio.get_running_loop()
         self._report_now = asyncio.Event()
@@ -97,13 +99,13 @@ class Llumlet:
         self._socket.connect(scheduler_endpoint)
         self._migrator = Migrator(
             instance_id=instance_id,
-            fingerprint=fingerprint,
-            port=self._port,
+            port=port,
             call=engine.call,
             abort=lambda request_id: self._abort(request_id),
             host=host,
             step_time_s=lambda: engine.step_time_s,
             options=options,
+            transfer=transfer,
         )
         self._port.on_release = self._load.forget
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -146,7 +148,7 @@ class Llumlet:
                     spec=self._load.spec(),
                     engine_index=self._engine.engine_index,
                     peer_endpoint=self._migrator.endpoint,
-                    fingerprint=self._fingerprint,
+                    fingerprint=self._port.fingerprint(),
                 )
             )
         )

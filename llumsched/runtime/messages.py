@@ -1,9 +1,8 @@
 """What the processes say to each other: frontend, scheduler and instances.
 
 Every message is a tagged ``msgspec`` struct in MessagePack: decoding checks the types and runs
-no code of the sender's. KV bytes, where they go through a socket at all, follow as a second
-frame. Two families that never mix on one socket: control (to and from the global scheduler)
-and peer (between the migrators of two instances).
+no code of the sender's. What the migrators of two instances say to each other is apart from it
+(``peer_messages``), on sockets of its own.
 """
 
 from __future__ import annotations
@@ -105,7 +104,9 @@ class Unknown(Message, frozen=True, kw_only=True):
 
 
 class ReportMigration(Message, frozen=True, kw_only=True):
-    """How a migration ended, from its source. ``outcome`` is a ``MigrationOutcome`` value."""
+    """How a migration ended, from its source. ``outcome`` is a ``MigrationOutcome`` value;
+    ``cause`` is why it did not move the request, as one of few words: an ``AbortReason`` or a
+    ``Refusal``."""
 
     migration_id: str
     request_id: str | None
@@ -113,6 +114,7 @@ class ReportMigration(Message, frozen=True, kw_only=True):
     destination: str
     outcome: str
     reason: str
+    cause: str = ""
     statistics: MigrationStatistics | None = None
 
 
@@ -197,14 +199,15 @@ class InstanceDescription(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClusterDescription(Message, frozen=True, kw_only=True):
-    """``migrations`` counts ended migrations by outcome, ``policy_failures`` the decisions in
-    which a policy raised or answered nonsense, ``queued`` the requests held by the scheduler, by
-    the name of their priority class."""
+    """``migrations`` counts ended migrations by outcome, ``migration_causes`` those that moved
+    nothing by their cause, ``policy_failures`` the decisions in which a policy raised or answered
+    nonsense, ``queued`` the requests held by the scheduler, by the name of their priority class."""
 
     call_id: int
     policy: str
     instances: list[InstanceDescription]
     migrations: dict[str, int]
+    migration_causes: dict[str, int] = {}
     queued: dict[str, int] = {}
     policy_failures: dict[str, int] = {}
 
@@ -228,134 +231,5 @@ ControlMessage = (
     | ClusterDescription
 )
 
-
-# ---- peer: migrator <-> migrator --------------------------------------------------------------
-
-
-class Hello(Message, frozen=True, kw_only=True):
-    """Opens a connection. ``offer_*`` describe the sender's staging ring (see kv_transfer)."""
-
-    instance_id: str
-    fingerprint: str
-    boot_id: str
-    pid: int
-    fd: int
-    inode: int
-    num_slots: int
-    slot_num_bytes: int
-
-
-class Welcome(Message, frozen=True, kw_only=True):
-    """``refused`` says why KV cannot move between the two; ``shared_memory`` whether the
-    receiver mapped the ring, else bytes follow each ``StoreBlocks``."""
-
-    shared_memory: bool
-    refused: str | None = None
-
-
-class Reserve(Message, frozen=True, kw_only=True):
-    """``state`` is a ``RequestState``. The reservation has a deadline of its own."""
-
-    migration_id: str
-    request_id: str
-    source: str
-    state: bytes
-
-
-class Reserved(Message, frozen=True, kw_only=True):
-    migration_id: str
-    num_cached_blocks: int
-
-
-class ReserveRejected(Message, frozen=True, kw_only=True):
-    migration_id: str
-    reason: str
-
-
-class StoreBlocks(Message, frozen=True, kw_only=True):
-    """Part of a stage: blocks ``first_block`` and following lie in ``slot``.
-
-    Without shared memory their bytes are the message's second frame. Every part names the
-    whole stage, so the first to arrive announces it.
-    """
-
-    migration_id: str
-    stage: int
-    stage_first_block: int
-    stage_num_blocks: int
-    first_block: int
-    num_blocks: int
-    slot: int
-
-
-class SlotRead(Message, frozen=True, kw_only=True):
-    """The slot's bytes are not needed any more."""
-
-    slot: int
-
-
-class StageStored(Message, frozen=True, kw_only=True):
-    """A whole stage is in the destination's KV cache."""
-
-    migration_id: str
-    stage: int
-    num_blocks_total: int
-
-
-class Commit(Message, frozen=True, kw_only=True):
-    """``final`` is a ``FinalState``. May be repeated; so may its answer."""
-
-    migration_id: str
-    num_blocks: int
-    final: bytes
-
-
-class CommitAnswer(Message, frozen=True, kw_only=True):
-    """``refused`` is ``None`` if the destination runs the request."""
-
-    migration_id: str
-    refused: str | None = None
-
-
-class QueryCommit(Message, frozen=True, kw_only=True):
-    migration_id: str
-
-
-class ReleaseReservation(Message, frozen=True, kw_only=True):
-    migration_id: str
-    reason: str
-
-
-class MigrationClosed(Message, frozen=True, kw_only=True):
-    """The source has the destination's answer; its record need not be kept."""
-
-    migration_id: str
-
-
-class AbortMigrated(Message, frozen=True, kw_only=True):
-    """The client left while the request moved: abort it where it has arrived."""
-
-    migration_id: str
-    request_id: str
-
-
-PeerMessage = (
-    Hello
-    | Welcome
-    | Reserve
-    | Reserved
-    | ReserveRejected
-    | StoreBlocks
-    | SlotRead
-    | StageStored
-    | Commit
-    | CommitAnswer
-    | QueryCommit
-    | ReleaseReservation
-    | MigrationClosed
-    | AbortMigrated
-)
-
 encode = msgspec.msgpack.Encoder().encode
 decode_control = msgspec.msgpack.Decoder(ControlMessage).decode
-decode_peer = msgspec.msgpack.Decoder(PeerMessage).decode

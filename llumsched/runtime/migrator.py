@@ -12,32 +12,34 @@ engine must do for it (``engine``).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
 import msgspec
-import torch
 import zmq
 import zmq.asyncio
 
 from llumsched.core import migration as protocol
 from llumsched.core.events import MigrationOutcome
 from llumsched.core.migration_destination import ReservationOptions
+from llumsched.core.transfer_options import TransferOptions
+from llumsched.engine.base import CannotMigrate, Refusal
+from llumsched.engine.compatibility import differences
 from llumsched.engine.kv_transfer import ReceiveRing, RingOffer, SendRing
+from llumsched.engine.process_group import free_rendezvous
 from llumsched.engine.vllm.kv import KVBlocks
 from llumsched.engine.vllm.migration import MigrationPort
 from llumsched.runtime.incoming import IncomingMigrations, Reply
-from llumsched.runtime.messages import (
+from llumsched.runtime.messages import OrderMigration, ReportMigration, encode
+from llumsched.runtime.outgoing import OutgoingMigration
+from llumsched.runtime.pacing import Pacer
+from llumsched.runtime.peer_link import Link, Session, receiving_channel
+from llumsched.runtime.peer_messages import (
     CommitAnswer,
     Hello,
-    MigrationClosed,
-    OrderMigration,
     PeerMessage,
-    ReportMigration,
     Reserved,
     ReserveRejected,
     SlotRead,
@@ -45,21 +47,11 @@ from llumsched.runtime.messages import (
     StoreBlocks,
     Welcome,
     decode_peer,
-    encode,
 )
-from llumsched.runtime.outgoing import OutgoingMigration
 
 logger = logging.getLogger(__name__)
 
-# A slot holds as many blocks as fit here, at least one: large enough that a message costs little
-# beside the copy, small enough that a gather overlaps the receiver's scatter.
-SLOT_NUM_BYTES = 4 << 20
-NUM_SLOTS = 4
-HANDSHAKE_TIMEOUT_S = 5.0
-
-
-class PeerRefused(Exception):
-    """The other instance cannot be reached or cannot take KV from this one."""
+BYTES_PER_MB = 1_000_000
 
 
 class Migrator:
@@ -67,7 +59,6 @@ class Migrator:
 
     Args:
         instance_id: this instance.
-        fingerprint: two instances exchange KV only if theirs are equal.
         call: runs a closure on the engine's loop thread.
         host: the address to bind, reachable by the other instances.
         step_time_s: the engine's recent step time, for the statistics.
@@ -77,17 +68,20 @@ class Migrator:
         self,
         *,
         instance_id: str,
-        fingerprint: str,
         port: MigrationPort,
         call: Callable[[Callable[[], Any]], Future[Any]],
         abort: Callable[[str], None],
         host: str,
         step_time_s: Callable[[], float],
         options: protocol.MigrationOptions,
+        transfer: TransferOptions,
     ) -> None:
         self.instance_id = instance_id
-        self._fingerprint = fingerprint
+        self._fingerprint = port.fingerprint()
         self._port = port
+        self._host = host
+        self._transfer = transfer
+        self._pacer = Pacer(transfer.bandwidth_limit_mb_s * BYTES_PER_MB)
         self._call = call
         self._step_time_s = step_time_s
         self._options = options
@@ -95,10 +89,10 @@ class Migrator:
         self._router = self._context.socket(zmq.ROUTER)
         self._router.bind(f"tcp://{host}:*")
         self.endpoint: str = self._router.get_string(zmq.LAST_ENDPOINT)
-        self._links: dict[str, _Link] = {}
+        self._links: dict[str, Link] = {}
         self._ring: SendRing | None = None
         self._outgoing: dict[str, OutgoingMigration] = {}
-        self._sessions: dict[bytes, _Session] = {}
+        self._sessions: dict[bytes, tuple[str, Session]] = {}
         self._incoming = IncomingMigrations(
             port=port, call=call, abort=abort, options=ReservationOptions()
         )
@@ -126,6 +120,8 @@ class Migrator:
             task.cancel()
         for link in self._links.values():
             link.close()
+        for _, session in self._sessions.values():
+            session.close()
         self._router.close(linger=0)
         if self._ring is not None:
             self._ring.close()
@@ -134,24 +130,35 @@ class Migrator:
     # ---- source ---------------------------------------------------------------------------
 
     async def migrate(self, order: OrderMigration, request_id: str | None) -> ReportMigration:
-        """Move one request as ordered, or say why not."""
+        """Move one request as ordered, or say why not; whatever happens, there is a report."""
         if request_id is None:
-            return self._refused(order, None, MigrationOutcome.NOTHING_TO_MOVE, "nothing can move")
-        if any(request_id == other.request_id for other in self._outgoing.values()):
-            return self._refused(
-                order, request_id, MigrationOutcome.REFUSED, "the request is being migrated already"
-            )
-        if not self._incoming.may_leave(request_id):
-            return self._refused(
-                order, request_id, MigrationOutcome.REFUSED, "the request has only just arrived"
-            )
-        if self._port.refusal is not None or self._port.kv is None:
-            reason = f"this instance cannot migrate: {self._port.refusal}"
-            return self._refused(order, request_id, MigrationOutcome.REFUSED, reason)
+            return self._report(order, None, MigrationOutcome.NOTHING_TO_MOVE, "nothing can move")
         try:
-            link = await self._link(order.destination, order.destination_endpoint, self._port.kv)
-        except PeerRefused as error:
-            return self._refused(order, request_id, MigrationOutcome.REFUSED, str(error))
+            report = await self._migrate(order, request_id)
+        except CannotMigrate as error:
+            report = self._report(
+                order, request_id, MigrationOutcome.REFUSED, str(error), error.refusal
+            )
+        except Exception as error:
+            logger.exception("Migration %s failed", order.migration_id)
+            report = self._report(
+                order, request_id, MigrationOutcome.ABORTED, f"failed: {error!r}", "failed"
+            )
+        if report.outcome != MigrationOutcome.COMMITTED:
+            refusal = Refusal(report.cause) if report.cause in set(Refusal) else None
+            self._call(lambda: self._port.rest(request_id, refusal or Refusal.NOT_TAKEN_OVER))
+        return report
+
+    async def _migrate(self, order: OrderMigration, request_id: str) -> ReportMigration:
+        if any(request_id == other.request_id for other in self._outgoing.values()):
+            raise CannotMigrate("the request is being migrated already", Refusal.BEING_MIGRATED)
+        if not self._incoming.may_leave(request_id):
+            raise CannotMigrate("the request has only just arrived", Refusal.JUST_ARRIVED)
+        if self._port.refusal is not None or self._port.kv is None:
+            raise CannotMigrate(
+                f"this instance cannot migrate: {self._port.refusal}", Refusal.UNSUPPORTED_ENGINE
+            )
+        link = await self._link(order.destination, order.destination_endpoint, self._port.kv)
         outgoing = OutgoingMigration(
             migration_id=order.migration_id,
             request_id=request_id,
@@ -169,6 +176,7 @@ class Migrator:
             return await outgoing.run()
         finally:
             del self._outgoing[order.migration_id]
+            link.ended(order.migration_id)
 
     def peer_gone(self, instance_id: str) -> None:
         """The process of another instance is known to be dead."""
@@ -184,14 +192,16 @@ class Migrator:
         link = self._links.pop(instance_id, None)
         if link is not None:
             link.close()
+        self._forget_sessions(instance_id)
         self._incoming.source_gone(instance_id)
 
-    def _refused(
+    def _report(
         self,
         order: OrderMigration,
         request_id: str | None,
         outcome: MigrationOutcome,
         reason: str,
+        cause: str = "",
     ) -> ReportMigration:
         return ReportMigration(
             migration_id=order.migration_id,
@@ -200,6 +210,7 @@ class Migrator:
             destination=order.destination,
             outcome=outcome.value,
             reason=reason,
+            cause=cause,
         )
 
     def _on_lost(self, request_id: str, what: str) -> None:
@@ -212,22 +223,36 @@ class Migrator:
 
         self._loop.call_soon_threadsafe(tell)
 
-    async def _link(self, destination: str, endpoint: str, kv: KVBlocks) -> _Link:
+    async def _link(self, destination: str, endpoint: str, kv: KVBlocks) -> Link:
         link = self._links.get(destination)
         if link is None or link.endpoint != endpoint:
+            if link is not None:
+                link.close()
             if self._ring is None:
-                blocks_per_slot = max(1, SLOT_NUM_BYTES // kv.block_num_bytes)
+                # Parts large enough that a message costs little beside the copy, small enough
+                # that gathering one overlaps the receiver's scattering of another.
+                slot_num_bytes = self._transfer.staging_slot_mb * BYTES_PER_MB
+                blocks_per_slot = max(1, int(slot_num_bytes) // kv.block_num_bytes)
                 self._ring = SendRing(
-                    num_slots=NUM_SLOTS, slot_num_bytes=blocks_per_slot * kv.block_num_bytes
+                    num_slots=self._transfer.staging_slots,
+                    slot_num_bytes=blocks_per_slot * kv.block_num_bytes,
+                    pinned=kv.device.type == "cuda",
                 )
-            link = self._links[destination] = _Link(
-                self._context, endpoint, self._ring, kv, self._on_answer
+            link = self._links[destination] = Link(
+                self._context,
+                endpoint,
+                self._ring,
+                kv,
+                self._pacer,
+                checksum=self._transfer.checksum,
+                on_answer=self._on_answer,
             )
         try:
-            await link.open(self.instance_id, self._fingerprint)
-        except PeerRefused:
-            self._links.pop(destination, None)
-            link.close()
+            await link.open(self.instance_id, self._fingerprint, self._transfer.transport)
+        except CannotMigrate:
+            if self._links.get(destination) is link:
+                del self._links[destination]
+                link.close()
             raise
         return link
 
@@ -284,173 +309,70 @@ class Migrator:
                 try:
                     await self._store(identity, message, payload, reply)
                 finally:
-                    await reply(SlotRead(slot=message.slot))
+                    await reply(SlotRead(slot=message.slot, use=message.use))
             case _:
                 self._incoming.take_in(message, reply)
 
     def _welcome(self, identity: bytes, hello: Hello) -> Welcome:
         if self._port.refusal is not None or self._port.kv is None:
-            return Welcome(shared_memory=False, refused=f"it cannot migrate: {self._port.refusal}")
-        if hello.fingerprint != self._fingerprint:
+            return Welcome(refused=f"it cannot migrate: {self._port.refusal}")
+        differing = differences(self._fingerprint, hello.fingerprint)
+        if differing:
+            return Welcome(refused=f"the two are not alike: {differing}")
+        if hello.transport != self._transfer.transport:
             return Welcome(
-                shared_memory=False,
-                refused=f"KV caches differ: {hello.fingerprint} here {self._fingerprint}",
+                refused=f"its transport is {self._transfer.transport}, the source's is "
+                f"{hello.transport}"
             )
-        offer = RingOffer(
-            boot_id=hello.boot_id,
-            pid=hello.pid,
-            fd=hello.fd,
-            inode=hello.inode,
-            num_slots=hello.num_slots,
-            slot_num_bytes=hello.slot_num_bytes,
-        )
-        ring: ReceiveRing | None = None
-        if not os.environ.get("LLUMSCHED_NO_SHARED_MEMORY"):
-            with contextlib.suppress(OSError):
-                ring = ReceiveRing(offer)
-        self._sessions[identity] = _Session(ring)
-        return Welcome(shared_memory=ring is not None)
+        self._forget_sessions(hello.instance_id)
+        return self._choose_transport(identity, hello)
+
+    def _choose_transport(self, identity: bytes, hello: Hello) -> Welcome:
+        wanted = hello.transport
+        ring = channel = None
+        rendezvous = ""
+        if wanted in ("gloo", "nccl"):
+            rendezvous = free_rendezvous(self._host)
+            channel = receiving_channel(wanted, rendezvous)
+        elif wanted in ("auto", "shared_memory"):
+            try:
+                ring = ReceiveRing(
+                    RingOffer(
+                        boot_id=hello.boot_id,
+                        pid=hello.pid,
+                        fd=hello.fd,
+                        inode=hello.inode,
+                        num_slots=hello.num_slots,
+                        slot_num_bytes=hello.slot_num_bytes,
+                    )
+                )
+                wanted = "shared_memory"
+            except OSError as error:
+                if wanted == "shared_memory":
+                    return Welcome(refused=f"no memory can be shared: {error}")
+                wanted = "tcp"
+        self._sessions[identity] = (hello.instance_id, Session(ring=ring, channel=channel))
+        return Welcome(transport=wanted, rendezvous=rendezvous)
+
+    def _forget_sessions(self, instance_id: str) -> None:
+        for identity, (source, session) in list(self._sessions.items()):
+            if source == instance_id:
+                del self._sessions[identity]
+                session.close()
 
     async def _store(
         self, identity: bytes, message: StoreBlocks, payload: memoryview | None, reply: Reply
     ) -> None:
-        kv, session = self._port.kv, self._sessions.get(identity)
-        if kv is None or session is None:
+        kv = self._port.kv
+        if kv is None or identity not in self._sessions:
             logger.warning("Dropped blocks of an instance that has not said hello")
             return
-
-        def write(block_ids: list[int]) -> None:
-            staging = session.staging(message.slot, payload)
-            num_bytes = len(block_ids) * kv.block_num_bytes
-            if len(block_ids) != message.num_blocks or len(staging) < num_bytes:
-                raise ValueError(
-                    f"{message.num_blocks} blocks announced, room for {len(block_ids)}, "
-                    f"{len(staging)} bytes sent"
-                )
-            kv.scatter(block_ids, staging[:num_bytes])
-
+        _, session = self._sessions[identity]
+        num_bytes = message.num_blocks * kv.block_num_bytes
         try:
-            await self._incoming.store(message, reply, write)
-        except (ValueError, IndexError) as error:
+            staging = await session.staging(message, num_bytes, payload)
+        except (ValueError, IndexError, RuntimeError) as error:
             logger.error("Migration %s: %s", message.migration_id, error)
-            await reply(ReserveRejected(migration_id=message.migration_id, reason=str(error)))
-
-
-class _Session:
-    """What a source that said Hello sends blocks through."""
-
-    def __init__(self, ring: ReceiveRing | None) -> None:
-        self._ring = ring
-
-    def staging(self, slot: int, payload: memoryview | None) -> torch.Tensor:
-        if payload is not None:
-            return torch.frombuffer(payload, dtype=torch.uint8)
-        if self._ring is None:
-            raise ValueError("no bytes came with the blocks, and no memory is shared")
-        return self._ring.slot(slot)
-
-
-class _Link:
-    """The connection to one destination."""
-
-    def __init__(
-        self,
-        context: zmq.asyncio.Context,
-        endpoint: str,
-        ring: SendRing,
-        kv: KVBlocks,
-        on_answer: Callable[[PeerMessage], bool],
-    ) -> None:
-        self.endpoint = endpoint
-        self.transport = ""
-        self._ring = ring
-        self._kv = kv
-        self._on_answer = on_answer
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.connect(endpoint)
-        self._slots_sent: set[int] = set()
-        self._welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
-        self._said_hello = False
-        self._receiving = asyncio.create_task(self._receive())
-
-    async def open(self, instance_id: str, fingerprint: str) -> None:
-        """Shake hands, once; raises ``PeerRefused``."""
-        if not self._said_hello:
-            self._said_hello = True
-            offer = self._ring.offer()
-            await self.send(
-                Hello(
-                    instance_id=instance_id,
-                    fingerprint=fingerprint,
-                    boot_id=offer.boot_id,
-                    pid=offer.pid,
-                    fd=offer.fd,
-                    inode=offer.inode,
-                    num_slots=offer.num_slots,
-                    slot_num_bytes=offer.slot_num_bytes,
-                )
-            )
-        try:
-            welcome = await asyncio.wait_for(asyncio.shield(self._welcome), HANDSHAKE_TIMEOUT_S)
-        except TimeoutError:
-            raise PeerRefused("the destination does not answer") from None
-        if welcome.refused is not None:
-            raise PeerRefused(f"the destination refuses: {welcome.refused}")
-        self.transport = "shared memory" if welcome.shared_memory else "tcp"
-
-    async def send(self, message: PeerMessage) -> None:
-        await self._socket.send(encode(message))
-
-    async def send_blocks(
-        self, migration_id: str, stage: int, block_ids: list[int], first_block: int
-    ) -> None:
-        blocks_per_slot = self._ring.slot_num_bytes // self._kv.block_num_bytes
-        for start in range(0, len(block_ids), blocks_per_slot):
-            chunk = block_ids[start : start + blocks_per_slot]
-            slot = await self._ring.acquire()
-            self._slots_sent.add(slot)
-            staging = self._ring.slot(slot)[: len(chunk) * self._kv.block_num_bytes]
-            self._kv.gather(chunk, staging)
-            frames: list[Any] = [
-                encode(
-                    StoreBlocks(
-                        migration_id=migration_id,
-                        stage=stage,
-                        stage_first_block=first_block,
-                        stage_num_blocks=len(block_ids),
-                        first_block=first_block + start,
-                        num_blocks=len(chunk),
-                        slot=slot,
-                    )
-                )
-            ]
-            if self.transport == "tcp":
-                frames.append(staging.numpy().data)
-            await self._socket.send_multipart(frames, copy=self.transport != "tcp")
-
-    def close(self) -> None:
-        self._receiving.cancel()
-        self._socket.close(linger=0)
-        while self._slots_sent:
-            self._ring.free(self._slots_sent.pop())
-
-    async def _receive(self) -> None:
-        while True:
-            frame = await self._socket.recv()
-            try:
-                message = decode_peer(frame)
-            except msgspec.DecodeError as error:
-                logger.warning("Dropped a malformed answer: %s", error)
-                continue
-            if isinstance(message, Welcome):
-                if not self._welcome.done():
-                    self._welcome.set_result(message)
-                continue
-            if isinstance(message, SlotRead):
-                if message.slot in self._slots_sent:
-                    self._slots_sent.remove(message.slot)
-                    self._ring.free(message.slot)
-                continue
-            if not self._on_answer(message) and isinstance(message, CommitAnswer):
-                # The destination asks until it knows that its answer has come.
-                await self.send(MigrationClosed(migration_id=message.migration_id))
+            self._incoming.cannot_write(message, reply, str(error))
+            return
+        await self._incoming.store(message, reply, lambda ids: kv.scatter(ids, staging))

@@ -11,6 +11,7 @@ Invariant: when ``run`` returns, the engine holds nothing on the migration's beh
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -21,17 +22,17 @@ import msgspec
 
 from llumsched.core import migration as protocol
 from llumsched.core.events import MigrationOutcome
-from llumsched.engine.base import CannotMigrate
+from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.vllm.migration import MigrationPort, SuspendedRequest
-from llumsched.runtime.messages import (
+from llumsched.engine.vllm.state import RequestState
+from llumsched.runtime.messages import MigrationStatistics, ReportMigration
+from llumsched.runtime.peer_messages import (
     AbortMigrated,
     Commit,
     MigrationClosed,
-    MigrationStatistics,
     PeerMessage,
     QueryCommit,
     ReleaseReservation,
-    ReportMigration,
     Reserve,
 )
 
@@ -51,7 +52,13 @@ class PeerLink(Protocol):
     async def send(self, message: PeerMessage) -> None: ...
 
     async def send_blocks(
-        self, migration_id: str, stage: int, block_ids: list[int], first_block: int
+        self,
+        migration_id: str,
+        stage: int,
+        block_ids: list[int],
+        first_block: int,
+        *,
+        is_final: bool,
     ) -> None:
         """Gather blocks and hand them over, chunk by chunk; returns when the last is sent."""
 
@@ -154,11 +161,13 @@ class OutgoingMigration:
     # ---- the loop -------------------------------------------------------------------------
 
     async def run(self) -> ReportMigration:
+        """Move the request.
+
+        Raises:
+            CannotMigrate: if it cannot move; nothing has been done then.
+        """
         started_s = time.perf_counter()
-        try:
-            state = await self._engine(lambda: self._port.start_export(self.request_id))
-        except CannotMigrate as error:
-            return self._report(MigrationOutcome.REFUSED, str(error))
+        state = await self._start_export()
         self._num_preemptions = state.num_preemptions
         self._state = state
         migration, commands = protocol.start(
@@ -189,7 +198,22 @@ class OutgoingMigration:
         return self._report(
             MigrationOutcome.REFUSED if refused else MigrationOutcome.ABORTED,
             detail if refused and detail else f"{text}: {detail}" if detail else text,
+            cause=reason.value if reason is not None else "",
         )
+
+    async def _start_export(self) -> RequestState:
+        """Take the request; one that is computing its prompt has some time to get through it."""
+        deadline_s = time.monotonic() + self._options.prefill_timeout_s
+        while True:
+            try:
+                return await self._engine(lambda: self._port.start_export(self.request_id))
+            except CannotMigrate as error:
+                left_s = deadline_s - time.monotonic()
+                if error.refusal is not Refusal.PREFILLING or left_s <= 0:
+                    raise
+            first_token = await self._engine(lambda: self._port.await_first_token(self.request_id))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.wrap_future(first_token), left_s)
 
     async def _drive(self, commands: tuple[protocol.MigrationCommand, ...]) -> None:
         deadline_s = self._deadline(self._migration)
@@ -288,6 +312,7 @@ class OutgoingMigration:
             command.stage,
             self._block_ids[command.first_block : last],
             command.first_block,
+            is_final=command.final,
         )
 
     async def _suspend(self, num_blocks_copied: int) -> None:
@@ -352,6 +377,7 @@ class OutgoingMigration:
         outcome: MigrationOutcome,
         reason: str,
         statistics: MigrationStatistics | None = None,
+        cause: str = "",
     ) -> ReportMigration:
         return ReportMigration(
             migration_id=self.migration_id,
@@ -360,5 +386,6 @@ class OutgoingMigration:
             destination=self.destination,
             outcome=outcome.value,
             reason=reason,
+            cause=cause,
             statistics=statistics,
         )

@@ -17,10 +17,10 @@ from tests.e2e.servers import END_TIMEOUT_S, Server, llumsched
 
 @pytest.fixture(scope="module")
 def tcp_server(model: str, log_folder: Path) -> Iterator[Server]:
-    flags = ("--instances=2", "--policy=round_robin")
-    server = llumsched(
-        model, log_folder, *flags, name="llumsched-tcp", LLUMSCHED_NO_SHARED_MEMORY="1"
-    )
+    config = log_folder / "tcp.yaml"
+    config.write_text("policy: round_robin\ntransfer: {transport: tcp, checksum: true}\n")
+    flags = ("--instances=2", f"--config={config}")
+    server = llumsched(model, log_folder, *flags, name="llumsched-tcp")
     try:
         server.await_health()
         yield server

@@ -34,6 +34,7 @@ def description(**changes: Any) -> ClusterDescription:
         "policy": "latency",
         "instances": [instance],
         "migrations": {"committed": 4},
+        "migration_causes": {"multimodal": 3},
         "queued": {"high": 2},
         "policy_failures": {"Mine": 1},
     }
@@ -84,6 +85,7 @@ def test_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     values = scraped(monkeypatch, description())
     assert values["llumsched_scheduler_up", ()] == 1
     assert values["llumsched_migrations_total", ("committed",)] == 4
+    assert values["llumsched_migrations_not_moved_total", ("multimodal",)] == 3
     assert values["llumsched_policy_failures_total", ("Mine",)] == 1
     assert values["llumsched_queued_requests", ("high",)] == 2
     assert values["llumsched_queued_requests", ("normal",)] == 0

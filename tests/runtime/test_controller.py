@@ -185,6 +185,30 @@ def test_an_operators_migration_is_ordered_and_its_report_answered() -> None:
     run(scenario)
 
 
+def test_migrations_that_moved_nothing_are_counted_by_their_cause() -> None:
+    async def scenario(stage: Stage) -> None:
+        a = await stage.instance("a", 0)
+        for number, cause in enumerate(("multimodal", "no_room", "multimodal")):
+            await a.say(
+                ReportMigration(
+                    migration_id=f"m{number}",
+                    request_id="r1",
+                    source="a",
+                    destination="b",
+                    outcome="refused",
+                    reason="a sentence",
+                    cause=cause,
+                )
+            )
+        await a.say(DescribeCluster(call_id=1))
+        described = await a.hear()
+        assert isinstance(described, ClusterDescription)
+        assert described.migrations == {"refused": 3}
+        assert described.migration_causes == {"multimodal": 2, "no_room": 1}
+
+    run(scenario)
+
+
 @pytest.mark.parametrize(
     ("request_id", "destination", "reason"),
     [("nobody", "a", "nobody"), ("r1", "nowhere", "nowhere"), ("r1", "a", "a")],

@@ -85,14 +85,17 @@ class LlumschedEngineCore(EngineCoreProc):
     def observe(
         self,
         *,
-        after_step: Callable[[], None],
-        on_abort: Callable[[list[str]], None],
-        on_add: Callable[[Request], None],
+        after_step: Callable[[], None] | None = None,
+        on_abort: Callable[[list[str]], None] | None = None,
+        on_add: Callable[[Request], None] | None = None,
     ) -> None:
         """Register observers that run on the loop thread; call before ``run``."""
-        self._after_step.append(after_step)
-        self._on_abort.append(on_abort)
-        self._on_add.append(on_add)
+        if after_step is not None:
+            self._after_step.append(after_step)
+        if on_abort is not None:
+            self._on_abort.append(on_abort)
+        if on_add is not None:
+            self._on_add.append(on_add)
 
     def run(self) -> None:
         """Run the busy loop until shutdown is requested, then free the engine."""

@@ -10,10 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from llumsched.engine.vllm.core import LlumschedEngineCore
+from typing import Any
 
 SUPPORTED_VERSION = "0.32.0"
 
@@ -111,6 +108,8 @@ INTERNALS: tuple[Internal, ...] = (
     Internal(
         _SCHEDULER, "prev_step_scheduled_req_ids", "force a full worker update", on_instances=True
     ),
+    Internal(_SCHEDULER, "deferred_waiting", "take a waiting request out", on_instances=True),
+    Internal(_SCHEDULER, "_preempt_request", "begin a prompt anew", ("request", "timestamp")),
     Internal(_SCHEDULER, "finished_req_ids", "keep the worker's new state", on_instances=True),
     Internal(_SCHEDULER, "needs_kv_cache_zeroing", "refuse to grow", on_instances=True),
     # Blocks.
@@ -214,6 +213,7 @@ INTERNALS: tuple[Internal, ...] = (
             "ec_transfer_params",
             "num_prompt_tokens",
             "output_token_ids",
+            "kv_hints",
         )
     ),
     Internal("vllm.v1.request:RequestStatus", "PREEMPTED", "how an arrival looks"),
@@ -229,7 +229,14 @@ INTERNALS: tuple[Internal, ...] = (
         "_grammar",
         "wait for a grammar",
     ),
+    Internal(
+        "vllm.v1.structured_output.request:StructuredOutputRequest",
+        "reasoning_ended",
+        "carry what the reasoning parser starts from",
+    ),
     # The worker.
+    Internal(_RUNNER, "uses_mrope", "install worker state", on_instances=True),
+    Internal(_RUNNER, "_init_mrope_positions", "install worker state", ("req_state",)),
     Internal(_RUNNER, "requests", "install worker state", on_instances=True),
     Internal(_RUNNER, "kv_caches", "copy blocks", on_instances=True),
     Internal(
@@ -419,22 +426,3 @@ def _source(base: type) -> str:
         return inspect.getsource(base)
     except (OSError, TypeError):
         return ""
-
-
-def fingerprint(engine: LlumschedEngineCore) -> str:
-    """What must be equal on two instances for a request to move between them."""
-    config = engine.vllm_config
-    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
-    kv_cache = engine.scheduler.kv_cache_manager.kv_cache_config
-    shapes = sorted({str(group.kv_cache_spec) for group in kv_cache.kv_cache_groups})
-    return "; ".join(
-        (
-            f"vllm {installed_version()}",
-            f"model {model.model} {model.revision or ''} {model.dtype}",
-            f"max_model_len {model.max_model_len}",
-            f"block_size {cache.block_size} cache_dtype {cache.cache_dtype}",
-            f"tp {parallel.tensor_parallel_size} pp {parallel.pipeline_parallel_size}",
-            f"runner v{2 if config.use_v2_model_runner else 1}",
-            *shapes,
-        )
-    )

@@ -4,13 +4,15 @@ A block's bytes are laid out layer after layer, so source and destination agree 
 whenever their ``layout`` strings are equal; nothing else is compared. Gather and scatter run
 on whichever thread calls them: callers must only name blocks that no step writes meanwhile.
 
-Not run on a GPU: there, gathering has to wait for the step that filled the blocks, and the
-staging memory should be pinned.
+On a GPU the copies have a stream of their own, beside that of the steps, and are over when the call
+returns. They need not wait for a step: a block is copied only after the engine has read back the
+tokens of the step that filled it, and used only after its scatter has returned. Not run on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -35,23 +37,35 @@ class KVBlocks:
             for part in _split_by_block(kv_cache, num_blocks):
                 self._rows.append(part.view(torch.uint8).view(num_blocks, -1))
         self.device = self._rows[0].device
+        self._stream = None if self.device.type == "cpu" else torch.Stream(device=self.device)
         self.block_num_bytes = sum(rows.shape[1] for rows in self._rows)
         self.layout = f"{len(kv_caches)}x{sorted(set(shapes))}"
 
     def gather(self, block_ids: Sequence[int], staging: torch.Tensor) -> None:
         """Copy blocks into ``staging``: uint8, at least ``len(block_ids) * block_num_bytes``."""
-        ids = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
-        for rows, part in zip(self._rows, self._parts(len(block_ids), staging), strict=True):
-            if part.device == self.device:
-                torch.index_select(rows, 0, ids, out=part)
-            else:
-                part.copy_(rows.index_select(0, ids))
+        with self._copying():
+            ids = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
+            for rows, part in zip(self._rows, self._parts(len(block_ids), staging), strict=True):
+                if part.device == self.device:
+                    torch.index_select(rows, 0, ids, out=part)
+                else:
+                    part.copy_(rows.index_select(0, ids), non_blocking=True)
 
     def scatter(self, block_ids: Sequence[int], staging: torch.Tensor) -> None:
         """The inverse of ``gather``, into the blocks named here."""
-        ids = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
-        for rows, part in zip(self._rows, self._parts(len(block_ids), staging), strict=True):
-            rows.index_copy_(0, ids, part.to(self.device))
+        with self._copying():
+            ids = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
+            for rows, part in zip(self._rows, self._parts(len(block_ids), staging), strict=True):
+                rows.index_copy_(0, ids, part.to(self.device, non_blocking=True))
+
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        with self._stream:
+            yield
+        self._stream.synchronize()
 
     def _parts(self, num_blocks: int, staging: torch.Tensor) -> list[torch.Tensor]:
         parts = []

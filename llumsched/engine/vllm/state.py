@@ -3,7 +3,8 @@
 The KV cache travels apart, block by block; this is the rest, as one value on the wire. The
 detokenizer, stop strings, ``n`` and the statistics live in the frontend and stay there.
 A request whose next token depends on anything not listed here is refused with a reason
-(``why_not_migratable``) rather than moved and corrupted.
+(``why_not_migratable``) rather than moved and corrupted. The state of a grammar does not travel: it
+is the outcome of the tokens, and is made again from them (``replay_grammar``).
 """
 
 from __future__ import annotations
@@ -15,23 +16,28 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+from llumsched.engine.base import CannotMigrate, Refusal
 
 
 class RequestState(msgspec.Struct, frozen=True, kw_only=True):
     """A request as the destination needs it to reserve room, before any KV has moved.
 
-    ``request`` is vLLM's own ``EngineCoreRequest``, encoded by vLLM's own encoder (no pickle).
-    ``output_token_ids`` are the scheduler's, since the worker's copy lags behind when steps are
-    in flight. ``num_moves`` counts this move and those before it.
+    ``request`` is vLLM's own ``EngineCoreRequest``, encoded by vLLM's own encoder (no pickle), as
+    it was when the request arrived. ``output_token_ids`` are the scheduler's, since the worker's
+    copy lags behind when steps are in flight. ``num_moves`` counts this move and those before it.
+    Without KV (``has_kv``) nothing is reserved: the request waits for its turn as it did before.
     """
 
     request: bytes
     output_token_ids: list[int]
     num_preemptions: int
     num_moves: int
+    has_kv: bool = True
 
 
 class FinalState(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,32 +69,36 @@ def why_engine_cannot_migrate(
     return None
 
 
-def why_not_migratable(request: Request) -> str | None:
-    """The reason why this request cannot move at this moment, or ``None``."""
+def why_not_migratable(request: Request) -> CannotMigrate | None:
+    """What in the request itself keeps it where it is, or ``None``."""
     if request.pooling_params is not None:
-        return "pooling requests finish in one step"
+        return CannotMigrate("pooling requests finish in one step", Refusal.POOLING)
     if request.resumable:
-        return "a streaming-input session stays where it began"
+        return CannotMigrate(
+            "a streaming-input session stays where it began", Refusal.STREAMING_INPUT
+        )
     if request.mm_features:
-        return "multimodal inputs are cached by the instance that received them"
+        return CannotMigrate(
+            "multimodal inputs are cached by the instance that received them", Refusal.MULTIMODAL
+        )
     if request.prompt_embeds is not None:
-        return "prompt embeddings are not carried"
+        return CannotMigrate("prompt embeddings are not carried", Refusal.PROMPT_EMBEDS)
     if request.kv_transfer_params is not None or request.ec_transfer_params is not None:
-        return "the request takes part in a KV connector transfer"
-    structured = request.structured_output_request
-    if structured is not None and (
-        structured.reasoner is not None or structured.reasoning_parser_kwargs is not None
-    ):
-        return "guided decoding after reasoning is not carried"
-    if request.status != RequestStatus.RUNNING:
-        return f"the request is not running ({request.status.name.lower()})"
-    if request.num_output_tokens == 0:
-        return "the request is still computing its prompt"
+        return CannotMigrate(
+            "the request takes part in a KV connector transfer", Refusal.KV_CONNECTOR
+        )
     return None
 
 
-def capture_request(request: Request, *, num_moves: int) -> RequestState:
-    """The wire form of a running request; refused kinds must have been ruled out before."""
+def capture_request(
+    request: Request, *, reasoning_ended: bool | None, num_moves: int, has_kv: bool
+) -> RequestState:
+    """The wire form of a request; refused kinds must have been ruled out before.
+
+    Args:
+        reasoning_ended: as it was when the request arrived. The destination finds the present
+            value when it replays the outputs.
+    """
     structured = request.structured_output_request
     core_request = EngineCoreRequest(
         request_id=request.request_id,
@@ -104,7 +114,11 @@ def capture_request(request: Request, *, num_moves: int) -> RequestState:
         priority=request.priority,
         trace_headers=request.trace_headers,
         session_id=request.session_id,
-        reasoning_ended=structured.reasoning_ended if structured is not None else None,
+        reasoning_ended=reasoning_ended,
+        reasoning_parser_kwargs=(
+            structured.reasoning_parser_kwargs if structured is not None else None
+        ),
+        kv_hints=request.kv_hints,
     )
     frames = MsgpackEncoder().encode(core_request)
     if len(frames) != 1 or not isinstance(frames[0], bytes):
@@ -114,6 +128,7 @@ def capture_request(request: Request, *, num_moves: int) -> RequestState:
         output_token_ids=list(request.output_token_ids),
         num_preemptions=request.num_preemptions,
         num_moves=num_moves,
+        has_kv=has_kv,
     )
 
 
@@ -121,6 +136,27 @@ def decode_request(state: RequestState) -> EngineCoreRequest:
     """The ``EngineCoreRequest`` inside ``state``; raises ``msgspec.DecodeError`` if malformed."""
     decoded: EngineCoreRequest = MsgpackDecoder(EngineCoreRequest).decode(state.request)
     return decoded
+
+
+def replay_grammar(
+    manager: StructuredOutputManager, request: Request, core_request: EngineCoreRequest
+) -> None:
+    """Bring the grammar of an arriving request to where its outputs have brought it.
+
+    One token after the other, as they were sampled: the grammar begins only where the reasoning,
+    if there is any, has ended, and that is known by what came before each token.
+
+    Raises:
+        CannotMigrate: if the grammar does not accept the outputs.
+    """
+    if request.structured_output_request is None:
+        return
+    replayed = Request.from_engine_core_request(core_request, None)
+    replayed.structured_output_request = request.structured_output_request
+    for token_id in request.output_token_ids:
+        replayed.append_output_token_ids(token_id)
+        if not manager.accept_tokens(replayed, [token_id]):
+            raise CannotMigrate("the grammar refuses the tokens generated so far")
 
 
 # ---- run inside a worker, through the executor's collective_rpc -----------------------------
@@ -156,7 +192,7 @@ def install_request(
     if final.generator_state is not None:
         generator = torch.Generator(device=runner.device)
         generator.set_state(torch.frombuffer(bytearray(final.generator_state), dtype=torch.uint8))
-    runner.requests[core_request.request_id] = CachedRequestState(
+    cached = runner.requests[core_request.request_id] = CachedRequestState(
         req_id=core_request.request_id,
         prompt_token_ids=core_request.prompt_token_ids,
         mm_features=[],
@@ -168,3 +204,5 @@ def install_request(
         output_token_ids=list(final.output_token_ids),
         lora_request=core_request.lora_request,
     )
+    if runner.uses_mrope:
+        runner._init_mrope_positions(cached)

@@ -1,0 +1,55 @@
+"""What two instances must have in common for KV to move between them, compared field by field.
+
+Compared once, when two instances first meet, and over the whole pool when it starts. As a text (a
+*fingerprint*) it goes into messages that need not know what it consists of.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+# Counts changes of the messages and of the state that travels with a request.
+PROTOCOL_VERSION = 2
+
+
+class Compatibility(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance, as far as its KV and its requests are another's to take over.
+
+    ``kv_layout`` is that of a block's bytes in memory, ``kv_spec`` what vLLM says a block holds.
+    """
+
+    protocol: int
+    vllm: str
+    model: str
+    revision: str
+    quantization: str
+    dtype: str
+    max_model_len: int
+    block_size: int
+    kv_dtype: str
+    kv_spec: tuple[str, ...]
+    kv_layout: str
+    tensor_parallel: int
+    pipeline_parallel: int
+    model_runner: int
+    lora: bool
+
+
+def fingerprint_of(compatibility: Compatibility) -> str:
+    """The same as a text."""
+    return msgspec.json.encode(compatibility).decode()
+
+
+def differences(here: str, there: str) -> str:
+    """In what two fingerprints differ, as a sentence without its full stop; empty if in nothing."""
+    if here == there:
+        return ""
+    try:
+        a, b = (msgspec.json.decode(text, type=Compatibility) for text in (here, there))
+    except msgspec.DecodeError:
+        return "it runs another version of llumsched"
+    return ", ".join(
+        f"{name} is {getattr(a, name)!r} here and {getattr(b, name)!r} there"
+        for name in Compatibility.__struct_fields__
+        if getattr(a, name) != getattr(b, name)
+    )

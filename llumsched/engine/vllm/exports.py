@@ -1,0 +1,352 @@
+"""Requests on their way out of an engine: taken off its scheduler, their blocks pinned.
+
+Invariants:
+
+- A block that is being copied is pinned (its reference count is raised), so it is neither
+  reused nor freed under the copy, whatever becomes of the request.
+- A suspended request is in ``scheduler.requests`` but in no queue: no instance decodes it. One
+  without KV (it waits, was preempted, or has only begun to compute its prompt) is suspended from
+  the start of its export.
+- Every export ends in exactly one of ``release`` and ``resume``; afterwards the block pool holds
+  nothing on its behalf.
+
+What this does not know: messages, transports, time-outs, and the protocol's states.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request, RequestStatus
+
+from llumsched.core.policy import MigrationCandidate
+from llumsched.core.types import priority_class
+from llumsched.engine.base import CannotMigrate, Refusal
+from llumsched.engine.vllm.core import LlumschedEngineCore
+from llumsched.engine.vllm.hints import predicted_output_tokens
+from llumsched.engine.vllm.port import EnginePort
+from llumsched.engine.vllm.state import (
+    FinalState,
+    RequestState,
+    capture_request,
+    read_generator_state,
+    why_not_migratable,
+)
+
+# A prompt of which less than this share is computed begins anew at the destination; beyond, its
+# migration waits for the first token.
+RESTART_SHARE = 0.25
+
+# A request that could not move is no candidate for this long; twice as long each time.
+REST_AFTER_REFUSAL_S = 1.0
+MAX_REST_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyableBlocks:
+    """Block ids of an export, from the request's first block on, pinned until it ends."""
+
+    block_ids: list[int]
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuspendedRequest:
+    """A request that no step touches: its last state and all its blocks, the tail included.
+
+    ``suspended_at_s`` is ``time.perf_counter()`` when its last step here was over.
+    """
+
+    final: FinalState
+    blocks: CopyableBlocks
+    suspended_at_s: float
+
+
+@dataclass(slots=True)
+class _Export:
+    request: Request
+    num_preemptions: int
+    has_kv: bool = True
+    pinned: list[KVCacheBlock] = field(default_factory=list)
+    suspended: Future[SuspendedRequest] | None = None
+    is_lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """After a refusal: no candidate before ``until_s`` (``time.monotonic()``)."""
+
+    num_refusals: int
+    until_s: float
+
+
+class ExportingPort(EnginePort):
+    """Exports of one engine. ``on_lost`` hears of exports whose request finished
+    (``"finished"``), was aborted (``"aborted"``) or preempted (``"preempted"``);
+    ``on_release`` of requests that have left for good."""
+
+    def __init__(self, engine: LlumschedEngineCore) -> None:
+        super().__init__(engine)
+        self._exports: dict[str, _Export] = {}
+        self._rests: WeakKeyDictionary[Request, _Rest] = WeakKeyDictionary()
+        self._first_tokens: list[tuple[Request, Future[None]]] = []
+        self.on_lost: Callable[[str, str], None] = lambda _request_id, _what: None
+        self.on_release: Callable[[str], None] = lambda _request_id: None
+
+    def candidates(self) -> list[MigrationCandidate]:
+        """Requests that could move now: they decode, and none was refused a moment ago."""
+        now_s = time.monotonic()
+        return [
+            MigrationCandidate(
+                request_id=request.request_id,
+                num_blocks=self._num_blocks(request.num_tokens),
+                num_output_tokens=request.num_output_tokens,
+                execution_priority=priority_class(request.priority),
+                predicted_output_tokens=predicted_output_tokens(request.sampling_params),
+                since_migration_s=(
+                    now_s - self._arrivals[request].at_s if request in self._arrivals else None
+                ),
+            )
+            for request in self._scheduler.running
+            if request.num_output_tokens > 0
+            and request.request_id not in self._exports
+            and why_not_migratable(request) is None
+            and not self._rests_now(request, now_s)
+        ]
+
+    def rest(self, request_id: str, refusal: Refusal) -> None:
+        """A migration of the request was refused or given up: it is no candidate for a while."""
+        request = self._scheduler.requests.get(request_id)
+        if request is None:
+            return
+        before = self._rests.get(request)
+        num_refusals = before.num_refusals + 1 if before is not None else 1
+        rest_s = min(MAX_REST_S, REST_AFTER_REFUSAL_S * 2 ** (num_refusals - 1))
+        if refusal.is_permanent:
+            rest_s = math.inf
+        self._rests[request] = _Rest(num_refusals, time.monotonic() + rest_s)
+
+    def _rests_now(self, request: Request, now_s: float) -> bool:
+        rest = self._rests.get(request)
+        return rest is not None and now_s < rest.until_s
+
+    def start_export(self, request_id: str) -> RequestState:
+        """Begin to move a request away; what the destination needs to reserve room.
+
+        Raises:
+            CannotMigrate: with the reason. ``Refusal.PREFILLING``: see ``await_first_token``.
+        """
+        request = self._exportable(request_id)
+        has_kv = self._check_moment(request)
+        arrival = self._arrivals.get(request)
+        num_moves = arrival.num_moves if arrival is not None else 0
+        state = capture_request(
+            request,
+            reasoning_ended=self._reasoning_ended_at_arrival.get(request),
+            num_moves=num_moves + 1,
+            has_kv=has_kv,
+        )
+        if not has_kv:
+            self._take_back(request)
+        self._exports[request_id] = _Export(request, request.num_preemptions, has_kv)
+        return state
+
+    def _check_moment(self, request: Request) -> bool:
+        """Whether the request takes KV along; raises if it cannot move at this moment."""
+        if request.status == RequestStatus.RUNNING:
+            if request.num_output_tokens > 0:
+                return True
+            if request.num_computed_tokens < RESTART_SHARE * request.num_prompt_tokens:
+                return False
+            raise CannotMigrate("the request is still computing its prompt", Refusal.PREFILLING)
+        if request.num_computed_tokens == 0 and request in self._scheduler.waiting:
+            return False
+        raise CannotMigrate(f"the request is about to be scheduled ({request.status.name.lower()})")
+
+    def _take_back(self, request: Request) -> None:
+        """Take a request without KV out of every queue; what little it has computed is dropped."""
+        if request.status == RequestStatus.RUNNING:
+            self._scheduler.running.remove(request)
+            self._scheduler._preempt_request(request, time.monotonic())
+        self._scheduler.waiting.remove_request(request)
+        self._scheduler.deferred_waiting.discard(request)
+
+    def _exportable(self, request_id: str) -> Request:
+        if self.refusal is not None:
+            raise CannotMigrate(self.refusal, Refusal.UNSUPPORTED_ENGINE)
+        request = self._scheduler.requests.get(request_id)
+        if request is None:
+            raise CannotMigrate(
+                "the request has finished or is not on this instance", Refusal.NOT_HERE
+            )
+        if request_id in self._exports:
+            raise CannotMigrate("the request is being migrated already", Refusal.BEING_MIGRATED)
+        refused = why_not_migratable(request)
+        if refused is not None:
+            raise refused
+        return request
+
+    def await_first_token(self, request_id: str) -> Future[None]:
+        """Resolves when the request has an output token, or is gone."""
+        future: Future[None] = Future()
+        request = self._scheduler.requests.get(request_id)
+        if request is None:
+            future.set_result(None)
+        else:
+            self._first_tokens.append((request, future))
+        return future
+
+    def pin_copyable(self, request_id: str) -> CopyableBlocks:
+        """Pin the blocks of the request that are full and that no step will write again."""
+        export = self._exports[request_id]
+        request = export.request
+        if self._why_lost(export) is None:
+            num_final_tokens = request.num_computed_tokens - request.num_in_flight_tokens
+            self._pin(export, num_final_tokens // self._block_size)
+        return self._copyable(export)
+
+    def suspend(self, request_id: str) -> Future[SuspendedRequest]:
+        """Take the request out of the batch; the future resolves when no step of it is in
+        flight any more. It fails with ``CannotMigrate`` if the request ends first."""
+        export = self._exports[request_id]
+        future: Future[SuspendedRequest] = Future()
+        request = export.request
+        if self._why_lost(export) is not None:
+            future.set_exception(CannotMigrate("the request is not here any more"))
+            return future
+        if export.has_kv:
+            if request.status != RequestStatus.RUNNING:
+                future.set_exception(CannotMigrate("the request is not running any more"))
+                return future
+            self._scheduler.running.remove(request)
+        export.suspended = future
+        self._settle_suspension(export)
+        return future
+
+    def resume(self, request_id: str) -> None:
+        """End an export: the request, if it still lives, goes on here with its KV intact."""
+        export = self._exports.pop(request_id, None)
+        if export is None:
+            return
+        self._unpin(export)
+        request = export.request
+        was_suspended = export.suspended is not None or not export.has_kv
+        if not was_suspended or self._scheduler.requests.get(request_id) is not request:
+            return
+        if not export.has_kv:
+            # It was among the first to be scheduled, or has waited for longer than those behind.
+            self._scheduler.waiting.prepend_request(request)
+            return
+        if len(self._scheduler.running) < self._scheduler.max_num_running_reqs:
+            self._scheduler.running.append(request)
+            return
+        # The batch is full: it waits like a preempted request, but keeps its blocks.
+        self._scheduler.prev_step_scheduled_req_ids.discard(request_id)
+        request.status = RequestStatus.PREEMPTED
+        self._scheduler.kv_holding_waiting.add_request(request)
+
+    def release(self, request_id: str) -> None:
+        """End an export: the destination runs the request now, so forget it without output."""
+        export = self._exports.pop(request_id, None)
+        if export is None:
+            return
+        self._unpin(export)
+        if self._scheduler.requests.get(request_id) is export.request:
+            self.on_release(request_id)
+            self._scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+
+    # ---- observers ------------------------------------------------------------------------
+
+    def after_step(self) -> None:
+        """Notice what the step did to requests that are being exported, or soon will be."""
+        if self._first_tokens:
+            self._settle_first_tokens()
+        for request_id, export in list(self._exports.items()):
+            lost = self._why_lost(export)
+            if lost is not None:
+                self._lose(request_id, export, lost)
+            else:
+                self._settle_suspension(export)
+
+    def on_abort(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            export = self._exports.get(request_id)
+            if export is not None:
+                self._lose(request_id, export, "aborted")
+
+    def _settle_first_tokens(self) -> None:
+        waiting, self._first_tokens = self._first_tokens, []
+        for request, future in waiting:
+            if request.num_output_tokens > 0 or request.is_finished():
+                if not future.done():
+                    future.set_result(None)
+            elif not future.cancelled():
+                self._first_tokens.append((request, future))
+
+    # ---- helpers --------------------------------------------------------------------------
+
+    def _why_lost(self, export: _Export) -> str | None:
+        request = export.request
+        if self._scheduler.requests.get(request.request_id) is not request:
+            return "finished"
+        if request.num_preemptions != export.num_preemptions:
+            # What was copied may now lie beyond what is computed.
+            return "preempted"
+        return None
+
+    def _settle_suspension(self, export: _Export) -> None:
+        future, request = export.suspended, export.request
+        if future is None or future.done() or request.num_in_flight_tokens > 0:
+            return
+        num_expected_tokens = request.num_tokens - 1 if export.has_kv else 0
+        if request.num_computed_tokens != num_expected_tokens:
+            future.set_exception(CannotMigrate("the request is not between two decode steps"))
+            return
+        generator_state = self._engine.collective_rpc(
+            read_generator_state, args=(request.request_id,)
+        )[0]
+        self._pin(export, self._num_blocks(request.num_computed_tokens))
+        future.set_result(
+            SuspendedRequest(
+                final=FinalState(
+                    output_token_ids=list(request.output_token_ids),
+                    num_computed_tokens=request.num_computed_tokens,
+                    generator_state=generator_state,
+                ),
+                blocks=self._copyable(export),
+                suspended_at_s=time.perf_counter(),
+            )
+        )
+
+    def _lose(self, request_id: str, export: _Export, what: str) -> None:
+        """Tell, once, what became of an export's request."""
+        if export.is_lost:
+            return
+        export.is_lost = True
+        if export.suspended is not None and not export.suspended.done():
+            export.suspended.set_exception(CannotMigrate(f"the request was {what}"))
+        self.on_lost(request_id, what)
+
+    def _pin(self, export: _Export, num_blocks: int) -> None:
+        blocks = self._kv_manager.get_blocks(export.request.request_id).blocks[0]
+        new = list(blocks[len(export.pinned) : num_blocks])
+        self._kv_manager.block_pool.touch(new)
+        export.pinned.extend(new)
+
+    @staticmethod
+    def _copyable(export: _Export) -> CopyableBlocks:
+        return CopyableBlocks(
+            block_ids=[block.block_id for block in export.pinned],
+            num_preemptions=export.request.num_preemptions,
+        )
+
+    def _unpin(self, export: _Export) -> None:
+        # The tail is evicted first, as when a request's own blocks are freed.
+        self._kv_manager.block_pool.free_blocks(reversed(export.pinned))
+        export.pinned.clear()

@@ -1,0 +1,224 @@
+"""Requests on their way into an engine: room held for them, then a place in its scheduler.
+
+To the destination a migrated request is a preempted request that resumes with its KV intact:
+blocks are reserved for it, filled by the migrator, and ``scheduler.add_request`` then finds it
+with ``num_computed_tokens`` set. The stock scheduler does the rest. A request that comes without
+KV holds no blocks, and is handed over to wait for its turn.
+
+Invariant: every import ends in exactly one of ``commit`` and ``cancel``; afterwards the block pool
+holds nothing on its behalf but what the request itself holds.
+
+What this does not know: messages, transports, time-outs, and the protocol's states.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, UtilityOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.serial_utils import UtilityResult
+
+from llumsched.engine.base import CannotMigrate, Refusal
+from llumsched.engine.vllm.core import LlumschedEngineCore
+from llumsched.engine.vllm.port import Arrival, EnginePort
+from llumsched.engine.vllm.state import (
+    FinalState,
+    RequestState,
+    decode_request,
+    install_request,
+    replay_grammar,
+)
+
+# ``call_id`` of the message by which a destination tells the frontend that a request's outputs
+# come from it from now on. vLLM draws its own ids from 64 random bits, all of them positive.
+HAND_OVER_CALL_ID = -20240610
+
+# Blocks reserved beyond the request's own tokens, so that what it decodes while being copied
+# rarely needs more room at the last stage.
+RESERVED_GROWTH_BLOCKS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """Blocks held for a request that is arriving: of ``block_ids``, the first
+    ``num_cached_blocks`` have their content already (by prefix caching). ``grammar`` is to be
+    waited for before the commit, if one is being compiled."""
+
+    request_id: str
+    block_ids: list[int]
+    num_cached_blocks: int
+    grammar: Future[Any] | None
+
+
+@dataclass(slots=True)
+class _Import:
+    request: Request
+    core_request: EngineCoreRequest
+    num_moves: int
+    num_reserved_tokens: int
+    has_kv: bool
+
+
+class ImportingPort(EnginePort):
+    """Imports of one engine."""
+
+    def __init__(self, engine: LlumschedEngineCore) -> None:
+        super().__init__(engine)
+        self._imports: dict[str, _Import] = {}
+
+    def reserve(self, state: RequestState) -> Reservation:
+        """Reserve blocks for a request that is about to move here.
+
+        Raises:
+            CannotMigrate: with the reason; nothing is held then.
+        """
+        if self.refusal is not None:
+            raise CannotMigrate(self.refusal, Refusal.UNSUPPORTED_ENGINE)
+        core_request = decode_request(state)
+        request_id = core_request.request_id
+        if request_id in self._scheduler.requests or request_id in self._imports:
+            raise CannotMigrate(
+                "the destination holds a request of this id already", Refusal.BEING_MIGRATED
+            )
+        request, _ = self._engine.preprocess_add_request(core_request)
+        request.append_output_token_ids(state.output_token_ids)
+        request.num_preemptions = state.num_preemptions
+        if state.has_kv:
+            num_reserved_tokens, num_cached_tokens = self._allocate(request)
+        else:
+            num_reserved_tokens = num_cached_tokens = 0
+        self._imports[request_id] = _Import(
+            request, core_request, state.num_moves, num_reserved_tokens, state.has_kv
+        )
+        structured = request.structured_output_request
+        grammar = structured._grammar if structured is not None else None
+        return Reservation(
+            request_id=request_id,
+            block_ids=list(self._kv_manager.get_block_ids(request_id)[0]),
+            num_cached_blocks=num_cached_tokens // self._block_size,
+            grammar=grammar if isinstance(grammar, Future) else None,
+        )
+
+    def _allocate(self, request: Request) -> tuple[int, int]:
+        """Hold blocks for an arriving request; the tokens they have room for, and of these the
+        tokens that are in the prefix cache."""
+        num_reserved_tokens = min(
+            (self._num_blocks(request.num_tokens) + RESERVED_GROWTH_BLOCKS) * self._block_size,
+            self._scheduler.max_model_len,
+        )
+        cached_blocks, num_cached_tokens, _ = self._kv_manager.get_computed_blocks(request)
+        allocated = self._kv_manager.allocate_slots(
+            request,
+            0,
+            num_new_computed_tokens=num_cached_tokens,
+            new_computed_blocks=cached_blocks,
+            num_external_computed_tokens=num_reserved_tokens - num_cached_tokens,
+            delay_cache_blocks=True,
+            skip_zeroing_group_ids=(0,),
+            has_scheduled_reqs=False,
+        )
+        if allocated is None:
+            raise CannotMigrate(
+                f"the destination has {self._kv_manager.block_pool.get_num_free_blocks()} free "
+                f"blocks, the request needs {self._num_blocks(num_reserved_tokens)}",
+                Refusal.NO_ROOM,
+            )
+        request.num_computed_tokens = num_reserved_tokens
+        return num_reserved_tokens, num_cached_tokens
+
+    def grow(self, request_id: str, num_blocks: int) -> list[int]:
+        """Reserve until the request holds ``num_blocks`` blocks; the ids of all of them.
+
+        Raises:
+            CannotMigrate: if there is no room to grow. The reservation stays, to be cancelled.
+        """
+        imported = self._imports.get(request_id)
+        if imported is None:
+            raise CannotMigrate("the reservation is gone")
+        missing_tokens = num_blocks * self._block_size - imported.num_reserved_tokens
+        if missing_tokens > 0:
+            if self._scheduler.needs_kv_cache_zeroing:
+                raise CannotMigrate("the request outgrew its reservation")
+            if (
+                self._kv_manager.allocate_slots(
+                    imported.request, missing_tokens, delay_cache_blocks=True
+                )
+                is None
+            ):
+                raise CannotMigrate(
+                    "the destination ran out of blocks while the request grew", Refusal.NO_ROOM
+                )
+            imported.num_reserved_tokens += missing_tokens
+            imported.request.num_computed_tokens = imported.num_reserved_tokens
+        return list(self._kv_manager.get_block_ids(request_id)[0])
+
+    def commit(self, request_id: str, final: FinalState) -> None:
+        """Start to decode the request here; its next output comes from this instance."""
+        imported = self._imports.pop(request_id, None)
+        if imported is None:
+            raise CannotMigrate("the reservation is gone")
+        try:
+            self._install(imported, final)
+        except Exception:
+            self._kv_manager.free(imported.request)
+            raise
+        request = imported.request
+        self._arrivals[request] = Arrival(imported.num_moves, time.monotonic())
+        self._announce(request, imported.num_moves)
+        self._engine.add_request(request)
+        self._reasoning_ended_at_arrival[request] = imported.core_request.reasoning_ended
+        request.events.clear()  # it was queued once already, as the frontend knows
+
+    def _install(self, imported: _Import, final: FinalState) -> None:
+        """Make scheduler and worker believe that the request was preempted here a moment ago.
+
+        A request that has no output yet is new to the worker, and needs nothing.
+        """
+        request = imported.request
+        request.append_output_token_ids(final.output_token_ids[request.num_output_tokens :])
+        num_expected_tokens = request.num_tokens - 1 if imported.has_kv else 0
+        if final.num_computed_tokens != num_expected_tokens:
+            # The scheduler would die of it, and every request of this instance with it.
+            raise CannotMigrate(
+                f"the request came with {final.num_computed_tokens} computed tokens of "
+                f"{num_expected_tokens}"
+            )
+        request.num_computed_tokens = final.num_computed_tokens
+        if imported.has_kv:
+            self._kv_manager.cache_blocks(request, request.num_computed_tokens)
+        if not request.num_output_tokens:
+            return
+        replay_grammar(self._engine.structured_output_manager, request, imported.core_request)
+        self._engine.collective_rpc(
+            install_request,
+            args=(
+                imported.core_request,
+                self._kv_manager.get_block_ids(request.request_id),
+                final,
+            ),
+        )
+        request.status = RequestStatus.PREEMPTED
+        request.prefill_stats = None  # the prompt was computed, and counted, at the source
+        self._scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+        # If it ran here before, the worker may not have been told yet that it left: it must not
+        # drop the state that was just installed.
+        self._scheduler.finished_req_ids.discard(request.request_id)
+
+    def cancel(self, request_id: str) -> None:
+        """Give a reservation back."""
+        imported = self._imports.pop(request_id, None)
+        if imported is not None:
+            self._kv_manager.free(imported.request)
+
+    def _announce(self, request: Request, num_moves: int) -> None:
+        announcement = UtilityOutput(
+            call_id=HAND_OVER_CALL_ID,
+            result=UtilityResult([request.request_id, num_moves, request.num_output_tokens]),
+        )
+        self._engine.output_queue.put_nowait(
+            (request.client_index, EngineCoreOutputs(utility_output=announcement))
+        )

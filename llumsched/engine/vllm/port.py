@@ -1,0 +1,90 @@
+"""What both sides of a migration know of an engine, and of the requests that it was sent.
+
+Knows neither how a request leaves (``exports``) nor how one arrives (``imports``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from vllm.v1.request import Request
+
+from llumsched.engine.compatibility import PROTOCOL_VERSION, Compatibility, fingerprint_of
+from llumsched.engine.vllm.core import LlumschedEngineCore
+from llumsched.engine.vllm.internals import installed_version
+from llumsched.engine.vllm.kv import KVBlocks
+from llumsched.engine.vllm.state import why_engine_cannot_migrate
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request came by its ``num_moves``-th migration, at ``at_s`` (``time.monotonic()``)."""
+
+    num_moves: int
+    at_s: float
+
+
+class EnginePort:
+    """Invariant: every method of it and of its subclasses runs on the engine's loop thread.
+
+    ``refusal`` is the reason why no request of this engine can move, or ``None``; ``kv`` is its KV
+    cache, unless there is such a reason.
+    """
+
+    def __init__(self, engine: LlumschedEngineCore) -> None:
+        self._engine = engine
+        self._scheduler = engine.scheduler
+        self._kv_manager = engine.scheduler.kv_cache_manager
+        self._block_size: int = engine.vllm_config.cache_config.block_size
+        self._arrivals: WeakKeyDictionary[Request, Arrival] = WeakKeyDictionary()
+        # Changes while a request decodes; the destination starts from what it was at first.
+        self._reasoning_ended_at_arrival: WeakKeyDictionary[Request, bool | None] = (
+            WeakKeyDictionary()
+        )
+        self.refusal = why_engine_cannot_migrate(
+            engine.vllm_config, self._kv_manager.kv_cache_config
+        )
+        self.kv = self._open_kv_cache() if self.refusal is None else None
+        engine.observe(on_add=self._on_add)
+
+    def _open_kv_cache(self) -> KVBlocks | None:
+        runner = self._engine.model_executor.driver_worker.worker.model_runner
+        try:
+            return KVBlocks(runner.kv_caches, self._kv_manager.kv_cache_config.num_blocks)
+        except ValueError as error:
+            self.refusal = str(error)
+            return None
+
+    def fingerprint(self) -> str:
+        """What must be equal on two instances for a request to move between them."""
+        config = self._engine.vllm_config
+        model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+        groups = self._kv_manager.kv_cache_config.kv_cache_groups
+        return fingerprint_of(
+            Compatibility(
+                protocol=PROTOCOL_VERSION,
+                vllm=installed_version(),
+                model=str(model.model),
+                revision=str(model.revision or ""),
+                quantization=str(model.quantization or ""),
+                dtype=str(model.dtype),
+                max_model_len=model.max_model_len,
+                block_size=cache.block_size,
+                kv_dtype=str(cache.cache_dtype),
+                kv_spec=tuple(sorted({str(group.kv_cache_spec) for group in groups})),
+                kv_layout=self.kv.layout if self.kv is not None else "",
+                tensor_parallel=parallel.tensor_parallel_size,
+                pipeline_parallel=parallel.pipeline_parallel_size,
+                model_runner=2 if config.use_v2_model_runner else 1,
+                lora=config.lora_config is not None,
+            )
+        )
+
+    def _on_add(self, request: Request) -> None:
+        structured = request.structured_output_request
+        if structured is not None:
+            self._reasoning_ended_at_arrival[request] = structured.reasoning_ended
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)

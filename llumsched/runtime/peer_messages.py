@@ -1,0 +1,148 @@
+"""What the migrators of two instances say to each other, and the bytes that follow.
+
+Decoding checks the types and runs no code of the sender's. KV bytes never lie in a message: they
+are in memory that both share, in a second frame, or in a ``torch.distributed`` channel.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from llumsched.runtime.messages import Message
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """Opens a connection. ``transport`` is what the sender is configured for; ``boot_id`` to
+    ``slot_num_bytes`` describe its staging ring (see ``engine.kv_transfer``)."""
+
+    instance_id: str
+    fingerprint: str
+    transport: str
+    boot_id: str
+    pid: int
+    fd: int
+    inode: int
+    num_slots: int
+    slot_num_bytes: int
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    """``transport`` is how bytes travel from now on, or ``refused`` why they cannot.
+
+    With ``shared_memory`` the receiver has mapped the ring; with ``tcp`` bytes follow each
+    ``StoreBlocks``; with ``gloo`` and ``nccl`` they come through a channel whose two ends meet at
+    ``rendezvous``.
+    """
+
+    transport: str = ""
+    rendezvous: str = ""
+    refused: str | None = None
+
+
+class Reserve(Message, frozen=True, kw_only=True):
+    """``state`` is a ``RequestState``. The reservation has a deadline of its own."""
+
+    migration_id: str
+    request_id: str
+    source: str
+    state: bytes
+
+
+class Reserved(Message, frozen=True, kw_only=True):
+    migration_id: str
+    num_cached_blocks: int
+
+
+class ReserveRejected(Message, frozen=True, kw_only=True):
+    migration_id: str
+    reason: str
+
+
+class StoreBlocks(Message, frozen=True, kw_only=True):
+    """Part of a stage: blocks ``first_block`` and following lie in ``slot``, whose ``use``-th use
+    this is. Every part names the whole stage, so the first to arrive announces it.
+
+    ``checksum`` is the CRC-32 of the bytes, if the sender is configured to add it.
+    """
+
+    migration_id: str
+    stage: int
+    stage_first_block: int
+    stage_num_blocks: int
+    first_block: int
+    num_blocks: int
+    slot: int
+    use: int
+    checksum: int | None = None
+
+
+class SlotRead(Message, frozen=True, kw_only=True):
+    """The slot's bytes, of this use of it, are not needed any more."""
+
+    slot: int
+    use: int
+
+
+class StageStored(Message, frozen=True, kw_only=True):
+    """A whole stage is in the destination's KV cache."""
+
+    migration_id: str
+    stage: int
+    num_blocks_total: int
+
+
+class Commit(Message, frozen=True, kw_only=True):
+    """``final`` is a ``FinalState``. May be repeated; so may its answer."""
+
+    migration_id: str
+    num_blocks: int
+    final: bytes
+
+
+class CommitAnswer(Message, frozen=True, kw_only=True):
+    """``refused`` is ``None`` if the destination runs the request."""
+
+    migration_id: str
+    refused: str | None = None
+
+
+class QueryCommit(Message, frozen=True, kw_only=True):
+    migration_id: str
+
+
+class ReleaseReservation(Message, frozen=True, kw_only=True):
+    migration_id: str
+    reason: str
+
+
+class MigrationClosed(Message, frozen=True, kw_only=True):
+    """The source has the destination's answer; its record need not be kept."""
+
+    migration_id: str
+
+
+class AbortMigrated(Message, frozen=True, kw_only=True):
+    """The client left while the request moved: abort it where it has arrived."""
+
+    migration_id: str
+    request_id: str
+
+
+PeerMessage = (
+    Hello
+    | Welcome
+    | Reserve
+    | Reserved
+    | ReserveRejected
+    | StoreBlocks
+    | SlotRead
+    | StageStored
+    | Commit
+    | CommitAnswer
+    | QueryCommit
+    | ReleaseReservation
+    | MigrationClosed
+    | AbortMigrated
+)
+
+decode_peer = msgspec.msgpack.Decoder(PeerMessage).decode
