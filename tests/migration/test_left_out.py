@@ -1,0 +1,252 @@
+"""Each item of what a request takes along matters: with it left out, something goes wrong.
+
+The seams are the functions that carry the item; a test replaces one of them, and the answer of a
+request that depends on the item is then not the one it would have had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.serial_utils import MsgpackEncoder
+
+from llumsched.engine.vllm import exports, imports, state
+from llumsched.engine.vllm.state import FinalState, RequestState, decode_request
+from tests.migration.answers import seen_by_client
+from tests.migration.cases import CASES
+from tests.migration.pool import Pool
+
+AT = 6
+
+
+def moved(pool: Pool, name: str) -> Any:
+    """A case's answer, moved once, or what kept it from being answered."""
+    case = CASES[name]
+    answer = pool.submit(name, case.prompt(pool.tokenizer), case.params, **case.fields)
+    pool.until(lambda: pool.num_tokens(name) >= AT)
+    for sequence_id in answer.sequence_ids:
+        report = pool.move(sequence_id, 1)
+        if report.outcome != "committed":
+            pool.finish(name)
+            return report.reason
+    return seen_by_client(pool.finish(name)[0])
+
+
+@pytest.fixture
+def differs(pool: Pool, unmoved: dict[str, Any]) -> Callable[[str], bool]:
+    """Whether a case's answer is another one with what the test has replaced."""
+    return lambda name: bool(moved(pool, name) != unmoved[name])
+
+
+@pytest.mark.parametrize("name", ["greedy", "seed", "JSON schema", "long prompt"])
+def test_nothing_left_out(differs: Callable[[str], bool], name: str) -> None:
+    """The control: the way these tests go about it changes nothing."""
+    assert not differs(name)
+
+
+# ---- the KV cache -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["greedy", "long prompt"])
+def test_kv(
+    pool: Pool, differs: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    kv = pool.instances[1].port.kv
+    monkeypatch.setattr(kv, "scatter", lambda _ids, _staging: None)
+    assert differs(name)
+
+
+@pytest.mark.parametrize("name", ["greedy", "long prompt"])
+def test_kv_of_the_last_stage_only(
+    pool: Pool, differs: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The tail: the block that was not full while the request still decoded."""
+    kv = pool.instances[1].port.kv
+    assert kv is not None
+    scatter, calls = kv.scatter, []
+
+    def all_but_the_last(block_ids: list[int], staging: torch.Tensor) -> None:
+        calls.append(block_ids)
+        if len(block_ids) > 1:
+            scatter(block_ids[:-1], staging[: (len(block_ids) - 1) * kv.block_num_bytes])
+        elif name == "long prompt" and len(calls) == 1:
+            scatter(block_ids, staging)
+
+    monkeypatch.setattr(kv, "scatter", all_but_the_last)
+    assert differs(name)
+
+
+# ---- what the worker keeps ----------------------------------------------------------------------
+
+
+def installing(monkeypatch: pytest.MonkeyPatch, change: Callable[[FinalState], FinalState]) -> None:
+    """Let the worker of the destination be told something else."""
+    real = state.install_request
+
+    def changed(
+        worker: Any, request: EngineCoreRequest, block_ids: tuple[list[int], ...], final: FinalState
+    ) -> None:
+        real(worker, request, block_ids, change(final))
+
+    monkeypatch.setattr(imports, "install_request", changed)
+
+
+def test_generator(differs: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_at_the_start(final: FinalState) -> FinalState:
+        fresh = torch.Generator()
+        fresh.manual_seed(7)
+        return FinalState(
+            output_token_ids=final.output_token_ids,
+            num_computed_tokens=final.num_computed_tokens,
+            generator_state=bytes(fresh.get_state().numpy()),
+        )
+
+    installing(monkeypatch, as_at_the_start)
+    assert differs("seed")
+
+
+def test_generator_at_all(differs: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exports, "read_generator_state", lambda _worker, _request_id: None)
+    assert differs("seed, top_p, top_k, min_p")
+
+
+def test_grammar(differs: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imports, "replay_grammar", lambda *_: None)
+    assert differs("JSON schema")
+    assert differs("regular expression")
+
+
+# ---- what the request says ----------------------------------------------------------------------
+
+
+def capturing(monkeypatch: pytest.MonkeyPatch, change: Callable[[EngineCoreRequest], None]) -> None:
+    """Let the source send another request than it has."""
+    real = state.capture_request
+
+    def changed(*arguments: Any, **keywords: Any) -> RequestState:
+        captured = real(*arguments, **keywords)
+        request = decode_request(captured)
+        change(request)
+        encoded: Any = MsgpackEncoder().encode(request)[0]
+        return msgspec.structs.replace(captured, request=bytes(encoded))
+
+    monkeypatch.setattr(exports, "capture_request", changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "default"),
+    [
+        ("seed", "temperature", 0.0),
+        # Not the seed: it starts the generator, whose state comes along by itself.
+        ("seed, top_p, top_k, min_p", "top_k", 1),
+        ("repetition penalty", "repetition_penalty", 1.0),
+        ("presence penalty", "presence_penalty", 0.0),
+        ("frequency penalty", "frequency_penalty", 0.0),
+        ("logit_bias", "logit_bias", None),
+        ("bad words", "_bad_words_token_ids", None),
+        ("allowed tokens", "allowed_token_ids", None),
+        ("min_tokens", "min_tokens", 0),
+        ("stop token", "stop_token_ids", []),
+        ("length", "max_tokens", 100),
+        ("logprobs", "logprobs", None),
+        ("JSON schema", "structured_outputs", None),
+        ("grammar", "structured_outputs", None),
+        ("end of text", "_eos_token_id", None),
+    ],
+)
+def test_sampling_parameter(
+    differs: Callable[[str], bool],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    parameter: str,
+    default: Any,
+) -> None:
+    def without(request: EngineCoreRequest) -> None:
+        sampling = request.sampling_params
+        assert isinstance(sampling, SamplingParams)
+        setattr(sampling, parameter, default)
+        if parameter == "stop_token_ids":
+            sampling._all_stop_token_ids = set()
+
+    capturing(monkeypatch, without)
+    assert differs(name)
+
+
+def test_prompt(differs: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The repetition penalty counts the prompt as well."""
+
+    def another(request: EngineCoreRequest) -> None:
+        assert request.prompt_token_ids is not None
+        request.prompt_token_ids = [1] * len(request.prompt_token_ids)
+
+    capturing(monkeypatch, another)
+    assert differs("prompt under penalty")
+
+
+def test_outputs_of_the_scheduler(
+    differs: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them the destination would begin at the end of the prompt."""
+
+    def without_the_last(**fields: Any) -> FinalState:
+        fields["output_token_ids"] = fields["output_token_ids"][:-1]
+        return FinalState(**fields)
+
+    monkeypatch.setattr(exports, "FinalState", without_the_last)
+    assert differs("greedy")
+
+
+def test_cache_salt(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who does not know the salt must not find the prompt in a cache: it would be a leak."""
+
+    def num_found_by_another() -> int | None:
+        case = CASES["cache salt"]
+        prompt = case.prompt(pool.tokenizer)
+        answer = pool.submit("salted", prompt, case.params, **case.fields)
+        pool.until(lambda: pool.num_tokens("salted") >= 2)
+        assert pool.move(answer.sequence_ids[0], 1).outcome == "committed"
+        pool.finish("salted")
+        pool.submit("another", prompt, case.params, at=1)
+        return pool.finish("another")[0].num_cached_tokens
+
+    assert num_found_by_another() == 0
+    for instance in pool.instances:
+        instance.core.reset_prefix_cache()
+    capturing(monkeypatch, lambda request: setattr(request, "cache_salt", None))
+    assert num_found_by_another()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("priority", -3),
+        ("arrival_time", 1234.5),
+        ("client_index", 1),
+        ("trace_headers", {"traceparent": "00-1-2-01"}),
+        ("session_id", "s"),
+    ],
+)
+def test_what_orders_and_routes_a_request(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, field: str, value: Any
+) -> None:
+    """At the destination the request has the field; with it left out it has not."""
+    for is_left_out in (False, True):
+        case = CASES["greedy"]
+        name = f"{field} {is_left_out}"
+        answer = pool.submit(name, case.prompt(pool.tokenizer), case.params)
+        (sequence_id,) = answer.sequence_ids
+        setattr(pool.instances[0].core.scheduler.requests[sequence_id], field, value)
+        pool.until(lambda n=name: pool.num_tokens(n) >= 2)  # type: ignore[misc]
+        if is_left_out:
+            default = 0 if isinstance(value, int | float) else None
+            capturing(monkeypatch, lambda r, d=default: setattr(r, field, d))  # type: ignore[misc]
+        assert pool.move(sequence_id, 1).outcome == "committed"
+        there = pool.instances[1].core.scheduler.requests[sequence_id]
+        assert (getattr(there, field) == value) is not is_left_out
+        pool.finish(name)
