@@ -1,0 +1,253 @@
+"""Clients that stream answers, have one of them moved, and note when each token came."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import re
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+from benchmarks._servers import Server
+
+NUM_TOKENS = 64
+MOVE_AFTER = 16
+TIMEOUT_S = 300.0
+POLL_INTERVAL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """One migration. ``step_s`` is the median gap of the answer before it was told to move."""
+
+    pause_s: float
+    step_s: float
+    num_stages: int
+    num_bytes: int
+    total_s: float
+    suspended_s: float
+    began_s: float
+    ended_s: float
+
+
+@dataclass(slots=True)
+class Stream:
+    """An answer as it comes. ``times_s`` has the moment of each token."""
+
+    request_id: str = ""
+    times_s: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+
+    def gaps_s(self) -> list[tuple[float, float]]:
+        """Each gap between two tokens, with the moment of its end."""
+        return [(b, b - a) for a, b in itertools.pairwise(self.times_s)]
+
+
+class Moves:
+    """Measures moves between the two instances of a server."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._num_prompts = 0
+        self.peak_reserved_blocks = 0
+
+    async def alone(self, contexts: Iterable[int], num_rounds: int) -> dict[int, list[Move]]:
+        """Moves of a request that is alone on its instance, by the context it has."""
+        found: dict[int, list[Move]] = {context: [] for context in contexts}
+        async with self._session() as session:
+            await self._move_one(session, 64)  # warm-up: the two instances meet
+            await self._move_one(session, 64)
+            for _ in range(num_rounds):
+                for context, moves in found.items():
+                    moves.append(await self._move_one(session, context))
+        return found
+
+    async def recompute(self, contexts: Iterable[int], num_rounds: int) -> dict[int, list[float]]:
+        """Seconds from the last token here to the first one after asking elsewhere again."""
+        found: dict[int, list[float]] = {context: [] for context in contexts}
+        async with self._session() as session:
+            for _ in range(num_rounds):
+                for context, pauses_s in found.items():
+                    prompt = self._prompt(context)
+                    stream = Stream()
+                    await self._read(session, prompt, stream, NUM_TOKENS, until=MOVE_AFTER)
+                    again = Stream()
+                    # Salted, so that the instance that has the prompt in its cache does not use it.
+                    await self._read(
+                        session, prompt + stream.token_ids, again, 2, salt=f"{self._num_prompts}"
+                    )
+                    pauses_s.append(again.times_s[0] - stream.times_s[-1])
+        return found
+
+    async def among_others(
+        self, context: int, num_others: int, num_moves: int
+    ) -> tuple[list[Move], dict[str, list[float]]]:
+        """Moves between loaded instances, and the gaps of the requests that stay."""
+        gaps: dict[str, list[float]] = {
+            f"{side}, {when}": []
+            for side in ("source", "destination")
+            for when in ("during", "between")
+        }
+        moves = []
+        async with self._session() as session:
+            for _ in range(num_moves):
+                others = [Stream() for _ in range(2 * num_others)]
+                tasks = [
+                    asyncio.create_task(self._read(session, self._prompt(64), other, 400))
+                    for other in others
+                ]
+                await _until(lambda o=others: all(len(x.times_s) >= 4 for x in o))  # type: ignore[misc]
+                where = {i["request_id"]: i["instance_id"] for i in await self._requests(session)}
+                reports: list[dict[str, Any]] = []
+                move = await self._move_one(session, context, reports)
+                moves.append(move)
+                await asyncio.sleep(1.0)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                (report,) = reports
+                for other in others:
+                    instance = next(
+                        (at for name, at in where.items() if name.startswith(other.request_id)), ""
+                    )
+                    side = "source" if instance == report["source"] else "destination"
+                    for ended_s, gap_s in other.gaps_s():
+                        if move.began_s <= ended_s and ended_s - gap_s <= move.ended_s:
+                            gaps[f"{side}, during"].append(gap_s)
+                        elif ended_s > move.began_s - 1.0:
+                            gaps[f"{side}, between"].append(gap_s)
+        return moves, gaps
+
+    async def _move_one(
+        self,
+        session: aiohttp.ClientSession,
+        context: int,
+        reports: list[dict[str, Any]] | None = None,
+    ) -> Move:
+        stream = Stream()
+        reading = asyncio.create_task(
+            self._read(session, self._prompt(context), stream, MOVE_AFTER + 4 * NUM_TOKENS)
+        )
+        await _until(lambda: len(stream.times_s) >= MOVE_AFTER, reading)
+        polling = asyncio.create_task(self._watch_blocks(session))
+        began_s = time.perf_counter()
+        body = {"request_id": stream.request_id}
+        async with session.post(f"{self._server.url}/llumsched/migrations", json=body) as response:
+            report = await response.json()
+            ended_s = time.perf_counter()
+            if response.status != 200:
+                raise RuntimeError(f"not migrated: {report}")
+        polling.cancel()
+        last = int(report["num_output_tokens"])
+        await _until(lambda: len(stream.times_s) >= last + 8, reading)
+        reading.cancel()
+        with suppress(asyncio.CancelledError):
+            await reading
+        if reports is not None:
+            reports.append(report)
+        before = [gap for end, gap in stream.gaps_s() if end < began_s]
+        return Move(
+            pause_s=stream.times_s[last] - stream.times_s[last - 1],
+            step_s=statistics.median(before[2:]),
+            num_stages=report["num_stages"],
+            num_bytes=report["num_bytes"],
+            total_s=report["total_s"],
+            suspended_s=report["suspended_s"],
+            began_s=began_s,
+            ended_s=ended_s,
+        )
+
+    async def _watch_blocks(self, session: aiohttp.ClientSession) -> None:
+        while True:
+            async with session.get(f"{self._server.url}/llumsched/instances") as response:
+                described = await response.json()
+            for instance in described["instances"]:
+                reserved = instance["load"]["num_reserved_blocks"]
+                self.peak_reserved_blocks = max(self.peak_reserved_blocks, reserved)
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+    async def _requests(self, session: aiohttp.ClientSession) -> list[dict[str, Any]]:
+        async with session.get(f"{self._server.url}/llumsched/requests") as response:
+            found: list[dict[str, Any]] = (await response.json())["requests"]
+            return found
+
+    def _prompt(self, context: int) -> list[int]:
+        """Tokens that no prompt before had in this order, from the first block on."""
+        self._num_prompts += 1
+        return [1000 + (self._num_prompts * 7919 + i * 31) % 40000 for i in range(context)]
+
+    async def _read(
+        self,
+        session: aiohttp.ClientSession,
+        prompt: list[int],
+        stream: Stream,
+        num_tokens: int,
+        *,
+        until: int | None = None,
+        salt: str | None = None,
+    ) -> None:
+        body: dict[str, Any] = {
+            "model": self._server.model,
+            "prompt": prompt,
+            "max_tokens": num_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "return_token_ids": True,
+        }
+        if salt is not None:
+            body["cache_salt"] = salt
+        url = f"{self._server.url}/v1/completions"
+        async with session.post(url, json=body) as response:
+            response.raise_for_status()
+            async for line in response.content:
+                if not line.startswith(b"data: {"):
+                    continue
+                chunk = json.loads(line[6:])
+                stream.request_id = chunk["id"]
+                new = [t for choice in chunk["choices"] for t in choice.get("token_ids") or ()]
+                now_s = time.perf_counter()
+                # Several tokens in one chunk came at once, as far as the client can tell.
+                stream.times_s += [now_s] * len(new)
+                stream.token_ids += new
+                if until is not None and len(stream.token_ids) >= until:
+                    return
+
+    @asynccontextmanager
+    async def _session(self) -> AsyncIterator[aiohttp.ClientSession]:
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+            yield session
+
+
+async def _until(condition: Callable[[], bool], reading: asyncio.Task[None] | None = None) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not condition():
+        if reading is not None and reading.done():
+            raise RuntimeError("the answer ended before it had moved")
+        if time.monotonic() > deadline_s:
+            raise TimeoutError("the answer did not come")
+        await asyncio.sleep(0.002)
+
+
+def staging_num_bytes(pid: int) -> int:
+    """Bytes of staging memory that the processes below ``pid`` have: each ring counted once."""
+    sizes: dict[str, int] = {}
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(OSError):
+            for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+                if "memfd:llumsched-kv" in line:
+                    inode = line.split()[4]
+                    start, end = re.split("-", line.split()[0])
+                    sizes[inode] = int(end, 16) - int(start, 16)
+    return sum(sizes.values())

@@ -1,0 +1,256 @@
+"""What a migration costs: the client's pause, the other requests, bytes and memory.
+
+Two instances serve streamed, greedy requests; each is told to move one while it decodes, and every
+token's arrival at the client is recorded. The pause is the gap between the last token of the source
+and the first of the destination, and is held against the gaps of the same answer before the move:
+one ordinary decode step. Beside it: stop-and-copy (the same two instances, all blocks in one stage
+while the request stands still) and recompute (the request is sent again with what it has put out).
+No prompt is asked twice, so no prefix is found in a cache.
+
+The others: some requests decode on both instances while one with a long context moves past them;
+their gaps during migrations are held against their gaps between migrations.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import _plot, _transports
+from benchmarks._migration_client import Move, Moves, staging_num_bytes
+from benchmarks._report import Figure, Report, Table, main, number
+from benchmarks._servers import ENGINE_FLAGS, llumsched
+
+BENCHMARK = "Migration"
+
+CONTEXTS = (256, 512, 1000, 2000, 3000)
+SHORT, LONG = CONTEXTS[0], CONTEXTS[-1]
+NUM_OTHERS = 2
+STAGE_NUM_BLOCKS = 64
+PLOTS = Path(__file__).parents[1] / "docs" / "benchmarks"
+
+LIVE = "policy: round_robin\n"
+STOP_AND_COPY = (
+    "policy: round_robin\nmigration: {final_stage_blocks: 100000, max_final_stage_blocks: 100000}\n"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Moves by context, in seconds and bytes; ``recompute_s`` are pauses as well."""
+
+    live: dict[int, list[Move]]
+    stop_and_copy: dict[int, list[Move]]
+    recompute_s: dict[int, list[float]]
+    loaded: list[Move]
+    others: dict[str, list[float]]
+    """Gaps of the other requests, by ``source``/``destination`` and ``during``/``between``."""
+    peak_reserved_blocks: int
+    staging_num_bytes: int
+
+
+def run(quick: bool) -> Report:
+    transports = _transports.measure(STAGE_NUM_BLOCKS, quick=quick)
+    measured = _measure(quick)
+    if not quick:
+        _draw(measured)
+    return Report(
+        figures=_figures(measured, transports),
+        tables=_tables(measured, transports),
+        notes=[] if quick else ["![Pause by context](migration-pause.svg)"],
+    )
+
+
+def _measure(quick: bool) -> Measured:
+    num_rounds = 1 if quick else 9
+    contexts = (SHORT, LONG) if quick else CONTEXTS
+    with tempfile.TemporaryDirectory() as folder:
+        configs = {}
+        for name, text in (("live", LIVE), ("stop", STOP_AND_COPY)):
+            configs[name] = Path(folder) / f"{name}.yaml"
+            configs[name].write_text(text, encoding="utf-8")
+        with llumsched(2, (*ENGINE_FLAGS, "--config", str(configs["live"]))) as server:
+            moves = Moves(server)
+            live = asyncio.run(moves.alone(contexts, num_rounds))
+            recompute_s = asyncio.run(moves.recompute(contexts, max(1, num_rounds // 3)))
+            loaded, others = asyncio.run(
+                moves.among_others(LONG, NUM_OTHERS, 2 if quick else 3 * num_rounds)
+            )
+            peak, staging = moves.peak_reserved_blocks, staging_num_bytes(server.pid)
+        with llumsched(2, (*ENGINE_FLAGS, "--config", str(configs["stop"]))) as server:
+            stop_and_copy = asyncio.run(Moves(server).alone(contexts, num_rounds))
+    return Measured(
+        live=live,
+        stop_and_copy=stop_and_copy,
+        recompute_s=recompute_s,
+        loaded=loaded,
+        others=others,
+        peak_reserved_blocks=peak,
+        staging_num_bytes=staging,
+    )
+
+
+def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
+    live, stopped = measured.live, measured.stop_and_copy
+    figures = [
+        Figure(
+            name=f"pause at {context} tokens, in decode steps",
+            value=_median(m.pause_s / m.step_s for m in moves),
+            unit="",
+            at_most=1.25,
+        )
+        for context, moves in live.items()
+    ]
+    pause_s = {context: _median(m.pause_s for m in moves) for context, moves in live.items()}
+    beyond_s = _median(max(0.0, m.pause_s - m.step_s) for m in live[LONG])
+    stopped_beyond_s = _median(m.pause_s - m.step_s for m in stopped[LONG])
+    during = {side: measured.others[f"{side}, during"] for side in ("source", "destination")}
+    between = {side: measured.others[f"{side}, between"] for side in ("source", "destination")}
+    return [
+        *figures,
+        Figure(
+            name=f"pause at {LONG} tokens over that at {SHORT}",
+            value=pause_s[LONG] / pause_s[SHORT],
+            unit="",
+            at_most=1.15,
+        ),
+        Figure(
+            name=f"pause beyond one step at {LONG} tokens, stop-and-copy over live",
+            value=stopped_beyond_s / beyond_s if beyond_s else float("inf"),
+            unit="",
+            at_least=15,
+        ),
+        Figure(
+            name=f"whole pause at {LONG} tokens, recompute over live",
+            value=_median(measured.recompute_s[LONG]) / pause_s[LONG],
+            unit="",
+            at_least=150,
+        ),
+        Figure(
+            name="shared memory, gather to scatter, over memcpy of the same bytes",
+            value=transports["shared_memory"] / transports["memcpy"],
+            unit="",
+            at_least=0.5,
+        ),
+        *(
+            Figure(
+                name=f"other requests of the {side} while one migrates, median gap, ratio",
+                value=_median(during[side]) / _median(between[side]),
+                unit="",
+                at_most=1.03,
+            )
+            for side in ("source", "destination")
+        ),
+        Figure(
+            name="worst gap of the source's other requests over their median, while one migrates",
+            value=max(during["source"]) / _median(during["source"]),
+            unit="",
+            at_most=1.3,
+        ),
+        Figure(
+            name=f"pause at {LONG} tokens to a loaded destination, in its decode steps",
+            value=_median(m.pause_s / m.step_s for m in measured.loaded),
+            unit="",
+        ),
+        Figure(
+            name=f"blocks reserved at the destination at the peak, {LONG} tokens",
+            value=measured.peak_reserved_blocks,
+            unit="blocks",
+        ),
+        Figure(
+            name="staging memory of both instances at the peak",
+            value=measured.staging_num_bytes / 1e6,
+            unit="MB",
+        ),
+    ]
+
+
+def _tables(measured: Measured, transports: dict[str, float]) -> list[Table]:
+    return [
+        Table(
+            title="Pauses, medians in ms",
+            columns=("context", "decode step", "live", "stop-and-copy", "recompute"),
+            rows=[
+                (
+                    str(context),
+                    _ms(m.step_s for m in moves),
+                    _ms(m.pause_s for m in moves),
+                    _ms(m.pause_s for m in measured.stop_and_copy[context]),
+                    _ms(measured.recompute_s[context]),
+                )
+                for context, moves in measured.live.items()
+            ],
+        ),
+        Table(
+            title="A live migration, medians",
+            columns=("context", "stages", "MB", "total, ms", "suspended, ms", "worst pause, ms"),
+            rows=[
+                (
+                    str(context),
+                    _median(m.num_stages for m in moves),
+                    _median(m.num_bytes for m in moves) / 1e6,
+                    _ms(m.total_s for m in moves),
+                    _ms(m.suspended_s for m in moves),
+                    1000 * max(m.pause_s for m in moves),
+                )
+                for context, moves in measured.live.items()
+            ],
+        ),
+        Table(
+            title=f"Transports, {STAGE_NUM_BLOCKS} blocks between two processes",
+            columns=("transport", "GB/s"),
+            rows=list(transports.items()),
+        ),
+        Table(
+            title=f"{NUM_OTHERS} other requests on each side, {LONG} tokens moving, gaps in ms",
+            columns=("where and when", "median", "p99", "worst", "number"),
+            rows=[
+                (name, _ms(gaps), 1000 * _p99(gaps), 1000 * max(gaps), str(len(gaps)))
+                for name, gaps in measured.others.items()
+            ],
+        ),
+    ]
+
+
+def _draw(measured: Measured) -> None:
+    def points(by_context: dict[int, list[float]]) -> _plot.Points:
+        return [(context, 1000 * _median(times)) for context, times in by_context.items()]
+
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    plot = _plot.lines(
+        f"Pause as the client sees it ({number(len(measured.live[LONG]))} moves each)",
+        "tokens of context",
+        "ms",
+        {
+            "recompute": points(measured.recompute_s),
+            "stop-and-copy": points(
+                {c: [m.pause_s for m in moves] for c, moves in measured.stop_and_copy.items()}
+            ),
+            "live": points({c: [m.pause_s for m in moves] for c, moves in measured.live.items()}),
+            "one decode step": points(
+                {c: [m.step_s for m in moves] for c, moves in measured.live.items()}
+            ),
+        },
+    )
+    (PLOTS / "migration-pause.svg").write_text(plot, encoding="utf-8")
+
+
+def _median(values: Iterable[float]) -> float:
+    return statistics.median(values)
+
+
+def _ms(values: Iterable[float]) -> float:
+    return 1000 * _median(values)
+
+
+def _p99(values: Sequence[float]) -> float:
+    return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))
