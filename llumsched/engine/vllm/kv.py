@@ -16,6 +16,8 @@ from contextlib import contextmanager
 
 import torch
 
+WORD = 8  # bytes
+
 
 class KVBlocks:
     """The KV cache of one worker, seen as ``num_blocks`` rows of bytes in each layer.
@@ -35,10 +37,12 @@ class KVBlocks:
         for kv_cache in kv_caches:
             shapes.append((tuple(kv_cache.shape[1:]), str(kv_cache.dtype)))
             for part in _split_by_block(kv_cache, num_blocks):
-                self._rows.append(part.view(torch.uint8).view(num_blocks, -1))
+                rows = part.view(torch.uint8).view(num_blocks, -1)
+                # Copied by the element, so the fewer elements the better.
+                self._rows.append(rows.view(torch.int64) if rows.shape[1] % WORD == 0 else rows)
         self.device = self._rows[0].device
         self._stream = None if self.device.type == "cpu" else torch.Stream(device=self.device)
-        self.block_num_bytes = sum(rows.shape[1] for rows in self._rows)
+        self.block_num_bytes = sum(rows[0].nbytes for rows in self._rows)
         self.layout = f"{len(kv_caches)}x{sorted(set(shapes))}"
 
     def gather(self, block_ids: Sequence[int], staging: torch.Tensor) -> None:
@@ -71,8 +75,9 @@ class KVBlocks:
         parts = []
         start = 0
         for rows in self._rows:
-            num_bytes = num_blocks * rows.shape[1]
-            parts.append(staging[start : start + num_bytes].view(num_blocks, rows.shape[1]))
+            num_bytes = num_blocks * rows[0].nbytes
+            part = staging[start : start + num_bytes]
+            parts.append(part.view(rows.dtype).view(num_blocks, rows.shape[1]))
             start += num_bytes
         return parts
 
