@@ -13,6 +13,7 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
         "latency": "llumsched.policies.latency:bundle",
         "throughput": "llumsched.policies.throughput:bundle",
         "long_context": "llumsched.policies.long_context:bundle",
+        "late_binding": "llumsched.policies.late_binding:bundle",
         "prefix_aware": "llumsched.policies.prefix_aware:bundle",
         "slo": "llumsched.policies.slo:bundle",
         "disaggregated": "llumsched.policies.disaggregated:bundle",
@@ -31,6 +32,7 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
         "least_requests": "llumsched.policies.least_requests:LeastRequests",
         "fill_target": "llumsched.policies.throughput:FillTarget",
         "prompt_length": "llumsched.policies.long_context:PromptLength",
+        "freest_with_room": "llumsched.policies.late_binding:FreestWithRoom",
         "cached_prefix": "llumsched.policies.prefix_aware:CachedPrefix",
         "deadline_slack": "llumsched.policies.slo:DeadlineSlack",
         "prefill_pool": "llumsched.policies.disaggregated:PrefillPool",
@@ -53,6 +55,7 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
         "spare_instances": "llumsched.policies.throughput:SpareInstances",
         # Admission
         "preemption_bound": "llumsched.policies.throughput:PreemptionBound",
+        "room_or_wait": "llumsched.policies.late_binding:RoomOrWait",
         "room_first": "llumsched.policies.long_context:RoomFirst",
         "deadline_admission": "llumsched.policies.slo:DeadlineAdmission",
         "early_rejection": "llumsched.policies.mooncake:EarlyRejection",

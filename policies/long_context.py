@@ -7,7 +7,7 @@ the departure from Llumnix (OSDI '24), which de-fragments once the prompt is stu
 queue; the bound on the stall follows Sarathi-Serve (OSDI '24).
 
 Invariant: dispatch, admission and migration agree on the instance being cleared, since all three
-find it by `_clearing` from the same snapshot; short requests are kept off it.
+find it by `clearing_row` from the same snapshot; short requests are kept off it.
 """
 
 from collections.abc import Iterable
@@ -26,11 +26,10 @@ from llumsched.core.policy import (
 )
 from llumsched.core.snapshot import BoolColumn, ClusterSnapshot
 from llumsched.core.types import SchedulingRequest
+from llumsched.policies._clearing import LONG_SHARE_DOC, clearing_row, is_long
 from llumsched.policies.freeness_pairs import FreenessPairs
 from llumsched.policies.freeness_range import FreenessRange
 from llumsched.policies.low_priority_short import LowPriorityShort
-
-LONG_SHARE_DOC = "A prompt of at least this share of the largest instance's blocks is long."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +69,9 @@ class PromptLength:
         self, request: SchedulingRequest, cluster: ClusterSnapshot, among: BoolColumn | None
     ) -> tuple[int | None, str]:
         c = cluster.columns
-        if _is_long(request, cluster, self.long_share):
+        if is_long(request, cluster, self.long_share):
             return cluster.argmax(c.num_room_blocks, among), "long prompt: the most free blocks"
-        clearing = _clearing(cluster, self.long_share)
+        clearing = clearing_row(cluster, self.long_share)
         if clearing is not None:
             others = c.is_accepting.copy() if among is None else among.copy()
             others[clearing] = False
@@ -94,7 +93,7 @@ class RoomFirst:
     long_share: float = param(0.2, LONG_SHARE_DOC, above=0, at_most=1)
 
     def admit(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Verdict:
-        if not _is_long(request, cluster, self.long_share):
+        if not is_long(request, cluster, self.long_share):
             return ADMIT
         c = cluster.columns
         room = c.num_room_blocks
@@ -120,7 +119,7 @@ class ClearRoom:
 
     def rebalance(self, cluster: ClusterSnapshot) -> Iterable[MigrationPair]:
         others = np.ones(len(cluster), dtype=np.bool_)
-        clearing = _clearing(cluster, self.long_share)
+        clearing = clearing_row(cluster, self.long_share)
         if clearing is not None:
             others[clearing] = False
             yield from self._clear(clearing, cluster)
@@ -143,23 +142,6 @@ class ClearRoom:
                 reason="clears room for a long prompt",
                 balances=False,
             )
-
-
-def _is_long(request: SchedulingRequest, cluster: ClusterSnapshot, long_share: float) -> bool:
-    block_size = cluster.block_size or cluster.stable(
-        "smallest block", lambda: min(map(int, cluster.columns.block_size), default=1)
-    )
-    return request.num_prompt_tokens >= long_share * cluster.max_total_blocks * block_size
-
-
-def _clearing(cluster: ClusterSnapshot, long_share: float) -> int | None:
-    """The instance that the first held long prompt will take: the one with the fewest blocks to
-    move. Once chosen it only becomes freer, so the choice stays."""
-    for request in cluster.held():
-        if _is_long(request, cluster, long_share):
-            c = cluster.columns
-            return cluster.argmax(c.num_room_blocks, cluster.candidates(request))
-    return None
 
 
 def bundle() -> PolicyBundle:
