@@ -27,7 +27,8 @@ def test_there_and_back_again(pool: Admin, plain: PlainAnswers, name: str) -> No
 
 
 def test_inside_a_batch(pool: Admin, plain: PlainAnswers) -> None:
-    """Six at once, each moved there and back past the others."""
+    """Six at once, moved there and back past each other; an instance takes few at a time, so some
+    may have ended before their turn."""
     names = list(SINGLE)[:6]
     found: dict[str, Whole] = {}
     movers = {name: Mover(pool, THERE_AND_BACK) for name in names}
@@ -38,7 +39,9 @@ def test_inside_a_batch(pool: Admin, plain: PlainAnswers) -> None:
     in_parallel(*(lambda name=name: ask(name) for name in names))
     for name in names:
         assert not differences(found[name].as_dict(), plain.streamed[name].as_dict()), name
-        assert len(movers[name].reports) == 2
+    statuses = [answer.status for mover in movers.values() for answer in mover.answers]
+    assert set(statuses) <= {200, 404}, statuses
+    assert statuses.count(200) >= len(names), statuses
 
 
 @pytest.mark.parametrize("name", SEVERAL)

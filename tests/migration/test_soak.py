@@ -20,7 +20,7 @@ from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES
 from tests.migration.pool import Pool
 
-NUM_MIGRATIONS = int(os.environ.get("LLUMSCHED_MIGRATIONS", "60"))
+NUM_MIGRATIONS = int(os.environ.get("LLUMSCHED_MIGRATIONS", "30"))
 NUM_REQUESTS = 6
 # Allocators keep what they have had once: growth counts from here on.
 SETTLED_SHARE = 0.3

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from llumsched.engine.vllm import exports
 from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES, params
 from tests.migration.pool import NUM_BLOCKS, Pool
@@ -86,7 +87,11 @@ def test_a_request_moves_while_it_is_preempted(
     assert seen_by_client(moved) == unmoved[name]
 
 
-def test_a_long_prompt_that_has_only_begun_begins_anew(pool: Pool) -> None:
+def test_a_long_prompt_that_has_only_begun_begins_anew(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The engine steps on until the order reaches it: this is about what happens then, not when.
+    monkeypatch.setattr(exports, "RESTART_SHARE", 1.0)
     expected = pool.submit("expected", LONG, params(max_tokens=8), at=2)
     pool.finish("expected")
     scheduler = pool.instances[0].core.scheduler
@@ -97,7 +102,7 @@ def test_a_long_prompt_that_has_only_begun_begins_anew(pool: Pool) -> None:
         answer = pool.submit("long", LONG, params(max_tokens=8))
         (sequence_id,) = answer.sequence_ids
         pool.step()
-        assert 0 < scheduler.requests[sequence_id].num_computed_tokens < len(LONG) / 4
+        assert 0 < scheduler.requests[sequence_id].num_computed_tokens < len(LONG) / 2
         report = pool.move(sequence_id, 1)
         assert report.outcome == "committed", report
         assert report.statistics is not None

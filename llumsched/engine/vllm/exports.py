@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
+import msgspec
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request, RequestStatus
 
@@ -154,6 +155,8 @@ class ExportingPort(EnginePort):
         )
         if not has_kv:
             self._take_back(request)
+            # Taking a running one back counts as a preemption, which must not end this export.
+            state = msgspec.structs.replace(state, num_preemptions=request.num_preemptions)
         self._exports[request_id] = _Export(request, request.num_preemptions, has_kv)
         return state
 
