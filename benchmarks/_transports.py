@@ -17,7 +17,7 @@ import zmq
 import zmq.asyncio
 
 from llumsched.core.transfer_options import TransferOptions
-from llumsched.engine.kv_transfer import ReceiveRing, RingOffer, SendRing
+from llumsched.engine.kv_transfer import ReceiveRing, SendRing
 from llumsched.engine.process_group import free_rendezvous
 from llumsched.engine.vllm.kv import KVBlocks
 from llumsched.runtime.messages import encode
@@ -156,14 +156,5 @@ def _open(hello: Hello) -> tuple[Session, Welcome]:
         return Session(ring=None, channel=channel), Welcome(transport="gloo", rendezvous=rendezvous)
     if hello.transport == "tcp":
         return Session(ring=None, channel=None), Welcome(transport="tcp")
-    ring = ReceiveRing(
-        RingOffer(
-            boot_id=hello.boot_id,
-            pid=hello.pid,
-            fd=hello.fd,
-            inode=hello.inode,
-            num_slots=hello.num_slots,
-            slot_num_bytes=hello.slot_num_bytes,
-        )
-    )
+    ring = ReceiveRing(hello.ring)
     return Session(ring=ring, channel=None), Welcome(transport="shared_memory")

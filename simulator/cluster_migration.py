@@ -199,9 +199,7 @@ class Migrations:
             return
         move.migration, commands = protocol.advance(before, event)
         after = move.migration
-        if (after.state, after.stage) != (before.state, before.stage) or isinstance(
-            event, protocol.DeadlineExpired
-        ):
+        if protocol.restarts_timer(before, event, after):
             self._arm(move, now)
         for command in commands:
             self._carry_out(move, command, now)

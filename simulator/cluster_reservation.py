@@ -66,9 +66,7 @@ class Reservations:
             return
         move.reservation, commands = protocol.advance(before, event)
         after = move.reservation
-        if (after.state, after.stage) != (before.state, before.stage) or isinstance(
-            event, protocol.ReservationExpired
-        ):
+        if protocol.restarts_timer(before, event, after):
             self._arm(move, now)
         for command in commands:
             self._carry_out(move, command, now)

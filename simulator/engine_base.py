@@ -10,6 +10,7 @@ engine's version (`engine_v1`, `engine_v01`). This module does not know the sche
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from heapq import heappop, heappush
@@ -30,7 +31,7 @@ from llumsched.simulator.kernel import STEP, Kernel
 from llumsched.simulator.kv_cache import PrefixCache
 
 
-class Engine(DecodeBatch):
+class Engine(DecodeBatch, ABC):
     """One instance's engine; a version says in `_schedule` what the next segment is."""
 
     def __init__(
@@ -100,9 +101,9 @@ class Engine(DecodeBatch):
 
     # What the next segment is.
 
+    @abstractmethod
     def _schedule(self, now: int) -> None:
         """Decide the next segment, which begins now, or stay idle."""
-        raise NotImplementedError
 
     # From outside, between two steps or in the middle of one.
 
@@ -189,6 +190,9 @@ class Engine(DecodeBatch):
             self._complete(
                 self.segment_start + series_ps(self.first_ps, self.increment_ps, num_done)
             )
+        # Nothing is under way any more that a late message could `cut`.
+        self.segment_steps = 0
+        self.segment_decodes = False
         for request in list(self.running):
             if request.phase == DECODING:
                 self.leave(request)
@@ -224,8 +228,9 @@ class Engine(DecodeBatch):
 
     def _wake(self, now: int) -> None:
         """Begin a step at the end of this instant, when all that comes in it has come."""
-        self.due = now
-        heappush(self.kernel.heap, (now, STEP, self.index, self))
+        if self.is_alive:
+            self.due = now
+            heappush(self.kernel.heap, (now, STEP, self.index, self))
 
     # A segment ends.
 

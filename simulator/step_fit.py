@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llumsched.core.step_time import MeasuredStep
 from llumsched.simulator.hardware import StepCoefficients
 from llumsched.simulator.trace import Floats
 
@@ -30,18 +31,6 @@ class FitError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepSample:
-    """One measured step; the fields are those of a step in `cost`."""
-
-    num_prefill_tokens: int
-    num_pairs: int
-    num_decodes: int
-    num_kv_tokens: int
-    num_skew_tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StepFit:
     """Coefficients, and what they say of every sample."""
 
@@ -52,7 +41,7 @@ class StepFit:
     """Mean relative error of the steps that had no part in the fit."""
 
 
-def fit_steps(samples: Sequence[StepSample]) -> StepFit:
+def fit_steps(samples: Sequence[MeasuredStep]) -> StepFit:
     """The coefficients that fit these steps best.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from llumsched.commands import CommandError
 from llumsched.simulator.hardware import hardware_from_plain
 from llumsched.simulator.residual_plot import residual_plot
-from llumsched.simulator.step_fit import FitError, StepFit, StepSample, fit_steps
+from llumsched.simulator.step_fit import FitError, StepFit, fit_steps
 
 PASSTHROUGH = True
 
@@ -70,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
             progress=progress,
         )
     try:
-        fitted = fit_steps([StepSample(**dataclasses.asdict(step)) for step in profile.steps])
+        fitted = fit_steps(profile.steps)
     except FitError as error:
         raise CommandError(str(error)) from error
     content = _content(arguments, profile, fitted)

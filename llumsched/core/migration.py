@@ -84,6 +84,7 @@ __all__ = [
     "SuspendRequest",
     "advance",
     "is_current",
+    "restarts_timer",
     "start",
     "timeout_s",
 ]
@@ -124,10 +125,8 @@ def is_current(migration: Migration, event: MigrationEvent) -> bool:
 
 
 def timeout_s(migration: Migration) -> float | None:
-    """How long to wait before DeadlineExpired; None in a terminal state.
-
-    The host arms it when state or stage change, and again when a DeadlineExpired changed neither.
-    """
+    """How long to wait before DeadlineExpired, from when `restarts_timer` says so; None in a
+    terminal state."""
     options = migration.options
     return {
         MigrationState.RESERVING: options.reserve_timeout_s,
@@ -137,6 +136,12 @@ def timeout_s(migration: Migration) -> float | None:
         MigrationState.COMMITTING: options.commit_timeout_s,
         MigrationState.RESOLVING: options.query_interval_s,
     }.get(migration.state)
+
+
+def restarts_timer(before: Migration, event: MigrationEvent, after: Migration) -> bool:
+    """Whether the wait begins anew: state or stage changed, or it is over and changed neither."""
+    moved = (after.state, after.stage) != (before.state, before.stage)
+    return moved or isinstance(event, DeadlineExpired)
 
 
 def advance(

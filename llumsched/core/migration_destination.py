@@ -89,6 +89,7 @@ __all__ = [
     "absent",
     "advance",
     "is_current",
+    "restarts_timer",
     "timeout_s",
 ]
 
@@ -112,10 +113,8 @@ def is_current(reservation: Reservation, event: ReservationEvent) -> bool:
 
 
 def timeout_s(reservation: Reservation, options: ReservationOptions) -> float | None:
-    """How long to wait before ReservationExpired; None if there is no limit.
-
-    The host arms it when state or stage change, and again when its expiry changed neither.
-    """
+    """How long to wait before ReservationExpired, from when `restarts_timer` says so; None if
+    there is no limit."""
     match reservation.state:
         case ReservationState.ALLOCATING | ReservationState.RESERVED | ReservationState.RECEIVING:
             return options.reservation_timeout_s
@@ -124,6 +123,12 @@ def timeout_s(reservation: Reservation, options: ReservationOptions) -> float | 
         case ReservationState.RELEASED:
             return options.tombstone_s
     return None
+
+
+def restarts_timer(before: Reservation, event: ReservationEvent, after: Reservation) -> bool:
+    """Whether the wait begins anew: state or stage changed, or it is over and changed neither."""
+    moved = (after.state, after.stage) != (before.state, before.stage)
+    return moved or isinstance(event, ReservationExpired)
 
 
 def advance(

@@ -23,3 +23,18 @@ class StepTimeModel:
 
 
 DEFAULT_STEP_TIME = StepTimeModel()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredStep:
+    """One step that an engine was measured to take: its batch, and its duration in seconds."""
+
+    num_prefill_tokens: int
+    num_pairs: int
+    """Pairs of a prompt token and a token it attends to."""
+    num_decodes: int
+    num_kv_tokens: int
+    """Context of all decodes."""
+    num_skew_tokens: int
+    """By how much the contexts of the decodes are shorter than the longest, summed."""
+    seconds: float

@@ -230,9 +230,7 @@ class IncomingMigrations:
         for command in commands:
             self._execute(arriving, command)
         after = arriving.record
-        if (after.state, after.stage) != (before.state, before.stage) or isinstance(
-            event, protocol.ReservationExpired
-        ):
+        if protocol.restarts_timer(before, event, after):
             self._arm(arriving)
         if after.state is not protocol.ReservationState.RECEIVING:
             arriving.room.set()  # whoever still waits to write finds that it may not

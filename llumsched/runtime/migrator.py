@@ -27,7 +27,7 @@ from llumsched.core.migration_destination import ReservationOptions
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.compatibility import differences
-from llumsched.engine.kv_transfer import ReceiveRing, RingOffer, SendRing
+from llumsched.engine.kv_transfer import ReceiveRing, SendRing
 from llumsched.engine.process_group import free_rendezvous
 from llumsched.engine.vllm.kv import KVBlocks
 from llumsched.engine.vllm.migration import MigrationPort
@@ -336,16 +336,7 @@ class Migrator:
             channel = receiving_channel(wanted, rendezvous)
         elif wanted in ("auto", "shared_memory"):
             try:
-                ring = ReceiveRing(
-                    RingOffer(
-                        boot_id=hello.boot_id,
-                        pid=hello.pid,
-                        fd=hello.fd,
-                        inode=hello.inode,
-                        num_slots=hello.num_slots,
-                        slot_num_bytes=hello.slot_num_bytes,
-                    )
-                )
+                ring = ReceiveRing(hello.ring)
                 wanted = "shared_memory"
             except OSError as error:
                 if wanted == "shared_memory":

@@ -241,11 +241,8 @@ class OutgoingMigration:
                 # and the deadline of the state it left in place ends the migration in order.
                 logger.error("Migration %s: %s", self.migration_id, error)
                 continue
-            after = self._migration
-            if (after.state, after.stage) != (migration.state, migration.stage) or isinstance(
-                event, protocol.DeadlineExpired
-            ):
-                deadline_s = self._deadline(after)
+            if protocol.restarts_timer(migration, event, self._migration):
+                deadline_s = self._deadline(self._migration)
 
     @staticmethod
     def _deadline(migration: protocol.Migration) -> float:

@@ -102,18 +102,12 @@ class Link:
             raise CannotMigrate("the destination is gone", Refusal.UNREACHABLE) from None
 
     async def _shake_hands(self, instance_id: str, fingerprint: str, transport: str) -> None:
-        offer = self._ring.offer()
         await self.send(
             Hello(
                 instance_id=instance_id,
                 fingerprint=fingerprint,
                 transport=transport,
-                boot_id=offer.boot_id,
-                pid=offer.pid,
-                fd=offer.fd,
-                inode=offer.inode,
-                num_slots=offer.num_slots,
-                slot_num_bytes=offer.slot_num_bytes,
+                ring=self._ring.offer(),
             )
         )
         try:

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import msgspec
 
+from llumsched.engine.kv_transfer import RingOffer
 from llumsched.runtime.messages import Message
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """Opens a connection. ``transport`` is what the sender is configured for; ``boot_id`` to
-    ``slot_num_bytes`` describe its staging ring (see ``engine.kv_transfer``)."""
+    """Opens a connection. ``transport`` is what the sender is configured for, ``ring`` where its
+    staging memory is."""
 
     instance_id: str
     fingerprint: str
     transport: str
-    boot_id: str
-    pid: int
-    fd: int
-    inode: int
-    num_slots: int
-    slot_num_bytes: int
+    ring: RingOffer
 
 
 class Welcome(Message, frozen=True, kw_only=True):

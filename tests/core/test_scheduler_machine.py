@@ -24,6 +24,7 @@ from llumsched.core.policy import MigrationPair, Placement, PolicyBundle
 from llumsched.core.snapshot import ClusterSnapshot
 from llumsched.core.types import SchedulingRequest
 from llumsched.policies import BUILT_IN
+from tests.campaigns import examples
 from tests.core.world import World
 
 BUNDLES = [name for name, target in BUILT_IN.items() if target.endswith(":bundle")] + [
@@ -195,5 +196,5 @@ class ChaoticMachine(SchedulerMachine):
 @pytest.mark.parametrize("machine", [SchedulerMachine, ChaoticMachine])
 def test_any_stream_of_events(machine: type[SchedulerMachine]) -> None:
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=40, stateful_step_count=40, deadline=None)
+        machine, settings=settings(max_examples=examples(40), stateful_step_count=40)
     )

@@ -89,6 +89,16 @@ class Client:
 class Admin(Client):
     """A client of llumsched's admin API as well."""
 
+    @classmethod
+    @contextmanager
+    def at_rest(cls, url: str, model: str) -> Iterator[Admin]:
+        """A client of a pool that is at rest, and must be so again at the end."""
+        pool = cls(url, model)
+        pool.await_idle()
+        yield pool
+        pool.await_idle()
+        pool.close()
+
     def instances(self) -> dict[str, dict[str, Any]]:
         """The latest load report of each instance."""
         answer = self.get("/llumsched/instances")

@@ -43,11 +43,8 @@ def server(
 
 @pytest.fixture
 def pool(server: Server, model: str) -> Iterator[Admin]:
-    pool = Admin(server.url, model)
-    pool.await_idle()
-    yield pool
-    pool.await_idle()
-    pool.close()
+    with Admin.at_rest(server.url, model) as pool:
+        yield pool
 
 
 @contextmanager
@@ -96,13 +93,17 @@ def test_a_priority_that_there_is_not(pool: Admin) -> None:
 
 def test_lengths_are_predicted_from_those_before(pool: Admin, server: Server) -> None:
     """Read in the decision log, where the prediction goes along with the dispatch."""
-    for _ in range(2):
-        assert ask(pool, 9, x_client_id="a client of its own").status == 200
     (folder,) = (
         word.partition("=")[2] for word in server.arguments if word.startswith("--decision-log=")
     )
     (segment,) = Path(folder).glob("*.jsonl")
-    server.await_that(lambda: '"predicted_output_tokens":9' in segment.read_text(), "logged")
+
+    def predicted() -> bool:
+        # That a request has ended is told to its client before it is told to the scheduler.
+        assert ask(pool, 9, x_client_id="a client of its own").status == 200
+        return '"predicted_output_tokens":9' in segment.read_text()
+
+    server.await_that(predicted, "logged")
 
 
 def test_the_pool_in_the_metrics(pool: Admin, server: Server) -> None:

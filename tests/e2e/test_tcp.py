@@ -30,11 +30,8 @@ def tcp_server(model: str, log_folder: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def tcp_pool(tcp_server: Server, model: str) -> Iterator[Admin]:
-    pool = Admin(tcp_server.url, model)
-    pool.await_idle()
-    yield pool
-    pool.await_idle()
-    pool.close()
+    with Admin.at_rest(tcp_server.url, model) as pool:
+        yield pool
 
 
 @pytest.mark.parametrize("name", ["penalties, seeded", "chat with logprobs"])

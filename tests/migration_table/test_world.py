@@ -26,6 +26,7 @@ from llumsched.engine.fake import FakeEngine
 from llumsched.engine.fake_request import (
     FakeFinal,
 )
+from tests.campaigns import examples
 from tests.migration_table.world import World
 
 NUM_RUNS = int(os.environ.get("LLUMSCHED_MIGRATION_RUNS", "1200"))
@@ -46,7 +47,7 @@ def run_worlds(num_runs: int) -> None:
             raise
 
 
-@settings(max_examples=250)
+@settings(max_examples=examples(250))
 @given(seed=st.integers(0, 2**32), acts=st.binary(max_size=400))
 def test_hypothesis_finds_no_violation(seed: int, acts: bytes) -> None:
     World(seed).run(acts)

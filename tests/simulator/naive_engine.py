@@ -7,6 +7,7 @@ counted for each request by itself, and each token's time is written down.
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 from llumsched.simulator.cost import StepCost
@@ -42,7 +43,7 @@ class Naive:
 
 
 @dataclass
-class NaiveEngine:
+class NaiveEngine(ABC):
     """What both versions share: a pool of blocks, a queue, a running list, and a clock."""
 
     cost: StepCost
@@ -68,9 +69,9 @@ class NaiveEngine:
                 self.waiting.append(coming.pop(0))
             now = self.step(now)
 
+    @abstractmethod
     def step(self, now: int) -> int:
         """One engine step; when it ends."""
-        raise NotImplementedError
 
     def blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

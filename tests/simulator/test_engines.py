@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llumsched.simulator.cluster import Cluster
 from llumsched.simulator.cost import StepCost
 from llumsched.simulator.kernel import PS_PER_S, to_ps
 from llumsched.simulator.simulation import simulate
 from llumsched.simulator.trace import Trace
+from tests.campaigns import examples
 from tests.simulator.clusters import (
     engine_options,
     make_hardware,
@@ -29,7 +31,7 @@ BLOCK_SIZE = 4
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_every_time_is_that_of_a_walk_over_all_tokens(data: st.DataObject) -> None:
     given_options = data.draw(engine_options(block_size=BLOCK_SIZE))
     trace = data.draw(traces(block_size=BLOCK_SIZE, with_hashes=False))
@@ -135,3 +137,18 @@ class TestV01:
         result = simulate(trace, make_options(engine="vllm-0.1", hardware=hardware))
         assert result.num_preemptions[0] == 0
         assert result.num_preemptions[1] >= 1
+
+
+def test_a_dead_engine_begins_no_step_whoever_still_writes_to_it() -> None:
+    """The end of a copy, or blocks that come free, may come after the instance died."""
+    trace = make_requests((0.0, 4, 50))
+    cluster = Cluster(trace, make_options(failures=((0, 0.01),), until_s=0.5))
+    cluster.run()
+    (engine, *_) = cluster.engines
+    num_steps = engine.num_steps
+    assert not engine.is_alive
+    assert engine.running
+    engine.cut(engine.kernel.now)
+    engine.freed(engine.kernel.now)
+    assert engine.due < 0
+    assert engine.num_steps == num_steps

@@ -18,14 +18,14 @@ from llumsched.simulator.engine_base import Engine
 from llumsched.simulator.records import RequestStatus
 from llumsched.simulator.simulation import SimulationOptions, SimulationResult, simulate
 from llumsched.simulator.trace import Trace
+from tests.campaigns import examples
 from tests.simulator.clusters import REQUEST_COLUMNS, assert_same, clusters
 
 # Random requests may be longer than what a small engine holds.
 pytestmark = pytest.mark.filterwarnings("ignore:.*cut short")
 
 SOME = settings(
-    max_examples=60,
-    deadline=None,
+    max_examples=examples(60),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 

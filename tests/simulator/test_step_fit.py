@@ -9,14 +9,15 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
+from llumsched.core.step_time import MeasuredStep
 from llumsched.simulator.cost import tokens_s
 from llumsched.simulator.residual_plot import residual_plot
-from llumsched.simulator.step_fit import FitError, StepSample, fit_steps
+from llumsched.simulator.step_fit import FitError, fit_steps
 
 KV_TOKEN_S, SKEW_TOKEN_S, PAIR_S = 2e-7, 5e-8, 3e-9
 
 
-def make_samples(*, noise: float = 0.0, is_skewed: bool = True) -> list[StepSample]:
+def make_samples(*, noise: float = 0.0, is_skewed: bool = True) -> list[MeasuredStep]:
     rng = random.Random(1)
     samples = []
     for _ in range(400):
@@ -32,7 +33,7 @@ def make_samples(*, noise: float = 0.0, is_skewed: bool = True) -> list[StepSamp
             + PAIR_S * num_pairs
         )
         samples.append(
-            StepSample(
+            MeasuredStep(
                 num_prefill_tokens=chunk,
                 num_pairs=num_pairs,
                 num_decodes=num_decodes,
@@ -76,7 +77,7 @@ def test_a_term_that_no_step_has_is_zero() -> None:
 
 def test_no_term_is_negative_whatever_was_measured() -> None:
     samples = [
-        StepSample(
+        MeasuredStep(
             num_prefill_tokens=0,
             num_pairs=0,
             num_decodes=1 + i % 4,

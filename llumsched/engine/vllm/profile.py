@@ -23,24 +23,11 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from llumsched.core.step_time import MeasuredStep
+
 _OUTPUT_TOKENS = 12
 _REPEATS = 2
 _FIRST_TOKEN, _LAST_TOKEN = 100, 1000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredStep:
-    """One step: its batch, and its duration in seconds."""
-
-    num_prefill_tokens: int
-    num_pairs: int
-    """Pairs of a prompt token and a token it attends to."""
-    num_decodes: int
-    num_kv_tokens: int
-    """Context of all decodes."""
-    num_skew_tokens: int
-    """By how much the contexts of the decodes are shorter than the longest, summed."""
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
