@@ -41,6 +41,9 @@ BLOCK_SIZE = 32
 NUM_BLOCKS = 97
 PATIENCE_S = 180.0
 IDLE_S = 0.0005
+# While a request moves its engine leaves the processor to the migrators for so long after each step:
+# the answers are short, and on a busy machine they would end before the move does.
+BREATH_S = 0.02
 
 ENGINE_FLAGS: dict[str, Any] = {
     "dtype": "float32",  # tokens are equal whatever else is in the batch
@@ -414,8 +417,25 @@ class Pool:
         source = self.instances[self.where(sequence_id) if at is None else at]
         self.until(lambda: source.migrator._incoming.may_leave(sequence_id), "the last move closes")
         moving = self.start_move(sequence_id, to, at)
-        self.until(moving.done, f"{sequence_id} moves")
+
+        def moved() -> bool:
+            time.sleep(BREATH_S)
+            return moving.done()
+
+        self.until(moved, f"{sequence_id} moves")
         return moving.result()
+
+    def connect(self, source: int, destination: int) -> None:
+        """Make a link, which otherwise is made when it is first used."""
+        port = self.instances[source].port
+        assert port.kv is not None
+        self.on_loop(
+            self.instances[source].migrator._link(
+                self.instances[destination].name,
+                self.instances[destination].migrator.endpoint,
+                port.kv,
+            )
+        )
 
     def settle(self) -> None:
         """Step until nothing is left of any request or migration; every block must be free."""

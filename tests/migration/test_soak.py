@@ -7,6 +7,7 @@ blocks are at the end what they were near the beginning.
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import random
 import sys
@@ -28,20 +29,11 @@ MAX_GROWTH_BYTES = 48 << 20
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def connect_all(pool: Pool) -> None:
-    """Move one request over every link, as links are made when they are first used."""
-    case = CASES["long answer"]
-    (sequence_id,) = pool.submit("first", case.prompt(pool.tokenizer), case.params).sequence_ids
-    pool.until(lambda: pool.num_tokens("first") > 0)
-    for destination in (1, 2, 0, 2, 1, 0):
-        assert pool.move(sequence_id, destination).outcome == "committed"
-    pool.finish("first")
-
-
 def test_nothing_is_left_of_many_migrations(pool: Pool, unmoved: dict[str, Any]) -> None:
     chance = random.Random(1)
     process = psutil.Process()
-    connect_all(pool)
+    for source, destination in itertools.permutations(range(3), 2):
+        pool.connect(source, destination)
     num_descriptors = process.num_fds()
     segments = set(SHARED_MEMORY.iterdir())
     outcomes: Counter[str] = Counter()

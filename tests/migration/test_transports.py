@@ -50,6 +50,8 @@ def test_each_transport(
             transport=transport, checksum=checksum, staging_slots=2, staging_slot_mb=0.1
         )
     )
+    pool.connect(0, 1)
+    pool.connect(1, 0)
     report, answer = move_long(pool, "long prompt, seed")
     assert report.statistics.transport == transport
     assert report.statistics.num_blocks > 10
