@@ -41,8 +41,8 @@ BLOCK_SIZE = 32
 NUM_BLOCKS = 97
 PATIENCE_S = 180.0
 IDLE_S = 0.0005
-# While a request moves its engine leaves the processor to the migrators for so long after each step:
-# the answers are short, and on a busy machine they would end before the move does.
+# While a request moves its engine leaves the processor to the migrators for so long after each
+# step: the answers are short, and on a busy machine they would end before the move does.
 BREATH_S = 0.02
 
 ENGINE_FLAGS: dict[str, Any] = {
