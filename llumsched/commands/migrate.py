@@ -61,7 +61,8 @@ def copied(report: Mapping[str, Any]) -> str:
     return (
         f"context of {report['num_tokens']} tokens: {report['num_blocks']} KV blocks"
         f" ({report['num_bytes'] / 1e6:.1f} MB) copied in {_count(report['num_stages'], 'stage')}"
-        f" by {report['transport']}" + (f", {cached} already there" if cached else "")
+        f" by {report['transport'].replace('_', ' ')}"
+        + (f", {cached} already there" if cached else "")
     )
 
 
