@@ -91,3 +91,13 @@ def test_layouts_tell_caches_apart() -> None:
 def test_other_layouts_are_refused(cache: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="cannot migrate"):
         KVBlocks([cache], NUM_BLOCKS)
+
+
+@pytest.mark.parametrize("block_id", [-1, 5])
+def test_a_block_that_there_is_not(block_id: int) -> None:
+    kv = KVBlocks([torch.zeros(5, 2, 8)], 5)
+    staging = torch.zeros(2 * kv.block_num_bytes, dtype=torch.uint8)
+    with pytest.raises(IndexError):
+        kv.gather([0, block_id], staging)
+    with pytest.raises(IndexError):
+        kv.scatter([0, block_id], staging)

@@ -4,6 +4,9 @@ A block's bytes are laid out layer after layer, so source and destination agree 
 whenever their ``layout`` strings are equal; nothing else is compared. Gather and scatter run
 on whichever thread calls them: callers must only name blocks that no step writes meanwhile.
 
+On a CPU numpy copies, with the one thread that calls. torch would start a team of threads beside
+the engine's own, and they would wait for one another on cores that are taken.
+
 On a GPU the copies have a stream of their own, beside that of the steps, and are over when the call
 returns. They need not wait for a step: a block is copied only after the engine has read back the
 tokens of the step that filled it, and used only after its scatter has returned. Not run on a GPU.
@@ -12,8 +15,9 @@ tokens of the step that filled it, and used only after its scatter has returned.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 WORD = 8  # bytes
@@ -46,40 +50,54 @@ class KVBlocks:
         self.layout = f"{len(kv_caches)}x{sorted(set(shapes))}"
 
     def gather(self, block_ids: Sequence[int], staging: torch.Tensor) -> None:
-        """Copy blocks into ``staging``: uint8, at least ``len(block_ids) * block_num_bytes``."""
-        with self._copying():
-            ids = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
-            for rows, part in zip(self._rows, self._parts(len(block_ids), staging), strict=True):
+        """Copy blocks into ``staging``: uint8, at least ``len(block_ids) * block_num_bytes``.
+
+        Raises:
+            IndexError: if there is no such block.
+        """
+        if self._stream is None:
+            ids = self._checked(block_ids)
+            for rows, part in self._in_layers(len(block_ids), staging):
+                # Unlike "raise", "clip" writes straight to `out`.
+                np.take(rows.numpy(), ids, axis=0, out=part.numpy(), mode="clip")
+            return
+        with self._stream:
+            on_device = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
+            for rows, part in self._in_layers(len(block_ids), staging):
                 if part.device == self.device:
-                    torch.index_select(rows, 0, ids, out=part)
+                    torch.index_select(rows, 0, on_device, out=part)
                 else:
-                    part.copy_(rows.index_select(0, ids), non_blocking=True)
+                    part.copy_(rows.index_select(0, on_device), non_blocking=True)
+        self._stream.synchronize()
 
     def scatter(self, block_ids: Sequence[int], staging: torch.Tensor) -> None:
         """The inverse of ``gather``, into the blocks named here."""
-        with self._copying():
-            ids = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
-            for rows, part in zip(self._rows, self._parts(len(block_ids), staging), strict=True):
-                rows.index_copy_(0, ids, part.to(self.device, non_blocking=True))
-
-    @contextmanager
-    def _copying(self) -> Iterator[None]:
         if self._stream is None:
-            yield
+            ids = self._checked(block_ids)
+            for rows, part in self._in_layers(len(block_ids), staging):
+                rows.numpy()[ids] = part.numpy()
             return
         with self._stream:
-            yield
+            on_device = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
+            for rows, part in self._in_layers(len(block_ids), staging):
+                rows.index_copy_(0, on_device, part.to(self.device, non_blocking=True))
         self._stream.synchronize()
 
-    def _parts(self, num_blocks: int, staging: torch.Tensor) -> list[torch.Tensor]:
-        parts = []
+    def _checked(self, block_ids: Sequence[int]) -> npt.NDArray[np.int64]:
+        if not all(0 <= block_id < self.num_blocks for block_id in block_ids):
+            raise IndexError(f"not all of {block_ids} are of the {self.num_blocks} blocks")
+        return np.array(block_ids, dtype=np.int64)
+
+    def _in_layers(
+        self, num_blocks: int, staging: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The rows of each layer, and the part of ``staging`` that is for so many of them."""
         start = 0
         for rows in self._rows:
             num_bytes = num_blocks * rows[0].nbytes
             part = staging[start : start + num_bytes]
-            parts.append(part.view(rows.dtype).view(num_blocks, rows.shape[1]))
+            yield rows, part.view(rows.dtype).view(num_blocks, rows.shape[1])
             start += num_bytes
-        return parts
 
 
 def _split_by_block(kv_cache: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
