@@ -179,6 +179,7 @@ CSV_FORMATS = (
         summary="Azure LLM inference 2023 and 2024: TIMESTAMP, ContextTokens, GeneratedTokens",
         arrival="TIMESTAMP",
         read_arrival=_utc,
+        # What files of lengths alone, in the same columns, have for a time (those of Nanoflow).
         no_arrival="XXX",
         prompt="ContextTokens",
         output="GeneratedTokens",

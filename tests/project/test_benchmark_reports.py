@@ -113,11 +113,17 @@ def test_the_pages_are_written_from_the_reports_that_are_kept(tmp_path: Path) ->
     assert not (tmp_path / "benchmarks" / "two.md").exists()
 
 
+def make_package(folder: Path) -> None:
+    """A folder that is the `benchmarks` of whoever runs beside it, whatever PYTHONPATH names."""
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+
+
 def test_a_run_reports_missed_goals_and_fails_only_for_a_failed_benchmark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "benchmarks"
-    folder.mkdir()
+    make_package(folder)
     program = (
         'from benchmarks._report import Figure, Report, main\nBENCHMARK = "{title}"\n'
         "def run(quick):\n    {body}\n"
@@ -145,7 +151,7 @@ def test_a_benchmark_that_lacks_its_data_is_skipped_and_its_page_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, kept = tmp_path / "benchmarks", tmp_path / "docs" / "benchmarks" / "lacking.json"
-    folder.mkdir()
+    make_package(folder)
     (folder / "lacking.py").write_text(
         f'import sys\nBENCHMARK = "Lacking"\nsys.exit({_report.SKIPPED})\n'
     )
@@ -174,7 +180,7 @@ def test_a_benchmark_that_hangs_is_interrupted_and_cleans_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "benchmarks"
-    folder.mkdir()
+    make_package(folder)
     (folder / "slow.py").write_text(
         'import time\nBENCHMARK = "Slow"\n'
         "try:\n    time.sleep(60)\nfinally:\n    print('its servers are stopped', flush=True)\n"
