@@ -47,6 +47,11 @@ FLAGS = (
     "--disable-uvicorn-access-log",
 )
 
+NEXT = (
+    "Next: `make serve` keeps two instances up on port 8000, and `.venv/bin/llumsched status` shows"
+    " them. Your own model, flags and policies: README.md and docs/serving.md."
+)
+
 
 def main() -> int:
     """Run the demo."""
@@ -175,6 +180,9 @@ def _say_how_it_ended(screen: Screen, ending: Ending, status: int) -> int:
     killed = f", {len(ending.killed)} only when killed" if ending.killed else ""
     ended = f"Every process has ended{number}{killed}; nothing is left running."
     screen.check(status == 0, f"Everything held. {ended}" if status == 0 else ended)
+    if status == 0:
+        screen.line()
+        screen.paragraph(NEXT)
     return status
 
 
