@@ -54,7 +54,7 @@ $(INSTALLED): setup.py scripts/drop_unloadable_torch_addons.py
 	@echo "[1/3] virtual environment in $(VENV)"
 	"$(PYTHON)" -m venv $(VENV)
 	@echo "[2/3] llumsched with vLLM ($(EXTRA)), Ray and the tools: a few minutes the first time"
-	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -e ".[$(EXTRA),demo,dev]"
+	$(PY) -m pip install --disable-pip-version-check --no-compile $(PIP_ARGS) -e ".[$(EXTRA),demo,dev]"
 	@echo "[3/3] checking torch's companions"
 	$(PY) -m scripts.drop_unloadable_torch_addons
 	@touch $@
@@ -73,7 +73,8 @@ test: $(INSTALLED) ## run every test
 	@$(PY) -m scripts.prepare_model >/dev/null
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-check: format-check lint types contracts test ## format, lint, types, import contracts, tests
+check: $(INSTALLED) ## format, lint, types, import contracts, tests
+	@$(MAKE) --no-print-directory --jobs=2 format-check lint types contracts test
 
 format: $(INSTALLED) ## rewrite the code in the project's format
 	$(VENV)/bin/ruff format .

@@ -15,6 +15,17 @@ from tests.e2e.servers import RUNNING, Server, llumsched, plain_vllm
 
 LOG_TAIL_NUM_CHARACTERS = 6000
 
+APART = """
+policy: prefix_aware
+parts:
+  predictor:
+    name: moving_quantile
+    min_samples: 1
+  # Nothing moves by itself.
+  migration: none
+transfer: {transport: tcp, checksum: true}
+"""
+
 _log_sizes = pytest.StashKey[dict[str, int]]()
 
 
@@ -64,6 +75,28 @@ def booted(llumsched_server: Server, model: str) -> Iterator[Admin]:
     client = Admin(llumsched_server.url, model)
     yield client
     client.close()
+
+
+@pytest.fixture(scope="session")
+def server_apart(model: str, log_folder: Path) -> Iterator[Server]:
+    """Two instances that share no memory, under policies that look at prefixes and lengths. The
+    last of its tests ends it by Ctrl-C."""
+    config = log_folder / "apart.yaml"
+    config.write_text(APART)
+    flags = ("--instances=2", f"--config={config}", f"--decision-log={log_folder / 'decisions'}")
+    server = llumsched(model, log_folder, *flags, name="llumsched-apart")
+    try:
+        server.await_health()
+        yield server
+    finally:
+        server.end()
+
+
+@pytest.fixture
+def pool_apart(server_apart: Server, model: str) -> Iterator[Admin]:
+    """Its instances at rest; the test must leave them at rest as well."""
+    with Admin.at_rest(server_apart.url, model) as pool:
+        yield pool
 
 
 @pytest.fixture

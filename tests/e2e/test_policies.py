@@ -6,45 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from tests.e2e.cases import COMPLETIONS, completion
 from tests.e2e.client import Admin, Answer
-from tests.e2e.servers import Server, llumsched
+from tests.e2e.servers import Server
 
-CONFIG = """
-policy: prefix_aware
-parts:
-  predictor:
-    name: moving_quantile
-    min_samples: 1
-  # Nothing moves by itself.
-  migration: none
-"""
 # 6 full blocks of 32 tokens, and a bit.
 PREFIX = [600 + i for i in range(200)]
-
-
-@pytest.fixture(scope="module")
-def server(
-    model: str, log_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("policies")
-    config = folder / "config.yaml"
-    config.write_text(CONFIG)
-    flags = ("--instances=2", f"--config={config}", f"--decision-log={folder / 'log'}")
-    server = llumsched(model, log_folder, *flags, name="llumsched-policies")
-    try:
-        server.await_health()
-        yield server
-    finally:
-        server.end()
-
-
-@pytest.fixture
-def pool(server: Server, model: str) -> Iterator[Admin]:
-    with Admin.at_rest(server.url, model) as pool:
-        yield pool
 
 
 @contextmanager
@@ -57,15 +24,15 @@ def running(pool: Admin, prompt: list[int]) -> Iterator[str]:
             pass
 
 
-def test_a_prompt_goes_where_its_prefix_is_cached(pool: Admin) -> None:
-    with running(pool, [77] * 40) as busy, running(pool, PREFIX) as cached_at:
+def test_a_prompt_goes_where_its_prefix_is_cached(pool_apart: Admin) -> None:
+    with running(pool_apart, [77] * 40) as busy, running(pool_apart, PREFIX) as cached_at:
         assert cached_at != busy
     # With both at rest, freeness alone would choose the first of them.
     assert cached_at == "instance-1"
     for turn in range(1, 4):
-        with running(pool, [*PREFIX, *[900 + turn] * turn]) as instance:
+        with running(pool_apart, [*PREFIX, *[900 + turn] * turn]) as instance:
             assert instance == cached_at
-    with running(pool, [88] * 40) as elsewhere:
+    with running(pool_apart, [88] * 40) as elsewhere:
         assert elsewhere != cached_at
 
 
@@ -77,40 +44,52 @@ def ask(pool: Admin, num_tokens: int, **headers: str) -> Answer:
     return pool.post(COMPLETIONS, body, named)
 
 
-def test_priority_by_header(pool: Admin) -> None:
-    before = finished(pool, "high")
-    assert ask(pool, 4, x_request_priority="high").status == 200
-    assert finished(pool, "high") == before + 1
-    assert ask(pool, 4).status == 200
-    assert finished(pool, "high") == before + 1
+def test_priority_by_header(pool_apart: Admin) -> None:
+    before = finished(pool_apart, "high")
+    assert ask(pool_apart, 4, x_request_priority="high").status == 200
+    assert finished(pool_apart, "high") == before + 1
+    assert ask(pool_apart, 4).status == 200
+    assert finished(pool_apart, "high") == before + 1
 
 
-def test_a_priority_that_there_is_not(pool: Admin) -> None:
-    answer = ask(pool, 4, x_request_priority="urgent")
+def test_a_priority_that_there_is_not(pool_apart: Admin) -> None:
+    answer = ask(pool_apart, 4, x_request_priority="urgent")
     assert answer.status == 400
     assert "normal, high" in answer.body["error"]["message"]
 
 
-def test_lengths_are_predicted_from_those_before(pool: Admin, server: Server) -> None:
+def test_lengths_are_predicted_from_those_before(pool_apart: Admin, server_apart: Server) -> None:
     """Read in the decision log, where the prediction goes along with the dispatch."""
     (folder,) = (
-        word.partition("=")[2] for word in server.arguments if word.startswith("--decision-log=")
+        word.partition("=")[2]
+        for word in server_apart.arguments
+        if word.startswith("--decision-log=")
     )
     (segment,) = Path(folder).glob("*.jsonl")
 
     def predicted() -> bool:
         # That a request has ended is told to its client before it is told to the scheduler.
-        assert ask(pool, 9, x_client_id="a client of its own").status == 200
+        assert ask(pool_apart, 9, x_client_id="a client of its own").status == 200
         return '"predicted_output_tokens":9' in segment.read_text()
 
-    server.await_that(predicted, "logged")
+    server_apart.await_that(predicted, "logged")
 
 
-def test_the_pool_in_the_metrics(pool: Admin, server: Server) -> None:
-    server.await_that(lambda: "llumsched_scheduler_up 1.0" in pool.text("/metrics"), "described")
-    metrics = pool.text("/metrics")
+def test_the_pool_in_the_metrics(pool_apart: Admin, server_apart: Server) -> None:
+    """The page is of the last time the scheduler was asked, so it comes to be so."""
+    at_rest = [
+        f'llumsched_instance_blocks{{instance="{instance}",kind="free"}} 64.0'
+        for instance in ("instance-0", "instance-1")
+    ]
+
+    def shown() -> bool:
+        metrics = pool_apart.text("/metrics")
+        return all(line in metrics for line in at_rest)
+
+    server_apart.await_that(shown, "\n".join(at_rest))
+    metrics = pool_apart.text("/metrics")
+    assert "llumsched_scheduler_up 1.0" in metrics
     for instance in ("instance-0", "instance-1"):
-        assert f'llumsched_instance_blocks{{instance="{instance}",kind="free"}} 64.0' in metrics
         assert f'llumsched_instance_freeness{{instance="{instance}",state="serving"}}' in metrics
     assert 'llumsched_queued_requests{priority_class="high"} 0.0' in metrics
 
