@@ -6,6 +6,8 @@ Compared once, when two instances first meet, and over the whole pool when it st
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 # Counts changes of the messages and of the state that travels with a request.
@@ -53,3 +55,21 @@ def differences(here: str, there: str) -> str:
         for name in Compatibility.__struct_fields__
         if getattr(a, name) != getattr(b, name)
     )
+
+
+def differences_in_pool(fingerprints: Mapping[str, str]) -> str:
+    """What keeps the instances of a pool from exchanging requests, in two sentences that say what
+    to change; empty if nothing does.
+
+    Args:
+        fingerprints: one or more, by instance id. All are compared with the first.
+    """
+    first_id, first = next(iter(fingerprints.items()))
+    for instance_id, other in fingerprints.items():
+        differing = differences(first, other)
+        if differing:
+            return (
+                f"Instances {first_id} and {instance_id} cannot exchange requests: {differing} "
+                f"(here: {first_id}). Give every instance the same model, flags and vLLM."
+            )
+    return ""

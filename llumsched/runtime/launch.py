@@ -26,7 +26,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from llumsched.config import Config
-from llumsched.engine.compatibility import differences
+from llumsched.engine.compatibility import differences_in_pool
 from llumsched.runtime.controller import ACTOR_NAME, ControllerActor
 from llumsched.runtime.instance import Instance, InstancePlan
 
@@ -229,14 +229,9 @@ class Pool:
                 strict=True,
             )
         )
-        first_id, first = next(iter(fingerprints.items()))
-        for instance_id, other in fingerprints.items():
-            differing = differences(first, other)
-            if differing:
-                raise LaunchError(
-                    f"Instances {first_id} and {instance_id} cannot exchange requests: {differing} "
-                    f"(here: {first_id}). Give every instance the same model, flags and vLLM."
-                )
+        differing = differences_in_pool(fingerprints)
+        if differing:
+            raise LaunchError(differing)
 
     def watch(self, on_lost: Callable[[str, str], None]) -> None:
         """Call ``on_lost(instance_id, reason)``, on a thread of its own, when one ends."""

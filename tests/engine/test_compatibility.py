@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import msgspec
+from typing import Any
 
-from llumsched.engine.compatibility import Compatibility, differences, fingerprint_of
+import msgspec
+import pytest
+
+from llumsched.engine.compatibility import (
+    Compatibility,
+    differences,
+    differences_in_pool,
+    fingerprint_of,
+)
 
 HERE = Compatibility(
     protocol=2,
@@ -39,3 +47,44 @@ def test_every_difference_is_named() -> None:
 def test_what_cannot_be_read_is_another_version() -> None:
     assert differences(fingerprint_of(HERE), "vllm 0.1") == "it runs another version of llumsched"
     assert differences(fingerprint_of(HERE), "{}") == "it runs another version of llumsched"
+
+
+def test_a_pool_is_alike() -> None:
+    assert differences_in_pool({"a": fingerprint_of(HERE)}) == ""
+    assert differences_in_pool(dict.fromkeys("abc", fingerprint_of(HERE))) == ""
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("protocol", 1),
+        ("vllm", "0.31.0"),
+        ("model", "another"),
+        ("revision", "of last year"),
+        ("quantization", "awq"),
+        ("dtype", "bfloat16"),
+        ("max_model_len", 2048),
+        ("block_size", 64),
+        ("kv_dtype", "fp8"),
+        ("kv_spec", ("sliding window",)),
+        ("kv_layout", "30x[(2, 32, 128)]"),
+        ("tensor_parallel", 2),
+        ("pipeline_parallel", 2),
+        ("model_runner", 2),
+        ("lora", True),
+    ],
+)
+def test_a_pool_in_which_one_differs_is_refused(field: str, value: Any) -> None:
+    """Every field counts; both instances and both values are named, and what to do."""
+    here, odd = (fingerprint_of(x) for x in (HERE, msgspec.structs.replace(HERE, **{field: value})))
+    found = differences_in_pool({"first": here, "second": here, "odd": odd})
+    assert found == (
+        f"Instances first and odd cannot exchange requests: {field} is {getattr(HERE, field)!r} "
+        f"here and {value!r} there (here: first). Give every instance the same model, flags and "
+        "vLLM."
+    )
+
+
+def test_every_field_is_tried_above() -> None:
+    (mark,) = test_a_pool_in_which_one_differs_is_refused.pytestmark
+    assert [field for field, _ in mark.args[1]] == list(Compatibility.__struct_fields__)
