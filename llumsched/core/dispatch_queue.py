@@ -45,9 +45,9 @@ class DispatchQueue:
         del self._order[bisect.bisect_left(self._order, key)]
         del self._deadlines[bisect.bisect_left(self._deadlines, (deadline_s, key))]
 
-    def last(self) -> RequestRecord:
-        """The last in dispatch order."""
-        return self._records[self._order[-1]][1]
+    def backwards(self) -> Iterator[RequestRecord]:
+        """Held requests, the last in dispatch order first."""
+        return (self._records[key][1] for key in reversed(self._order))
 
     def in_order(self, limit: int | None = None) -> Iterator[RequestRecord]:
         """Held requests in dispatch order; do not change the queue while iterating."""

@@ -22,6 +22,7 @@ from llumsched.core.snapshot import BoolColumn, ClusterSnapshot
 from llumsched.core.types import InstanceState, SchedulingRequest
 
 OVERLOAD_RETRY_S = 1.0
+LOST = "its instance was lost; "
 FEW_HELD = 8
 PASS_INTERVAL_S = 0.02
 
@@ -50,15 +51,19 @@ class Dispatcher:
         # The instance chosen last while none reported.
         self._last_blind_id = ""
 
-    def arrive(self, request: SchedulingRequest, now: float, out: list[Action]) -> None:
-        """Place a new request, or hold or reject it."""
+    def arrive(
+        self, request: SchedulingRequest, now: float, out: list[Action], *, has_begun: bool = False
+    ) -> None:
+        """Place a new request, or hold or reject it; one that has begun is not rejected."""
         if request.request_id in self._ledger.requests:
             return
         if self._bundle.predictor is not None and request.predicted_output_tokens is None:
             request = self._predicted(request, out)
         record = self._ledger.open(request, now)
+        if has_begun:
+            record.redispatch_reason = LOST
         if not len(self._queue) or (self._all_let_pass and now < self._next_pass_s):
-            if self._try(record, now, "", out) is not None:
+            if self._try(record, now, record.redispatch_reason, out) is not None:
                 self._hold(record, now, out)
         else:
             self._hold(record, now, out)
@@ -111,7 +116,7 @@ class Dispatcher:
     def hold_again(self, record: RequestRecord, now: float) -> None:
         """Hold a request whose instance is gone; it goes before those that arrived later."""
         self._ledger.unplace(record)
-        record.redispatch_reason = "its instance was lost; "
+        record.redispatch_reason = LOST
         self._queue.push(record, now + self._options.queue_timeout_s)
 
     def dispatch_held(self, now: float, out: list[Action]) -> None:
@@ -147,10 +152,12 @@ class Dispatcher:
     def _hold(self, record: RequestRecord, now: float, out: list[Action]) -> None:
         limit = self._options.max_queued_requests
         self._queue.push(record, now + self._options.queue_timeout_s)
-        if len(self._queue) > limit:
-            # The last in dispatch order: the lowest class is shed first, the newest of it.
+        if len(self._queue) > limit and not record.redispatch_reason:
+            # The last in dispatch order: the lowest class is shed first, the newest of it. Not one
+            # that came back, since its client has been promised the rest.
+            last = next(r for r in self._queue.backwards() if not r.redispatch_reason)
             self._reject(
-                self._queue.last(),
+                last,
                 f"the dispatch queue is full ({limit} requests)",
                 OVERLOAD_RETRY_S,
                 out,
@@ -193,7 +200,8 @@ class Dispatcher:
             if placement is None:
                 return Hold(reason="no instance accepts work")
         else:
-            verdict = self._judge(request, cluster, out)
+            # One whose stream has begun was admitted once, and is finished.
+            verdict = ADMIT if record.redispatch_reason else self._judge(request, cluster, out)
             if isinstance(verdict, Reject):
                 self._reject(record, verdict.reason, verdict.retry_after_s, out)
                 return None

@@ -58,9 +58,14 @@ class LoadReported:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestArrived:
-    """A client's request reached a frontend. A second arrival of a live id changes nothing."""
+    """A client's request reached a frontend. A second arrival of a live id changes nothing.
+
+    `has_begun`: its stream has, at an instance that died when no scheduler knew of it. Such a
+    request is not turned away, only held.
+    """
 
     request: SchedulingRequest
+    has_begun: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -233,7 +233,7 @@ class GlobalScheduler:
 
     def _arrived(self, event: RequestArrived, now: float, out: list[Action]) -> None:
         self._scaling.wake(now)
-        self._dispatcher.arrive(event.request, now, out)
+        self._dispatcher.arrive(event.request, now, out, has_begun=event.has_begun)
 
     def _finished(self, event: RequestFinished, now: float, out: list[Action]) -> None:
         self._end(event.request_id, event.num_output_tokens, now, out)

@@ -14,6 +14,7 @@ from llumsched.core.events import (
     InstanceJoined,
     InstanceLost,
     RequestAborted,
+    RequestArrived,
     RequestFinished,
     Ticked,
 )
@@ -21,7 +22,7 @@ from llumsched.core.policy import ADMIT, Hold, Placement, PolicyBundle, Reject
 from llumsched.core.snapshot import ClusterSnapshot
 from llumsched.core.types import PriorityClass, SchedulingRequest
 from llumsched.policies.freeness import Freeness
-from tests.core.builders import TOTAL_BLOCKS, Driver, make_spec
+from tests.core.builders import TOTAL_BLOCKS, Driver, make_request, make_spec
 
 
 def dispatched(actions: tuple[Any, ...]) -> list[tuple[str, str]]:
@@ -194,6 +195,17 @@ def test_a_full_queue_sheds_the_lowest_class_and_the_newest_of_it() -> None:
     (shed,) = driver.arrive("n3")
     assert isinstance(shed, RejectRequest)
     assert shed.request_id == "n3"
+
+
+def test_a_full_queue_does_not_shed_what_has_begun() -> None:
+    """Not even for a higher class: its client has been promised the rest."""
+    driver = Driver(max_queued_requests=1)
+    driver.join("a")
+    driver.arrive("begun")
+    driver.handle(InstanceLost(instance_id="a"))
+    (shed,) = driver.arrive("h", scheduling_priority=PriorityClass.HIGH)
+    assert isinstance(shed, RejectRequest)
+    assert shed.request_id == "h"
 
 
 def test_a_request_held_past_its_deadline_is_rejected() -> None:
@@ -379,6 +391,15 @@ def test_admission_rejects_holds_and_lets_others_pass_or_not() -> None:
     assert driver.arrive("r2") == ()
     gate.is_open = True
     assert dispatched(driver.report("a")) == [("wait", "a"), ("stop", "a"), ("r2", "a")]
+
+
+def test_admission_has_no_say_in_what_has_begun() -> None:
+    driver = Driver(PolicyBundle(name="test", dispatch=Freeness(), admission=Gate()))
+    driver.join("a")
+    request = make_request("no")
+    assert dispatched(driver.handle(RequestArrived(request=request, has_begun=True))) == [
+        ("no", "a")
+    ]
 
 
 def test_many_held_requests_are_not_all_tried_at_every_report() -> None:
