@@ -1,4 +1,4 @@
-"""The admin API from the outside: what ``status`` and ``migrate`` ask a running server.
+"""The admin API from the outside: what the operators' commands ask a running server.
 
 Standard library only, so that the commands work where neither vLLM nor Ray is installed. Whatever
 goes wrong is one sentence that names the fix; nothing is retried, since a migration that was asked
@@ -25,7 +25,7 @@ MIGRATE_TIMEOUT_S = 150.0
 
 
 def add_url(parser: argparse.ArgumentParser) -> None:
-    """The option that both commands share."""
+    """The option that all these commands share."""
     parser.add_argument(
         "--url", default=DEFAULT_URL, metavar="URL", help="the server; default: %(default)s"
     )
@@ -56,6 +56,19 @@ class AdminClient:
         """``POST /llumsched/migrations``: move a request; how it went, once it has moved."""
         body = {"request_id": request_id, "destination": destination}
         return self._call("/llumsched/migrations", body=body, timeout_s=MIGRATE_TIMEOUT_S)
+
+    def drain(
+        self, instance_id: str, *, deadline_s: float | None = None, replace: bool = False
+    ) -> dict[str, Any]:
+        """``POST /llumsched/instances/ID/drain``: begin to empty an instance and end it."""
+        path = f"/llumsched/instances/{urllib.parse.quote(instance_id, safe='')}/drain"
+        body = {"deadline_s": deadline_s, "replace": replace}
+        return self._call(path, body=body, timeout_s=STATUS_TIMEOUT_S)
+
+    def scale(self, num_instances: int) -> dict[str, Any]:
+        """``POST /llumsched/scale``: begin to have this many instances."""
+        body = {"num_instances": num_instances}
+        return self._call("/llumsched/scale", body=body, timeout_s=STATUS_TIMEOUT_S)
 
     def _call(
         self, path: str, *, timeout_s: float, body: Mapping[str, Any] | None = None

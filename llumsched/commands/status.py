@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     print(summary(cluster))
     print()
     print("\n".join(instance_table(cluster["instances"])))
+    for line in berth_lines(cluster["berths"]):
+        print(line)
     print()
     print("\n".join(request_table(requests)) if requests else "no unfinished request")
     return 0
@@ -71,6 +73,22 @@ def summary(cluster: Mapping[str, Any]) -> str:
 def instance_table(instances: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of a table with one row an instance."""
     return _table(INSTANCE_COLUMNS, [_instance_row(instance) for instance in instances], text=2)
+
+
+def berth_lines(berths: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is to be said of places where instances boot, or have died."""
+    lines = []
+    for berth in berths:
+        parts = []
+        if berth["state"] == "booting":
+            parts.append("booting")
+        if berth["num_deaths"]:
+            parts.append(f"{berth['num_deaths']} died in this place ({berth['last_failure']})")
+        if berth["retry_in_s"] is not None:
+            parts.append(f"another is started in {berth['retry_in_s']:.0f} s")
+        if parts:
+            lines.append(f"{berth['instance_id']}: {'; '.join(parts)}")
+    return lines
 
 
 def request_table(requests: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The admin API: what the pool is doing, and moving a request by hand.
+"""The admin API: what the pool is doing, moving a request, draining and scaling by hand.
 
 Routes under ``/llumsched``, in vLLM's own app. Errors have OpenAI's shape; a request or an
 instance that does not exist is 404, what cannot be done now is 409, and nothing is lost by
@@ -7,17 +7,20 @@ either.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
 
 import msgspec
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from llumsched.core.events import MigrationOutcome
 from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
 from llumsched.frontend.routes import Routes
+from llumsched.runtime.instance_names import instance_name
+from llumsched.runtime.supervisor import BerthStatus
 
 MIGRATION_TIMEOUT_S = 120.0
 DESCRIBE_TIMEOUT_S = 5.0
@@ -32,8 +35,36 @@ class MigrationBody(BaseModel):
     destination: str | None = None
 
 
-def admin_router(link: SchedulerLink, routes: Routes, instance_ids: Mapping[int, str]) -> APIRouter:
-    """The routes. ``instance_ids`` names each engine index."""
+class DrainBody(BaseModel):
+    """Body of ``POST /llumsched/instances/{instance_id}/drain``, which may be left out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    deadline_s: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    replace: bool = False
+
+
+class ScaleBody(BaseModel):
+    """Body of ``POST /llumsched/scale``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_instances: int = Field(ge=0)
+
+
+class Berths(Protocol):
+    """Who looks after the instances."""
+
+    @property
+    def max_instances(self) -> int: ...
+
+    def describe(self) -> Sequence[BerthStatus]: ...
+
+    def replace(self, instance_id: str) -> None: ...
+
+
+def admin_router(link: SchedulerLink, routes: Routes, berths: Berths) -> APIRouter:
+    """The routes."""
     router = APIRouter(prefix="/llumsched", tags=["llumsched"])
 
     @router.get("/instances")
@@ -44,7 +75,42 @@ def admin_router(link: SchedulerLink, routes: Routes, instance_ids: Mapping[int,
         except SchedulerUnavailable as error:
             return _error(503, str(error))
         described = msgspec.to_builtins(cluster)
-        return JSONResponse({key: described[key] for key in ("policy", "instances", "migrations")})
+        answer = {key: described[key] for key in ("policy", "instances", "migrations")}
+        answer["berths"] = [asdict(berth) for berth in berths.describe()]
+        return JSONResponse(answer)
+
+    @router.post("/instances/{instance_id}/drain")
+    async def drain(instance_id: str, body: DrainBody | None = None) -> JSONResponse:
+        """Empty an instance and end it; answers when this has begun."""
+        body = body or DrainBody()
+        running = [b.instance_id for b in berths.describe() if b.state == "running"]
+        if instance_id not in running:
+            known = ", ".join(sorted(running))
+            return _error(404, f"No instance '{instance_id}' is running. There are: {known}.")
+        if body.replace:
+            berths.replace(instance_id)
+        try:
+            accepted = await link.drain(instance_id, body.deadline_s, DESCRIBE_TIMEOUT_S)
+        except SchedulerUnavailable as error:
+            return _error(503, str(error))
+        if accepted.refused is not None:
+            return _error(409, f"Not drained: {accepted.refused}.")
+        return JSONResponse({"instance_id": instance_id, "replace": body.replace}, 202)
+
+    @router.post("/scale")
+    async def scale(body: ScaleBody) -> JSONResponse:
+        """Have this many instances; answers when this has begun."""
+        if body.num_instances > berths.max_instances:
+            return _error(
+                409,
+                f"This server runs at most {berths.max_instances} instances; start it with more "
+                "--instances, or a larger max_instances in its configuration.",
+            )
+        try:
+            await link.scale(body.num_instances, DESCRIBE_TIMEOUT_S)
+        except SchedulerUnavailable as error:
+            return _error(503, str(error))
+        return JSONResponse({"num_instances": body.num_instances}, 202)
 
     @router.get("/requests")
     async def list_requests() -> JSONResponse:
@@ -55,11 +121,12 @@ def admin_router(link: SchedulerLink, routes: Routes, instance_ids: Mapping[int,
                     {
                         "request_id": request_id,
                         "external_id": route.external_id,
-                        "instance_id": instance_ids.get(route.instance)
+                        "instance_id": instance_name(route.instance)
                         if route.instance is not None
                         else None,
                         "num_output_tokens": route.num_tokens,
                         "num_moves": route.num_moves,
+                        "num_resumptions": route.num_resumptions,
                     }
                     for request_id, route in routes
                 ]
@@ -86,7 +153,7 @@ def admin_router(link: SchedulerLink, routes: Routes, instance_ids: Mapping[int,
                 f"'{body.request_id}' stands for {len(matches)} sequences; name one: "
                 f"{', '.join(sorted(matches))}.",
             )
-        known = sorted(instance_ids.values())
+        known = sorted(b.instance_id for b in berths.describe() if b.state == "running")
         if body.destination is not None and body.destination not in known:
             return _error(404, f"No instance '{body.destination}'. There are: {', '.join(known)}.")
         try:

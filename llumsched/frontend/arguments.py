@@ -19,6 +19,11 @@ from llumsched.plugins import build_bundle
 # Keys of the scheduler's configuration that no flag of vLLM's has.
 SCHEDULER_KEYS = frozenset(KEYS) - {"seed"}
 
+FEWEST_MOST_INSTANCES = 8
+# One that is killed is noticed at once, by its connections. This is for one that hangs: a busy
+# machine may keep a healthy one from answering for seconds.
+DEFAULT_HEARTBEAT_TIMEOUT_S = 10.0
+
 DESCRIPTION = """Serve a model on several vLLM instances behind one OpenAI-compatible server.
 
 Every flag of `vllm serve` works as it does there and applies to each instance. See
@@ -40,6 +45,13 @@ class ServeOptions:
     admin_api: bool
     decision_log: Path | None
     allow_other_vllm: bool
+    heartbeat_timeout_s: float
+
+    @property
+    def most_instances(self) -> int:
+        """Labels are made for so many, and no more are started."""
+        scheduler_options = build_bundle(self.config).options
+        return max(FEWEST_MOST_INSTANCES, 2 * self.num_instances, scheduler_options.max_instances)
 
     @property
     def wants_prefix_blocks(self) -> bool:
@@ -91,6 +103,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         action="store_true",
         help="Start with a vLLM version this release was not written for.",
     )
+    group.add_argument(
+        "--heartbeat-timeout",
+        type=float,
+        default=DEFAULT_HEARTBEAT_TIMEOUT_S,
+        metavar="SECONDS",
+        help="An instance whose process does not answer for longer is killed, its requests go on "
+        "elsewhere, and another takes its place. Default: %(default)s.",
+    )
     rest, config_path = _take_scheduler_config(list(argv))
     try:
         args = parser.parse_args(rest)
@@ -113,12 +133,15 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         admin_api=_admin_api(args),
         decision_log=Path(args.decision_log).absolute() if args.decision_log else None,
         allow_other_vllm=args.allow_other_vllm,
+        heartbeat_timeout_s=args.heartbeat_timeout,
     )
 
 
 def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
     if args.instances < 1:
         raise UsageError(f"--instances {args.instances}: at least 1 instance is needed.")
+    if args.heartbeat_timeout <= 0:
+        raise UsageError("--heartbeat-timeout: a positive number of seconds is needed.")
     for flag, unset in (
         ("data_parallel_size", 1),
         ("pipeline_parallel_size", 1),

@@ -3,8 +3,8 @@
 ``AsyncLLM`` keeps its one client and never learns that there are many engines: this client
 sends each request to the instance the scheduler chose, merges the outputs of all, and follows
 requests that move. Tokens come straight from the instances; aborts go to whichever instance
-runs the request now. What it overrides of ``AsyncMPClient`` is listed in
-``llumsched.engine.vllm.internals``.
+runs the request now; requests of an instance that is lost go on elsewhere (``resumer``). What it
+overrides of ``AsyncMPClient`` is listed in ``llumsched.engine.vllm.internals``.
 """
 
 from __future__ import annotations
@@ -16,39 +16,33 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, cast
 
-import zmq
-import zmq.asyncio
 from vllm.config import VllmConfig
-from vllm.utils.network_utils import make_zmq_socket
 from vllm.v1.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreRequest,
-    EngineCoreRequestType,
     FinishReason,
 )
 from vllm.v1.engine.core_client import (
-    AsyncMPClient,
-    BackgroundResources,
     _process_utility_output,
 )
-from vllm.v1.engine.utils import EngineZmqAddresses
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from llumsched.core.types import priority_class, vllm_priority
 from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID
+from llumsched.frontend import resumer
+from llumsched.frontend.audit import Auditor
+from llumsched.frontend.connections import ConnectedInstances
 from llumsched.frontend.hints import current
 from llumsched.frontend.metrics import FrontendMetrics
+from llumsched.frontend.resumer import Resumer
 from llumsched.frontend.routes import Arrival, Finished, Passed, Route, Routes
+from llumsched.frontend.sockets import FrontendSockets
 
 logger = logging.getLogger(__name__)
 
 
-class Placer(Protocol):
-    """Chooses the instance of a request; the link to the global scheduler."""
-
-    async def place(self, request: EngineCoreRequest) -> int:
-        """The ZMQ index of the chosen instance; raises what the client should see as an error."""
+class Placer(resumer.Placer, Protocol):
+    """Chooses the instance of a request, and hears of its end; the link to the scheduler."""
 
     def ended(
         self, request_id: str, *, aborted: bool, num_output_tokens: int | None = None
@@ -56,50 +50,15 @@ class Placer(Protocol):
         """Tell the scheduler that a request is over, and its length if it ended by itself."""
 
 
-class FrontendSockets:
-    """The two sockets all instances connect to; bound before any instance starts.
-
-    Args:
-        host: address to bind, loopback unless instances run on other machines.
-    """
-
-    def __init__(self, host: str) -> None:
-        self.sync_context = zmq.Context(io_threads=2)
-        self.context = zmq.asyncio.Context(self.sync_context)
-        # A port of 0 is chosen by the system.
-        self.input = self._bind(f"tcp://{host}:0", zmq.ROUTER)
-        self.output = self._bind(f"tcp://{host}:0", zmq.PULL)
-
-    def _bind(self, path: str, socket_type: int) -> zmq.asyncio.Socket:
-        return cast(
-            "zmq.asyncio.Socket", make_zmq_socket(self.context, path, socket_type, bind=True)
-        )
-
-    def addresses(self) -> EngineZmqAddresses:
-        return EngineZmqAddresses(
-            inputs=[self.input.get_string(zmq.LAST_ENDPOINT)],
-            outputs=[self.output.get_string(zmq.LAST_ENDPOINT)],
-        )
-
-    def close(self) -> None:
-        self.input.close(linger=0)
-        self.output.close(linger=0)
-        self.sync_context.term()
-
-
-def engine_identity(engine_index: int) -> bytes:
-    """The ZMQ identity vLLM gives the engine of this index."""
-    return engine_index.to_bytes(2, "little")
-
-
-class RoutingEngineClient(AsyncMPClient):
-    """An ``AsyncMPClient`` over many engines that its own frontend did not start.
+class RoutingEngineClient(ConnectedInstances):
+    """Requests and their outputs, over instances that come and go.
 
     Args:
         vllm_config: the configuration every instance shares.
         sockets: bound already; every instance must have been told their addresses.
         engine_indices: the instances to wait for, each once.
         placer: chooses the instance of every new request.
+        num_labels: labels of instances in vLLM's metrics.
         ready_timeout_s: how long to wait for an instance's first message.
 
     Raises:
@@ -116,59 +75,29 @@ class RoutingEngineClient(AsyncMPClient):
         renderer: Any = None,
         client_index: int = 0,
         client_count: int = 1,
+        num_labels: int = 1,
         ready_timeout_s: float = 60.0,
         metrics: FrontendMetrics | None = None,
     ) -> None:
-        # Not AsyncMPClient.__init__, which derives its engines from the data-parallel size and
-        # may start them; the fields it would set are set here.
-        self.vllm_config = vllm_config
-        self._renderer = renderer
-        self._effective_attention_block_sizes: set[int | None] = set()
-        self._kv_event_sources: dict[int, Any] = {}
-        self._engine_status: dict[int, dict[str, Any]] = {}
-        self.engines_running = False
-        self.stats_update_address = None
-        self.client_index = client_index
-        self.client_count = client_count
-        self.utility_results: dict[int, Any] = {}
-        self.outputs_queue: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
-        self.encoder = MsgpackEncoder()
-        self.decoder = MsgpackDecoder(EngineCoreOutputs)
-
-        self.ctx = sockets.context
-        self.input_socket = sockets.input
-        self._output_socket = sockets.output
-        self.resources = BackgroundResources(ctx=sockets.sync_context)
-        self.resources.input_socket = sockets.input
-        self.resources.output_socket = sockets.output
-        self._finalizer = weakref.finalize(self, self.resources)
-
         self._metrics = metrics if metrics is not None else FrontendMetrics()
         self.routes = Routes(observer=self._metrics)
-        self._aborts: set[asyncio.Future[None]] = set()
         self._placer = placer
-        self.engine_ranks_managed = list(engine_indices)
-        self.core_engines = [engine_identity(index) for index in engine_indices]
-        self.core_engine = self.core_engines[0]
-        self._start_mm_warmup()
-        self._await_ready(set(self.core_engines), ready_timeout_s)
+        self._resumer = Resumer(self.routes, placer, self, self._give_up)
+        super().__init__(
+            vllm_config,
+            sockets=sockets,
+            engine_indices=engine_indices,
+            renderer=renderer,
+            client_index=client_index,
+            client_count=client_count,
+            num_labels=num_labels,
+            ready_timeout_s=ready_timeout_s,
+        )
         try:
             asyncio.get_running_loop()
             self._ensure_output_queue_task()
         except RuntimeError:
             pass  # started by the first request
-
-    def _await_ready(self, identities: set[bytes], timeout_s: float) -> None:
-        socket: zmq.Socket[bytes] = zmq.Socket.shadow(self.input_socket)
-        while identities:
-            if not socket.poll(timeout=int(timeout_s * 1000)):
-                missing = sorted(int.from_bytes(identity, "little") for identity in identities)
-                raise TimeoutError(
-                    f"Instances {missing} did not reach the frontend within {timeout_s:.0f} s."
-                )
-            identity, payload = socket.recv_multipart()
-            identities.discard(identity)
-            self._apply_ready_response(payload)
 
     # ---- requests -------------------------------------------------------------------------
 
@@ -185,8 +114,9 @@ class RoutingEngineClient(AsyncMPClient):
             priority_class=priority_class(request.priority),
             opened_s=time.monotonic(),
         )
+        self._resumer.keep(request)
         try:
-            instance = await self._placer.place(request)
+            instance = await self._place(request)
         except Exception:
             self._end(request_id, "rejected")
             raise
@@ -197,7 +127,16 @@ class RoutingEngineClient(AsyncMPClient):
         if self.routes.get(request_id) is not route:
             return  # aborted while the scheduler was choosing
         route.instance = instance
-        await self._send_input(EngineCoreRequestType.ADD, request, engine_identity(instance))
+        await self.add(instance, request)
+
+    async def _place(self, request: EngineCoreRequest) -> int:
+        lost: int | None = None
+        while True:
+            instance = await self._placer.place(request, lost=lost)
+            if self.is_up(instance):
+                return instance
+            lost = instance  # it has died since, or is not connected yet
+            await asyncio.sleep(resumer.UNKNOWN_INSTANCE_DELAY_S)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         by_instance: dict[int, list[str]] = {}
@@ -213,25 +152,29 @@ class RoutingEngineClient(AsyncMPClient):
     def _end(self, request_id: str, outcome: str) -> Route | None:
         """Stop following a request that did not finish by itself, and say so."""
         route = self.routes.close(request_id)
+        self._resumer.forget(request_id)
         if route is not None:
             self._placer.ended(request_id, aborted=True)
             self._metrics.ended(route, outcome)
         return route
 
-    def _abort_soon(self, instance: int, request_id: str) -> None:
-        abort = asyncio.ensure_future(self._abort_at(instance, [request_id]))
-        self._aborts.add(abort)
-        abort.add_done_callback(self._aborts.discard)
-
-    async def _abort_at(self, instance: int, request_ids: list[str]) -> None:
-        if instance in self.engine_ranks_managed and not self.resources.engine_dead:
-            await self._send_input(
-                EngineCoreRequestType.ABORT, request_ids, engine_identity(instance)
+    def _give_up(self, request_id: str, reason: str) -> None:
+        """End a request with an error."""
+        logger.error("Request %s ends with an error: %s", request_id, reason)
+        route = self._end(request_id, "instance_lost")
+        if route is None:
+            return
+        for instance in self.routes.holders(route):
+            self.abort_soon(instance, request_id)
+        self.outputs_queue.put_nowait(
+            EngineCoreOutputs(
+                outputs=[
+                    EngineCoreOutput(
+                        request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR
+                    )
+                ]
             )
-
-    async def call_utility_async(self, method: str, *args: Any) -> Any:
-        """Call a method of every instance's engine core; the first one's result."""
-        return (await self.call_utility_all_async(method, *args))[0]
+        )
 
     # ---- outputs --------------------------------------------------------------------------
 
@@ -245,9 +188,7 @@ class RoutingEngineClient(AsyncMPClient):
         async def receive_outputs() -> None:
             try:
                 while True:
-                    frames = await socket.recv_multipart(copy=False)
-                    resources.validate_alive(frames)
-                    outputs = decoder.decode(frames)
+                    outputs = decoder.decode(await socket.recv_multipart(copy=False))
                     client = self_ref()
                     if client is None:
                         return
@@ -261,6 +202,8 @@ class RoutingEngineClient(AsyncMPClient):
         resources.output_queue_task = asyncio.create_task(
             receive_outputs(), name="EngineCoreOutputQueueTask"
         )
+        self._spawn(self._receive_ready())
+        self._spawn(Auditor(self.routes, self, self._found_missing).run())
 
     def _take_in(self, outputs: EngineCoreOutputs) -> None:
         utility = outputs.utility_output
@@ -271,22 +214,30 @@ class RoutingEngineClient(AsyncMPClient):
             else:
                 _process_utility_output(utility, self.utility_results)
             return
-        passed, finished = self.routes.pass_on(outputs.engine_index, outputs.outputs)
-        own = passed[0].outputs if passed and passed[0].instance == outputs.engine_index else []
+        instance = outputs.engine_index
+        label = self._labels.of(instance)
+        if label is None:
+            return  # it is dead, and what it ran goes on elsewhere
+        passed, finished = self.routes.pass_on(instance, outputs.outputs)
+        own = passed[0].outputs if passed and passed[0].instance == instance else []
         if len(own) != len(outputs.outputs):
             outputs.outputs = cast("list[EngineCoreOutput]", list(own))
         if outputs.outputs or outputs.scheduler_stats:
+            outputs.engine_index = label
             self.outputs_queue.put_nowait(outputs)
         self._deliver(passed[1:] if own else passed, finished)
 
     def _take_in_hand_over(self, instance: int, announcement: Sequence[Any]) -> None:
-        request_id, num_moves, num_tokens = announcement
-        passed, finished, wanted = self.routes.arrive(
-            request_id, Arrival(instance, num_moves, num_tokens)
-        )
+        request_id, stay, num_tokens = announcement
+        arrival = Arrival(instance, stay, num_tokens)
+        if not self.is_up(instance):
+            if self.routes.was_to_follow(request_id, arrival):
+                self._found_missing([request_id], instance)
+            return
+        passed, finished, wanted = self.routes.arrive(request_id, arrival)
         if not wanted:
-            # Its client left while it moved: no instance that knew of the abort runs it.
-            self._abort_soon(instance, request_id)
+            # Its client left while it moved, or it was resumed from before that.
+            self.abort_soon(instance, request_id)
             return
         self._deliver(passed, finished)
 
@@ -294,43 +245,35 @@ class RoutingEngineClient(AsyncMPClient):
         for part in passed:
             self.outputs_queue.put_nowait(
                 EngineCoreOutputs(
-                    engine_index=part.instance,
+                    engine_index=self._labels.of(part.instance) or 0,
                     outputs=cast("list[EngineCoreOutput]", list(part.outputs)),
                 )
             )
         for request in finished:
+            self._resumer.forget(request.request_id)
             self._placer.ended(
                 request.request_id, aborted=False, num_output_tokens=request.num_tokens
             )
 
     # ---- instances ------------------------------------------------------------------------
 
-    def instance_lost(self, instance: int) -> None:
-        """End every request of a dead instance with an error; without any left, the engine is
-        dead to ``AsyncLLM`` as well."""
-        if instance not in self.engine_ranks_managed:
+    def instance_lost(self, instance: int, *, expected: bool = False) -> None:
+        """An instance is dead, or was ended: what it had goes on elsewhere."""
+        if not self._disconnect(instance):
             return
-        self.engine_ranks_managed = [i for i in self.engine_ranks_managed if i != instance]
-        self.core_engines = [engine_identity(i) for i in self.engine_ranks_managed]
-        failed = []
-        for request_id, route in self.routes:
-            holders = self.routes.holders(route)
-            if instance in holders:
-                self._end(request_id, "instance_lost")
-                # It may also be on its way to or from another instance.
-                for other in holders - {instance}:
-                    self._abort_soon(other, request_id)
-                failed.append(
-                    EngineCoreOutput(
-                        request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR
-                    )
-                )
-        self._metrics.lost_instances.inc()
-        logger.error("Instance %d is lost, and %d requests with it.", instance, len(failed))
-        if failed:
-            self.outputs_queue.put_nowait(EngineCoreOutputs(engine_index=instance, outputs=failed))
-        if self.core_engines:
-            self.core_engine = self.core_engines[0]
-        else:
-            self.resources.engine_dead = True
-            self.outputs_queue.put_nowait(self._format_exception(RuntimeError("no instance left")))
+        lost = self.routes.lose(instance)
+        if not expected:
+            self._metrics.lost_instances.inc()
+        if lost or not expected:
+            logger.error("Instance %d is gone; %d requests go on elsewhere", instance, len(lost))
+        self._metrics.resumptions.inc(len(lost))
+        self._resumer.resume(lost, instance)
+
+    def _found_missing(self, request_ids: Sequence[str], instance: int) -> None:
+        """Requests that their instance does not have, or that went to one that is dead."""
+        for request_id in request_ids:
+            route = self.routes.get(request_id)
+            if route is not None:
+                self.routes.begin_again(route)
+        self._metrics.resumptions.inc(len(request_ids))
+        self._resumer.resume(request_ids, None if self.is_up(instance) else instance)

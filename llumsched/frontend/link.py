@@ -1,8 +1,10 @@
 """The frontend's connection to the global scheduler.
 
 One DEALER socket: every request asks for its instance and every ended one is told; operators'
-calls use it too. If the scheduler does not answer in time, requests go to the instance that
-runs fewest of this frontend's own, so serving goes on without it.
+calls use it too, and the scheduler's orders to start and end instances come by it. If the
+scheduler does not answer in time, requests go to the instance that runs fewest of this frontend's
+own, so serving goes on without it. What was asked is asked again until it is answered, and the
+registration is told every second: a scheduler that restarts knows nothing of either.
 """
 
 from __future__ import annotations
@@ -10,29 +12,34 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
-from collections.abc import Callable, Mapping
-from http import HTTPStatus
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import zmq
 import zmq.asyncio
-from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import EngineCoreRequest
 
 from llumsched.core.types import SchedulingRequest, priority_class
 from llumsched.engine.vllm.hints import predict
 from llumsched.frontend.hints import Hints, current
+from llumsched.frontend.overload import Rejected
+from llumsched.runtime.instance_names import instance_name
 from llumsched.runtime.messages import (
+    Accepted,
     ClusterDescription,
     DescribeCluster,
+    DrainInstance,
+    LaunchRefused,
     Message,
     MigrateAnswer,
     MigrateRequest,
+    OrderLaunch,
+    OrderTermination,
     Placed,
     PlaceRequest,
     RegisterFrontend,
     RequestEnded,
+    ScalePool,
     Welcomed,
     decode_control,
     encode,
@@ -44,30 +51,40 @@ logger = logging.getLogger(__name__)
 # until it is placed, so only the probe below tells a held request from a dead scheduler.
 PLACEMENT_TIMEOUT_S = 1.0
 PROBE_TIMEOUT_S = 1.0
+REGISTER_INTERVAL_S = 1.0
 
 
 class SchedulerUnavailable(Exception):
     """The global scheduler does not answer."""
 
 
+class Supervisor(Protocol):
+    """Whoever starts and ends the instances; both return at once."""
+
+    def launch(self, launch_id: str | None) -> None:
+        """Start one more instance."""
+
+    def terminate(self, instance_id: str) -> None:
+        """End an instance, with whatever it still runs."""
+
+
 class SchedulerLink:
     """Args:
     endpoint: the scheduler's control socket.
-    engine_indices: ZMQ index of each instance id.
-    least_loaded: chooses an instance when the scheduler is silent.
+    least_loaded: chooses an instance when the scheduler is silent; ``None`` while there is none.
     prefix_hashes: names the blocks of a prompt, where the scheduler's policies want them.
     """
 
     def __init__(
         self,
         endpoint: str,
-        engine_indices: Mapping[str, int],
-        least_loaded: Callable[[], int],
+        least_loaded: Callable[[], int | None],
         prefix_hashes: Callable[[EngineCoreRequest], tuple[int, ...]] | None = None,
     ) -> None:
-        self._engine_indices = dict(engine_indices)
         self._least_loaded = least_loaded
         self._prefix_hashes = prefix_hashes
+        self._supervisor: Supervisor | None = None
+        self._draining: set[str] = set()
         self._placements: dict[str, asyncio.Future[Placed]] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count(1)
@@ -76,40 +93,58 @@ class SchedulerLink:
         self._socket.connect(endpoint)
         self._receiving = asyncio.create_task(self._receive())
         self._sending: set[asyncio.Task[None]] = set()
-        self._post(RegisterFrontend(frontend_id="frontend-0"))
+        self._registering = asyncio.create_task(self._register())
 
-    async def place(self, request: EngineCoreRequest) -> int:
+    def supervise_with(self, supervisor: Supervisor) -> None:
+        """From now on the scheduler's orders to start and end instances are carried out here."""
+        self._supervisor = supervisor
+
+    async def place(
+        self, request: EngineCoreRequest, *, lost: int | None = None, num_output_tokens: int = 0
+    ) -> int:
         """The instance for a request, which takes the scheduler's prediction along.
 
+        Args:
+            lost: the instance that died with it.
+            num_output_tokens: what its client has of it, so that its stream is finished if it can.
+
         Raises:
-            GracefulHTTPError: 503, if the scheduler rejects it; the message says why.
+            Rejected: by the scheduler; the message says why.
         """
         future: asyncio.Future[Placed] = asyncio.get_running_loop().create_future()
         self._placements[request.request_id] = future
         try:
             prefix_hashes = self._prefix_hashes(request) if self._prefix_hashes else ()
-            described = for_scheduling(request, current(), prefix_hashes)
-            await self._socket.send(encode(PlaceRequest(request=described)))
+            described = for_scheduling(request, current(), prefix_hashes, num_output_tokens)
+            asked = PlaceRequest(
+                request=described,
+                lost=instance_name(lost) if lost is not None else None,
+                has_begun=num_output_tokens > 0,
+            )
             while True:
+                await self._socket.send(encode(asked))
                 try:
                     placed = await asyncio.wait_for(asyncio.shield(future), PLACEMENT_TIMEOUT_S)
                     break
                 except TimeoutError:
-                    if not await self._is_alive():
-                        instance = self._least_loaded()
-                        logger.warning(
-                            "The global scheduler is silent; request %s goes to instance %d",
-                            request.request_id,
-                            instance,
-                        )
-                        return instance
+                    # A scheduler that was started again has never heard of the request.
+                    if await self._is_alive():
+                        continue
+                instance = self._least_loaded()
+                if instance is not None:
+                    logger.warning(
+                        "The global scheduler is silent; request %s goes to instance %d",
+                        request.request_id,
+                        instance,
+                    )
+                    return instance
         finally:
             self._placements.pop(request.request_id, None)
-        if placed.instance_id is None:
+        if placed.instance_id is None or placed.engine_index is None:
             raise Rejected(placed.reason, placed.retry_after_s)
         if placed.predicted_output_tokens is not None and request.sampling_params is not None:
             predict(request.sampling_params, placed.predicted_output_tokens)
-        return self._engine_indices[placed.instance_id]
+        return placed.engine_index
 
     def ended(
         self, request_id: str, *, aborted: bool, num_output_tokens: int | None = None
@@ -132,6 +167,34 @@ class SchedulerLink:
         )
         return answer
 
+    async def drain(self, instance_id: str, deadline_s: float | None, timeout_s: float) -> Accepted:
+        """Have an instance emptied and ended; returns when the scheduler has begun."""
+        call_id = next(self._call_ids)
+        answer: Accepted = await self._call(
+            call_id,
+            DrainInstance(call_id=call_id, instance_id=instance_id, deadline_s=deadline_s),
+            timeout_s,
+        )
+        if answer.refused is None:
+            self._draining.add(instance_id)
+        return answer
+
+    def instance_gone(self, instance_id: str) -> None:
+        """An instance has ended: there is nothing more to drain."""
+        self._draining.discard(instance_id)
+
+    async def scale(self, num_instances: int, timeout_s: float) -> Accepted:
+        """Have this many instances; returns when the scheduler has begun."""
+        call_id = next(self._call_ids)
+        answer: Accepted = await self._call(
+            call_id, ScalePool(call_id=call_id, num_instances=num_instances), timeout_s
+        )
+        return answer
+
+    def launch_refused(self, launch_id: str, reason: str) -> None:
+        """Tell the scheduler that an instance it ordered will not come."""
+        self._post(LaunchRefused(launch_id=launch_id, reason=reason))
+
     async def describe(self, timeout_s: float) -> ClusterDescription:
         call_id = next(self._call_ids)
         answer: ClusterDescription = await self._call(
@@ -141,6 +204,7 @@ class SchedulerLink:
 
     def close(self) -> None:
         self._receiving.cancel()
+        self._registering.cancel()
         for task in list(self._sending):
             task.cancel()
         self._socket.close(linger=0)
@@ -166,6 +230,19 @@ class SchedulerLink:
         finally:
             self._calls.pop(call_id, None)
 
+    async def _register(self) -> None:
+        while True:
+            await self._socket.send(
+                encode(
+                    RegisterFrontend(
+                        frontend_id="frontend-0",
+                        supervises=self._supervisor is not None,
+                        draining=tuple(sorted(self._draining)),
+                    )
+                )
+            )
+            await asyncio.sleep(REGISTER_INTERVAL_S)
+
     def _post(self, message: Message) -> None:
         async def send() -> None:
             await self._socket.send(encode(message))
@@ -182,36 +259,33 @@ class SchedulerLink:
                     placement = self._placements.get(message.request_id)
                     if placement is not None and not placement.done():
                         placement.set_result(message)
-                case MigrateAnswer() | ClusterDescription():
+                case MigrateAnswer() | ClusterDescription() | Accepted():
                     call = self._calls.get(message.call_id)
                     if call is not None and not call.done():
                         call.set_result(message)
+                case OrderLaunch() if self._supervisor is not None:
+                    self._supervisor.launch(message.launch_id)
+                case OrderTermination() if self._supervisor is not None:
+                    self._supervisor.terminate(message.instance_id)
                 case Welcomed():
                     pass
                 case _:
                     logger.warning("Dropped an unexpected %s", type(message).__name__)
 
 
-class Rejected(GracefulHTTPError):
-    """The scheduler rejects the request; vLLM's server answers 503 with the reason."""
-
-    def __init__(self, reason: str, retry_after_s: float | None) -> None:
-        hint = f" Try again in {math.ceil(retry_after_s)} s." if retry_after_s else ""
-        super().__init__(
-            f"No instance can take the request: {reason}.{hint}", HTTPStatus.SERVICE_UNAVAILABLE
-        )
-
-
 def for_scheduling(
-    request: EngineCoreRequest, hints: Hints, prefix_hashes: tuple[int, ...] = ()
+    request: EngineCoreRequest,
+    hints: Hints,
+    prefix_hashes: tuple[int, ...] = (),
+    num_output_tokens: int = 0,
 ) -> SchedulingRequest:
-    """What the scheduler is told of a request."""
+    """What the scheduler is told of a request; outputs it has had are computed like a prompt."""
     sampling = request.sampling_params
     prompt = request.prompt_token_ids
     priority = priority_class(request.priority)
     return SchedulingRequest(
         request_id=request.request_id,
-        num_prompt_tokens=len(prompt) if prompt is not None else 0,
+        num_prompt_tokens=(len(prompt) if prompt is not None else 0) + num_output_tokens,
         max_output_tokens=sampling.max_tokens if sampling is not None else 1,
         scheduling_priority=priority,
         execution_priority=priority,

@@ -55,6 +55,12 @@ class FrontendMetrics:
             registry=registry,
         )
 
+        self.resumptions = Counter(
+            "llumsched_resumptions",
+            "Times that a request was resumed at another instance because its own was gone.",
+            registry=registry,
+        )
+
     def first_token(self, route: Route) -> None:
         self.ttft_s.labels(_label(route)).observe(time.monotonic() - route.opened_s)
 

@@ -3,8 +3,9 @@
 A request that moves sends its last source token and its first destination token on different
 sockets, so they may arrive in either order. The destination announces "outputs start at n";
 tokens of that stay are held until exactly ``n`` tokens have been passed on, then the request
-belongs to that instance and what was held follows. Stays are told apart by the number of moves
-before them, since a request may come back to an instance while the one between is still silent.
+belongs to that instance and what was held follows. Stays are told apart by their numbers, since a
+request may come back to an instance while the one between is still silent. When an instance dies,
+its requests begin a new series of stays, from the tokens that were passed on.
 
 Invariant: for every request the tokens passed on are those of one uninterrupted run, none
 lost, none doubled. Pure bookkeeping: no sockets, no clock, no knowledge of vLLM's types beyond
@@ -16,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from llumsched.engine.stays import first_stay, num_moves_within, series_of
 
 
 class Output(Protocol):
@@ -30,28 +33,52 @@ class Output(Protocol):
 class Route:
     """``instance`` is ``None`` until the scheduler has chosen one. ``external_id`` is the id the
     client knows, of which there may be several sequences (``n`` > 1). ``opened_s`` is the
-    caller's own clock."""
+    caller's own clock. ``stay`` numbers the present one (``llumsched.engine.stays``)."""
 
     external_id: str
     priority_class: int = 0
     opened_s: float = 0.0
     instance: int | None = None
-    num_moves: int = 0
-    num_tokens: int = 0
+    stay: int = 0
+    output_token_ids: list[int] = field(default_factory=list)
+    """What was passed on: from here the request goes on if its instance dies."""
     arrivals: list[Arrival] = field(default_factory=list)
     stays: dict[int, int] = field(default_factory=dict)
-    """Instance -> the number of moves before the latest stay it has announced."""
+    """Instance -> the latest stay it has announced."""
     held: dict[int, list[Output]] = field(default_factory=dict)
-    """Stay (as the number of moves before it) -> outputs that came too early."""
+    """Stay -> outputs that came too early."""
+    came_from: int | None = None
+    """The instance before this one: it has the request still, until it knows that it moved."""
+    leftovers: set[int] = field(default_factory=set)
+    """Instances that may have a copy of the request from before it was resumed."""
+    num_past_moves: int = 0
+    num_fruitless_resumptions: int = 0
+    """How often it was resumed since its last token."""
+    is_fruitful: bool = False
+    """Whether a token has come since it was last resumed."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.output_token_ids)
+
+    @property
+    def num_moves(self) -> int:
+        """Migrations so far."""
+        return self.num_past_moves + num_moves_within(self.stay)
+
+    @property
+    def num_resumptions(self) -> int:
+        """How often an instance died with it."""
+        return series_of(self.stay)
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """An announcement: the request's outputs from token ``num_tokens`` on come from
-    ``instance``, which is the ``num_moves``-th after the first."""
+    """An announcement: from token ``num_tokens`` on the request's outputs come from ``instance``,
+    where this is its stay number ``stay``."""
 
     instance: int
-    num_moves: int
+    stay: int
     num_tokens: int
 
 
@@ -122,11 +149,70 @@ class Routes:
         return sum(route.instance == instance for route in self._routes.values())
 
     def holders(self, route: Route) -> set[int]:
-        """Every instance that may run the request now: its own, and any it is arriving at."""
-        found = {i for i, num_moves in route.stays.items() if num_moves >= route.num_moves}
+        """Every instance that may run the request now: its own, any it is arriving at, and those
+        that may have a copy from before it was resumed."""
+        found = {i for i, stay in route.stays.items() if stay >= route.stay} | route.leftovers
         if route.instance is not None:
             found.add(route.instance)
         return found
+
+    def lose(self, instance: int) -> list[str]:
+        """``instance`` is dead.
+
+        Returns:
+            the requests whose next tokens would have come from there, now or soon. They have no
+            instance now, and go on from the tokens passed on so far.
+        """
+        lost = []
+        for request_id, route in self._routes.items():
+            if route.instance == instance or any(a.instance == instance for a in route.arrivals):
+                self.begin_again(route)
+                lost.append(request_id)
+            route.leftovers.discard(instance)
+            if route.came_from == instance:
+                route.came_from = None
+        return lost
+
+    def was_to_follow(self, request_id: str, arrival: Arrival) -> bool:
+        """Whether an announcement, of an instance that is dead, says that the request is lost."""
+        route = self._routes.get(request_id)
+        return (
+            route is not None
+            and arrival.stay > route.stay
+            and series_of(arrival.stay) == series_of(route.stay)
+        )
+
+    def begin_again(self, route: Route) -> None:
+        """Take the request off its instance: whatever comes from there is not passed on."""
+        route.leftovers = self.holders(route)
+        if route.came_from is not None:
+            # It may not know yet that the request has moved, and would resume it by itself.
+            route.leftovers.add(route.came_from)
+        route.num_past_moves = route.num_moves
+        route.num_fruitless_resumptions = (
+            1 if route.is_fruitful else route.num_fruitless_resumptions + 1
+        )
+        route.is_fruitful = False
+        route.stay = first_stay(series_of(route.stay) + 1)
+        route.instance = route.came_from = None
+        route.arrivals = []
+        route.held = {}
+
+    def settle(self, route: Route, instance: int, *, is_announced: bool) -> set[int]:
+        """A request that has begun again goes on at ``instance``.
+
+        Args:
+            is_announced: whether the instance will announce the stay before its outputs.
+
+        Returns:
+            the instances that may have an old copy, to be aborted. Not ``instance`` itself, where
+            the request takes the place of its copy.
+        """
+        route.instance = instance
+        if not is_announced:
+            route.stays[instance] = route.stay
+        leftovers, route.leftovers = route.leftovers - {instance}, set()
+        return leftovers
 
     def pass_on(
         self, instance: int, outputs: Sequence[Output]
@@ -146,9 +232,9 @@ class Routes:
             # An instance announces a stay before the first output of it, on the same socket, so
             # an output belongs to the latest stay its instance has announced.
             stay = route.stays.get(instance, 0)
-            if stay > route.num_moves:
+            if stay > route.stay:
                 route.held.setdefault(stay, []).append(output)
-            elif stay == route.num_moves and instance == route.instance:
+            elif stay == route.stay and instance == route.instance:
                 own.append(output)
                 self._count(output, route, finished)
                 if route.arrivals and output.finish_reason is None:
@@ -170,9 +256,14 @@ class Routes:
             return [], [], False
         drained: list[Passed] = []
         finished: list[Finished] = []
-        route.stays[arrival.instance] = arrival.num_moves
+        if series_of(arrival.stay) < series_of(route.stay):
+            # A copy from before the request was resumed.
+            if route.instance is None:
+                route.leftovers.add(arrival.instance)
+            return [], [], route.instance in (None, arrival.instance)
+        route.stays[arrival.instance] = arrival.stay
         # Else it has moved on already, from a stay without a single token.
-        if arrival.num_moves > route.num_moves:
+        if arrival.stay > route.stay:
             route.arrivals.append(arrival)
             self._follow(route, drained, finished)
         return drained, finished, True
@@ -181,12 +272,13 @@ class Routes:
         """Go to where the request's next token comes from, as often as it has moved."""
         while due := [a for a in route.arrivals if a.num_tokens == route.num_tokens]:
             # Of two that start at this very token, the later one has the next token.
-            arrival = max(due, key=lambda a: a.num_moves)
-            route.instance, route.num_moves = arrival.instance, arrival.num_moves
+            arrival = max(due, key=lambda a: a.stay)
+            route.came_from = route.instance
+            route.instance, route.stay = arrival.instance, arrival.stay
             if self._observer is not None:
                 self._observer.moved(route)
-            route.arrivals = [a for a in route.arrivals if a.num_moves > route.num_moves]
-            held = route.held.pop(arrival.num_moves, [])
+            route.arrivals = [a for a in route.arrivals if a.stay > route.stay]
+            held = route.held.pop(arrival.stay, [])
             for output in held:
                 self._count(output, route, finished)
             if held:
@@ -195,7 +287,9 @@ class Routes:
     def _count(self, output: Output, route: Route, finished: list[Finished]) -> None:
         if self._observer is not None and not route.num_tokens and output.new_token_ids:
             self._observer.first_token(route)
-        route.num_tokens += len(output.new_token_ids)
+        if output.new_token_ids:
+            route.output_token_ids.extend(output.new_token_ids)
+            route.is_fruitful = True
         if output.finish_reason is not None:
             del self._routes[output.request_id]
             finished.append(Finished(output.request_id, route.num_tokens))

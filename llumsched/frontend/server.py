@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import copy
 import logging
 import os
 import signal
@@ -40,9 +41,10 @@ from llumsched.engine.vllm.internals import UnsupportedVersion, check_version
 from llumsched.engine.vllm.prefix_blocks import prefix_hasher, record_kv_events
 from llumsched.frontend.admin import admin_router
 from llumsched.frontend.arguments import ServeOptions, UsageError, parse
-from llumsched.frontend.client import FrontendSockets, RoutingEngineClient
+from llumsched.frontend.client import RoutingEngineClient
 from llumsched.frontend.hints import HintsMiddleware
 from llumsched.frontend.link import SchedulerLink
+from llumsched.frontend.overload import RetryAfterMiddleware
 from llumsched.frontend.pool_metrics import PoolMetrics
 from llumsched.frontend.preflight import (
     check_model,
@@ -50,10 +52,14 @@ from llumsched.frontend.preflight import (
     cpu_threads_per_instance,
     plan_cpu_memory,
 )
+from llumsched.frontend.sockets import FrontendSockets
 from llumsched.plugins import build_bundle
 from llumsched.policies.low_priority_short import LowPriorityShort
 from llumsched.runtime.instance import InstancePlan
-from llumsched.runtime.launch import InstanceResources, LaunchError, Pool
+from llumsched.runtime.instance_actor import InstanceResources
+from llumsched.runtime.instance_names import instance_name
+from llumsched.runtime.launch import LaunchError, Pool
+from llumsched.runtime.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -148,13 +154,15 @@ async def _serve(
     ) as pool:
         pool.start_scheduler(options.config, host, options.decision_log)
         _on_signals(_interrupt)  # Ray has put its own handler there
-        plans = _plans(options, vllm_config, sockets, pool.scheduler_endpoint, host, log_stats)
+        make_plan = _planner(options, vllm_config, sockets, pool, host, log_stats)
         pool.start_instances(
-            plans, _resources(vllm_config, len(plans)), timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S
+            make_plan,
+            _resources(vllm_config, options.num_instances),
+            timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S,
         )
         link_holder: list[SchedulerLink] = []
         prefix_hashes = prefix_hasher(vllm_config) if options.wants_prefix_blocks else None
-        with _our_client(sockets, plans, link_holder, pool.scheduler_endpoint, prefix_hashes):
+        with _our_client(sockets, options, link_holder, pool.scheduler_endpoint, prefix_hashes):
             engine = Engine.from_vllm_config(
                 vllm_config=vllm_config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
@@ -165,21 +173,24 @@ async def _serve(
         link = link_holder[0]
         client = engine.engine_core
         assert isinstance(client, RoutingEngineClient)
-        loop = asyncio.get_running_loop()
-        index_of = {plan.instance_id: plan.engine.engine_index for plan in plans}
-
-        def on_lost(instance_id: str, _reason: str) -> None:
-            loop.call_soon_threadsafe(client.instance_lost, index_of[instance_id])
-
-        pool.watch(on_lost)
+        supervisor = pool.supervise(
+            Departures(asyncio.get_running_loop(), client, link),
+            max_instances=options.most_instances,
+            boot_timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S,
+            heartbeat_timeout_s=options.heartbeat_timeout_s,
+        )
+        link.supervise_with(supervisor)
         following = asyncio.create_task(PoolMetrics().follow(link))
         try:
             await engine.reset_mm_cache()
-            closing = await _serve_http(args, options, engine, link, index_of, listen_address, sock)
+            closing = await _serve_http(
+                args, options, engine, link, supervisor, listen_address, sock
+            )
             await closing
         finally:
             _on_signals(signal.SIG_IGN)
             _progress("stopping")
+            pool.stop_supervising()
             engine.shutdown(timeout=0)
             following.cancel()
             link.close()
@@ -187,33 +198,60 @@ async def _serve(
     return 0
 
 
-def _plans(
+class Departures:
+    """Tells frontend and scheduler, on the loop, of instances that are gone or will not come."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, client: RoutingEngineClient, link: SchedulerLink
+    ) -> None:
+        self._loop = loop
+        self._client = client
+        self._link = link
+
+    def gone(self, engine_index: int, *, expected: bool) -> None:
+        def tell() -> None:
+            self._client.instance_lost(engine_index, expected=expected)
+            self._link.instance_gone(instance_name(engine_index))
+
+        self._loop.call_soon_threadsafe(tell)
+
+    def refused(self, launch_id: str, reason: str) -> None:
+        self._loop.call_soon_threadsafe(self._link.launch_refused, launch_id, reason)
+
+
+def _planner(
     options: ServeOptions,
     vllm_config: VllmConfig,
     sockets: FrontendSockets,
-    scheduler_endpoint: str,
+    pool: Pool,
     host: str,
     log_stats: bool,
-) -> list[InstancePlan]:
+) -> Callable[[int, str | None], InstancePlan]:
+    """What an instance is told, by its engine index and the scheduler's order that it answers."""
     victim: VictimPolicy = build_bundle(options.config).victim or LowPriorityShort()
-    return [
-        InstancePlan(
-            instance_id=f"instance-{index}",
+    # The frontend's own is changed by what the first instances say of themselves.
+    untouched = copy.deepcopy(vllm_config)
+
+    def plan(index: int, launch_id: str | None) -> InstancePlan:
+        return InstancePlan(
+            instance_id=instance_name(index),
             engine=EngineSettings(
-                vllm_config=vllm_config,
+                vllm_config=untouched,
                 frontend_addresses=sockets.addresses(),
                 engine_index=index,
                 log_stats=log_stats,
             ),
-            scheduler_endpoint=scheduler_endpoint,
+            scheduler_endpoint=pool.scheduler_endpoint,
+            heartbeat_endpoint=pool.heartbeats.endpoint,
             host=host,
             victim=victim,
             migration=options.config.migration_options,
             transfer=options.config.transfer_options,
             reports_prefix_blocks=options.wants_prefix_blocks,
+            launch_id=launch_id,
         )
-        for index in range(options.num_instances)
-    ]
+
+    return plan
 
 
 def _resources(vllm_config: VllmConfig, num_instances: int) -> InstanceResources:
@@ -234,7 +272,7 @@ def _resources(vllm_config: VllmConfig, num_instances: int) -> InstanceResources
 @contextlib.contextmanager
 def _our_client(
     sockets: FrontendSockets,
-    plans: Sequence[InstancePlan],
+    options: ServeOptions,
     link_holder: list[SchedulerLink],
     scheduler_endpoint: str,
     prefix_hashes: Callable[[EngineCoreRequest], tuple[int, ...]] | None,
@@ -249,23 +287,19 @@ def _our_client(
     ) -> RoutingEngineClient:
         client: RoutingEngineClient | None = None
 
-        def least_loaded() -> int:
+        def least_loaded() -> int | None:
             assert client is not None
-            return min(client.engine_ranks_managed, key=client.routes.num_requests)
+            return min(client.instances, key=client.routes.num_requests, default=None)
 
-        link = SchedulerLink(
-            scheduler_endpoint,
-            {plan.instance_id: plan.engine.engine_index for plan in plans},
-            least_loaded,
-            prefix_hashes,
-        )
+        link = SchedulerLink(scheduler_endpoint, least_loaded, prefix_hashes)
         link_holder.append(link)
         client = RoutingEngineClient(
             vllm_config,
             sockets=sockets,
-            engine_indices=[plan.engine.engine_index for plan in plans],
+            engine_indices=range(options.num_instances),
             placer=link,
             renderer=renderer,
+            num_labels=options.most_instances,
         )
         return client
 
@@ -286,18 +320,20 @@ async def _serve_http(
     options: ServeOptions,
     engine: AsyncLLM,
     link: SchedulerLink,
-    index_of: dict[str, int],
+    supervisor: Supervisor,
     listen_address: str,
     sock: socket.socket,
 ) -> Any:
     """vLLM's ``build_and_serve``, with the admin routes added to its app."""
     supported_tasks = await engine.get_supported_tasks()
     # Its flag for middleware: once built, the app takes no more.
-    args.middleware = [*args.middleware, f"{HintsMiddleware.__module__}.HintsMiddleware"]
+    args.middleware = [
+        *args.middleware,
+        *(f"{m.__module__}.{m.__name__}" for m in (HintsMiddleware, RetryAfterMiddleware)),
+    ]
     app = build_app(args, supported_tasks, engine.model_config)
     if options.admin_api:
-        names = {index: instance_id for instance_id, index in index_of.items()}
-        app.include_router(admin_router(link, engine.engine_core.routes, names))
+        app.include_router(admin_router(link, engine.engine_core.routes, supervisor))
     await init_app_state(engine, app.state, args, supported_tasks)
     log_config = get_uvicorn_log_config(args)
     uvicorn_options: dict[str, Any] = {} if log_config is None else {"log_config": log_config}

@@ -8,14 +8,13 @@ no state that could not be learned again from the instances.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import zmq
@@ -33,6 +32,7 @@ from llumsched.core.actions import (
     TerminateInstance,
 )
 from llumsched.core.events import (
+    DrainRequested,
     Event,
     InstanceJoined,
     InstanceLost,
@@ -44,22 +44,30 @@ from llumsched.core.events import (
     RequestAborted,
     RequestArrived,
     RequestFinished,
+    ScaleRequested,
     Ticked,
 )
 from llumsched.core.load import InstanceLoad
 from llumsched.core.scheduler import GlobalScheduler
-from llumsched.core.types import PriorityClass
+from llumsched.core.types import InstanceState, PriorityClass
 from llumsched.decision_log import DecisionLog
 from llumsched.plugins import build_bundle
+from llumsched.runtime.decision_notes import DecisionNotes
+from llumsched.runtime.known_instances import KnownInstances
 from llumsched.runtime.messages import (
+    Accepted,
     ClusterDescription,
     DescribeCluster,
-    InstanceDescription,
+    DrainInstance,
     InstanceGone,
+    InstanceLeaves,
+    LaunchRefused,
     Message,
     MigrateAnswer,
     MigrateRequest,
+    OrderLaunch,
     OrderMigration,
+    OrderTermination,
     Placed,
     PlaceRequest,
     RegisterFrontend,
@@ -68,6 +76,7 @@ from llumsched.runtime.messages import (
     ReportMigration,
     ReportPrefixBlocks,
     RequestEnded,
+    ScalePool,
     Unknown,
     Welcomed,
     decode_control,
@@ -76,8 +85,14 @@ from llumsched.runtime.messages import (
 
 logger = logging.getLogger(__name__)
 
-ACTOR_NAME = "llumsched-global-scheduler"
-LOG_FLUSH_INTERVAL_S = 1.0
+
+@dataclass(frozen=True, slots=True)
+class OperatorCall:
+    """Who waits for the end of a migration away from ``source``."""
+
+    identity: bytes
+    call_id: int
+    source: str
 
 
 class Controller:
@@ -98,26 +113,26 @@ class Controller:
         bundle = build_bundle(config)
         self._policy = bundle.name
         self._scheduler = GlobalScheduler(bundle, bundle.options, seed=config.seed)
-        self._log = (
-            DecisionLog(decision_log, config, self._scheduler.checkpoint) if decision_log else None
+        self._notes = (
+            DecisionNotes(DecisionLog(decision_log, config, self._scheduler.checkpoint))
+            if decision_log
+            else None
         )
-        self._log_flushed_s = clock()
-        self._instances: dict[str, RegisterInstance] = {}
-        self._identities: dict[str, bytes] = {}
-        self._loads: dict[str, InstanceLoad] = {}
-        self._load_times_s: dict[str, float] = {}
+        self._instances = KnownInstances()
         self._frontend_of: dict[str, bytes] = {}
-        self._operator_calls: dict[str, tuple[bytes, int]] = {}
+        self._supervisor: bytes | None = None
+        self._terminations: dict[str, OrderTermination] = {}
+        self._operator_calls: dict[str, OperatorCall] = {}
         self._outcomes: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
         self._policy_failures: Counter[str] = Counter()
         self._socket: zmq.asyncio.Socket | None = None
         self._outbox: list[tuple[bytes, Message]] = []
 
-    def bind(self, context: zmq.asyncio.Context, host: str) -> str:
-        """Open the control socket; its endpoint."""
+    def bind(self, context: zmq.asyncio.Context, host: str, port: int = 0) -> str:
+        """Open the control socket, at any port if it is 0; its endpoint."""
         self._socket = context.socket(zmq.ROUTER)
-        self._socket.bind(f"tcp://{host}:*")
+        self._socket.bind(f"tcp://{host}:{port or '*'}")
         endpoint: str = self._socket.get_string(zmq.LAST_ENDPOINT)
         return endpoint
 
@@ -144,19 +159,25 @@ class Controller:
 
     def instance_lost(self, instance_id: str, reason: str) -> None:
         """The process of an instance ended; told by whoever watches it."""
-        self._instances.pop(instance_id, None)
-        self._identities.pop(instance_id, None)
-        self._loads.pop(instance_id, None)
-        self._load_times_s.pop(instance_id, None)
+        self._instances.forget(instance_id)
+        self._terminations.pop(instance_id, None)
         self._handle(InstanceLost(instance_id=instance_id, reason=reason))
-        for identity in self._identities.values():
+        for identity in self._instances.identities.values():
             self._outbox.append((identity, InstanceGone(instance_id=instance_id)))
+        # A source that is dead does not report.
+        for migration_id, call in list(self._operator_calls.items()):
+            if call.source == instance_id:
+                del self._operator_calls[migration_id]
+                refused = f"instance {instance_id} was lost meanwhile"
+                self._outbox.append(
+                    (call.identity, MigrateAnswer(call_id=call.call_id, refused=refused))
+                )
 
     def close(self) -> None:
         """Write out the decision log."""
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        if self._notes is not None:
+            self._notes.close()
+            self._notes = None
 
     async def flush(self) -> None:
         """Send what ``instance_lost`` has to tell; ``serve`` does so by itself."""
@@ -182,15 +203,23 @@ class Controller:
             case ReportMigration():
                 self._report_migration(message)
             case RegisterFrontend():
-                self._outbox.append((identity, Welcomed()))
+                self._register_frontend(identity, message)
             case PlaceRequest():
-                self._frontend_of[message.request.request_id] = identity
-                self._handle(RequestArrived(request=message.request))
+                self._place(identity, message)
             case RequestEnded():
                 self._frontend_of.pop(message.request_id, None)
                 self._handle(_end_of(message))
             case MigrateRequest():
                 self._migrate(identity, message)
+            case InstanceLeaves():
+                self._handle(DrainRequested(instance_id=message.instance_id))
+            case DrainInstance():
+                self._drain(identity, message)
+            case ScalePool():
+                self._handle(ScaleRequested(num_instances=message.num_instances))
+                self._outbox.append((identity, Accepted(call_id=message.call_id)))
+            case LaunchRefused():
+                self._handle(LaunchFailed(launch_id=message.launch_id, reason=message.reason))
             case DescribeCluster():
                 self._outbox.append((identity, self._describe(message.call_id)))
             case _:
@@ -199,18 +228,65 @@ class Controller:
     def _register(self, identity: bytes, message: RegisterInstance) -> None:
         instance_id = message.spec.instance_id
         known = instance_id in self._instances
-        self._instances[instance_id] = message
-        self._identities[instance_id] = identity
+        self._instances.register(identity, message)
         if not known:
-            self._handle(InstanceJoined(spec=message.spec))
+            self._handle(
+                InstanceJoined(
+                    spec=message.spec,
+                    launch_id=message.launch_id,
+                    request_ids=message.request_ids,
+                )
+            )
         self._outbox.append((identity, Welcomed()))
+
+    def _register_frontend(self, identity: bytes, message: RegisterFrontend) -> None:
+        if message.supervises:
+            self._supervisor = identity
+            for order in self._terminations.values():
+                self._outbox.append((identity, order))
+        for instance_id in message.draining:
+            # Known already, unless this scheduler has taken the place of another.
+            if self._state(instance_id) is InstanceState.SERVING:
+                self._handle(DrainRequested(instance_id=instance_id))
+        self._outbox.append((identity, Welcomed()))
+
+    def _place(self, identity: bytes, message: PlaceRequest) -> None:
+        request = message.request
+        self._frontend_of[request.request_id] = identity
+        placed_at = self._scheduler.request_instance(request.request_id)
+        if placed_at is None or placed_at not in self._instances:
+            self._handle(RequestArrived(request=request, has_begun=message.has_begun))
+        elif placed_at != message.lost:
+            # The answer was lost, or the request is where its frontend did not see it come.
+            self._answer_placement(
+                Placed(
+                    request_id=request.request_id,
+                    instance_id=placed_at,
+                    engine_index=self._instances[placed_at].engine_index,
+                    reason="placed already",
+                )
+            )
+        # Else the loss of that instance is about to be told here as well, and places it again.
+
+    def _drain(self, identity: bytes, message: DrainInstance) -> None:
+        refused = None
+        if self._state(message.instance_id) in (None, InstanceState.GONE):
+            refused = f"there is no instance {message.instance_id}"
+        else:
+            self._handle(
+                DrainRequested(instance_id=message.instance_id, deadline_s=message.deadline_s)
+            )
+        self._outbox.append((identity, Accepted(call_id=message.call_id, refused=refused)))
+
+    def _state(self, instance_id: str) -> InstanceState | None:
+        views = self._scheduler.snapshot(self._clock())
+        return views[instance_id].state if instance_id in views.rows else None
 
     def _report_load(self, identity: bytes, load: InstanceLoad) -> None:
         if load.instance_id not in self._instances:
             self._outbox.append((identity, Unknown()))
             return
-        self._loads[load.instance_id] = load
-        self._load_times_s[load.instance_id] = self._clock()
+        self._instances.report(load, self._clock())
         self._handle(LoadReported(load=load))
 
     def _report_migration(self, report: ReportMigration) -> None:
@@ -237,8 +313,8 @@ class Controller:
         )
         call = self._operator_calls.pop(report.migration_id, None)
         if call is not None:
-            identity, call_id = call
-            self._outbox.append((identity, MigrateAnswer(call_id=call_id, report=report)))
+            answer = MigrateAnswer(call_id=call.call_id, report=report)
+            self._outbox.append((call.identity, answer))
 
     def _migrate(self, identity: bytes, message: MigrateRequest) -> None:
         actions = self._handle(
@@ -247,7 +323,9 @@ class Controller:
         for action in actions:
             match action:
                 case StartMigration(request_id=message.request_id):
-                    self._operator_calls[action.migration_id] = (identity, message.call_id)
+                    self._operator_calls[action.migration_id] = OperatorCall(
+                        identity, message.call_id, action.source
+                    )
                     return
                 case RefuseMigration(request_id=message.request_id):
                     answer = MigrateAnswer(call_id=message.call_id, refused=action.reason)
@@ -257,28 +335,10 @@ class Controller:
         self._outbox.append((identity, answer))
 
     def _describe(self, call_id: int) -> ClusterDescription:
-        now_s = self._clock()
-        snapshot = self._scheduler.snapshot(now_s)
-        views = {view.instance_id: view for view in snapshot}
-        described = []
-        for instance_id in sorted(self._instances):
-            view = views.get(instance_id)
-            reported_s = self._load_times_s.get(instance_id)
-            freeness = view.freeness if view is not None else None
-            described.append(
-                InstanceDescription(
-                    instance_id=instance_id,
-                    state=view.state.value if view is not None else "booting",
-                    role=self._instances[instance_id].spec.role.value,
-                    freeness=freeness if freeness is None or math.isfinite(freeness) else None,
-                    report_age_s=now_s - reported_s if reported_s is not None else None,
-                    load=self._loads.get(instance_id),
-                )
-            )
         return ClusterDescription(
             call_id=call_id,
             policy=self._policy,
-            instances=described,
+            instances=self._instances.describe(self._scheduler.snapshot(self._clock())),
             migrations=dict(self._outcomes),
             migration_causes=dict(self._causes),
             queued={
@@ -293,25 +353,11 @@ class Controller:
     def _handle(self, event: Event) -> tuple[Action, ...]:
         now_s = self._clock()
         actions = self._scheduler.handle(event, now_s)
-        if self._log is not None:
-            self._note(self._log, now_s, event, actions)
+        if self._notes is not None:
+            self._notes.note(now_s, event, actions)
         for action in actions:
             self._carry_out(action)
         return actions
-
-    def _note(
-        self, log: DecisionLog, now_s: float, event: Event, actions: tuple[Action, ...]
-    ) -> None:
-        """Keep a decision; what is kept reaches the disk within a second of the next one."""
-        try:
-            log.write(now_s, event, actions)
-            if now_s - self._log_flushed_s >= LOG_FLUSH_INTERVAL_S:
-                self._log_flushed_s = now_s
-                log.flush()
-        except OSError as error:
-            # A gap would make the rest useless, and no log is worth a request.
-            logger.error("The decision log ends here: %s", error)
-            self._log = None
 
     def _carry_out(self, action: Action) -> None:
         match action:
@@ -320,6 +366,7 @@ class Controller:
                     Placed(
                         request_id=action.request_id,
                         instance_id=action.instance_id,
+                        engine_index=self._instances[action.instance_id].engine_index,
                         reason=action.reason,
                         predicted_output_tokens=action.predicted_output_tokens,
                     )
@@ -338,10 +385,13 @@ class Controller:
             case RefuseMigration():
                 pass  # answered by _migrate
             case LaunchInstance():
-                reason = "this deployment has a fixed number of instances"
-                self._handle(LaunchFailed(launch_id=action.launch_id, reason=reason))
+                self._order_launch(action)
             case TerminateInstance():
                 logger.info("Instance %s may leave: %s", action.instance_id, action.reason)
+                order = OrderTermination(instance_id=action.instance_id, reason=action.reason)
+                self._terminations[action.instance_id] = order
+                if self._supervisor is not None:
+                    self._outbox.append((self._supervisor, order))
             case PolicyFailed():
                 self._policy_failures[action.policy] += 1
                 logger.error("Policy %s failed: %s", action.policy, action.error)
@@ -353,8 +403,16 @@ class Controller:
             return
         self._outbox.append((identity, answer))
 
+    def _order_launch(self, action: LaunchInstance) -> None:
+        if self._supervisor is None:
+            reason = "nobody who starts instances is connected"
+            self._handle(LaunchFailed(launch_id=action.launch_id, reason=reason))
+            return
+        order = OrderLaunch(launch_id=action.launch_id, reason=action.reason)
+        self._outbox.append((self._supervisor, order))
+
     def _order_migration(self, action: StartMigration) -> None:
-        source = self._identities.get(action.source)
+        source = self._instances.identities.get(action.source)
         destination = self._instances.get(action.destination)
         if source is None or destination is None:
             missing = action.source if source is None else action.destination
@@ -392,33 +450,3 @@ def _end_of(message: RequestEnded) -> Event:
     return RequestFinished(
         request_id=message.request_id, num_output_tokens=message.num_output_tokens
     )
-
-
-class ControllerActor:
-    """The Ray actor around ``Controller``; its methods are coroutines of one event loop."""
-
-    def __init__(self, config: Config, host: str, decision_log: Path | None) -> None:
-        self._controller = Controller(config, decision_log=decision_log)
-        self._context = zmq.asyncio.Context()
-        self._endpoint = self._controller.bind(self._context, host)
-        self._serving: asyncio.Task[None] | None = None
-
-    async def endpoint(self) -> str:
-        """Where frontends and instances connect; starts to serve."""
-        if self._serving is None:
-            self._serving = asyncio.create_task(self._controller.serve())
-            self._serving.add_done_callback(_log_end)
-        return self._endpoint
-
-    async def close(self) -> None:
-        """Write out the decision log; the actor may be killed afterwards."""
-        self._controller.close()
-
-    async def instance_lost(self, instance_id: str, reason: str) -> None:
-        self._controller.instance_lost(instance_id, reason)
-        await self._controller.flush()
-
-
-def _log_end(task: asyncio.Task[Any]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        logger.critical("The global scheduler failed", exc_info=task.exception())

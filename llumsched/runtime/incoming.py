@@ -206,6 +206,16 @@ class IncomingMigrations:
                     )
                 )
 
+    def give_up(self, request_id: str) -> None:
+        """The request goes on without what is arriving of it: its source was declared dead."""
+        for migration_id, arriving in list(self._arriving.items()):
+            if arriving.record.request_id == request_id:
+                self._post(
+                    protocol.SourceLost(
+                        migration_id=migration_id, reason="the request was resumed", is_dead=True
+                    )
+                )
+
     # ---- the table ------------------------------------------------------------------------
 
     def _record(self, migration_id: str, reply: Reply) -> _Arriving:

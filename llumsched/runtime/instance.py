@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 import threading
 from dataclasses import dataclass
 
@@ -18,6 +20,7 @@ from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore
 from llumsched.engine.vllm.migration import MigrationPort
 from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
+from llumsched.runtime.heartbeat import start_beating
 from llumsched.runtime.llumlet import Llumlet
 
 logger = logging.getLogger(__name__)
@@ -26,16 +29,19 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstancePlan:
     """Everything an instance has to be told. ``host`` is the address its sockets bind to.
-    ``reports_prefix_blocks`` needs an engine that records KV events."""
+    ``reports_prefix_blocks`` needs an engine that records KV events. ``launch_id`` is the
+    scheduler's order that it answers, if any."""
 
     instance_id: str
     engine: EngineSettings
     scheduler_endpoint: str
+    heartbeat_endpoint: str
     host: str
     victim: VictimPolicy
     migration: MigrationOptions
     transfer: TransferOptions
     reports_prefix_blocks: bool = False
+    launch_id: str | None = None
 
 
 class Instance:
@@ -51,15 +57,26 @@ class Instance:
         self._port = MigrationPort(self._engine)
         self._stopping = threading.Event()
         self._ready = threading.Event()
-        self._llumlet_loop: asyncio.AbstractEventLoop | None = None
+        self._llumlet: Llumlet | None = None
         self._llumlet_thread = threading.Thread(
             target=lambda: asyncio.run(self._run_llumlet()), name="llumlet", daemon=True
         )
+        if threading.current_thread() is threading.main_thread():
+            # Whoever takes the machine away tells its processes so.
+            signal.signal(signal.SIGTERM, self._leave)
 
     def wait_for_init(self) -> int:
         """The number of KV blocks; answered once the engine is built."""
         num_blocks: int = self._engine.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
         return num_blocks
+
+    def pid(self) -> int:
+        """The id of its process."""
+        return os.getpid()
+
+    def _leave(self, *_: object) -> None:
+        if self._llumlet is not None:
+            self._llumlet.leave()
 
     def fingerprint(self) -> str:
         """What must be equal on all instances of a pool."""
@@ -69,6 +86,7 @@ class Instance:
         """Serve until ``stop``; raises what the engine died of."""
         self._llumlet_thread.start()
         self._ready.wait()
+        start_beating(self._plan.heartbeat_endpoint, self._plan.engine.engine_index)
         try:
             self._engine.run()
         except SystemExit:
@@ -83,7 +101,7 @@ class Instance:
     async def _run_llumlet(self) -> None:
         plan = self._plan
         scheduler = self._engine.scheduler
-        llumlet = Llumlet(
+        self._llumlet = llumlet = Llumlet(
             engine=self._engine,
             port=self._port,
             instance_id=plan.instance_id,
@@ -92,6 +110,7 @@ class Instance:
             host=plan.host,
             options=plan.migration,
             transfer=plan.transfer,
+            launch_id=plan.launch_id,
             prefix_blocks=PrefixBlockRecorder(scheduler, plan.instance_id)
             if plan.reports_prefix_blocks
             else None,
@@ -100,5 +119,7 @@ class Instance:
         try:
             await llumlet.run()
         except Exception:
-            logger.exception("The llumlet of %s ended", plan.instance_id)
-            raise
+            # Nobody would know the load of this instance, nor could empty it: its requests go on
+            # elsewhere.
+            logger.exception("The llumlet of %s ended, and the instance with it", plan.instance_id)
+            os._exit(1)

@@ -1,8 +1,8 @@
 """Starting and ending the pool: Ray, the global scheduler, the instances.
 
 ``Pool`` owns every process it starts. It attaches to a running Ray cluster or starts a local
-one, and ends a local one with itself. An instance is one actor in a placement group of one
-bundle, so that it is placed whole or not at all.
+one, and ends a local one with itself. Once the first instances serve, its supervisor looks after
+them: it replaces those that die, and starts and ends others as it is told.
 
 All processes run on this machine, also in a cluster of several: the channels between them are
 not authenticated yet, so they are bound to loopback.
@@ -13,44 +13,39 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from llumsched.config import Config
 from llumsched.engine.compatibility import differences_in_pool
-from llumsched.runtime.controller import ACTOR_NAME, ControllerActor
-from llumsched.runtime.instance import Instance, InstancePlan
+from llumsched.runtime.controller_actor import ACTOR_NAME, ControllerActor, SchedulerWatch
+from llumsched.runtime.heartbeat import HeartbeatListener
+from llumsched.runtime.instance import InstancePlan
+from llumsched.runtime.instance_actor import (
+    A_SHARE,
+    InstanceActor,
+    InstanceResources,
+    this_node,
+)
+from llumsched.runtime.supervisor import TICK_S, Supervisor
 
 logger = logging.getLogger(__name__)
 
-# Environment variables that instances on other machines need as well.
-FORWARDED_PREFIXES = ("VLLM_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "LLUMSCHED_", "TOKENIZERS_")
 PLACEMENT_TIMEOUT_S = 30.0
-A_SHARE = 0.001  # of a resource that only says where
 STOP_TIMEOUT_S = 1.5
 END_TIMEOUT_S = 1.0
+TELL_TIMEOUT_S = 0.5
 
 
 class LaunchError(Exception):
     """The pool cannot be started; the message says why and what to change."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InstanceResources:
-    """What Ray sets aside for one instance. ``environment`` is set in its process."""
-
-    num_cpus: float
-    num_gpus: float
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def start_ray(address: str | None, *, num_cpus: int) -> bool:
@@ -116,13 +111,12 @@ class Pool:
         self._progress = progress
         self._num_instances = num_instances
         self._ray_address = ray_address
-        self._groups: list[PlacementGroup] = []
-        self._actors: dict[str, Any] = {}
-        self._runs: dict[Any, str] = {}
+        self._actors: dict[int, InstanceActor] = {}
         self._controller: Any = None
         self._owns_ray = False
-        self._watching: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._stopping = threading.Event()
+        self._ending = threading.Event()
         self.scheduler_endpoint = ""
 
     def __enter__(self) -> Pool:
@@ -132,7 +126,7 @@ class Pool:
         self.stop()
 
     def start_scheduler(self, config: Config, host: str, decision_log: Path | None) -> None:
-        """Start Ray, if need be, and the global scheduler."""
+        """Start Ray, if need be, and the global scheduler, which Ray starts again if it dies."""
         started_s = time.monotonic()
         self._owns_ray = start_ray(
             self._ray_address, num_cpus=max(os.cpu_count() or 1, self._num_instances + 1)
@@ -143,121 +137,135 @@ class Pool:
             name=f"{ACTOR_NAME}-{os.getpid()}",
             num_cpus=0,
             max_concurrency=64,
-            resources={_this_node(): A_SHARE},
+            max_restarts=-1,
+            resources={this_node(): A_SHARE},
         )
-        self._controller = actor.remote(config, host, decision_log)
+        self._controller = actor.remote(config, host, _free_port(host), decision_log)
+        self.heartbeats = HeartbeatListener(host)
         self.scheduler_endpoint = ray.get(self._controller.endpoint.remote(), timeout=60)
         self._progress("the global scheduler is up")
 
     def start_instances(
-        self, plans: Sequence[InstancePlan], resources: InstanceResources, *, timeout_s: float
+        self,
+        make_plan: Callable[[int, str | None], InstancePlan],
+        resources: InstanceResources,
+        *,
+        timeout_s: float,
     ) -> None:
         """Start every instance and wait until each has loaded the model.
+
+        Args:
+            make_plan: what an instance is told, by its engine index and the order it answers.
 
         Raises:
             LaunchError: if one cannot be placed, fails, or takes longer than ``timeout_s``.
         """
-        here = _this_node()
-        bundle = {"CPU": resources.num_cpus, here: A_SHARE}
-        if resources.num_gpus:
-            bundle["GPU"] = resources.num_gpus
-        self._groups = [placement_group([bundle]) for _ in plans]
-        placed, waiting = ray.wait(
-            [group.ready() for group in self._groups],
-            num_returns=len(plans),
-            timeout=PLACEMENT_TIMEOUT_S,
-        )
-        if waiting:
-            raise LaunchError(
-                f"The Ray cluster has room for {len(placed)} of {len(plans)} instances: each needs "
-                f"{_in_words(bundle)} on this machine; the cluster has "
-                f"{_in_words(_cluster_resources())} in all. Lower --instances."
-            )
-        environment = {
-            name: value for name, value in os.environ.items() if name.startswith(FORWARDED_PREFIXES)
-        } | dict(resources.environment)
+        self._make_plan, self._resources = make_plan, resources
         started_s = time.monotonic()
-        pending = {}
-        for plan, group in zip(plans, self._groups, strict=True):
-            actor: Any = (
-                ray.remote(Instance)
-                .options(
-                    num_cpus=resources.num_cpus,
-                    num_gpus=resources.num_gpus,
-                    max_concurrency=4,
-                    runtime_env={"env_vars": environment},
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),
-                )
-                .remote(plan)
-            )
-            self._actors[plan.instance_id] = actor
-            pending[actor.wait_for_init.remote()] = plan.instance_id
-        self._progress(f"booting {len(plans)} instances (each loads the model)")
+        for index in range(self._num_instances):
+            self._actors[index] = InstanceActor(make_plan(index, None), resources)
+        self._await_places()
+        self._progress(f"booting {self._num_instances} instances (each loads the model)")
+        pending = {actor.booted: actor for actor in self._actors.values()}
         while pending:
             left_s = timeout_s - (time.monotonic() - started_s)
             done, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, min(left_s, 5.0)))
             if not done:
                 if left_s <= 0:
+                    names = ", ".join(sorted(actor.instance_id for actor in pending.values()))
                     raise LaunchError(
-                        f"Instances {', '.join(sorted(pending.values()))} were not ready within "
-                        f"{timeout_s:.0f} s; VLLM_ENGINE_READY_TIMEOUT_S sets this limit."
+                        f"Instances {names} were not ready within {timeout_s:.0f} s; "
+                        "VLLM_ENGINE_READY_TIMEOUT_S sets this limit."
                     )
                 continue
-            instance_id = pending.pop(done[0])
-            try:
-                num_blocks = ray.get(done[0])
-            except ray.exceptions.RayError as error:
-                raise LaunchError(f"Instance {instance_id} failed to start: {_cause(error)}") from (
-                    error
-                )
+            actor = pending.pop(done[0])
+            failure = actor.boot_failure()
+            if failure:
+                raise LaunchError(f"Instance {actor.instance_id} failed to start: {failure}")
             self._progress(
-                f"{instance_id} is ready after {time.monotonic() - started_s:.0f} s: "
-                f"{num_blocks} KV blocks"
+                f"{actor.instance_id} is ready after {time.monotonic() - started_s:.0f} s: "
+                f"{ray.get(actor.booted)} KV blocks"
             )
         self._check_alike()
-        self._runs = {
-            actor.run.remote(): instance_id for instance_id, actor in self._actors.items()
-        }
+        for actor in self._actors.values():
+            actor.serve()
+
+    def _await_places(self) -> None:
+        groups = [actor.group for actor in self._actors.values()]
+        placed, waiting = ray.wait(
+            [group.ready() for group in groups],
+            num_returns=len(groups),
+            timeout=PLACEMENT_TIMEOUT_S,
+        )
+        if waiting:
+            raise LaunchError(
+                f"The Ray cluster has room for {len(placed)} of {len(groups)} instances: each "
+                f"needs {_in_words(self._resources.bundle())} on this machine; the cluster has "
+                f"{_in_words(_cluster_resources())} in all. Lower --instances."
+            )
 
     def _check_alike(self) -> None:
-        fingerprints = dict(
-            zip(
-                self._actors,
-                ray.get(
-                    [actor.fingerprint.remote() for actor in self._actors.values()], timeout=60
-                ),
-                strict=True,
-            )
-        )
+        actors = list(self._actors.values())
+        found = ray.get([actor.actor.fingerprint.remote() for actor in actors], timeout=60)
+        fingerprints = {a.instance_id: f for a, f in zip(actors, found, strict=True)}
         differing = differences_in_pool(fingerprints)
         if differing:
             raise LaunchError(differing)
+        self._fingerprint: str = found[0]
 
-    def watch(self, on_lost: Callable[[str, str], None]) -> None:
-        """Call ``on_lost(instance_id, reason)``, on a thread of its own, when one ends."""
+    def supervise(self, listener: PoolListener, **limits: Any) -> Supervisor:
+        """Look after instances and scheduler, on threads of their own, until ``stop``.
 
-        def watch() -> None:
-            runs = dict(self._runs)
-            while runs and not self._stopping.is_set():
-                try:
-                    done, _ = ray.wait(list(runs), num_returns=1, timeout=0.5)
-                except Exception:
-                    return  # Ray is going down
-                for run in done:
-                    instance_id = runs.pop(run)
-                    if self._stopping.is_set():
-                        return
-                    reason = "it stopped"
-                    try:
-                        ray.get(run)
-                    except Exception as error:
-                        reason = _cause(error)
-                    logger.error("Instance %s ended: %s", instance_id, reason)
-                    self._controller.instance_lost.remote(instance_id, reason)
-                    on_lost(instance_id, reason)
+        Args:
+            listener: hears of instances that are gone or will not come, on the supervisor's thread.
+            limits: those of ``Supervisor``.
+        """
+        supervisor = Supervisor(_RayPool(self, listener), **limits)
+        for index, actor in self._actors.items():
+            supervisor.adopt(index, actor)
+        self._run_thread("supervise-instances", lambda: self._until_end(supervisor.tick))
+        watch = SchedulerWatch(self._controller)
+        self._run_thread("watch-scheduler", lambda: self._until_end(lambda: watch.tick(TICK_S)))
+        return supervisor
 
-        self._watching = threading.Thread(target=watch, name="watch-instances", daemon=True)
-        self._watching.start()
+    def _until_end(self, tick: Callable[[], None]) -> None:
+        while not self._ending.wait(TICK_S):
+            try:
+                tick()
+            except Exception:
+                if not self._ending.is_set():
+                    logger.exception("The supervisor failed, and goes on")
+
+    def _run_thread(self, name: str, run: Callable[[], None]) -> None:
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def stop_supervising(self) -> None:
+        """Whatever ends from now on is meant to."""
+        self._ending.set()
+        for thread in self._threads:
+            thread.join(timeout=1.0)
+
+    def start_one(self, engine_index: int, launch_id: str | None) -> InstanceActor:
+        """Begin to start another instance, which must be like the first."""
+        plan = self._make_plan(engine_index, launch_id)
+        actor = InstanceActor(plan, self._resources, like=self._fingerprint)
+        self._actors[engine_index] = actor
+        return actor
+
+    def forget(self, engine_index: int) -> None:
+        """An instance has ended."""
+        self._actors.pop(engine_index, None)
+
+    def tell_scheduler(self, instance_id: str, reason: str) -> bool:
+        """Say that an instance is gone; whether the scheduler has heard it."""
+        try:
+            told = self._controller.instance_lost.remote(instance_id, reason)
+            ray.get(told, timeout=TELL_TIMEOUT_S)
+        except (ray.exceptions.RayError, TimeoutError):
+            return False
+        return True
 
     def stop(self) -> None:
         """End every process that was started; safe to call twice."""
@@ -269,6 +277,7 @@ class Pool:
         processes = psutil.Process().children(recursive=True)
         has_started = bool(processes) or ray.is_initialized()
         if ray.is_initialized():
+            self.stop_supervising()
             self._stop_actors()
             ray.shutdown()
         _end(processes)
@@ -276,25 +285,56 @@ class Pool:
             self._progress(f"everything has ended, after {time.monotonic() - started_s:.1f} s")
 
     def _stop_actors(self) -> None:
-        if self._runs:
+        actors = list(self._actors.values())
+        runs = [actor.run for actor in actors if actor.run is not None]
+        if runs:
             # A chance to end by themselves; what has not by then is killed and leaves nothing
             # behind either, since the memory it shares has no name.
             with contextlib.suppress(ray.exceptions.RayError):
-                for actor in self._actors.values():
-                    actor.stop.remote()
-                ray.wait(list(self._runs), num_returns=len(self._runs), timeout=STOP_TIMEOUT_S)
+                for actor in actors:
+                    actor.actor.stop.remote()
+                ray.wait(runs, num_returns=len(runs), timeout=STOP_TIMEOUT_S)
         if self._controller is not None:
             with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
                 ray.get(self._controller.close.remote(), timeout=STOP_TIMEOUT_S)
-        for actor in (*self._actors.values(), self._controller):
-            if actor is not None:
-                with contextlib.suppress(Exception):
-                    ray.kill(actor)
-        for group in self._groups:
             with contextlib.suppress(Exception):
-                remove_placement_group(group)
-        if self._watching is not None:
-            self._watching.join(timeout=1.0)
+                ray.kill(self._controller)
+        for actor in actors:
+            actor.kill()
+
+
+class PoolListener(Protocol):
+    """Who hears of instances that come to an end."""
+
+    def gone(self, engine_index: int, *, expected: bool) -> None:
+        """An instance is gone."""
+
+    def refused(self, launch_id: str, reason: str) -> None:
+        """An instance that the scheduler ordered will not come."""
+
+
+class _RayPool:
+    """Implements ``supervisor.Pool``."""
+
+    def __init__(self, pool: Pool, listener: PoolListener) -> None:
+        self._pool = pool
+        self._listener = listener
+
+    def start(self, engine_index: int, launch_id: str | None) -> InstanceActor:
+        return self._pool.start_one(engine_index, launch_id)
+
+    def heard(self) -> set[int]:
+        return self._pool.heartbeats.heard()
+
+    def tell_scheduler(self, instance_id: str, reason: str) -> bool:
+        return self._pool.tell_scheduler(instance_id, reason)
+
+    def gone(self, engine_index: int, *, expected: bool) -> None:
+        self._pool.forget(engine_index)
+        self._listener.gone(engine_index, expected=expected)
+
+    def refused(self, launch_id: str, reason: str) -> None:
+        self._listener.refused(launch_id, reason)
 
 
 def _end(processes: Sequence[psutil.Process]) -> None:
@@ -308,11 +348,6 @@ def _end(processes: Sequence[psutil.Process]) -> None:
     psutil.wait_procs(alive, timeout=END_TIMEOUT_S)
 
 
-def _this_node() -> str:
-    """The resource that Ray gives to this machine alone."""
-    return f"node:{ray.util.get_node_ip_address()}"
-
-
 def _cluster_resources() -> Mapping[str, float]:
     resources: Mapping[str, float] = ray.cluster_resources()
     return resources
@@ -323,8 +358,7 @@ def _in_words(resources: Mapping[str, float]) -> str:
     return " and ".join(f"{amount:g} {name}" for name, amount in named.items()) or "nothing"
 
 
-def _cause(error: BaseException) -> str:
-    """The innermost message of a Ray error: what the instance itself said."""
-    cause: BaseException = getattr(error, "cause", None) or error.__cause__ or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return lines[-1] if lines else type(cause).__name__
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import zmq
@@ -27,8 +28,10 @@ from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.load import LoadReader
 from llumsched.engine.vllm.migration import MigrationPort
 from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
+from llumsched.engine.vllm.resumption import Resumption
 from llumsched.runtime.messages import (
     InstanceGone,
+    InstanceLeaves,
     OrderMigration,
     RegisterInstance,
     ReportLoad,
@@ -70,6 +73,7 @@ class Llumlet:
     victim: orders the candidates when the source has to pick.
     scheduler_endpoint: the global scheduler's control socket.
     host: address to bind the migrator to.
+    launch_id: the scheduler's order that this instance answers, if any.
     prefix_blocks: what the engine caches, if the scheduler's policies want to know.
     """
 
@@ -84,9 +88,11 @@ class Llumlet:
         host: str,
         options: MigrationOptions,
         transfer: TransferOptions,
+        launch_id: str | None = None,
         prefix_blocks: PrefixBlockRecorder | None = None,
     ) -> None:
         self._engine = engine
+        self._launch_id = launch_id
         self._instance_id = instance_id
         self._victim = victim
         self._prefix_blocks = prefix_blocks
@@ -117,6 +123,7 @@ class Llumlet:
             on_abort=self._port.on_abort,
             on_add=self._load.on_add,
         )
+        engine.frontend_calls = Resumption(engine, port, self._give_up_arrival)
 
     async def run(self) -> None:
         """Register, then report and take orders until cancelled."""
@@ -141,11 +148,21 @@ class Llumlet:
             self._socket.close(linger=0)
             self._context.term()
 
+    def leave(self) -> None:
+        """Ask the scheduler to drain this instance; safe from any thread."""
+        self._loop.call_soon_threadsafe(self._spawn, self._say_leaving())
+
+    async def _say_leaving(self) -> None:
+        await self._socket.send(encode(InstanceLeaves(instance_id=self._instance_id)))
+
     async def _register(self) -> None:
+        request_ids = await self._on_engine(lambda: tuple(self._engine.scheduler.requests))
         await self._socket.send(
             encode(
                 RegisterInstance(
                     spec=self._load.spec(),
+                    launch_id=self._launch_id,
+                    request_ids=request_ids,
                     engine_index=self._engine.engine_index,
                     peer_endpoint=self._migrator.endpoint,
                     fingerprint=self._port.fingerprint(),
@@ -200,6 +217,12 @@ class Llumlet:
             request_id = chosen[0].request_id if chosen else None
         report = await self._migrator.migrate(order, request_id)
         await self._socket.send(encode(report))
+
+    def _give_up_arrival(self, request_id: str) -> Future[None]:
+        async def give_up() -> None:
+            self._migrator.give_up_arrival(request_id)
+
+        return asyncio.run_coroutine_threadsafe(give_up(), self._loop)
 
     def _abort(self, request_id: str) -> None:
         self._engine.call(lambda: self._engine.abort_requests([request_id]))

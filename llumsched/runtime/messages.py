@@ -26,12 +26,21 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 class RegisterInstance(Message, frozen=True, kw_only=True):
     """An instance is ready. ``peer_endpoint`` is where other instances reach its migrator;
-    ``fingerprint`` must be equal on two instances for KV to move between them."""
+    ``fingerprint`` must be equal on two instances for KV to move between them. ``request_ids`` are
+    those it holds already: a scheduler that restarts learns them from here."""
 
     spec: InstanceSpec
     engine_index: int
     peer_endpoint: str
     fingerprint: str
+    launch_id: str | None = None
+    request_ids: tuple[str, ...] = ()
+
+
+class InstanceLeaves(Message, frozen=True, kw_only=True):
+    """An instance was told to end, by whoever runs its machine: it wants to be drained."""
+
+    instance_id: str
 
 
 class ReportLoad(Message, frozen=True, kw_only=True):
@@ -138,11 +147,25 @@ class MigrationStatistics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RegisterFrontend(Message, frozen=True, kw_only=True):
+    """A frontend is there; told again and again, since a scheduler that restarts has forgotten it.
+
+    ``supervises``: it starts and ends instances. ``draining`` are those that an operator drains.
+    """
+
     frontend_id: str
+    supervises: bool = False
+    draining: tuple[str, ...] = ()
 
 
 class PlaceRequest(Message, frozen=True, kw_only=True):
+    """Asks for an instance; told again when no answer comes, and gets the same answer again.
+
+    ``lost`` is the instance that died with the request, whose stream has begun if ``has_begun``.
+    """
+
     request: SchedulingRequest
+    lost: str | None = None
+    has_begun: bool = False
 
 
 class Placed(Message, frozen=True, kw_only=True):
@@ -151,6 +174,7 @@ class Placed(Message, frozen=True, kw_only=True):
     request_id: str
     instance_id: str | None
     reason: str
+    engine_index: int | None = None
     predicted_output_tokens: int | None = None
     retry_after_s: float | None = None
 
@@ -177,6 +201,50 @@ class MigrateAnswer(Message, frozen=True, kw_only=True):
     call_id: int
     refused: str | None = None
     report: ReportMigration | None = None
+
+
+class DrainInstance(Message, frozen=True, kw_only=True):
+    """An operator's wish: no new work for the instance, its requests elsewhere, then its end, after
+    ``deadline_s`` at the latest."""
+
+    call_id: int
+    instance_id: str
+    deadline_s: float | None = None
+
+
+class ScalePool(Message, frozen=True, kw_only=True):
+    """An operator's wish to have this many instances."""
+
+    call_id: int
+    num_instances: int
+
+
+class Accepted(Message, frozen=True, kw_only=True):
+    """The scheduler acts on an operator's wish, or says why not."""
+
+    call_id: int
+    refused: str | None = None
+
+
+class OrderLaunch(Message, frozen=True, kw_only=True):
+    """The scheduler's order to whoever supervises the instances: start one more."""
+
+    launch_id: str
+    reason: str
+
+
+class LaunchRefused(Message, frozen=True, kw_only=True):
+    """An ordered instance will not come."""
+
+    launch_id: str
+    reason: str
+
+
+class OrderTermination(Message, frozen=True, kw_only=True):
+    """The scheduler's order to end an instance; told again until it is lost."""
+
+    instance_id: str
+    reason: str
 
 
 class DescribeCluster(Message, frozen=True, kw_only=True):
@@ -225,6 +293,13 @@ ControlMessage = (
     | PlaceRequest
     | Placed
     | RequestEnded
+    | InstanceLeaves
+    | DrainInstance
+    | ScalePool
+    | Accepted
+    | OrderLaunch
+    | LaunchRefused
+    | OrderTermination
     | MigrateRequest
     | MigrateAnswer
     | DescribeCluster

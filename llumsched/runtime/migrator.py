@@ -195,6 +195,10 @@ class Migrator:
         self._forget_sessions(instance_id)
         self._incoming.source_gone(instance_id)
 
+    def give_up_arrival(self, request_id: str) -> None:
+        """End every migration by which a request arrives here."""
+        self._incoming.give_up(request_id)
+
     def _report(
         self,
         order: OrderMigration,

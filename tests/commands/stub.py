@@ -38,6 +38,19 @@ def make_instance(instance_id: str, load: dict[str, Any] | None, **fields: Any) 
     return instance | fields
 
 
+def make_berth(instance_id: str, **fields: Any) -> dict[str, Any]:
+    """The place of one instance as the admin API renders it."""
+    berth = {
+        "instance_id": instance_id,
+        "pid": 4711,
+        "state": "running",
+        "num_deaths": 0,
+        "last_failure": "",
+        "retry_in_s": None,
+    }
+    return berth | fields
+
+
 def make_report(**fields: Any) -> dict[str, Any]:
     """A committed migration as the admin API renders it."""
     report = {

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from llumsched import cli
-from tests.commands.stub import make_instance, make_load, serving
+from tests.commands.stub import make_berth, make_instance, make_load, serving
 
 BUSY = make_instance(
     "instance-0",
@@ -20,6 +20,7 @@ CLUSTER = {
     "policy": "latency",
     "instances": [BUSY, make_instance("instance-1", make_load())],
     "migrations": {"refused": 1, "committed": 3},
+    "berths": [make_berth("instance-0"), make_berth("instance-1")],
 }
 REQUESTS = {
     "requests": [
@@ -64,7 +65,7 @@ def test_instances_and_requests_are_two_tables(capsys: pytest.CaptureFixture[str
 
 
 def test_an_idle_pool_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    cluster = {"policy": "latency", "instances": [], "migrations": {}}
+    cluster = {"policy": "latency", "instances": [], "migrations": {}, "berths": []}
     with serving(answers(cluster, {"requests": []})) as stub:
         assert cli.main(["status", "--url", stub.url]) == 0
     printed = capsys.readouterr().out
@@ -96,3 +97,20 @@ def test_the_url_of_the_openai_api_will_do(capsys: pytest.CaptureFixture[str]) -
     with serving(answers()) as stub:
         assert cli.main(["status", "--url", f"{stub.url}/v1/"]) == 0
     assert "instance-0" in capsys.readouterr().out
+
+
+def test_a_crash_loop_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    crashing = make_berth(
+        "instance-4",
+        state="backing off",
+        pid=None,
+        num_deaths=5,
+        last_failure="out of memory",
+        retry_in_s=15.6,
+    )
+    booting = make_berth("instance-5", state="booting", pid=None)
+    with serving(answers(CLUSTER | {"berths": [crashing, booting]})) as stub:
+        assert cli.main(["status", "--url", stub.url]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "instance-4: 5 died in this place (out of memory); another is started in 16 s" in printed
+    assert "instance-5: booting" in printed

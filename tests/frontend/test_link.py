@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -15,13 +16,17 @@ from llumsched.core.types import SchedulingRequest
 from llumsched.engine.vllm.hints import predicted_output_tokens
 from llumsched.frontend import link as link_module
 from llumsched.frontend.hints import Hints, hinted
-from llumsched.frontend.link import Rejected, SchedulerLink
+from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
+from llumsched.frontend.overload import Rejected
 from llumsched.runtime.messages import (
     ClusterDescription,
     DescribeCluster,
     Message,
+    OrderLaunch,
+    OrderTermination,
     Placed,
     PlaceRequest,
+    RegisterFrontend,
     decode_control,
     encode,
 )
@@ -65,7 +70,7 @@ def run(
 
         serving = asyncio.create_task(serve())
         endpoint = socket.get_string(zmq.LAST_ENDPOINT)
-        link = SchedulerLink(endpoint, {"a": 0, "b": 1}, lambda: 1, prefix_hashes)
+        link = SchedulerLink(endpoint, lambda: 1, prefix_hashes)
         try:
             await asyncio.wait_for(scenario(link), TIMEOUT_S)
         finally:
@@ -87,7 +92,12 @@ def test_a_request_goes_where_the_scheduler_says() -> None:
         if isinstance(message, PlaceRequest):
             assert message.request.num_prompt_tokens == 3
             assert message.request.max_output_tokens == 5
-            return Placed(request_id=message.request.request_id, instance_id="a", reason="")
+            return Placed(
+                request_id=message.request.request_id,
+                instance_id="instance-0",
+                engine_index=0,
+                reason="",
+            )
         return None
 
     async def scenario(link: SchedulerLink) -> None:
@@ -102,7 +112,13 @@ def test_the_scheduler_hears_what_the_client_said_of_its_request() -> None:
     def answer(message: Message) -> Message | None:
         if isinstance(message, PlaceRequest):
             heard.append(message.request)
-            return Placed(request_id="r1", instance_id="a", reason="", predicted_output_tokens=17)
+            return Placed(
+                request_id="r1",
+                instance_id="instance-0",
+                engine_index=0,
+                reason="",
+                predicted_output_tokens=17,
+            )
         return None
 
     hints = Hints(ttft_slo_s=0.5, tpot_slo_s=0.05, client_id="tenant")
@@ -164,7 +180,9 @@ def test_a_held_request_waits_as_long_as_the_scheduler_lives() -> None:
         if isinstance(message, DescribeCluster):
             probes += 1
             if probes == 3:
-                return Placed(request_id="r1", instance_id="b", reason="room at last")
+                return Placed(
+                    request_id="r1", instance_id="instance-1", engine_index=1, reason="room at last"
+                )
             return ClusterDescription(
                 call_id=message.call_id, policy="latency", instances=[], migrations={}
             )
@@ -173,5 +191,83 @@ def test_a_held_request_waits_as_long_as_the_scheduler_lives() -> None:
     async def scenario(link: SchedulerLink) -> None:
         assert await link.place(request()) == 1
         assert probes >= 3
+
+    run(answer, scenario)
+
+
+def test_a_scheduler_that_restarts_is_asked_again() -> None:
+    """The one that was asked first died with the request in its queue."""
+    asked: list[PlaceRequest] = []
+
+    def answer(message: Message) -> Message | None:
+        match message:
+            case PlaceRequest():
+                asked.append(message)
+                if len(asked) > 1:
+                    return Placed(
+                        request_id="r1", instance_id="instance-0", engine_index=0, reason=""
+                    )
+            case DescribeCluster():
+                return ClusterDescription(
+                    call_id=message.call_id, policy="latency", instances=[], migrations={}
+                )
+        return None
+
+    async def scenario(link: SchedulerLink) -> None:
+        assert await link.place(request()) == 0
+
+    run(answer, scenario)
+    assert asked[0] == asked[1]
+
+
+def test_a_request_that_lost_its_instance_says_so() -> None:
+    asked: list[PlaceRequest] = []
+
+    def answer(message: Message) -> Message | None:
+        if isinstance(message, PlaceRequest):
+            asked.append(message)
+            return Placed(request_id="r1", instance_id="instance-0", engine_index=0, reason="")
+        return None
+
+    async def scenario(link: SchedulerLink) -> None:
+        assert await link.place(request(), lost=3, num_output_tokens=4) == 0
+
+    run(answer, scenario)
+    assert (asked[0].lost, asked[0].has_begun) == ("instance-3", True)
+    assert asked[0].request.num_prompt_tokens == 3 + 4, "its outputs are computed again"
+
+
+class Orders:
+    """A supervisor that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+        self.heard = asyncio.Event()
+
+    def launch(self, launch_id: str | None) -> None:
+        self.told.append(("launch", launch_id))
+
+    def terminate(self, instance_id: str) -> None:
+        self.told.append(("terminate", instance_id))
+        self.heard.set()
+
+
+def test_orders_of_the_scheduler_are_carried_out_by_the_supervisor() -> None:
+    def answer(message: Message) -> Message | None:
+        match message:
+            case RegisterFrontend(supervises=True):
+                return OrderTermination(instance_id="instance-2", reason="drained")
+            case DescribeCluster():
+                return OrderLaunch(launch_id="l1", reason="load")
+        return None
+
+    async def scenario(link: SchedulerLink) -> None:
+        orders = Orders()
+        link.supervise_with(orders)
+        with contextlib.suppress(SchedulerUnavailable):
+            await link.describe(0.1)
+        await orders.heard.wait()
+        assert ("launch", "l1") in orders.told
+        assert ("terminate", "instance-2") in orders.told
 
     run(answer, scenario)

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llumsched.engine.stays import STAYS_PER_SERIES
 from llumsched.frontend.routes import Arrival, Finished, Passed, Routes
 
 REQUEST = "request"
@@ -147,7 +148,7 @@ def test_what_was_passed_on_is_all_that_could_be(data: st.DataObject, stays: lis
         for instance, messages in before.items():
             for message in messages[: len(messages) - len(pipes[instance])]:
                 if isinstance(message, Arrival):
-                    announced.add(message.num_moves)
+                    announced.add(message.stay)
                 else:
                     delivered.update(message.new_token_ids)
         expected = 0
@@ -225,3 +226,133 @@ def test_requests_do_not_disturb_each_other() -> None:
     assert finished == [Finished("b", 1)]
     assert [name for name, _ in routes] == ["a"]
     assert routes.num_requests(0) == 1
+
+
+# ---- instances that die --------------------------------------------------------------------------
+
+SERIES = STAYS_PER_SERIES
+
+
+def resumed(reader: Reader, dead: int, instance: int) -> set[int]:
+    """Instance ``dead`` dies, and the request goes on at ``instance``."""
+    assert reader.routes.lose(dead) == [REQUEST]
+    route = reader.routes.get(REQUEST)
+    assert route is not None
+    assert route.instance is None
+    return reader.routes.settle(route, instance, is_announced=True)
+
+
+def test_a_request_goes_on_from_what_was_passed_on() -> None:
+    reader = Reader(0)
+    reader.read(0, [Output([0, 1])])
+    assert resumed(reader, 0, 1) == set()
+    reader.read(0, [Output([2, 3])])  # from the dead one's pipe, too late
+    assert reader.passed == [0, 1]
+    reader.read(1, [Arrival(1, SERIES, 2), Output([2]), Output([3], "stop")])
+    assert reader.passed == [0, 1, 2, 3]
+    assert reader.num_finished == 1
+
+
+def test_a_commit_whose_destination_died_is_not_waited_for() -> None:
+    """The destination took the request over and said so; its source has still to send token 1."""
+    reader = Reader(0)
+    reader.read(1, [Arrival(1, 1, 2), Output([2])])
+    reader.read(0, [Output([0])])
+    assert resumed(reader, 1, 2) == {0}, "the source may resume it by itself"
+    reader.read(0, [Output([1]), Output([2])])
+    reader.read(2, [Arrival(2, SERIES, 1), Output([1, 2, 3])])
+    assert reader.passed == [0, 1, 2, 3]
+
+
+def test_the_source_of_a_commit_that_died_at_once_does_not_run_it_twice() -> None:
+    reader = Reader(0)
+    reader.read(0, [Output([0])])
+    reader.read(1, [Arrival(1, 1, 1), Output([1])])
+    assert resumed(reader, 1, 2) == {0}
+
+
+def test_a_copy_that_arrives_after_the_request_was_resumed_is_unwanted() -> None:
+    """The source died between the commit and its last tokens; the destination's word is slow."""
+    reader = Reader(0)
+    resumed(reader, 0, 2)
+    reader.read(1, [Arrival(1, 1, 3), Output([3])])
+    assert reader.unwanted_at == [1]
+    reader.read(2, [Arrival(2, SERIES, 0), Output([0, 1])])
+    assert reader.passed == [0, 1]
+
+
+def test_the_copy_at_the_chosen_instance_is_replaced_not_aborted() -> None:
+    reader = Reader(0)
+    resumed(reader, 0, 1)
+    reader.read(1, [Arrival(1, 1, 3), Output([3]), Arrival(1, SERIES, 0), Output([0])])
+    assert reader.unwanted_at == []
+    assert reader.passed == [0]
+
+
+def test_an_abort_reaches_copies_that_the_dead_left_behind() -> None:
+    reader = Reader(0)
+    reader.read(1, [Arrival(1, 1, 2)])
+    assert reader.routes.lose(0) == [REQUEST]
+    route = reader.routes.close(REQUEST)
+    assert route is not None
+    assert reader.routes.holders(route) == {1}
+
+
+def test_a_request_elsewhere_does_not_notice() -> None:
+    reader = Reader(0)
+    reader.read(0, [Output([0])])
+    reader.read(1, [Arrival(1, 1, 1), Output([1])])
+    assert reader.routes.lose(0) == []
+    reader.read(1, [Output([2])])
+    assert reader.passed == [0, 1, 2]
+
+
+def test_resumptions_without_a_token_between_are_counted() -> None:
+    reader = Reader(0)
+    for death in range(3):
+        resumed(reader, death, death + 1)
+    route = reader.routes.get(REQUEST)
+    assert route is not None
+    assert route.num_fruitless_resumptions == 3
+    reader.read(3, [Arrival(3, 3 * SERIES, 0), Output([0])])
+    resumed(reader, 3, 4)
+    assert route.num_fruitless_resumptions == 1
+    assert route.num_resumptions == 4
+
+
+@given(st.data(), runs())
+def test_whatever_dies_when_the_client_has_every_token_once(
+    data: st.DataObject, stays: list[Stay]
+) -> None:
+    """At any moment an instance dies: what it had not sent is lost, what it had sent may still
+    come. If the request was its, another computes it again from what was passed on."""
+    pipes, reader = pipes_of(stays), Reader(stays[0].instance)
+    num_tokens = num_tokens_of(stays)
+    dead: set[int] = set()
+    spare = 10
+    while any(pipes.values()):
+        read_some(data, reader, pipes)
+        route = reader.routes.get(REQUEST)
+        if route is None or route.instance is None or not data.draw(st.booleans()):
+            continue
+        victim = data.draw(st.sampled_from(sorted({route.instance, stays[-1].instance})))
+        if victim in dead:
+            continue
+        dead.add(victim)
+        if data.draw(st.booleans()):
+            pipes.pop(victim, None)
+        if reader.routes.lose(victim):
+            # From now on the request is where it was resumed: old copies come to nothing.
+            unwanted = reader.routes.settle(route, spare, is_announced=True)
+            assert victim not in unwanted
+            start = route.num_tokens
+            rest = [Output([token]) for token in range(start, num_tokens)] or [Output([])]
+            rest[-1].finish_reason = "stop"
+            pipes[spare] = deque([Arrival(spare, route.stay, start), *rest])
+            spare += 1
+        else:
+            break
+    route = reader.routes.get(REQUEST)
+    if route is None:
+        assert reader.passed == list(range(num_tokens))
+        assert reader.num_finished == 1

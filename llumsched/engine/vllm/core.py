@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -54,6 +54,16 @@ class EngineSettings:
     log_stats: bool
 
 
+class FrontendCalls(Protocol):
+    """What a frontend may ask of an instance beside adding and aborting; on the loop thread."""
+
+    def resume(self, encoded: bytes) -> Future[str | None]:
+        """Take over a request whose instance died; why not, or ``None``."""
+
+    def missing(self, request_ids: list[str]) -> list[str]:
+        """Those of the requests that are not here."""
+
+
 class LlumschedEngineCore(EngineCoreProc):
     """A stock ``EngineCoreProc`` whose loop thread also runs closures handed to ``call``."""
 
@@ -65,6 +75,7 @@ class LlumschedEngineCore(EngineCoreProc):
         self._on_abort: list[Callable[[list[str]], None]] = []
         self._on_add: list[Callable[[Request], None]] = []
         self.step_time_s = 0.0
+        self.frontend_calls: FrontendCalls | None = None
         super().__init__(
             settings.vllm_config,
             local_client=True,
@@ -103,6 +114,19 @@ class LlumschedEngineCore(EngineCoreProc):
             self.run_busy_loop()
         finally:
             self.shutdown()  # type: ignore[no-untyped-call]
+
+    # vLLM's utility calls find a method by its name.
+
+    def resume_request(self, state: bytes) -> Future[str | None]:
+        return self._frontend_calls().resume(state)
+
+    def missing_requests(self, request_ids: list[str]) -> list[str]:
+        return self._frontend_calls().missing(request_ids)
+
+    def _frontend_calls(self) -> FrontendCalls:
+        if self.frontend_calls is None:
+            raise RuntimeError("the instance is not up yet")
+        return self.frontend_calls
 
     def request_shutdown(self) -> None:
         """Make ``run`` return after the step under way; safe from any thread."""

@@ -76,7 +76,7 @@ class ImportingPort(EnginePort):
         Raises:
             CannotMigrate: with the reason; nothing is held then.
         """
-        if self.refusal is not None:
+        if self.refusal is not None and state.has_kv:
             raise CannotMigrate(self.refusal, Refusal.UNSUPPORTED_ENGINE)
         core_request = decode_request(state)
         request_id = core_request.request_id
@@ -207,6 +207,10 @@ class ImportingPort(EnginePort):
         # If it ran here before, the worker may not have been told yet that it left: it must not
         # drop the state that was just installed.
         self._scheduler.finished_req_ids.discard(request.request_id)
+
+    def is_arriving(self, request_id: str) -> bool:
+        """Whether there is an import of the request."""
+        return request_id in self._imports
 
     def cancel(self, request_id: str) -> None:
         """Give a reservation back."""

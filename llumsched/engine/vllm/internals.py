@@ -62,6 +62,7 @@ INTERNALS: tuple[Internal, ...] = (
     Internal(_CORE, "input_queue", "hand over closures", on_instances=True),
     Internal(_CORE, "output_queue", "announce arrivals in order", on_instances=True),
     Internal(_CORE, "shutdown_state", "end the loop", on_instances=True),
+    Internal(_ENGINE, "_process_aborts_queue", "resume after aborts of an old copy"),
     Internal(_CORE, "engine_index", "instances are told apart", on_instances=True),
     Internal(_ENGINE, "add_request", "notice arrivals", ("request", "request_wave")),
     Internal(_ENGINE, "abort_requests", "notice aborts", ("request_ids",)),
@@ -238,6 +239,14 @@ INTERNALS: tuple[Internal, ...] = (
     Internal(_RUNNER, "uses_mrope", "install worker state", on_instances=True),
     Internal(_RUNNER, "_init_mrope_positions", "install worker state", ("req_state",)),
     Internal(_RUNNER, "requests", "install worker state", on_instances=True),
+    Internal(_RUNNER, "sampler", "draw as often as was drawn", on_instances=True),
+    Internal(_RUNNER, "input_batch", "draw from as many tokens", on_instances=True),
+    Internal(
+        "vllm.v1.sample.sampler:Sampler",
+        "topk_topp_sampler",
+        "draw as often as was drawn",
+        on_instances=True,
+    ),
     Internal(_RUNNER, "kv_caches", "copy blocks", on_instances=True),
     Internal(
         "vllm.v1.worker.gpu_input_batch",
@@ -262,11 +271,12 @@ INTERNALS: tuple[Internal, ...] = (
     Internal(_CLIENT, "abort_requests_async", "route", ("request_ids",)),
     Internal(_CLIENT, "call_utility_async", "ask every instance", ("method",)),
     Internal(_CLIENT, "call_utility_all_async", "ask every instance", ("method",)),
+    Internal(_CLIENT, "_call_utility_async", "ask one instance", ("method", "engine")),
+    Internal(_MP_CLIENT, "shutdown", "end our tasks", ("timeout",)),
     Internal(_CLIENT, "_ensure_output_queue_task", "merge outputs"),
     Internal(_CLIENT, "_send_input", "send to an instance", ("request_type", "request", "engine")),
     Internal(_MP_CLIENT, "_apply_ready_response", "learn the block count", ("payload",)),
     Internal(_MP_CLIENT, "_start_mm_warmup", "warm up the renderer"),
-    Internal(_MP_CLIENT, "_format_exception", "end of all instances", ("e",)),
     *(
         Internal(_MP_CLIENT, name, "set by our client", on_instances=True)
         for name in (

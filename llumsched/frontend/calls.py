@@ -1,0 +1,43 @@
+"""Calls that instances have not answered yet.
+
+vLLM's client waits for an answer for ever, since to it the end of an engine is the end of all. Here
+an instance may die, and then the calls to it fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+
+class CallsByInstance:
+    """Invariant: a call to an instance that died is over."""
+
+    def __init__(self) -> None:
+        self._pending: dict[int, set[asyncio.Future[Any]]] = {}
+        self._dead: set[int] = set()
+
+    async def answer(self, instance: int, call: Coroutine[Any, Any, Any]) -> Any:
+        """What the call returns or raises.
+
+        Raises:
+            ConnectionError: if the instance dies before it answers.
+        """
+        pending = asyncio.ensure_future(call)
+        calls = self._pending.setdefault(instance, set())
+        calls.add(pending)
+        try:
+            return await pending
+        except asyncio.CancelledError:
+            if instance not in self._dead:
+                raise
+            raise ConnectionError(f"instance {instance} died before it answered") from None
+        finally:
+            calls.discard(pending)
+
+    def died(self, instance: int) -> None:
+        """Nothing will answer for this instance any more."""
+        self._dead.add(instance)
+        for call in self._pending.pop(instance, set()):
+            call.cancel()

@@ -1,0 +1,209 @@
+"""vLLM's engine-core client, connected to instances that it did not start.
+
+An instance is up from its first message until it is told gone; what it was asked and has not
+answered then fails. Which of them runs which request is not known here (``client``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import weakref
+from collections.abc import Coroutine, Sequence
+from typing import Any, cast
+
+import zmq
+import zmq.asyncio
+from vllm.config import VllmConfig
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
+from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, EngineIdentity
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from llumsched.frontend.calls import CallsByInstance
+from llumsched.frontend.labels import EngineLabels
+from llumsched.frontend.sockets import FrontendSockets, engine_identity
+
+logger = logging.getLogger(__name__)
+
+
+class ConnectedInstances(AsyncMPClient):
+    """An ``AsyncMPClient`` over many engines that its own frontend did not start.
+
+    Args:
+        vllm_config: the configuration every instance shares.
+        sockets: bound already; every instance must have been told their addresses.
+        engine_indices: the instances to wait for, each once.
+        num_labels: labels of instances in vLLM's metrics.
+        ready_timeout_s: how long to wait for an instance's first message.
+
+    Raises:
+        TimeoutError: if an instance does not report in time.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        *,
+        sockets: FrontendSockets,
+        engine_indices: Sequence[int],
+        renderer: Any,
+        client_index: int,
+        client_count: int,
+        num_labels: int,
+        ready_timeout_s: float,
+    ) -> None:
+        # Not AsyncMPClient.__init__, which derives its engines from the data-parallel size and
+        # may start them; the fields it would set are set here.
+        self.vllm_config = vllm_config
+        self._renderer = renderer
+        self._effective_attention_block_sizes: set[int | None] = set()
+        self._kv_event_sources: dict[int, Any] = {}
+        self._engine_status: dict[int, dict[str, Any]] = {}
+        self.engines_running = False
+        self.stats_update_address = None
+        self.client_index = client_index
+        self.client_count = client_count
+        self.utility_results: dict[int, Any] = {}
+        self.outputs_queue: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
+        self.encoder = MsgpackEncoder()
+        self.decoder = MsgpackDecoder(EngineCoreOutputs)
+
+        self.ctx = sockets.context
+        self.input_socket = sockets.input
+        self._output_socket = sockets.output
+        self.resources = BackgroundResources(ctx=sockets.sync_context)
+        self.resources.input_socket = sockets.input
+        self.resources.output_socket = sockets.output
+        self._finalizer = weakref.finalize(self, self.resources)
+
+        self._tasks: set[asyncio.Future[None]] = set()
+        self._gone: set[int] = set()
+        self._labels = EngineLabels(max(num_labels, len(engine_indices)))
+        self._calls = CallsByInstance()
+        # AsyncLLM reads these once, for its metrics.
+        self.engine_ranks_managed = self._labels.all
+        self.core_engines: list[EngineIdentity] = []
+        self._start_mm_warmup()
+        self._await_ready({engine_identity(index) for index in engine_indices}, ready_timeout_s)
+        for index in engine_indices:
+            self._joined(index)
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        for task in self._tasks:
+            task.cancel()
+        super().shutdown(timeout)
+
+    # ---- coming and going -----------------------------------------------------------------
+
+    def _await_ready(self, identities: set[bytes], timeout_s: float) -> None:
+        socket: zmq.Socket[bytes] = zmq.Socket.shadow(self.input_socket)
+        while identities:
+            if not socket.poll(timeout=int(timeout_s * 1000)):
+                missing = sorted(int.from_bytes(identity, "little") for identity in identities)
+                raise TimeoutError(
+                    f"Instances {missing} did not reach the frontend within {timeout_s:.0f} s."
+                )
+            identity, payload = socket.recv_multipart()
+            identities.discard(identity)
+            self._apply_ready_response(payload)
+
+    async def _receive_ready(self) -> None:
+        while True:
+            identity, _ = cast("list[bytes]", await cast(Any, self.input_socket.recv_multipart()))
+            index = int.from_bytes(identity, "little")
+            if index not in self._gone and not self.is_up(index):
+                logger.info("Instance %d is up", index)
+                self._joined(index)
+
+    def _joined(self, instance: int) -> None:
+        self._labels.take(instance)
+        self._list_engines()
+
+    def _list_engines(self) -> None:
+        self.core_engines = [engine_identity(index) for index in self.instances]
+        if self.core_engines:
+            self.core_engine = self.core_engines[0]
+
+    def _disconnect(self, instance: int) -> bool:
+        """An instance is gone; whether it was up."""
+        self._gone.add(instance)
+        if not self.is_up(instance):
+            return False
+        self._labels.give_back(instance)
+        self._list_engines()
+        self._calls.died(instance)
+        return True
+
+    # ---- what instances are asked ---------------------------------------------------------
+
+    def is_up(self, instance: int) -> bool:
+        return self._labels.of(instance) is not None
+
+    @property
+    def instances(self) -> list[int]:
+        """Those that are up."""
+        return self._labels.instances
+
+    async def add(self, instance: int, request: EngineCoreRequest) -> None:
+        await self._send_input(EngineCoreRequestType.ADD, request, engine_identity(instance))
+
+    async def resume(self, instance: int, state: bytes) -> str | None:
+        try:
+            refused: str | None = await self._ask(instance, "resume_request", state)
+        except ConnectionError:
+            raise
+        except Exception as error:  # vLLM has no better one for a call that failed over there
+            raise ConnectionError(f"instance {instance} does not take it: {error}") from error
+        return refused
+
+    async def missing(self, instance: int, request_ids: list[str]) -> list[str]:
+        """Those of the requests that the instance does not have."""
+        missing: list[str] = await self._ask(instance, "missing_requests", request_ids)
+        return missing
+
+    def abort_soon(self, instance: int, request_id: str) -> None:
+        self._spawn(self._abort_at(instance, [request_id]))
+
+    async def _abort_at(self, instance: int, request_ids: list[str]) -> None:
+        if self.is_up(instance):
+            await self._send_input(
+                EngineCoreRequestType.ABORT, request_ids, engine_identity(instance)
+            )
+
+    async def _ask(self, instance: int, method: str, *args: Any) -> Any:
+        """Call a method of one instance's engine core.
+
+        Raises:
+            ConnectionError: if the instance dies before it answers.
+        """
+        return await self._calls.answer(
+            instance, self._call_utility_async(method, *args, engine=engine_identity(instance))
+        )
+
+    async def call_utility_async(self, method: str, *args: Any) -> Any:
+        """Call a method of every instance's engine core; the first one's result."""
+        return (await self.call_utility_all_async(method, *args))[0]
+
+    async def call_utility_all_async(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every instance's engine core; those that die meanwhile are left out."""
+        results = await asyncio.gather(
+            *(self._ask(instance, method, *args) for instance in self.instances),
+            return_exceptions=True,
+        )
+        answers = [result for result in results if not isinstance(result, ConnectionError)]
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        if not answers:
+            raise ConnectionError("no instance is up")
+        return answers
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Future[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("A task of the frontend failed", exc_info=task.exception())

@@ -1,0 +1,83 @@
+"""Signs of life: every instance sends one several times a second, from a thread of its own.
+
+The thread does nothing else, so that it beats through a long step of the engine and a long
+migration, and stops when the process hangs as a whole. What a beat says is only whose it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import zmq
+
+INTERVAL_S = 0.2
+
+
+class HeartbeatListener:
+    """Hears of all instances; used by one thread."""
+
+    def __init__(self, host: str) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PULL)
+        self._socket.bind(f"tcp://{host}:*")
+        self.endpoint: str = self._socket.get_string(zmq.LAST_ENDPOINT)
+
+    def heard(self) -> set[int]:
+        """The engine indices of those that have beaten since the last call."""
+        found = set()
+        while self._socket.poll(0):
+            beat = self._socket.recv()
+            if len(beat) == 2:
+                found.add(int.from_bytes(beat, "little"))
+        return found
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()
+
+
+def start_beating(endpoint: str, engine_index: int) -> None:
+    """Beat until the process ends."""
+
+    def beat() -> None:
+        context = zmq.Context()
+        socket = context.socket(zmq.PUSH)
+        socket.linger = 0
+        socket.set_hwm(1)  # a listener that was away has no use for old ones
+        socket.connect(endpoint)
+        pause = threading.Event()
+        while not pause.wait(INTERVAL_S):
+            if socket.poll(0, zmq.POLLOUT):
+                socket.send(engine_index.to_bytes(2, "little"))
+
+    threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+
+
+class Silence:
+    """Whether a process still answers pings: one is sent, and the next when it is answered.
+
+    Args:
+        ping: sends a ping; the returned function says whether it has been answered.
+        interval_s: pause between an answer and the next ping.
+    """
+
+    def __init__(self, ping: Callable[[], Callable[[], bool]], *, interval_s: float) -> None:
+        self._ping = ping
+        self._interval_s = interval_s
+        self._answered: Callable[[], bool] | None = None
+        self._rested_s = interval_s
+        self.silent_s = 0.0
+
+    def tick(self, awake_s: float) -> None:
+        """So much time has passed since the last call."""
+        if self._answered is None:
+            self._rested_s += awake_s
+            if self._rested_s < self._interval_s:
+                return
+            self._answered = self._ping()
+        elif self._answered():
+            self._answered = None
+            self._rested_s = self.silent_s = 0.0
+        else:
+            self.silent_s += awake_s

@@ -1,0 +1,143 @@
+"""One instance as a Ray actor: placed, started, watched, killed.
+
+Nothing here waits, so that one thread can look after all of them. An instance has a placement group
+of one bundle, so that it is placed whole or not at all, and lets go of it when it is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from llumsched.engine.compatibility import differences
+from llumsched.runtime.instance import Instance, InstancePlan
+
+# Environment variables that instances on other machines need as well.
+FORWARDED_PREFIXES = ("VLLM_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "LLUMSCHED_", "TOKENIZERS_")
+PID_TIMEOUT_S = 5.0
+A_SHARE = 0.001  # of a resource that only says where
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceResources:
+    """What Ray sets aside for one instance. ``environment`` is set in its process."""
+
+    num_cpus: float
+    num_gpus: float
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def bundle(self) -> dict[str, float]:
+        """What the placement group asks for, on this machine."""
+        bundle = {"CPU": self.num_cpus, this_node(): A_SHARE}
+        if self.num_gpus:
+            bundle["GPU"] = self.num_gpus
+        return bundle
+
+
+class InstanceActor:
+    """Implements ``supervisor.RunningInstance``.
+
+    Args:
+        like: the fingerprint that this instance must have, if there are others already.
+    """
+
+    def __init__(
+        self, plan: InstancePlan, resources: InstanceResources, like: str | None = None
+    ) -> None:
+        self._like = like
+        self.instance_id = plan.instance_id
+        self.group: PlacementGroup = placement_group([resources.bundle()])
+        environment = {
+            name: value for name, value in os.environ.items() if name.startswith(FORWARDED_PREFIXES)
+        } | dict(resources.environment)
+        options: Any = ray.remote(Instance).options(
+            num_cpus=resources.num_cpus,
+            num_gpus=resources.num_gpus,
+            max_concurrency=4,
+            runtime_env={"env_vars": environment},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=self.group),
+        )
+        self.actor: Any = options.remote(plan)
+        self.booted: Any = self.actor.wait_for_init.remote()
+        self.run: Any = None
+        self._process: psutil.Process | None = None
+
+    def boot_failure(self) -> str | None:
+        """``None`` while it boots, empty when it has, else why it will not."""
+        if not _is_done(self.booted):
+            return None
+        try:
+            ray.get(self.booted)
+            self._process = psutil.Process(ray.get(self.actor.pid.remote(), timeout=PID_TIMEOUT_S))
+        except ray.exceptions.GetTimeoutError:
+            return None
+        except (ray.exceptions.RayError, psutil.NoSuchProcess) as error:
+            return cause(error)
+        if self._like is None:
+            return ""
+        differing = differences(self._like, ray.get(self.actor.fingerprint.remote()))
+        return f"it is not like the others: {differing}" if differing else ""
+
+    @property
+    def pid(self) -> int | None:
+        """Its process, once it has booted."""
+        return self._process.pid if self._process is not None else None
+
+    def serve(self) -> None:
+        """Begin to serve; it has booted."""
+        self.run = self.actor.run.remote()
+
+    def end_reason(self) -> str | None:
+        """``None`` while it serves, else why it ended."""
+        if not _is_done(self.run):
+            return None
+        try:
+            ray.get(self.run)
+        except ray.exceptions.RayError as error:
+            return cause(error)
+        return "it stopped"
+
+    def is_stopped(self) -> bool:
+        """Whether its process is held by the system, as by SIGSTOP."""
+        try:
+            return self._process is not None and self._process.status() == psutil.STATUS_STOPPED
+        except psutil.NoSuchProcess:
+            return False  # Ray will say so, and why
+
+    def kill(self) -> None:
+        """End its process at once, also one that hangs, and give back its place."""
+        if self._process is not None:
+            # Ray asks a process to end; one that was stopped would not hear it.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._process.kill()
+        with contextlib.suppress(Exception):  # it, or Ray itself, is gone already
+            ray.kill(self.actor)
+        with contextlib.suppress(Exception):
+            remove_placement_group(self.group)
+
+
+def this_node() -> str:
+    """The resource that Ray gives to this machine alone."""
+    return f"node:{ray.util.get_node_ip_address()}"
+
+
+def cause(error: BaseException) -> str:
+    """The innermost message of a Ray error: what the instance itself said."""
+    if isinstance(error, ray.exceptions.ActorDiedError) and not error.actor_init_failed:
+        return "its process died"
+    innermost: BaseException = getattr(error, "cause", None) or error.__cause__ or error
+    lines = [line.strip() for line in str(innermost).splitlines() if line.strip()]
+    return lines[-1] if lines else type(innermost).__name__
+
+
+def _is_done(reference: Any) -> bool:
+    done, _ = ray.wait([reference], timeout=0)
+    return bool(done)

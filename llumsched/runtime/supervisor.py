@@ -1,0 +1,345 @@
+"""Keeps the instances running: starts them, notices when one dies, and starts another in its place.
+
+    launch -> booting --booted--> running --died, hung or told to end--> gone
+                 \\--failed-- back-off --> booting ...
+
+A *berth* is the place of one instance in the pool; one that dies is followed by another, with a new
+id, after a pause that doubles while they die young. So a crash loop costs little, and ``describe``
+shows it. An instance that does not answer is killed before anybody is told that it is dead: whoever
+takes over its requests must be alone with them.
+
+Invariants: what ends an instance is told to the scheduler first, so that it has placed the requests
+anew when the frontend asks; nobody but the thread that calls ``tick`` changes a berth.
+This module does not know Ray (``instance_actor``), and decides no sizes.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from llumsched.runtime.instance_names import instance_name
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.05
+# A debugger stops a process for a moment.
+STOPPED_TIMEOUT_S = 0.5
+FIRST_BACK_OFF_S = 1.0
+MAX_BACK_OFF_S = 60.0
+# One that has lived for so long did not die young.
+GROWN_UP_S = 60.0
+
+
+class RunningInstance(Protocol):
+    """A process that was started to be an instance; nothing here waits."""
+
+    def boot_failure(self) -> str | None:
+        """``None`` while it boots, empty when it has, else why it will not."""
+
+    def serve(self) -> None:
+        """Begin to serve; it has booted."""
+
+    def end_reason(self) -> str | None:
+        """``None`` while it serves, else why it ended."""
+
+    def is_stopped(self) -> bool:
+        """Whether its process is held by the system, as by SIGSTOP."""
+
+    def kill(self) -> None:
+        """End it at once, whatever state it is in."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its process, once it has booted."""
+
+
+class Pool(Protocol):
+    """What the supervisor acts on."""
+
+    def start(self, engine_index: int, launch_id: str | None) -> RunningInstance:
+        """Begin to start an instance."""
+
+    def heard(self) -> set[int]:
+        """Engine indices of the instances that gave a sign of life since the last call."""
+
+    def tell_scheduler(self, instance_id: str, reason: str) -> bool:
+        """Say that an instance is gone; whether it was heard."""
+
+    def gone(self, engine_index: int, *, expected: bool) -> None:
+        """An instance is gone; called once for each that has served."""
+
+    def refused(self, launch_id: str, reason: str) -> None:
+        """What the scheduler has ordered will not come."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BerthStatus:
+    """``pid`` is that of its process, once it has booted.
+
+    ``state`` is ``booting``, ``running`` or ``backing off``; ``num_deaths`` counts instances
+    that ended here without being told to, ``last_failure`` says how the latest did.
+    """
+
+    instance_id: str
+    pid: int | None
+    state: str
+    num_deaths: int
+    last_failure: str
+    retry_in_s: float | None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Berth:
+    engine_index: int
+    launch_id: str | None
+    instance: RunningInstance | None
+    since_s: float
+    silent_s: float = 0.0
+    stopped_s: float = 0.0
+    has_started: bool = False
+    is_running: bool = False
+    is_ending: bool = False
+    is_replaced: bool = False
+    num_deaths: int = 0
+    num_young_deaths: int = 0
+    last_failure: str = ""
+    retry_at_s: float = 0.0
+
+
+class Supervisor:
+    """Args:
+    max_instances: no more are started than this, whoever asks.
+    boot_timeout_s: how long an instance may take to load the model.
+    heartbeat_timeout_s: an instance that is silent for longer is dead.
+    first_index: engine index of the next instance.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        max_instances: int,
+        boot_timeout_s: float,
+        heartbeat_timeout_s: float,
+        first_index: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pool = pool
+        self.max_instances = max_instances
+        self._boot_timeout_s = boot_timeout_s
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._next_index = first_index
+        self._clock = clock
+        self._berths: list[_Berth] = []
+        self._num_failed_boots = 0
+        self._untold: dict[str, str] = {}
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._last_tick_s = clock()
+        self._status: tuple[BerthStatus, ...] = ()  # replaced whole, so any thread may read it
+
+    # ---- from any thread ------------------------------------------------------------------
+
+    def launch(self, launch_id: str | None) -> None:
+        """Start one more instance."""
+        self._orders.put(lambda: self._launch(launch_id))
+
+    def terminate(self, instance_id: str) -> None:
+        """End an instance; what it still runs goes on elsewhere."""
+        self._orders.put(lambda: self._terminate(instance_id))
+
+    def replace(self, instance_id: str) -> None:
+        """When this instance ends, as it is told to, start another in its place."""
+        self._orders.put(lambda: self._mark_replaced(instance_id))
+
+    def describe(self) -> Sequence[BerthStatus]:
+        """Every berth, as it was a moment ago."""
+        return self._status
+
+    # ---- on the supervisor's thread -------------------------------------------------------
+
+    def adopt(self, engine_index: int, instance: RunningInstance) -> None:
+        """Look after an instance that serves already."""
+        berth = _Berth(
+            engine_index=engine_index,
+            launch_id=None,
+            instance=instance,
+            since_s=self._clock(),
+            has_started=True,
+        )
+        self._berths.append(berth)
+        self._next_index = max(self._next_index, engine_index + 1)
+        self._has_booted(berth)
+        self._status = tuple(self._describe(b, self._clock()) for b in self._berths)
+
+    def tick(self) -> None:
+        """Take orders, and look at every instance once."""
+        now_s = self._clock()
+        # Longer than this, the watcher itself was not awake.
+        awake_s = min(now_s - self._last_tick_s, 2 * TICK_S)
+        self._last_tick_s = now_s
+        while True:
+            try:
+                order = self._orders.get_nowait()
+            except queue.Empty:
+                break
+            order()
+        heard = self._pool.heard()
+        for berth in list(self._berths):
+            self._look_at(berth, now_s, awake_s, heard)
+        for instance_id, reason in list(self._untold.items()):
+            if self._pool.tell_scheduler(instance_id, reason):
+                del self._untold[instance_id]
+        self._status = tuple(self._describe(berth, now_s) for berth in self._berths)
+
+    def _look_at(self, berth: _Berth, now_s: float, awake_s: float, heard: set[int]) -> None:
+        instance = berth.instance
+        if instance is None:
+            if now_s >= berth.retry_at_s:
+                self._start(berth)
+        elif berth.is_running:
+            reason = instance.end_reason()
+            if reason is None:
+                berth.stopped_s = berth.stopped_s + awake_s if instance.is_stopped() else 0.0
+                berth.silent_s = 0.0 if berth.engine_index in heard else berth.silent_s + awake_s
+                if berth.stopped_s > STOPPED_TIMEOUT_S:
+                    reason = "its process was stopped"
+                elif berth.silent_s > self._heartbeat_timeout_s:
+                    reason = f"it gave no sign of life for {berth.silent_s:.1f} s"
+            if reason is not None:
+                self._gone(berth, instance, reason)
+        else:
+            failure = instance.boot_failure()
+            if failure is None and now_s - berth.since_s > self._boot_timeout_s:
+                failure = f"it was not ready within {self._boot_timeout_s:.0f} s"
+            if failure == "":
+                instance.serve()
+                self._has_booted(berth)
+            elif failure is not None:
+                self._failed_to_boot(berth, instance, failure)
+
+    def _has_booted(self, berth: _Berth) -> None:
+        self._num_failed_boots = 0
+        berth.is_running = True
+        berth.launch_id = None
+        berth.since_s = self._clock()
+        berth.stopped_s = berth.silent_s = 0.0
+
+    def _gone(self, berth: _Berth, instance: RunningInstance, reason: str) -> None:
+        instance.kill()
+        instance_id = instance_name(berth.engine_index)
+        expected = berth.is_ending
+        log = logger.info if expected else logger.error
+        log("Instance %s ended: %s", instance_id, reason)
+        if not self._pool.tell_scheduler(instance_id, reason):
+            self._untold[instance_id] = reason
+        self._pool.gone(berth.engine_index, expected=expected)
+        if not expected:
+            self._back_off(berth, reason)
+        elif berth.is_replaced:
+            self._start(berth)
+        else:
+            self._berths.remove(berth)
+
+    def _failed_to_boot(self, berth: _Berth, instance: RunningInstance, failure: str) -> None:
+        instance.kill()
+        logger.error("%s failed to start: %s", instance_name(berth.engine_index), failure)
+        if berth.is_ending:
+            self._berths.remove(berth)
+        elif berth.launch_id is not None:
+            # Whoever ordered it decides what to do.
+            self._num_failed_boots += 1
+            self._pool.refused(berth.launch_id, failure)
+            self._berths.remove(berth)
+        else:
+            self._back_off(berth, failure)
+
+    def _back_off(self, berth: _Berth, failure: str) -> None:
+        now_s = self._clock()
+        died_young = not berth.is_running or now_s - berth.since_s < GROWN_UP_S
+        berth.num_deaths += 1
+        berth.num_young_deaths = berth.num_young_deaths + 1 if died_young else 0
+        pause_s = _pause_s(berth.num_young_deaths)
+        berth.last_failure = failure
+        berth.instance = None
+        berth.is_running = False
+        berth.retry_at_s = now_s + pause_s
+        logger.warning(
+            "Another instance takes the place of %s in %.0f s; %d have died here",
+            instance_name(berth.engine_index),
+            pause_s,
+            berth.num_deaths,
+        )
+
+    def _start(self, berth: _Berth) -> None:
+        if berth.has_started:
+            berth.engine_index = self._take_index()
+        berth.has_started = True
+        berth.since_s = self._clock()
+        berth.is_running = berth.is_ending = berth.is_replaced = False
+        berth.instance = self._pool.start(berth.engine_index, berth.launch_id)
+
+    def _take_index(self) -> int:
+        index = self._next_index
+        self._next_index += 1
+        return index
+
+    def _launch(self, launch_id: str | None) -> None:
+        # One that is on its way in the place of a dead one will do.
+        for berth in self._berths:
+            if berth.instance is None and berth.launch_id is None:
+                berth.launch_id = launch_id
+                return
+        if len(self._berths) >= self.max_instances:
+            if launch_id is not None:
+                reason = f"there are {len(self._berths)} of at most {self.max_instances} instances"
+                self._pool.refused(launch_id, reason)
+            return
+        # What failed to boot a moment ago is not tried again at once, whoever asks.
+        now_s = self._clock()
+        retry_at_s = now_s + _pause_s(self._num_failed_boots)
+        self._berths.append(
+            _Berth(
+                engine_index=self._take_index(),
+                launch_id=launch_id,
+                instance=None,
+                since_s=now_s,
+                retry_at_s=retry_at_s,
+            )
+        )
+
+    def _terminate(self, instance_id: str) -> None:
+        berth = self._find(instance_id)
+        if berth is None or berth.instance is None or berth.is_ending:
+            return
+        berth.is_ending = True
+        berth.instance.kill()
+
+    def _mark_replaced(self, instance_id: str) -> None:
+        berth = self._find(instance_id)
+        if berth is not None:
+            berth.is_replaced = True
+
+    def _find(self, instance_id: str) -> _Berth | None:
+        matches = (b for b in self._berths if instance_name(b.engine_index) == instance_id)
+        return next(matches, None)
+
+    def _describe(self, berth: _Berth, now_s: float) -> BerthStatus:
+        waits = berth.instance is None
+        return BerthStatus(
+            instance_id=instance_name(berth.engine_index),
+            pid=berth.instance.pid if berth.instance is not None else None,
+            state="backing off" if waits else "running" if berth.is_running else "booting",
+            num_deaths=berth.num_deaths,
+            last_failure=berth.last_failure,
+            retry_in_s=max(0.0, berth.retry_at_s - now_s) if waits else None,
+        )
+
+
+def _pause_s(num_failures: int) -> float:
+    """How long to wait after so many failures in a row."""
+    return min(MAX_BACK_OFF_S, FIRST_BACK_OFF_S * 2 ** (num_failures - 1)) if num_failures else 0.0

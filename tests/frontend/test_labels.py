@@ -1,0 +1,23 @@
+"""Instances that come and go share the labels of vLLM's metrics."""
+
+from __future__ import annotations
+
+from llumsched.frontend.labels import EngineLabels
+
+
+def test_a_label_is_free_again_when_its_instance_is_gone() -> None:
+    labels = EngineLabels(2)
+    for instance in (0, 1):
+        labels.take(instance)
+    labels.give_back(0)
+    labels.take(5)
+    assert [labels.of(i) for i in (0, 1, 5)] == [None, 1, 0]
+    assert labels.instances == [1, 5]
+
+
+def test_more_instances_than_labels_share_them() -> None:
+    labels = EngineLabels(2)
+    for instance in range(3):
+        labels.take(instance)
+    assert labels.all == [0, 1]
+    assert {labels.of(i) for i in range(3)} == {0, 1}
