@@ -22,6 +22,8 @@ SERVE_ARGS ?=
 DEMO_ARGS ?=
 # Anything else for pytest, such as PYTEST_ARGS="-x tests/core".
 PYTEST_ARGS ?=
+# How long the soak lasts.
+SOAK_S ?= 600
 # Which benchmarks, and how: BENCH_ARGS="--quick decisions".
 BENCH_ARGS ?=
 
@@ -37,7 +39,7 @@ export HF_HUB_OFFLINE ?= 1
 endif
 
 .PHONY: help install model demo serve test check format format-check lint types contracts bench \
-	docs hooks clean distclean
+	soak docs hooks clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,6 +97,10 @@ contracts: $(INSTALLED)
 bench: $(INSTALLED) ## run the benchmarks and write docs/benchmarks (BENCH_ARGS="--quick NAME")
 	@$(PY) -m scripts.prepare_model >/dev/null
 	$(PY) -m benchmarks.run_all $(BENCH_ARGS)
+
+soak: $(INSTALLED) ## faults of every kind on real instances under load, for SOAK_S seconds
+	@$(PY) -m scripts.prepare_model >/dev/null
+	LLUMSCHED_SOAK_S=$(SOAK_S) $(PY) -m pytest -s tests/chaos/test_soak.py $(PYTEST_ARGS)
 
 docs: $(INSTALLED) ## write again the parts of docs/ that come from the code
 	$(PY) -m scripts.generate_docs

@@ -98,6 +98,11 @@ class Server:
         RUNNING.append(self)
         self._booted_by_s = time.monotonic() + BOOT_TIMEOUT_S
 
+    @property
+    def pid(self) -> int:
+        """Of the server's own process."""
+        return self._process.pid
+
     def log(self, from_byte: int = 0) -> str:
         """What it has printed since the log was ``from_byte`` long."""
         with self.log_path.open("rb") as log:

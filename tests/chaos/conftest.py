@@ -1,0 +1,50 @@
+"""A pool that things happen to. Fixtures and logs are those of the end-to-end tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.faults import FaultyPool
+from tests.chaos.load import References
+from tests.e2e.conftest import (  # noqa: F401
+    log_folder,
+    model,
+    pytest_runtest_makereport,
+    pytest_runtest_setup,
+    servers_end_with_the_tests,
+)
+from tests.e2e.servers import llumsched
+
+
+@pytest.fixture(scope="session")
+def faulty_pool(model: str, log_folder: Path) -> Iterator[FaultyPool]:  # noqa: F811
+    """Two instances, moved and ended by the tests only. No process of it may outlive it."""
+    flags = ("--instances=2", "--policy=round_robin", "--max-num-seqs=16")
+    server = llumsched(model, log_folder, *flags, name="chaos")
+    try:
+        server.await_health()
+        pool = FaultyPool(server, model)
+        yield pool
+        pool.close()
+    finally:
+        ending = server.end()
+    assert not ending.left, f"left after SIGTERM: {ending.left}\n{server.log()[-4000:]}"
+
+
+@pytest.fixture
+def pool(faulty_pool: FaultyPool) -> Iterator[FaultyPool]:
+    """Two instances at rest; the test must leave the pool so that it comes to rest."""
+    faulty_pool.await_serving(2)
+    faulty_pool.await_idle()
+    yield faulty_pool
+    faulty_pool.await_serving(2)
+    faulty_pool.await_idle()
+
+
+@pytest.fixture(scope="session")
+def references(faulty_pool: FaultyPool) -> References:
+    """What the pool answers while nothing happens to it."""
+    return References.of(faulty_pool)

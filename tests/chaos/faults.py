@@ -1,0 +1,63 @@
+"""What can happen to a pool, done to a running one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+from tests.e2e.client import Admin, Answer
+from tests.e2e.servers import Server
+
+# Another instance has to load the model, on a machine that is busy.
+SERVING_TIMEOUT_S = 240.0
+POLL_INTERVAL_S = 0.05
+
+
+class FaultyPool(Admin):
+    """The admin API of a server, and signals to its processes."""
+
+    def __init__(self, server: Server, model: str) -> None:
+        super().__init__(server.url, model)
+        self.server = server
+
+    def berths(self) -> list[dict[str, Any]]:
+        answer = self.get("/llumsched/instances")
+        assert answer.status == 200, answer
+        found: list[dict[str, Any]] = answer.body["berths"]
+        return found
+
+    def running(self) -> list[str]:
+        """Instances that run, by id."""
+        return sorted(b["instance_id"] for b in self.berths() if b["state"] == "running")
+
+    def serving(self) -> list[str]:
+        """Instances that the scheduler gives requests to."""
+        answer = self.get("/llumsched/instances")
+        if answer.status != 200:
+            return []  # the scheduler is away
+        return sorted(i["instance_id"] for i in answer.body["instances"] if i["state"] == "serving")
+
+    def await_serving(self, num_instances: int) -> None:
+        """Wait until so many instances run and take requests."""
+        deadline_s = time.monotonic() + SERVING_TIMEOUT_S
+        while len(self.serving()) < num_instances:
+            assert time.monotonic() < deadline_s, f"still not {num_instances} instances"
+            time.sleep(POLL_INTERVAL_S)
+
+    def signal(self, instance_id: str, number: signal.Signals) -> None:
+        """Send a signal to the process of an instance."""
+        (pid,) = (b["pid"] for b in self.berths() if b["instance_id"] == instance_id)
+        os.kill(pid, number)
+
+    def kill_scheduler(self) -> None:
+        """End the process of the global scheduler; Ray starts it again."""
+        processes = self.server.processes().items()
+        pids = [pid for pid, name in processes if name.startswith("ray::Controller")]
+        assert pids, self.server.processes()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    def drain(self, instance_id: str, **body: Any) -> Answer:
+        return self.post(f"/llumsched/instances/{instance_id}/drain", body)

@@ -1,0 +1,180 @@
+"""Whatever happens to a pool, a stream that has begun is finished, exactly once."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.chaos.faults import FaultyPool
+from tests.chaos.load import Load, Progress, References, stream_through
+from tests.e2e.moving import move
+
+# All have begun, and none is near its end.
+BEGUN = 6
+
+
+def test_an_instance_is_killed(pool: FaultyPool, references: References) -> None:
+    victim = pool.running()[0]
+
+    def fault(progress: Progress) -> None:
+        progress.when_all_have(BEGUN)
+        pool.signal(victim, signal.SIGKILL)
+
+    assert stream_through(pool, references, fault) > 0
+    pool.await_serving(2)
+    assert victim not in pool.running(), "another took its place, with another name"
+    assert "llumsched_resumptions_total" in pool.text("/metrics")
+
+
+def test_an_instance_is_stopped(pool: FaultyPool, references: References) -> None:
+    """It keeps its connections, and would go on if it were let."""
+    victim = pool.running()[-1]
+
+    def fault(progress: Progress) -> None:
+        progress.when_all_have(BEGUN)
+        pool.signal(victim, signal.SIGSTOP)
+
+    assert stream_through(pool, references, fault) > 0
+
+
+@pytest.mark.parametrize("end", ["source", "destination"])
+def test_an_end_of_a_migration_is_killed(
+    pool: FaultyPool, references: References, end: str
+) -> None:
+    """Every request of one instance is on its way to the other when one of the two dies."""
+    source, destination = pool.running()
+
+    def fault(progress: Progress) -> None:
+        progress.when_all_have(BEGUN)
+        moving = [r["request_id"] for r in pool.requests() if r["instance_id"] == source]
+
+        def move_quietly(request_id: str) -> None:
+            with contextlib.suppress(AssertionError):
+                move(pool, request_id, destination)
+
+        threads = [threading.Thread(target=move_quietly, args=(i,)) for i in moving]
+        for thread in threads:
+            thread.start()
+        pool.server.await_that(
+            lambda: any(r["num_moves"] for r in pool.requests()), "one has moved"
+        )
+        pool.signal(source if end == "source" else destination, signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+
+    assert stream_through(pool, references, fault) > 0
+
+
+def test_the_scheduler_is_killed(pool: FaultyPool, references: References) -> None:
+    def fault(progress: Progress) -> None:
+        progress.when_all_have(BEGUN)
+        pool.kill_scheduler()
+        # Requests are taken while there is none.
+        assert pool.whole("/v1/completions", {"prompt": "The sea", "max_tokens": 4}).text
+        pool.await_serving(2)
+        # It knows what runs, though nobody has asked it to place it.
+        request_id = next(r["request_id"] for r in pool.requests() if r["num_output_tokens"])
+        answer = pool.migrate(request_id)
+        assert answer.status in (200, 404, 409), answer
+
+    assert stream_through(pool, references, fault) > 0
+
+
+def test_scheduler_and_instance_are_killed_together(
+    pool: FaultyPool, references: References
+) -> None:
+    victim = pool.running()[0]
+
+    def fault(progress: Progress) -> None:
+        progress.when_all_have(BEGUN)
+        pool.kill_scheduler()
+        pool.signal(victim, signal.SIGKILL)
+
+    assert stream_through(pool, references, fault) > 0
+
+
+def test_a_rolling_restart_under_load(pool: FaultyPool, references: References) -> None:
+    before = pool.running()
+    load = Load(pool, references, num_clients=4, seed=1)
+    try:
+        for instance_id in before:
+            assert pool.drain(instance_id, replace=True).status == 202
+            pool.server.await_that(
+                lambda gone=instance_id: gone not in pool.running(),  # type: ignore[misc]
+                f"{instance_id} has ended",
+            )
+            pool.await_serving(2)
+    finally:
+        load.stop()
+    assert not load.complaints, load.complaints
+    assert load.num_streams > 0
+    assert not set(before) & set(pool.running())
+
+
+def test_an_instance_whose_machine_goes_is_emptied_first(
+    pool: FaultyPool, references: References
+) -> None:
+    victim = pool.running()[0]
+
+    def fault(progress: Progress) -> None:
+        progress.when_all_have(BEGUN)
+        pool.signal(victim, signal.SIGTERM)
+
+    assert stream_through(pool, references, fault) > 0
+
+
+def test_scaled_by_hand(pool: FaultyPool, references: References) -> None:
+    assert pool.post("/llumsched/scale", {"num_instances": 1}).status == 202
+    stream_through(pool, references, lambda _: None)
+    pool.server.await_that(lambda: len(pool.running()) == 1, "one has left")
+    assert pool.post("/llumsched/scale", {"num_instances": 2}).status == 202
+    stream_through(pool, references, lambda _: None)
+    pool.await_serving(2)
+    assert pool.post("/llumsched/scale", {"num_instances": 99}).status == 409
+
+
+def test_a_seeded_storm(pool: FaultyPool, references: References) -> None:
+    """Faults of random kinds at random moments, under load."""
+    rng = random.Random(20)
+    load = Load(pool, references, num_clients=4, seed=20)
+    try:
+        for _ in range(2):
+            time.sleep(rng.uniform(0.5, 2.0))
+            rng.choice(FAULTS)(pool, rng)
+    finally:
+        load.stop()
+    assert not load.complaints, load.complaints
+    assert load.num_streams > 0
+
+
+def kill(pool: FaultyPool, rng: random.Random) -> None:
+    pool.signal(rng.choice(pool.running()), signal.SIGKILL)
+
+
+def stop(pool: FaultyPool, rng: random.Random) -> None:
+    pool.signal(rng.choice(pool.running()), signal.SIGSTOP)
+
+
+def drain(pool: FaultyPool, rng: random.Random) -> None:
+    running = pool.running()
+    if len(running) > 1:
+        pool.drain(rng.choice(running), replace=True)
+
+
+def kill_scheduler(pool: FaultyPool, _: random.Random) -> None:
+    with contextlib.suppress(AssertionError):  # it is being started
+        pool.kill_scheduler()
+
+
+FAULTS: tuple[Callable[[FaultyPool, random.Random], None], ...] = (
+    kill,
+    stop,
+    drain,
+    kill_scheduler,
+)

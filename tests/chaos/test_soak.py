@@ -1,0 +1,71 @@
+"""Faults of every kind at random moments under load, for as long as ``LLUMSCHED_SOAK_S`` says.
+
+Prints what was done and seen. Memory is compared once the first instances have been replaced, when
+everything that is built only once has been.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections import Counter
+
+import psutil
+import pytest
+
+from tests.chaos.faults import FaultyPool
+from tests.chaos.load import Load, References
+from tests.chaos.test_faults import FAULTS
+from tests.e2e.moving import move
+
+SOAK_S = float(os.environ.get("LLUMSCHED_SOAK_S", "0"))
+SEED = int(os.environ.get("LLUMSCHED_SOAK_SEED", "0"))
+NUM_CLIENTS = 6
+MEAN_FAULT_INTERVAL_S = 20.0
+MOVE_INTERVAL_S = 0.5
+MAX_GROWTH = 1.2
+
+
+def move_one(pool: FaultyPool, rng: random.Random) -> int:
+    """Try to move a random request; how many have moved."""
+    requests = [r for r in pool.requests() if r["num_output_tokens"]]
+    if not requests:
+        return 0
+    return int(move(pool, rng.choice(requests)["request_id"]).status == 200)
+
+
+@pytest.mark.skipif(not SOAK_S, reason="a soak takes minutes: make soak")
+def test_soak(pool: FaultyPool, references: References) -> None:
+    rng = random.Random(SEED)
+    server = psutil.Process(pool.server.pid)
+    faults: Counter[str] = Counter()
+    num_moves = 0
+    settled_num_bytes = 0
+    load = Load(pool, references, num_clients=NUM_CLIENTS, seed=SEED)
+    started_s = time.monotonic()
+    next_fault_s = started_s + rng.expovariate(1 / MEAN_FAULT_INTERVAL_S)
+    try:
+        while (now_s := time.monotonic()) < started_s + SOAK_S:
+            time.sleep(MOVE_INTERVAL_S)
+            num_moves += move_one(pool, rng)
+            # One at a time: with none left there is nowhere to go on.
+            if now_s >= next_fault_s and len(pool.serving()) >= 2:
+                fault = rng.choice(FAULTS)
+                faults[fault.__name__] += 1
+                fault(pool, rng)
+                next_fault_s = now_s + rng.expovariate(1 / MEAN_FAULT_INTERVAL_S)
+            if not settled_num_bytes and now_s > started_s + SOAK_S / 3:
+                settled_num_bytes = server.memory_info().rss
+    finally:
+        load.stop()
+    num_bytes = server.memory_info().rss
+    sys.stdout.write(
+        f"\nsoak of {SOAK_S:.0f} s, seed {SEED}: {load.num_streams} streams, {load.num_tokens} "
+        f"tokens compared, {len(load.complaints)} complaints; {num_moves} moves by hand; faults: "
+        f"{dict(faults)}; memory of the frontend {settled_num_bytes / 1e6:.0f} MB after a third, "
+        f"{num_bytes / 1e6:.0f} MB at the end\n"
+    )
+    assert not load.complaints, load.complaints[:20]
+    assert num_bytes < settled_num_bytes * MAX_GROWTH
