@@ -13,7 +13,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -82,17 +81,9 @@ from llumsched.runtime.messages import (
     decode_control,
     encode,
 )
+from llumsched.runtime.operator_calls import OperatorCalls
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class OperatorCall:
-    """Who waits for the end of a migration away from ``source``."""
-
-    identity: bytes
-    call_id: int
-    source: str
 
 
 class Controller:
@@ -122,7 +113,7 @@ class Controller:
         self._frontend_of: dict[str, bytes] = {}
         self._supervisor: bytes | None = None
         self._terminations: dict[str, OrderTermination] = {}
-        self._operator_calls: dict[str, OperatorCall] = {}
+        self._operator_calls = OperatorCalls()
         self._outcomes: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
         self._policy_failures: Counter[str] = Counter()
@@ -164,14 +155,7 @@ class Controller:
         self._handle(InstanceLost(instance_id=instance_id, reason=reason))
         for identity in self._instances.identities.values():
             self._outbox.append((identity, InstanceGone(instance_id=instance_id)))
-        # A source that is dead does not report.
-        for migration_id, call in list(self._operator_calls.items()):
-            if call.source == instance_id:
-                del self._operator_calls[migration_id]
-                refused = f"instance {instance_id} was lost meanwhile"
-                self._outbox.append(
-                    (call.identity, MigrateAnswer(call_id=call.call_id, refused=refused))
-                )
+        self._outbox.extend(self._operator_calls.source_lost(instance_id))
 
     def close(self) -> None:
         """Write out the decision log."""
@@ -311,10 +295,7 @@ class Controller:
                 reason=report.reason,
             )
         )
-        call = self._operator_calls.pop(report.migration_id, None)
-        if call is not None:
-            answer = MigrateAnswer(call_id=call.call_id, report=report)
-            self._outbox.append((call.identity, answer))
+        self._outbox.extend(self._operator_calls.ended(report))
 
     def _migrate(self, identity: bytes, message: MigrateRequest) -> None:
         actions = self._handle(
@@ -323,9 +304,7 @@ class Controller:
         for action in actions:
             match action:
                 case StartMigration(request_id=message.request_id):
-                    self._operator_calls[action.migration_id] = OperatorCall(
-                        identity, message.call_id, action.source
-                    )
+                    self._operator_calls.begun(action, identity, message.call_id)
                     return
                 case RefuseMigration(request_id=message.request_id):
                     answer = MigrateAnswer(call_id=message.call_id, refused=action.reason)
