@@ -135,7 +135,8 @@ class RoutingEngineClient(ConnectedInstances):
             instance = await self._placer.place(request, lost=lost)
             if self.is_up(instance):
                 return instance
-            lost = instance  # it has died since, or is not connected yet
+            # The scheduler answers no more for what it is told lost until it knows of that loss.
+            lost = instance if self.is_gone(instance) else None
             await asyncio.sleep(resumer.UNKNOWN_INSTANCE_DELAY_S)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:

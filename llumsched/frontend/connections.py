@@ -139,6 +139,10 @@ class ConnectedInstances(AsyncMPClient):
     def is_up(self, instance: int) -> bool:
         return self._labels.of(instance) is not None
 
+    def is_gone(self, instance: int) -> bool:
+        """Whether it was told lost: one that is not up may also be about to connect."""
+        return instance in self._gone
+
     @property
     def instances(self) -> list[int]:
         """Those that are up."""

@@ -47,6 +47,9 @@ class Instances(Protocol):
 
     def is_up(self, instance: int) -> bool: ...
 
+    def is_gone(self, instance: int) -> bool:
+        """Whether it was told lost: one that is not up may also be about to connect."""
+
     async def add(self, instance: int, request: EngineCoreRequest) -> None:
         """Send a request as new."""
 
@@ -126,8 +129,9 @@ class Resumer:
             logger.warning("Request %s is placed again: %s", request_id, error)
             if self._is_still(route, request_id, stay):
                 instance = route.instance
+                gone = instance is not None and self._instances.is_gone(instance)
                 self._routes.begin_again(route)
-                self.resume([request_id], instance)
+                self.resume([request_id], instance if gone else None)
             return
         except Exception as error:
             logger.exception("Request %s could not be resumed", request_id)
@@ -151,7 +155,8 @@ class Resumer:
             )
             if self._instances.is_up(instance):
                 break
-            lost = instance
+            # The scheduler answers no more for what it is told lost until it knows of that loss.
+            lost = instance if self._instances.is_gone(instance) else None
             await asyncio.sleep(UNKNOWN_INSTANCE_DELAY_S)
         if not self._is_still(route, request_id, stay):
             return None

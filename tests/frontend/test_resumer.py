@@ -52,6 +52,8 @@ class World:
 
     placements: list[int | Exception]
     up: set[int] = field(default_factory=lambda: {1, 2, 3})
+    gone: set[int] = field(default_factory=lambda: {7})
+    fails_on_resume: set[int] = field(default_factory=set)
     refusal: str | None = None
     dies_on_resume: set[int] = field(default_factory=set)
     resumed: list[tuple[int, RequestState]] = field(default_factory=list)
@@ -72,6 +74,7 @@ class World:
 
     def lose(self, instance: int) -> None:
         self.up.discard(instance)
+        self.gone.add(instance)
         self.resumer.resume(self.routes.lose(instance), instance)
 
     async def place(
@@ -86,13 +89,19 @@ class World:
     def is_up(self, instance: int) -> bool:
         return instance in self.up
 
+    def is_gone(self, instance: int) -> bool:
+        return instance in self.gone
+
     async def add(self, instance: int, request: EngineCoreRequest) -> None:
         self.added.append(instance)
 
     async def resume(self, instance: int, state: bytes) -> str | None:
         if instance in self.dies_on_resume:
             self.up.discard(instance)
+            self.gone.add(instance)
             raise ConnectionError(f"instance {instance} died")
+        if instance in self.fails_on_resume:
+            raise ConnectionError(f"instance {instance} does not take it")
         self.resumed.append((instance, msgspec.msgpack.decode(state, type=RequestState)))
         return self.refusal
 
@@ -159,6 +168,33 @@ def test_an_instance_that_dies_as_well_is_left_for_the_next() -> None:
         assert [instance for instance, _ in world.resumed] == [2]
         assert world.resumed[0][1].num_moves == 2 * STAYS_PER_SERIES
         assert [lost for lost, *_ in world.asked] == [0, 7, 1]
+
+    run(scenario)
+
+
+def test_an_instance_that_is_about_to_connect_is_not_called_lost() -> None:
+    """The scheduler knew it first. Told that it is lost, it would wait for that loss for ever."""
+
+    async def scenario() -> None:
+        world = World([9, 1])
+        world.open(request())
+        world.lose(0)
+        await settle()
+        assert [lost for lost, *_ in world.asked] == [0, None]
+        assert [instance for instance, _ in world.resumed] == [1]
+
+    run(scenario)
+
+
+def test_an_instance_that_lives_but_cannot_take_it_is_not_called_lost() -> None:
+    async def scenario() -> None:
+        world = World([1] * 9, fails_on_resume={1})
+        world.open(request())
+        world.lose(0)
+        for _ in range(5):
+            await settle()
+        assert {lost for lost, *_ in world.asked[1:]} == {None}
+        assert "in a row" in world.given_up[0], "it is not tried for ever"
 
     run(scenario)
 
