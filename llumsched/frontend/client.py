@@ -216,7 +216,7 @@ class RoutingEngineClient(ConnectedInstances):
                 _process_utility_output(utility, self.utility_results)
             return
         instance = outputs.engine_index
-        label = self._labels.of(instance)
+        label = self.labels.of(instance)
         if label is None:
             return  # it is dead, and what it ran goes on elsewhere
         passed, finished = self.routes.pass_on(instance, outputs.outputs)
@@ -246,7 +246,7 @@ class RoutingEngineClient(ConnectedInstances):
         for part in passed:
             self.outputs_queue.put_nowait(
                 EngineCoreOutputs(
-                    engine_index=self._labels.of(part.instance) or 0,
+                    engine_index=self.labels.of(part.instance) or 0,
                     outputs=cast("list[EngineCoreOutput]", list(part.outputs)),
                 )
             )

@@ -78,10 +78,10 @@ class ConnectedInstances(AsyncMPClient):
 
         self._tasks: set[asyncio.Future[None]] = set()
         self._gone: set[int] = set()
-        self._labels = EngineLabels(max(num_labels, len(engine_indices)))
+        self.labels = EngineLabels(max(num_labels, len(engine_indices)))
         self._calls = CallsByInstance()
         # AsyncLLM reads these once, for its metrics.
-        self.engine_ranks_managed = self._labels.all
+        self.engine_ranks_managed = self.labels.all
         self.core_engines: list[EngineIdentity] = []
         self._start_mm_warmup()
         self._await_ready({engine_identity(index) for index in engine_indices}, ready_timeout_s)
@@ -116,7 +116,7 @@ class ConnectedInstances(AsyncMPClient):
                 self._joined(index)
 
     def _joined(self, instance: int) -> None:
-        self._labels.take(instance)
+        self.labels.take(instance)
         self._list_engines()
 
     def _list_engines(self) -> None:
@@ -129,7 +129,7 @@ class ConnectedInstances(AsyncMPClient):
         self._gone.add(instance)
         if not self.is_up(instance):
             return False
-        self._labels.give_back(instance)
+        self.labels.give_back(instance)
         self._list_engines()
         self._calls.died(instance)
         return True
@@ -137,7 +137,7 @@ class ConnectedInstances(AsyncMPClient):
     # ---- what instances are asked ---------------------------------------------------------
 
     def is_up(self, instance: int) -> bool:
-        return self._labels.of(instance) is not None
+        return self.labels.of(instance) is not None
 
     def is_gone(self, instance: int) -> bool:
         """Whether it was told lost: one that is not up may also be about to connect."""
@@ -146,7 +146,7 @@ class ConnectedInstances(AsyncMPClient):
     @property
     def instances(self) -> list[int]:
         """Those that are up."""
-        return self._labels.instances
+        return self.labels.instances
 
     async def add(self, instance: int, request: EngineCoreRequest) -> None:
         await self._send_input(EngineCoreRequestType.ADD, request, engine_identity(instance))

@@ -4,7 +4,8 @@ One DEALER socket: every request asks for its instance and every ended one is to
 calls use it too, and the scheduler's orders to start and end instances come by it. If the
 scheduler does not answer in time, requests go to the instance that runs fewest of this frontend's
 own, so serving goes on without it. What was asked is asked again until it is answered, and the
-registration is told every second: a scheduler that restarts knows nothing of either.
+registration is told every second: a scheduler that restarts knows nothing of either. Only an order
+to migrate is given once: the second would be refused while the first is carried out.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ logger = logging.getLogger(__name__)
 PLACEMENT_TIMEOUT_S = 1.0
 PROBE_TIMEOUT_S = 1.0
 REGISTER_INTERVAL_S = 1.0
+# What is sent while a scheduler dies is lost.
+ASK_AGAIN_INTERVAL_S = 1.0
 
 
 class SchedulerUnavailable(Exception):
@@ -164,6 +167,7 @@ class SchedulerLink:
             call_id,
             MigrateRequest(call_id=call_id, request_id=request_id, destination=destination),
             timeout_s,
+            ask_again=False,
         )
         return answer
 
@@ -217,12 +221,20 @@ class SchedulerLink:
             return False
         return True
 
-    async def _call(self, call_id: int, message: Message, timeout_s: float) -> Any:
+    async def _call(
+        self, call_id: int, message: Message, timeout_s: float, *, ask_again: bool = True
+    ) -> Any:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future
         try:
-            await self._socket.send(encode(message))
-            return await asyncio.wait_for(future, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._socket.send(encode(message))
+                while ask_again:
+                    done, _ = await asyncio.wait({future}, timeout=ASK_AGAIN_INTERVAL_S)
+                    if done:
+                        break
+                    await self._socket.send(encode(message))
+                return await future
         except TimeoutError:
             raise SchedulerUnavailable(
                 f"The global scheduler did not answer within {timeout_s:.0f} s."

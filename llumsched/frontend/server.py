@@ -42,6 +42,7 @@ from llumsched.engine.vllm.prefix_blocks import prefix_hasher, record_kv_events
 from llumsched.frontend.admin import admin_router
 from llumsched.frontend.arguments import ServeOptions, UsageError, parse
 from llumsched.frontend.client import RoutingEngineClient
+from llumsched.frontend.exposition import expose
 from llumsched.frontend.hints import HintsMiddleware
 from llumsched.frontend.link import SchedulerLink
 from llumsched.frontend.overload import RetryAfterMiddleware
@@ -332,6 +333,7 @@ async def _serve_http(
         *(f"{m.__module__}.{m.__name__}" for m in (HintsMiddleware, RetryAfterMiddleware)),
     ]
     app = build_app(args, supported_tasks, engine.model_config)
+    expose(app, engine.engine_core.labels)
     if options.admin_api:
         app.include_router(admin_router(link, engine.engine_core.routes, supervisor))
     await init_app_state(engine, app.state, args, supported_tasks)

@@ -197,6 +197,10 @@ class Controller:
                 self._migrate(identity, message)
             case InstanceLeaves():
                 self._handle(DrainRequested(instance_id=message.instance_id))
+            case DrainInstance() | ScalePool() if self._supervisor is None:
+                # Just started, perhaps in the place of another: what there is is being told. The
+                # operator's frontend asks again.
+                pass
             case DrainInstance():
                 self._drain(identity, message)
             case ScalePool():

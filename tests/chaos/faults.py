@@ -46,10 +46,14 @@ class FaultyPool(Admin):
             assert time.monotonic() < deadline_s, f"still not {num_instances} instances"
             time.sleep(POLL_INTERVAL_S)
 
+    def pid(self, instance_id: str) -> int:
+        """The process of an instance."""
+        (pid,) = (b["pid"] for b in self.berths() if b["instance_id"] == instance_id)
+        return int(pid)
+
     def signal(self, instance_id: str, number: signal.Signals) -> None:
         """Send a signal to the process of an instance."""
-        (pid,) = (b["pid"] for b in self.berths() if b["instance_id"] == instance_id)
-        os.kill(pid, number)
+        os.kill(self.pid(instance_id), number)
 
     def kill_scheduler(self) -> None:
         """End the process of the global scheduler; Ray starts it again."""

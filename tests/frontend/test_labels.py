@@ -21,3 +21,12 @@ def test_more_instances_than_labels_share_them() -> None:
         labels.take(instance)
     assert labels.all == [0, 1]
     assert {labels.of(i) for i in range(3)} == {0, 1}
+
+
+def test_a_label_that_no_instance_has_had_is_hidden() -> None:
+    labels = EngineLabels(3)
+    labels.take(0)
+    labels.take(1)
+    labels.give_back(1)
+    assert labels.hidden(gauges=True) == {"1", "2"}
+    assert labels.hidden(gauges=False) == {"2"}, "what the instance counted has happened"

@@ -19,14 +19,18 @@ from llumsched.frontend.hints import Hints, hinted
 from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
 from llumsched.frontend.overload import Rejected
 from llumsched.runtime.messages import (
+    Accepted,
     ClusterDescription,
     DescribeCluster,
+    DrainInstance,
     Message,
+    MigrateRequest,
     OrderLaunch,
     OrderTermination,
     Placed,
     PlaceRequest,
     RegisterFrontend,
+    ScalePool,
     decode_control,
     encode,
 )
@@ -85,6 +89,7 @@ def run(
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "PLACEMENT_TIMEOUT_S", 0.1)
     monkeypatch.setattr(link_module, "PROBE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(link_module, "ASK_AGAIN_INTERVAL_S", 0.05)
 
 
 def test_a_request_goes_where_the_scheduler_says() -> None:
@@ -271,3 +276,36 @@ def test_orders_of_the_scheduler_are_carried_out_by_the_supervisor() -> None:
         assert ("terminate", "instance-2") in orders.told
 
     run(answer, scenario)
+
+
+def test_what_died_with_a_scheduler_is_asked_again() -> None:
+    asked: list[Message] = []
+
+    def answer(message: Message) -> Message | None:
+        match message:
+            case DrainInstance() | ScalePool() | DescribeCluster() | MigrateRequest():
+                first = sum(type(a) is type(message) for a in asked) == 0
+                asked.append(message)
+                if first or isinstance(message, MigrateRequest):
+                    return None
+                if isinstance(message, DescribeCluster):
+                    return ClusterDescription(
+                        call_id=message.call_id, policy="latency", instances=[], migrations={}
+                    )
+                return Accepted(call_id=message.call_id)
+        return None
+
+    async def scenario(link: SchedulerLink) -> None:
+        assert (await link.describe(TIMEOUT_S)).policy == "latency"
+        assert (await link.drain("instance-0", None, TIMEOUT_S)).refused is None
+        assert (await link.scale(3, TIMEOUT_S)).refused is None
+        with pytest.raises(SchedulerUnavailable):
+            await link.migrate("r1", None, 0.3)
+
+    run(answer, scenario)
+    assert [type(message) for message in asked] == [
+        *(DescribeCluster, DescribeCluster),
+        *(DrainInstance, DrainInstance),
+        *(ScalePool, ScalePool),
+        MigrateRequest,
+    ], "a second order to migrate would be refused while the first is carried out"
