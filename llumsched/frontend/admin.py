@@ -62,6 +62,8 @@ class Berths(Protocol):
 
     def replace(self, instance_id: str) -> None: ...
 
+    def limit(self, num_instances: int) -> None: ...
+
 
 def admin_router(link: SchedulerLink, routes: Routes, berths: Berths) -> APIRouter:
     """The routes."""
@@ -110,6 +112,8 @@ def admin_router(link: SchedulerLink, routes: Routes, berths: Berths) -> APIRout
             await link.scale(body.num_instances, DESCRIBE_TIMEOUT_S)
         except SchedulerUnavailable as error:
             return _error(503, str(error))
+        # The scheduler does not know of those that are to come in the place of dead ones.
+        berths.limit(body.num_instances)
         return JSONResponse({"num_instances": body.num_instances}, 202)
 
     @router.get("/requests")

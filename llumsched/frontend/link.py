@@ -35,6 +35,7 @@ from llumsched.runtime.messages import (
     MigrateAnswer,
     MigrateRequest,
     OrderLaunch,
+    OrderReplacement,
     OrderTermination,
     Placed,
     PlaceRequest,
@@ -62,10 +63,13 @@ class SchedulerUnavailable(Exception):
 
 
 class Supervisor(Protocol):
-    """Whoever starts and ends the instances; both return at once."""
+    """Whoever starts and ends the instances; all return at once."""
 
     def launch(self, launch_id: str | None) -> None:
         """Start one more instance."""
+
+    def replace(self, instance_id: str) -> None:
+        """When this instance has ended, start another."""
 
     def terminate(self, instance_id: str) -> None:
         """End an instance, with whatever it still runs."""
@@ -277,6 +281,8 @@ class SchedulerLink:
                         call.set_result(message)
                 case OrderLaunch() if self._supervisor is not None:
                     self._supervisor.launch(message.launch_id)
+                case OrderReplacement() if self._supervisor is not None:
+                    self._supervisor.replace(message.instance_id)
                 case OrderTermination() if self._supervisor is not None:
                     self._supervisor.terminate(message.instance_id)
                 case Welcomed():

@@ -66,6 +66,7 @@ from llumsched.runtime.messages import (
     MigrateRequest,
     OrderLaunch,
     OrderMigration,
+    OrderReplacement,
     OrderTermination,
     Placed,
     PlaceRequest,
@@ -196,6 +197,9 @@ class Controller:
             case MigrateRequest():
                 self._migrate(identity, message)
             case InstanceLeaves():
+                if self._supervisor is not None:
+                    order = OrderReplacement(instance_id=message.instance_id)
+                    self._outbox.append((self._supervisor, order))
                 self._handle(DrainRequested(instance_id=message.instance_id))
             case DrainInstance() | ScalePool() if self._supervisor is None:
                 # Just started, perhaps in the place of another: what there is is being told. The

@@ -118,6 +118,7 @@ class Llumlet:
         self._report_pending = False
         self._next_victim_s = 0.0
         self._victim_blocks: int | None = None
+        self._is_leaving = False
         engine.observe(
             after_step=self._after_step,
             on_abort=self._port.on_abort,
@@ -150,7 +151,8 @@ class Llumlet:
 
     def leave(self) -> None:
         """Ask the scheduler to drain this instance; safe from any thread."""
-        self._loop.call_soon_threadsafe(self._spawn, self._say_leaving())
+        self._is_leaving = True
+        self._loop.call_soon_threadsafe(lambda: self._spawn(self._say_leaving()))
 
     async def _say_leaving(self) -> None:
         await self._socket.send(encode(InstanceLeaves(instance_id=self._instance_id)))
@@ -169,6 +171,8 @@ class Llumlet:
                 )
             )
         )
+        if self._is_leaving:
+            await self._say_leaving()  # to a scheduler that has not heard of it
         if self._prefix_blocks is not None:
             await self._tell_prefix_blocks(await self._on_engine(self._prefix_blocks.all))
 

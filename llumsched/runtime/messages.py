@@ -240,6 +240,13 @@ class LaunchRefused(Message, frozen=True, kw_only=True):
     reason: str
 
 
+class OrderReplacement(Message, frozen=True, kw_only=True):
+    """The scheduler's order to start another instance in the place of this one when it has ended:
+    it leaves by itself, and nobody wants fewer."""
+
+    instance_id: str
+
+
 class OrderTermination(Message, frozen=True, kw_only=True):
     """The scheduler's order to end an instance; told again until it is lost."""
 
@@ -299,6 +306,7 @@ ControlMessage = (
     | Accepted
     | OrderLaunch
     | LaunchRefused
+    | OrderReplacement
     | OrderTermination
     | MigrateRequest
     | MigrateAnswer

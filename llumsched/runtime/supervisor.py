@@ -105,10 +105,18 @@ class _Berth:
     is_running: bool = False
     is_ending: bool = False
     is_replaced: bool = False
+    is_claimed: bool = False
+    """An order of the scheduler's counts on what comes here."""
     num_deaths: int = 0
     num_young_deaths: int = 0
     last_failure: str = ""
     retry_at_s: float = 0.0
+
+    @property
+    def comes_unasked(self) -> bool:
+        """Whether an instance is to come here that the scheduler does not know of yet."""
+        is_on_its_way = not self.is_running and not self.is_ending
+        return is_on_its_way and self.launch_id is None and not self.is_claimed
 
 
 class Supervisor:
@@ -155,6 +163,10 @@ class Supervisor:
     def replace(self, instance_id: str) -> None:
         """When this instance ends, as it is told to, start another in its place."""
         self._orders.put(lambda: self._mark_replaced(instance_id))
+
+    def limit(self, num_instances: int) -> None:
+        """An operator wants so many: beyond that, nothing comes in the place of another."""
+        self._orders.put(lambda: self._limit(num_instances))
 
     def describe(self) -> Sequence[BerthStatus]:
         """Every berth, as it was a moment ago."""
@@ -280,7 +292,7 @@ class Supervisor:
             berth.engine_index = self._take_index()
         berth.has_started = True
         berth.since_s = self._clock()
-        berth.is_running = berth.is_ending = berth.is_replaced = False
+        berth.is_running = berth.is_ending = berth.is_replaced = berth.is_claimed = False
         berth.instance = self._pool.start(berth.engine_index, berth.launch_id)
 
     def _take_index(self) -> int:
@@ -289,11 +301,8 @@ class Supervisor:
         return index
 
     def _launch(self, launch_id: str | None) -> None:
-        # One that is on its way in the place of a dead one will do.
-        for berth in self._berths:
-            if berth.instance is None and berth.launch_id is None:
-                berth.launch_id = launch_id
-                return
+        if self._is_served_by_one_to_come(launch_id):
+            return
         if len(self._berths) >= self.max_instances:
             if launch_id is not None:
                 reason = f"there are {len(self._berths)} of at most {self.max_instances} instances"
@@ -311,6 +320,40 @@ class Supervisor:
                 retry_at_s=retry_at_s,
             )
         )
+
+    def _is_served_by_one_to_come(self, launch_id: str | None) -> bool:
+        """Whether what comes in the place of another will do, which the scheduler cannot know."""
+        coming = [berth for berth in self._berths if berth.comes_unasked]
+        for berth in coming:
+            if berth.instance is None:
+                berth.launch_id = launch_id
+                berth.is_claimed = True
+                return True
+        if coming:
+            coming[0].is_claimed = True
+            if launch_id is not None:
+                self._pool.refused(launch_id, "one is booting in the place of another")
+            return True
+        for berth in self._berths:
+            if berth.is_replaced:
+                berth.is_replaced = False  # by the one that is ordered now
+                break
+        return False
+
+    def _limit(self, num_instances: int) -> None:
+        surplus = sum(1 + b.is_replaced for b in self._berths if not b.is_ending) - num_instances
+        # Those that cost nothing yet first.
+        coming = sorted(
+            (b for b in self._berths if b.comes_unasked), key=lambda b: b.instance is not None
+        )
+        for berth in coming[: max(0, surplus)]:
+            if berth.instance is None:
+                self._berths.remove(berth)
+            else:
+                self._terminate(instance_name(berth.engine_index))
+        marked = [b for b in self._berths if b.is_replaced]
+        for berth in marked[: max(0, surplus - len(coming))]:
+            berth.is_replaced = False
 
     def _terminate(self, instance_id: str) -> None:
         berth = self._find(instance_id)

@@ -39,6 +39,11 @@ class FaultyPool(Admin):
             return []  # the scheduler is away
         return sorted(i["instance_id"] for i in answer.body["instances"] if i["state"] == "serving")
 
+    def metric(self, name: str) -> float:
+        """The value of a metric without labels."""
+        (line,) = (x for x in self.text("/metrics").splitlines() if x.startswith(f"{name} "))
+        return float(line.split()[1])
+
     def await_serving(self, num_instances: int) -> None:
         """Wait until so many instances run and take requests."""
         deadline_s = time.monotonic() + SERVING_TIMEOUT_S

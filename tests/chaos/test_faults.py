@@ -12,12 +12,17 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.campaigns import THOROUGH
 from tests.chaos.faults import FaultyPool
 from tests.chaos.load import Load, Progress, References, stream_through
 from tests.e2e.moving import move
 
 # All have begun, and none is near its end.
 BEGUN = 6
+
+thorough = pytest.mark.skipif(
+    not THOROUGH, reason="every instance that is lost takes its time to be replaced"
+)
 
 
 def test_an_instance_is_killed(pool: FaultyPool, references: References) -> None:
@@ -33,6 +38,7 @@ def test_an_instance_is_killed(pool: FaultyPool, references: References) -> None
     assert "llumsched_resumptions_total" in pool.text("/metrics")
 
 
+@thorough
 def test_an_instance_is_stopped(pool: FaultyPool, references: References) -> None:
     """It keeps its connections, and would go on if it were let."""
     victim = pool.running()[-1]
@@ -44,6 +50,7 @@ def test_an_instance_is_stopped(pool: FaultyPool, references: References) -> Non
     assert stream_through(pool, references, fault) > 0
 
 
+@thorough
 @pytest.mark.parametrize("end", ["source", "destination"])
 def test_an_end_of_a_migration_is_killed(
     pool: FaultyPool, references: References, end: str
@@ -87,6 +94,7 @@ def test_the_scheduler_is_killed(pool: FaultyPool, references: References) -> No
     assert stream_through(pool, references, fault) > 0
 
 
+@thorough
 def test_scheduler_and_instance_are_killed_together(
     pool: FaultyPool, references: References
 ) -> None:
@@ -101,6 +109,7 @@ def test_scheduler_and_instance_are_killed_together(
     assert stream_through(pool, references, fault) > 0
 
 
+@thorough
 def test_a_rolling_restart_under_load(pool: FaultyPool, references: References) -> None:
     before = pool.running()
     load = Load(pool, references, num_clients=4, seed=1)
@@ -122,15 +131,29 @@ def test_a_rolling_restart_under_load(pool: FaultyPool, references: References) 
 def test_an_instance_whose_machine_goes_is_emptied_first(
     pool: FaultyPool, references: References
 ) -> None:
+    """Its requests migrate: none is computed again, as those of a dead one are."""
     victim = pool.running()[0]
+    num_resumptions = pool.metric("llumsched_resumptions_total")
+    num_lost = pool.metric("llumsched_lost_instances_total")
+    moved: list[dict[str, int]] = []
 
     def fault(progress: Progress) -> None:
         progress.when_all_have(BEGUN)
+        leaving = [r["request_id"] for r in pool.requests() if r["instance_id"] == victim]
+        assert leaving
         pool.signal(victim, signal.SIGTERM)
+        pool.server.await_that(lambda: victim not in pool.running(), "it has left")
+        moved.extend(r for r in pool.requests() if r["request_id"] in leaving)
 
     assert stream_through(pool, references, fault) > 0
+    assert all(request["num_moves"] and not request["num_resumptions"] for request in moved)
+    assert pool.metric("llumsched_resumptions_total") == num_resumptions
+    assert pool.metric("llumsched_lost_instances_total") == num_lost
+    pool.await_serving(2)
+    assert victim not in pool.running(), "another has taken its place"
 
 
+@thorough
 def test_scaled_by_hand(pool: FaultyPool, references: References) -> None:
     assert pool.post("/llumsched/scale", {"num_instances": 1}).status == 202
     stream_through(pool, references, lambda _: None)
@@ -141,6 +164,7 @@ def test_scaled_by_hand(pool: FaultyPool, references: References) -> None:
     assert pool.post("/llumsched/scale", {"num_instances": 99}).status == 409
 
 
+@thorough
 def test_a_seeded_storm(pool: FaultyPool, references: References) -> None:
     """Faults of random kinds at random moments, under load."""
     rng = random.Random(20)

@@ -252,6 +252,9 @@ class Orders:
     def launch(self, launch_id: str | None) -> None:
         self.told.append(("launch", launch_id))
 
+    def replace(self, instance_id: str) -> None:
+        self.told.append(("replace", instance_id))
+
     def terminate(self, instance_id: str) -> None:
         self.told.append(("terminate", instance_id))
         self.heard.set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,6 @@ import pytest
 from vllm.outputs import RequestOutput
 
 TOLERANCE = 1e-3
-# Every state and every round, for minutes more; without it a choice of them.
-THOROUGH = os.environ.get("LLUMSCHED_THOROUGH") == "1"
 
 
 def seen_by_client(output: RequestOutput) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.migration.answers import THOROUGH, seen_by_client
+from tests.campaigns import THOROUGH
+from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES, NUM_TOKENS
 from tests.migration.pool import BLOCK_SIZE, Pool
 

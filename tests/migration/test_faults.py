@@ -25,7 +25,8 @@ from llumsched.runtime.peer_messages import (
     Welcome,
     decode_peer,
 )
-from tests.migration.answers import THOROUGH, seen_by_client
+from tests.campaigns import THOROUGH
+from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES
 from tests.migration.pool import Pool
 

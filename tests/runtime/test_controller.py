@@ -33,6 +33,7 @@ from llumsched.runtime.messages import (
     MigrateRequest,
     OrderLaunch,
     OrderMigration,
+    OrderReplacement,
     OrderTermination,
     Placed,
     PlaceRequest,
@@ -515,9 +516,23 @@ def test_an_instance_whose_machine_goes_is_drained() -> None:
     async def scenario(stage: Stage) -> None:
         a = await stage.instance("a")
         await report_busy(stage, a, "a")
-        await a.say(InstanceLeaves(instance_id="a"))
         frontend = await supervisor(stage)
+        await a.say(InstanceLeaves(instance_id="a"))
+        assert await frontend.hear() == OrderReplacement(instance_id="a"), "nobody wants fewer"
         assert await state_of(frontend, "a") == "draining"
+
+    run(scenario)
+
+
+def test_nobody_is_drained_nor_scaled_before_it_is_known_what_there_is() -> None:
+    """A scheduler that has just been started would launch a whole pool beside the one there is."""
+
+    async def scenario(stage: Stage) -> None:
+        await stage.instance("a")
+        frontend = stage.peer()
+        await frontend.say(ScalePool(call_id=1, num_instances=2))
+        await frontend.say(DrainInstance(call_id=2, instance_id="a"))
+        assert await state_of(frontend, "a") == "serving", "asked again in a second"
 
     run(scenario)
 

@@ -27,7 +27,7 @@ class Process:
     pid: int | None = 1
 
     def boot_failure(self) -> str | None:
-        return self.boot
+        return "it was killed" if self.was_killed else self.boot
 
     def serve(self) -> None:
         self.has_served = True
@@ -208,6 +208,59 @@ def test_an_order_is_answered_by_one_that_waits_to_be_started_again() -> None:
     stage.pass_time(2.0)
     assert stage.pool.launch_ids == ["l0"]
     assert len(stage.supervisor.describe()) == 2
+
+
+def test_an_order_is_answered_by_one_that_boots_in_the_place_of_another() -> None:
+    stage = Stage()
+    stage.pool.boots_at_once = False
+    stage.pool.started[0].end = "died"
+    stage.pass_time(2.0)
+    assert stage.states() == {"instance-2": "booting", "instance-1": "running"}
+    stage.supervisor.launch("l0")
+    stage.supervisor.launch("l1")
+    stage.pass_time(1.0)
+    assert stage.pool.notes[-1] == ("refused", "l0"), "it does not answer this order by name"
+    assert stage.pool.launch_ids == [None, "l1"], "the second order is for one more"
+
+
+def test_an_order_is_answered_by_the_replacement_of_one_that_drains() -> None:
+    stage = Stage()
+    stage.supervisor.replace("instance-0")
+    stage.supervisor.launch("l0")
+    stage.pass_time(1.0)
+    stage.supervisor.terminate("instance-0")
+    stage.pass_time(1.0)
+    assert stage.states() == {"instance-1": "running", "instance-2": "running"}
+
+
+@pytest.mark.parametrize("boots", [False, True], ids=["backs off", "boots"])
+def test_one_too_many_does_not_come_back(boots: bool) -> None:
+    """The scheduler has one instance, which is what an operator wants: it has nothing to do."""
+    stage = Stage()
+    stage.pool.boots_at_once = False
+    stage.pool.started[0].end = "died"
+    stage.pass_time(2.0 if boots else TICK_S)
+    stage.supervisor.limit(1)
+    stage.pass_time(5.0)
+    assert stage.states() == {"instance-1": "running"}
+
+
+def test_one_of_so_many_comes_back() -> None:
+    stage = Stage()
+    stage.pool.started[0].end = "died"
+    stage.pass_time(TICK_S)
+    stage.supervisor.limit(2)
+    stage.pass_time(5.0)
+    assert stage.states() == {"instance-2": "running", "instance-1": "running"}
+
+
+def test_one_that_drains_is_not_replaced_if_there_are_enough_without_it() -> None:
+    stage = Stage()
+    stage.supervisor.replace("instance-0")
+    stage.supervisor.limit(1)
+    stage.supervisor.terminate("instance-0")
+    stage.pass_time(5.0)
+    assert stage.states() == {"instance-1": "running"}
 
 
 @pytest.mark.parametrize("failure", ["no memory", None])
