@@ -22,13 +22,8 @@ import zmq.asyncio
 from llumsched.config import Config
 from llumsched.core.actions import (
     Action,
-    DispatchRequest,
-    LaunchInstance,
-    PolicyFailed,
     RefuseMigration,
-    RejectRequest,
     StartMigration,
-    TerminateInstance,
 )
 from llumsched.core.events import (
     DrainRequested,
@@ -61,13 +56,9 @@ from llumsched.runtime.messages import (
     InstanceGone,
     InstanceLeaves,
     LaunchRefused,
-    Message,
     MigrateAnswer,
     MigrateRequest,
-    OrderLaunch,
-    OrderMigration,
     OrderReplacement,
-    OrderTermination,
     Placed,
     PlaceRequest,
     RegisterFrontend,
@@ -83,6 +74,7 @@ from llumsched.runtime.messages import (
     encode,
 )
 from llumsched.runtime.operator_calls import OperatorCalls
+from llumsched.runtime.orders import Orders
 
 logger = logging.getLogger(__name__)
 
@@ -111,15 +103,11 @@ class Controller:
             else None
         )
         self._instances = KnownInstances()
-        self._frontend_of: dict[str, bytes] = {}
-        self._supervisor: bytes | None = None
-        self._terminations: dict[str, OrderTermination] = {}
+        self._orders = Orders(self._instances, self._handle)
         self._operator_calls = OperatorCalls()
         self._outcomes: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
-        self._policy_failures: Counter[str] = Counter()
         self._socket: zmq.asyncio.Socket | None = None
-        self._outbox: list[tuple[bytes, Message]] = []
 
     def bind(self, context: zmq.asyncio.Context, host: str, port: int = 0) -> str:
         """Open the control socket, at any port if it is 0; its endpoint."""
@@ -152,11 +140,11 @@ class Controller:
     def instance_lost(self, instance_id: str, reason: str) -> None:
         """The process of an instance ended; told by whoever watches it."""
         self._instances.forget(instance_id)
-        self._terminations.pop(instance_id, None)
+        self._orders.instance_lost(instance_id)
         self._handle(InstanceLost(instance_id=instance_id, reason=reason))
         for identity in self._instances.identities.values():
-            self._outbox.append((identity, InstanceGone(instance_id=instance_id)))
-        self._outbox.extend(self._operator_calls.source_lost(instance_id))
+            self._orders.send(identity, InstanceGone(instance_id=instance_id))
+        self._orders.outbox.extend(self._operator_calls.source_lost(instance_id))
 
     def close(self) -> None:
         """Write out the decision log."""
@@ -192,16 +180,14 @@ class Controller:
             case PlaceRequest():
                 self._place(identity, message)
             case RequestEnded():
-                self._frontend_of.pop(message.request_id, None)
+                self._orders.frontend_of.pop(message.request_id, None)
                 self._handle(_end_of(message))
             case MigrateRequest():
                 self._migrate(identity, message)
             case InstanceLeaves():
-                if self._supervisor is not None:
-                    order = OrderReplacement(instance_id=message.instance_id)
-                    self._outbox.append((self._supervisor, order))
+                self._orders.tell_supervisor(OrderReplacement(instance_id=message.instance_id))
                 self._handle(DrainRequested(instance_id=message.instance_id))
-            case DrainInstance() | ScalePool() if self._supervisor is None:
+            case DrainInstance() | ScalePool() if self._orders.supervisor is None:
                 # Just started, perhaps in the place of another: what there is is being told. The
                 # operator's frontend asks again.
                 pass
@@ -209,11 +195,11 @@ class Controller:
                 self._drain(identity, message)
             case ScalePool():
                 self._handle(ScaleRequested(num_instances=message.num_instances))
-                self._outbox.append((identity, Accepted(call_id=message.call_id)))
+                self._orders.send(identity, Accepted(call_id=message.call_id))
             case LaunchRefused():
                 self._handle(LaunchFailed(launch_id=message.launch_id, reason=message.reason))
             case DescribeCluster():
-                self._outbox.append((identity, self._describe(message.call_id)))
+                self._orders.send(identity, self._describe(message.call_id))
             case _:
                 logger.warning("Dropped a message not meant for here: %s", type(message).__name__)
 
@@ -229,28 +215,26 @@ class Controller:
                     request_ids=message.request_ids,
                 )
             )
-        self._outbox.append((identity, Welcomed()))
+        self._orders.send(identity, Welcomed())
 
     def _register_frontend(self, identity: bytes, message: RegisterFrontend) -> None:
         if message.supervises:
-            self._supervisor = identity
-            for order in self._terminations.values():
-                self._outbox.append((identity, order))
+            self._orders.supervised_by(identity)
         for instance_id in message.draining:
             # Known already, unless this scheduler has taken the place of another.
             if self._state(instance_id) is InstanceState.SERVING:
                 self._handle(DrainRequested(instance_id=instance_id))
-        self._outbox.append((identity, Welcomed()))
+        self._orders.send(identity, Welcomed())
 
     def _place(self, identity: bytes, message: PlaceRequest) -> None:
         request = message.request
-        self._frontend_of[request.request_id] = identity
+        self._orders.frontend_of[request.request_id] = identity
         placed_at = self._scheduler.request_instance(request.request_id)
         if placed_at is None or placed_at not in self._instances:
             self._handle(RequestArrived(request=request, has_begun=message.has_begun))
         elif placed_at != message.lost:
             # The answer was lost, or the request is where its frontend did not see it come.
-            self._answer_placement(
+            self._orders.answer_placement(
                 Placed(
                     request_id=request.request_id,
                     instance_id=placed_at,
@@ -268,7 +252,7 @@ class Controller:
             self._handle(
                 DrainRequested(instance_id=message.instance_id, deadline_s=message.deadline_s)
             )
-        self._outbox.append((identity, Accepted(call_id=message.call_id, refused=refused)))
+        self._orders.send(identity, Accepted(call_id=message.call_id, refused=refused))
 
     def _state(self, instance_id: str) -> InstanceState | None:
         views = self._scheduler.snapshot(self._clock())
@@ -276,7 +260,7 @@ class Controller:
 
     def _report_load(self, identity: bytes, load: InstanceLoad) -> None:
         if load.instance_id not in self._instances:
-            self._outbox.append((identity, Unknown()))
+            self._orders.send(identity, Unknown())
             return
         self._instances.report(load, self._clock())
         self._handle(LoadReported(load=load))
@@ -303,7 +287,7 @@ class Controller:
                 reason=report.reason,
             )
         )
-        self._outbox.extend(self._operator_calls.ended(report))
+        self._orders.outbox.extend(self._operator_calls.ended(report))
 
     def _migrate(self, identity: bytes, message: MigrateRequest) -> None:
         actions = self._handle(
@@ -316,10 +300,10 @@ class Controller:
                     return
                 case RefuseMigration(request_id=message.request_id):
                     answer = MigrateAnswer(call_id=message.call_id, refused=action.reason)
-                    self._outbox.append((identity, answer))
+                    self._orders.send(identity, answer)
                     return
         answer = MigrateAnswer(call_id=message.call_id, refused="the scheduler did not answer")
-        self._outbox.append((identity, answer))
+        self._orders.send(identity, answer)
 
     def _describe(self, call_id: int) -> ClusterDescription:
         return ClusterDescription(
@@ -332,7 +316,7 @@ class Controller:
                 PriorityClass(priority).name.lower(): num_queued
                 for priority, num_queued in self._scheduler.num_queued_by_class().items()
             },
-            policy_failures=dict(self._policy_failures),
+            policy_failures=dict(self._orders.policy_failures),
         )
 
     # ---- actions --------------------------------------------------------------------------
@@ -343,91 +327,12 @@ class Controller:
         if self._notes is not None:
             self._notes.note(now_s, event, actions)
         for action in actions:
-            self._carry_out(action)
+            self._orders.carry_out(action)
         return actions
-
-    def _carry_out(self, action: Action) -> None:
-        match action:
-            case DispatchRequest():
-                self._answer_placement(
-                    Placed(
-                        request_id=action.request_id,
-                        instance_id=action.instance_id,
-                        engine_index=self._instances[action.instance_id].engine_index,
-                        reason=action.reason,
-                        predicted_output_tokens=action.predicted_output_tokens,
-                    )
-                )
-            case RejectRequest():
-                self._answer_placement(
-                    Placed(
-                        request_id=action.request_id,
-                        instance_id=None,
-                        reason=action.reason,
-                        retry_after_s=action.retry_after_s,
-                    )
-                )
-            case StartMigration():
-                self._order_migration(action)
-            case RefuseMigration():
-                pass  # answered by _migrate
-            case LaunchInstance():
-                self._order_launch(action)
-            case TerminateInstance():
-                logger.info("Instance %s may leave: %s", action.instance_id, action.reason)
-                order = OrderTermination(instance_id=action.instance_id, reason=action.reason)
-                self._terminations[action.instance_id] = order
-                if self._supervisor is not None:
-                    self._outbox.append((self._supervisor, order))
-            case PolicyFailed():
-                self._policy_failures[action.policy] += 1
-                logger.error("Policy %s failed: %s", action.policy, action.error)
-
-    def _answer_placement(self, answer: Placed) -> None:
-        identity = self._frontend_of.get(answer.request_id)
-        if identity is None:
-            logger.warning("No frontend waits for the placement of %s", answer.request_id)
-            return
-        self._outbox.append((identity, answer))
-
-    def _order_launch(self, action: LaunchInstance) -> None:
-        if self._supervisor is None:
-            reason = "nobody who starts instances is connected"
-            self._handle(LaunchFailed(launch_id=action.launch_id, reason=reason))
-            return
-        order = OrderLaunch(launch_id=action.launch_id, reason=action.reason)
-        self._outbox.append((self._supervisor, order))
-
-    def _order_migration(self, action: StartMigration) -> None:
-        source = self._instances.identities.get(action.source)
-        destination = self._instances.get(action.destination)
-        if source is None or destination is None:
-            missing = action.source if source is None else action.destination
-            self._handle(
-                MigrationFinished(
-                    migration_id=action.migration_id,
-                    request_id=action.request_id,
-                    source=action.source,
-                    destination=action.destination,
-                    outcome=MigrationOutcome.REFUSED,
-                    reason=f"instance {missing} is not connected",
-                )
-            )
-            return
-        order = OrderMigration(
-            migration_id=action.migration_id,
-            destination=action.destination,
-            destination_endpoint=destination.peer_endpoint,
-            request_id=action.request_id,
-            reason=action.reason,
-            settle_s=action.settle_s,
-        )
-        self._outbox.append((source, order))
 
     async def _flush(self) -> None:
         assert self._socket is not None
-        outbox, self._outbox = self._outbox, []
-        for identity, message in outbox:
+        for identity, message in self._orders.take_outbox():
             await self._socket.send_multipart([identity, encode(message)])
 
 
