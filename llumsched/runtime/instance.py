@@ -22,6 +22,7 @@ from llumsched.engine.vllm.migration import MigrationPort
 from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
 from llumsched.runtime.heartbeat import start_beating
 from llumsched.runtime.llumlet import Llumlet
+from llumsched.runtime.signals import act_on
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Instance:
         )
         if threading.current_thread() is threading.main_thread():
             # Whoever takes the machine away tells its processes so.
-            signal.signal(signal.SIGTERM, self._leave)
+            act_on(signal.SIGTERM, self._leave)
 
     def wait_for_init(self) -> int:
         """The number of KV blocks; answered once the engine is built."""
@@ -74,9 +75,10 @@ class Instance:
         """The id of its process."""
         return os.getpid()
 
-    def _leave(self, *_: object) -> None:
-        if self._llumlet is not None:
-            self._llumlet.leave()
+    def _leave(self) -> None:
+        self._ready.wait()
+        assert self._llumlet is not None
+        self._llumlet.leave()
 
     def fingerprint(self) -> str:
         """What must be equal on all instances of a pool."""
