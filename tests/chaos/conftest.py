@@ -21,8 +21,8 @@ from tests.e2e.servers import llumsched
 
 @pytest.fixture(scope="session")
 def faulty_pool(model: str, log_folder: Path) -> Iterator[FaultyPool]:  # noqa: F811
-    """Two instances, moved and ended by the tests only. No process of it may outlive it."""
-    flags = ("--instances=2", "--policy=round_robin", "--max-num-seqs=16")
+    """Two instances, ended by the tests only. No process of it may outlive it."""
+    flags = ("--instances=2", "--policy=latency", "--max-num-seqs=16")
     server = llumsched(model, log_folder, *flags, name="chaos")
     try:
         server.await_health()

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tests.e2e.cases import SINGLE
+from tests.e2e.cases import COMPLETIONS, SINGLE, completion
 from tests.e2e.client import Client, Whole, differences, in_parallel
 
 NAMES = (
@@ -24,6 +24,9 @@ NAMES = (
     "stop string",
     "guided by a JSON schema",
 )
+# Not near its end while an instance is emptied.
+LONG = "long"
+CASES = {name: SINGLE[name] for name in NAMES} | {LONG: (COMPLETIONS, completion(max_tokens=240))}
 
 
 @dataclass
@@ -36,8 +39,8 @@ class References:
     def of(cls, client: Client) -> References:
         """Ask for each."""
         references = cls()
-        for name in NAMES:
-            references.answers[name] = client.whole(*SINGLE[name])
+        for name, case in CASES.items():
+            references.answers[name] = client.whole(*case)
         return references
 
     def complaints(self, name: str, answer: Whole) -> list[str]:
@@ -78,7 +81,7 @@ def stream_through(
     num_tokens: list[int] = []
 
     def stream(number: int, name: str) -> None:
-        answer = client.whole(*SINGLE[name], lambda *_: progress.count(number))
+        answer = client.whole(*CASES[name], lambda *_: progress.count(number))
         complaints.extend(references.complaints(name, answer))
         assert answer.usage is not None
         num_tokens.append(answer.usage["completion_tokens"])
@@ -113,7 +116,7 @@ class Load:
         while not self._stopping.is_set():
             name = rng.choice(NAMES)
             try:
-                answer = self._client.whole(*SINGLE[name])
+                answer = self._client.whole(*CASES[name])
             except Exception as error:
                 with self._lock:
                     self.complaints.append(f"{name}: {error!r}")
