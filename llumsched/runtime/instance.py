@@ -62,9 +62,8 @@ class Instance:
         self._llumlet_thread = threading.Thread(
             target=lambda: asyncio.run(self._run_llumlet()), name="llumlet", daemon=True
         )
-        if threading.current_thread() is threading.main_thread():
-            # Whoever takes the machine away tells its processes so.
-            act_on(signal.SIGTERM, self._leave)
+        # Whoever takes the machine away tells its processes so.
+        act_on(signal.SIGTERM, self._leave)
 
     def wait_for_init(self) -> int:
         """The number of KV blocks; answered once the engine is built."""

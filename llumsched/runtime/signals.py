@@ -1,32 +1,29 @@
 """A signal that is acted on though the main thread never runs Python again.
 
-Python runs its handlers on the main thread, between two of its instructions. In an actor Ray keeps
-that thread in C++ for good, so a handler set the usual way is never called. What the interpreter
-does at once, on whichever thread the signal meets, is to write its number to a file descriptor.
+Python runs its handlers on the main thread, between two of its instructions, and lets only that
+thread set them. In an actor Ray keeps the main thread in C++ for good. The one handler of Python's
+that needs it for nothing is that of `faulthandler`: on whichever thread takes the signal it writes
+where that thread is. Here it writes to a pipe, and that something comes is all that counts.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import signal
-import socket
 import threading
 from collections.abc import Callable
 
+_MAX_TRACEBACK_NUM_BYTES = 1 << 16
+
 
 def act_on(number: signal.Signals, act: Callable[[], None]) -> None:
-    """Have ``act`` called on a thread of its own whenever the signal comes.
-
-    To be called on the main thread, and for one signal of a process only.
-    """
-    sender, receiver = socket.socketpair()
-    sender.setblocking(False)
-    signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
-    # Any handler of Python's own will do: without one nothing is written.
-    signal.signal(number, lambda *_: None)
+    """Have ``act`` called, on a thread of its own, whenever the signal comes; not while it runs."""
+    receiver, sender = os.pipe()
+    faulthandler.register(number, file=sender, all_threads=False, chain=False)
 
     def wait() -> None:
-        while numbers := receiver.recv(1):
-            if numbers[0] == number:
-                act()
+        while os.read(receiver, _MAX_TRACEBACK_NUM_BYTES):
+            act()
 
     threading.Thread(target=wait, name=f"on-{number.name}", daemon=True).start()

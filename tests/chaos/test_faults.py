@@ -128,6 +128,7 @@ def test_a_rolling_restart_under_load(pool: FaultyPool, references: References) 
     assert not set(before) & set(pool.running())
 
 
+@thorough
 def test_an_instance_whose_machine_goes_is_emptied_first(
     pool: FaultyPool, references: References
 ) -> None:

@@ -9,15 +9,20 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[2]
 
-# As an actor's: the main thread waits in C, and the signal meets another one.
+# As an actor's: the main thread waits in C, and all that is ours runs on others.
 PROGRAM = """
-import ctypes, os, signal
+import ctypes, os, signal, threading
 from llumsched.runtime.signals import act_on
 
-act_on(signal.SIGTERM, lambda: os._exit(7))
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-print("ready", flush=True)
-ctypes.CDLL(None).sleep(60)
+signal.signal(signal.SIGTERM, lambda *_: None)
+
+def begin():
+    act_on(signal.SIGTERM, lambda: os._exit(7))
+    print("ready", flush=True)
+
+threading.Thread(target=begin).start()
+while True:
+    ctypes.CDLL(None).pause()
 """
 
 
