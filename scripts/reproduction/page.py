@@ -1,0 +1,55 @@
+"""Fills the tables into `page.md`, which holds the words of `docs/reproduction.md`.
+
+Invariant: every place is filled, and everything that is computed has its place.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from scripts.reproduction import experiments
+from scripts.reproduction.experiments import MIXES, Point, published
+from scripts.reproduction.report import Report
+
+TEMPLATE = Path(__file__).with_name("page.md")
+_PLACE = re.compile(r"\{\{(\w+)\}\}")
+
+
+def page(report: Report, *, num_seeds: int) -> str:
+    """The whole page.
+
+    Raises:
+        KeyError: the template has a place that nothing fills.
+    """
+    parts = _parts(report)
+    # After the tables, which count them.
+    parts["num_points"] = f"{report.num_points}"
+    parts["num_close"] = f"{report.num_points - report.num_far}"
+    parts["seeds"] = "One seed." if num_seeds == 1 else f"{num_seeds} seeds, drawing the arrivals."
+    template = TEMPLATE.read_text(encoding="utf-8")
+    assert set(parts) == set(_PLACE.findall(template)), "page.md has a place for each part"
+    return _PLACE.sub(lambda place: parts[place[1]], template)
+
+
+def _parts(report: Report) -> dict[str, str]:
+    scaled = published()["figure14"]
+    highest = [p for p in experiments.figure11() if _is_highest(p)]
+    return {
+        "source": published()["source"].strip(),
+        "slower": report.slower(),
+        "figure10": report.figure10(),
+        "figure11": "\n\n".join(f"### {mix}\n\n{report.figure11(mix)}" for mix in MIXES),
+        "gains": report.gains(),
+        "figure13": report.figure13(),
+        "figure14_rate": report.figure14("14 rate", "requests/s", scaled["poisson"]),
+        "figure14_cv": report.figure14("14 cv", "CV", scaled["gamma"]),
+        "figure15": report.figure14("15", "threshold", published()["figure15"]),
+        "cost": report.cost(),
+        "better": report.better(highest),
+        "better_beyond": report.better(list(experiments.beyond())),
+    }
+
+
+def _is_highest(point: Point) -> bool:
+    return bool(point.rate_rps == published()["figure11"][point.mix]["rates_rps"][-1])
