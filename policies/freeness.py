@@ -1,8 +1,11 @@
 """Dispatch to the freest instance (Llumnix, OSDI '24, section 4.4).
 
-Invariant: without a length prediction the choice is the paper's, the highest freeness as
-Algorithm 1 defines it. With one, an instance also counts part of what its requests are expected to
-grow by, which the paper does not do.
+Invariant: without a length prediction and without `room_first` the choice is the paper's, the
+highest freeness as Algorithm 1 defines it. With a prediction an instance also counts part of what
+its requests are expected to grow by. `room_first` departs from the paper where freeness misleads:
+an instance kept clear for a high-priority request is less free than a full one, so others would
+queue there while blocks lie idle here; and once all are full, freeness, which knows the head of a
+queue only, and a deficit shared by more requests as a smaller one, may find the longest queue.
 """
 
 from dataclasses import dataclass
@@ -24,6 +27,11 @@ class Freeness:
         "What waiting requests count for: the paper's head of line, or the whole queue.",
         choices=("head_of_line", "whole"),
     )
+    room_first: bool = param(
+        True,
+        "Prefer an instance with room for the prompt to a freer one where it would wait; if none "
+        "has room, take the one with the fewest blocks waiting. The paper's rule is without.",
+    )
     growth_weight: float = param(
         0.5,
         "Share of the predicted growth of running requests that counts as used; "
@@ -36,7 +44,18 @@ class Freeness:
         score = cluster.columns.freeness
         if self.queue == "whole" or request.predicted_output_tokens is not None:
             score = self._extended(request, cluster)
-        row = cluster.argmax(score, cluster.candidates(request))
+        among = cluster.candidates(request)
+        row = cluster.argmax(score, among)
+        if row is not None and self.room_first:
+            room = cluster.columns.num_room_blocks
+            demand = cluster.demand_blocks(request)
+            # The freest of all is the freest of those with room, if it has room itself.
+            if room[row] < (demand if isinstance(demand, int) else demand[row]):
+                has_room = room >= demand if among is None else (room >= demand) & among
+                if np.count_nonzero(has_room):
+                    row = cluster.argmax(score, has_room)
+                else:
+                    row = cluster.argmax(room, among)
         if row is None:
             return None
         return Placement(

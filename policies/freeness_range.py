@@ -1,10 +1,13 @@
 """Keep the average freeness inside a range (Llumnix, OSDI '24, section 4.4).
 
-Invariant: the freeness averaged is that of a normal-priority request, without the headroom of
-others. An instance that boots counts as one at the upper end: help is on its way. How long a wish
-must last, and the cool-downs, are the scheduler's.
+Invariant: the average is over requests: the blocks that all instances have free, less what waits
+for them, by the requests of all. (A mean of the instances' own freeness would be little more than
+that of an empty one: whichever has just booted would be drained at once.) It is that of a
+normal-priority request, without the headroom of others; an instance that boots counts with all its
+blocks, as help is on its way. How long a wish must last, and the cool-downs, are the scheduler's.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,14 +37,18 @@ class FreenessRange:
             return (
                 ScaleUp(num_instances=1, reason=f"{waiting} held, none serves") if waiting else None
             )
-        free = c.num_free_blocks[rows] - np.where(
-            c.num_waiting[rows], c.head_of_line_blocks[rows], 0
-        )
-        freeness = free / np.maximum(c.batch_size[rows], 1)
-        num_booting = cluster.num_booting
-        average = float(freeness.sum() + num_booting * self.high) / (len(rows) + num_booting)
+        # An instance with nothing on it, as those that boot will be.
+        num_blocks = float(c.num_total_blocks[rows].mean())
+        free = float((c.num_free_blocks[rows] - c.num_waiting_blocks[rows]).sum())
+        free += cluster.num_booting * num_blocks
+        num_requests = max(1.0, float(c.num_requests[rows].sum()))
+        average = free / num_requests
         if average < self.low:
-            return ScaleUp(num_instances=1, reason=f"average freeness {average:.1f} < {self.low:g}")
+            num_missing = math.ceil((self.low * num_requests - free) / num_blocks)
+            return ScaleUp(
+                num_instances=max(1, num_missing),
+                reason=f"average freeness {average:.1f} < {self.low:g}",
+            )
         if average > self.high and len(rows) > 1:
             row = rows[np.argmin(c.num_running[rows])]
             return ScaleDown(

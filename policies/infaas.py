@@ -12,4 +12,6 @@ from llumsched.policies.freeness_range import FreenessRange
 
 def bundle() -> PolicyBundle:
     """Comparison: freeness dispatch over the whole queue, no migration (INFaaS++)."""
-    return PolicyBundle(name="infaas", dispatch=Freeness(queue="whole"), scaling=FreenessRange())
+    return PolicyBundle(
+        name="infaas", dispatch=Freeness(queue="whole", room_first=False), scaling=FreenessRange()
+    )

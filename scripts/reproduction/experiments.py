@@ -33,6 +33,7 @@ _THRESHOLD = {"S-S": 3, "M-M": 10, "L-L": 3, "S-L": 10, "L-S": 3}
 BEYOND = (1.05, 1.1)
 SLOWER = (1.0, 1.1, 1.2)
 OURS = "llumsched"
+ROOM_FIRST = "room_first"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,9 +123,13 @@ def figure13() -> Iterator[Point]:
     """Priorities: S-S with bursts, a tenth of the requests of high priority."""
     for cv in published()["figure13"]["cv"]:
         # The base treats all alike: the same rules, told nothing of priorities.
-        for system, high_share in (("base", 0.0), ("llumnix", HIGH_SHARE)):
+        for system, high_share, config in (
+            ("base", 0.0, _llumnix("S-S")),
+            ("llumnix", HIGH_SHARE, _llumnix("S-S")),
+            (ROOM_FIRST, HIGH_SHARE, f"{_llumnix('S-S')}-room"),
+        ):
             yield Point(figure="13", mix="S-S", rate_rps=26.0, cv=cv, system=system,
-                        config=_llumnix("S-S"), setting=cv, max_num_batched_tokens=12_000,
+                        config=config, setting=cv, max_num_batched_tokens=12_000,
                         high_share=high_share)  # fmt: skip
 
 

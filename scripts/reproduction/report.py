@@ -12,13 +12,20 @@ from typing import Any
 from llumsched.simulator.comparison import Spread, number
 from scripts.chart import PUBLISHED, Line, Panel, chart
 from scripts.reproduction import experiments
-from scripts.reproduction.experiments import OURS, Point, published
+from scripts.reproduction.experiments import OURS, ROOM_FIRST, Point, published
 from scripts.reproduction.migration_downtime import downtimes_ms
 from scripts.reproduction.runs import Results
 from scripts.reproduction.savings import savings
 
 FAR = 0.3
-NAMES = {"infaas": "INFaaS++", "llumnix": "Llumnix", "round_robin": "round-robin", OURS: "ours"}
+NAMES = {
+    "infaas": "INFaaS++",
+    "llumnix": "Llumnix",
+    "round_robin": "round-robin",
+    "base": "base",
+    ROOM_FIRST: "Llumnix, room first",
+    OURS: "ours",
+}
 _METRICS = {
     "prefill_p99_s": "prefill P99 (s)",
     "prefill_mean_s": "prefill mean (s)",
@@ -139,10 +146,12 @@ class Report:
         data = published()["figure13"]
         rows = []
         for point in experiments.figure13():
-            index = data["cv"].index(point.cv)
-            name = "base" if point.system == "base" else NAMES[point.system]
-            cells = self._cells(point, data[point.system], index, _HIGH)
-            rows.append([f"{point.cv:g}", name, *cells])
+            if point.system in data:
+                index = data["cv"].index(point.cv)
+                cells = list(self._cells(point, data[point.system], index, _HIGH))
+            else:
+                cells = [self._plain(point, metric) for metric in _HIGH]
+            rows.append([f"{point.cv:g}", NAMES[point.system], *cells])
         return grid(["CV", "system", *_HIGH.values()], rows)
 
     def figure14(self, figure: str, axis: str, data: Mapping[str, Any]) -> str:

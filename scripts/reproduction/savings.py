@@ -22,18 +22,18 @@ def savings(base: Curve, other: Curve, thresholds: Sequence[float]) -> tuple[str
     assert len(base) == len(other) == len(thresholds)
     num_base, p99 = base[-2]
     unequal = 100 * (num_base / other[0][0] - 1)
-    num_other, is_bound = instances_at(other, p99)
+    found = instances_at(other, p99)
+    if found is None:
+        return f"{number(unequal)} %", "none: no threshold reaches it", f"{number(p99)} s"
+    num_other, is_bound = found
     equal = 100 * (1 - num_other / num_base)
     at_least = "at least " if is_bound else ""
     return f"{number(unequal)} %", f"{at_least}{number(equal)} %", f"{number(p99)} s"
 
 
-def instances_at(curve: Curve, p99: float) -> tuple[float, bool]:
-    """Fewest instances with which a curve keeps a P99, and whether fewer might do as well.
-
-    Raises:
-        ValueError: no point of the curve keeps it.
-    """
+def instances_at(curve: Curve, p99: float) -> tuple[float, bool] | None:
+    """Fewest instances with which a curve keeps a P99, and whether fewer might do as well; ``None``
+    if no point of the curve keeps it."""
     points = sorted(curve)
     for index, (num_instances, value) in enumerate(points):
         if value <= p99:
@@ -42,4 +42,4 @@ def instances_at(curve: Curve, p99: float) -> tuple[float, bool]:
             fewer, worse = points[index - 1]
             share = (p99 - worse) / (value - worse)
             return fewer + share * (num_instances - fewer), False
-    raise ValueError(f"no point of the curve has a P99 of {p99:g} s or less: {points}")
+    return None

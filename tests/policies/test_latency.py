@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from llumsched.core.events import DrainRequested, RequestFinished, ScaleRequested
@@ -14,7 +16,7 @@ from llumsched.policies.freeness_range import FreenessRange
 from llumsched.policies.low_priority_short import LowPriorityShort
 from llumsched.policies.moving_quantile import MovingQuantile
 from tests.core.builders import Driver, make_request
-from tests.policies.clusters import make_driver, pairs, place, tick
+from tests.policies.clusters import bundle_named, make_driver, pairs, place, tick
 
 
 def test_the_freest_is_chosen_by_steps_left_not_by_blocks_left() -> None:
@@ -56,8 +58,43 @@ def test_the_whole_queue_counts_if_asked_for() -> None:
         },
         "b": {"num_used_blocks": 70, "num_running": 4},
     }
-    assert place(make_driver("freeness", loads)) == "a"
+    assert place(make_driver(bundle_named("freeness", room_first=False), loads)) == "a"
     assert place(make_driver("infaas", loads)) == "b"
+
+
+def test_an_instance_with_room_comes_before_one_where_the_prompt_would_wait() -> None:
+    """Headroom for a high-priority request is no reason to let others queue elsewhere."""
+    loads: dict[str, dict[str, Any]] = {
+        "high": {"num_used_blocks": 30, "num_running": 5, "num_running_by_class": ((1, 1),)},
+        "full": {"num_used_blocks": 99, "num_running": 5},
+    }
+    assert place(make_driver(bundle_named("freeness", room_first=False), loads), num_blocks=2) == (
+        "full"
+    )
+    assert place(make_driver("latency", loads), num_blocks=2) == "high"
+    assert place(make_driver("latency", loads), num_blocks=1) == "full"
+
+
+def test_without_room_anywhere_the_shortest_queue_is_chosen() -> None:
+    """A deficit shared by more requests is not a smaller one."""
+    loads = {
+        "short": {
+            "num_used_blocks": 95,
+            "num_running": 2,
+            "num_waiting": 1,
+            "head_of_line_blocks": 10,
+            "num_waiting_blocks": 10,
+        },
+        "long": {
+            "num_used_blocks": 95,
+            "num_running": 10,
+            "num_waiting": 6,
+            "head_of_line_blocks": 10,
+            "num_waiting_blocks": 60,
+        },
+    }
+    assert place(make_driver(bundle_named("freeness", room_first=False), loads)) == "long"
+    assert place(make_driver("latency", loads)) == "short"
 
 
 def test_the_least_free_is_paired_with_the_freest() -> None:
@@ -145,12 +182,27 @@ def test_average_freeness_outside_the_range_scales() -> None:
     assert wish == ScaleUp(num_instances=1, reason="average freeness 2.0 < 10")
     idle = make_driver("latency", {"a": {"num_used_blocks": 9, "num_running": 1}, "b": {}})
     assert policy.scale(idle.cluster) == ScaleDown(
-        instance_id="b", reason="average freeness 95.5 > 60"
+        instance_id="b", reason="average freeness 191.0 > 60"
     )
     full.handle(ScaleRequested(num_instances=2))
     assert policy.scale(full.cluster) is None  # help is on its way
     inside = make_driver("latency", {"a": {"num_used_blocks": 50, "num_running": 2}})
     assert policy.scale(inside.cluster) is None
+
+
+def test_what_waits_decides_how_many_are_missing_and_an_empty_instance_is_kept_for_it() -> None:
+    """An instance that has just booted is the freest by far, and is not drained for that."""
+    policy = FreenessRange(low=10, high=60)
+    full = {"num_used_blocks": 100, "num_running": 5, "num_waiting": 10, "num_waiting_blocks": 400}
+    behind = make_driver("latency", {"a": full})
+    assert policy.scale(behind.cluster) == ScaleUp(
+        num_instances=6, reason="average freeness -26.7 < 10"
+    )
+    driver = make_driver("latency", {"a": full, "b": {}, "c": {}, "d": {}, "e": {}, "f": {}})
+    wish = policy.scale(driver.cluster)
+    assert wish == ScaleUp(num_instances=1, reason="average freeness 6.7 < 10")
+    driver.join("g")
+    assert policy.scale(driver.cluster) is None
 
 
 def test_scaling_looks_at_the_freeness_of_normal_priority() -> None:

@@ -72,8 +72,9 @@ def test_instances_at_a_p99_lie_on_the_line_between_two_points() -> None:
     curve = [(10.0, 8.0), (12.0, 4.0)]
     assert instances_at(curve, 6.0) == (11.0, False)
     assert instances_at(curve, 9.0) == (10.0, True)
-    with pytest.raises(ValueError, match="no point of the curve"):
-        instances_at(curve, 3.0)
+    assert instances_at(curve, 3.0) is None
+    _, equal, _ = savings([(12.0, 3.0), (13.0, 2.0)], curve, (5, 25))
+    assert equal == "none: no threshold reaches it"
 
 
 def test_live_migration_stands_still_for_less_than_a_copy_of_everything() -> None:
