@@ -5,6 +5,7 @@ This module does not know how an action is carried out.
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from llumsched.core.types import InstanceRole
 
@@ -23,6 +24,14 @@ class DispatchRequest:
     predicted_output_tokens: int | None = None
 
 
+class Rejection(StrEnum):
+    """Whose fault it is that a request is rejected, so that a host can say so in its protocol."""
+
+    OVERLOADED = "overloaded"
+    CLIENT_LIMIT = "client_limit"
+    TOO_LONG = "too_long"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RejectRequest:
     """Answer a request with an error; the scheduler has forgotten it."""
@@ -30,6 +39,7 @@ class RejectRequest:
     request_id: str
     reason: str
     retry_after_s: float | None = None
+    rejection: Rejection = Rejection.OVERLOADED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,21 +1,23 @@
-"""Requests held until an instance takes them: higher class first, first come first served within.
+"""Requests held until an instance takes them: higher class first, first come first served within,
+or in fair turns of the clients where requests bear tags (`fairness`).
 
-Invariants: a request is in it at most once; within a class the order is that of arrival, also for
-one that comes back because its instance died.
+Invariants: a request is in it at most once; within a class the order is that of tags, then of
+arrival, also for one that comes back because its instance died.
 This module does not know why a request is held, who may take it, or how long the queue may get.
 """
 
 import bisect
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
 from llumsched.core.ledger import RequestRecord
 
-_Key = tuple[int, int]
+_Key = tuple[int, float, int]
 
 
 def _key(record: RequestRecord) -> _Key:
-    return (-record.request.scheduling_priority, record.sequence)
+    return (-record.request.scheduling_priority, record.fair_tag, record.sequence)
 
 
 class DispatchQueue:
@@ -25,6 +27,7 @@ class DispatchQueue:
         self._records: dict[_Key, tuple[float, RequestRecord]] = {}
         self._order: list[_Key] = []
         self._deadlines: list[tuple[float, _Key]] = []
+        self._num_of_client: Counter[str | None] = Counter()
 
     def __len__(self) -> int:
         return len(self._order)
@@ -33,6 +36,7 @@ class DispatchQueue:
         """Hold a request until it is removed; `expired` names it after its deadline."""
         key = _key(record)
         record.is_held = True
+        self._num_of_client[record.request.client_id] += 1
         self._records[key] = (deadline_s, record)
         bisect.insort(self._order, key)
         bisect.insort(self._deadlines, (deadline_s, key))
@@ -44,6 +48,14 @@ class DispatchQueue:
         deadline_s, _ = self._records.pop(key)
         del self._order[bisect.bisect_left(self._order, key)]
         del self._deadlines[bisect.bisect_left(self._deadlines, (deadline_s, key))]
+        client_id = record.request.client_id
+        self._num_of_client[client_id] -= 1
+        if not self._num_of_client[client_id]:
+            del self._num_of_client[client_id]
+
+    def num_of_client(self, client_id: str | None) -> int:
+        """How many requests of a client are held."""
+        return self._num_of_client[client_id]
 
     def backwards(self) -> Iterator[RequestRecord]:
         """Held requests, the last in dispatch order first."""

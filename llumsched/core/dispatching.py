@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from llumsched.core.actions import Action, DispatchRequest, RejectRequest
+from llumsched.core.actions import Action, DispatchRequest, Rejection, RejectRequest
 from llumsched.core.answers import malformed, policy_failed
 from llumsched.core.cluster import Cluster, InstanceRecord
 from llumsched.core.dispatch_queue import DispatchQueue
+from llumsched.core.fairness import FairTurns
 from llumsched.core.ledger import Ledger, RequestRecord
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.policy import ADMIT, Admit, Hold, Placement, PolicyBundle, Reject, Verdict
@@ -44,6 +45,7 @@ class Dispatcher:
         self._cluster = cluster
         self._ledger = ledger
         self._queue = queue
+        self._turns = FairTurns() if options.fair_clients else None
         # Held requests are not tried again before this ...
         self._next_pass_s = 0.0
         # ... and all of them let a new one pass them.
@@ -60,6 +62,8 @@ class Dispatcher:
         if self._bundle.predictor is not None and request.predicted_output_tokens is None:
             request = self._predicted(request, out)
         record = self._ledger.open(request, now)
+        if self._turns is not None:
+            record.fair_tag = self._turns.tag(request.client_id, request.num_prompt_tokens)
         if has_begun:
             record.redispatch_reason = LOST
         if not len(self._queue) or (self._all_let_pass and now < self._next_pass_s):
@@ -77,6 +81,8 @@ class Dispatcher:
         if record.is_held:
             self._queue.remove(record)
         self._ledger.close(record)
+        if self._turns is not None and num_output_tokens is not None:
+            self._turns.ended(record.request.client_id, num_output_tokens)
         predictor = self._bundle.predictor
         if predictor is not None and num_output_tokens is not None:
             try:
@@ -105,6 +111,7 @@ class Dispatcher:
             "next_pass_s": self._next_pass_s,
             "all_let_pass": self._all_let_pass,
             "last_blind_id": self._last_blind_id,
+            "turns": None if self._turns is None else self._turns.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -112,6 +119,8 @@ class Dispatcher:
         self._next_pass_s = state["next_pass_s"]
         self._all_let_pass = state["all_let_pass"]
         self._last_blind_id = state["last_blind_id"]
+        if self._turns is not None and state["turns"] is not None:
+            self._turns.restore(state["turns"])
 
     def hold_again(self, record: RequestRecord, now: float) -> None:
         """Hold a request whose instance is gone; it goes before those that arrived later."""
@@ -151,8 +160,14 @@ class Dispatcher:
 
     def _hold(self, record: RequestRecord, now: float, out: list[Action]) -> None:
         limit = self._options.max_queued_requests
+        client_limit = self._options.max_queued_per_client
         self._queue.push(record, now + self._options.queue_timeout_s)
-        if len(self._queue) > limit and not record.redispatch_reason:
+        if record.redispatch_reason:
+            return
+        if client_limit and self._queue.num_of_client(record.request.client_id) > client_limit:
+            reason = f"its client has {client_limit} requests in the dispatch queue, as many as may"
+            self._reject(record, reason, OVERLOAD_RETRY_S, out, Rejection.CLIENT_LIMIT)
+        elif len(self._queue) > limit:
             # The last in dispatch order: the lowest class is shed first, the newest of it. Not one
             # that came back, since its client has been promised the rest.
             last = next(r for r in self._queue.backwards() if not r.redispatch_reason)
@@ -164,14 +179,22 @@ class Dispatcher:
             )
 
     def _reject(
-        self, record: RequestRecord, reason: str, retry_after_s: float | None, out: list[Action]
+        self,
+        record: RequestRecord,
+        reason: str,
+        retry_after_s: float | None,
+        out: list[Action],
+        rejection: Rejection = Rejection.OVERLOADED,
     ) -> None:
         if record.is_held:
             self._queue.remove(record)
         self._ledger.close(record)
         out.append(
             RejectRequest(
-                request_id=record.request.request_id, reason=reason, retry_after_s=retry_after_s
+                request_id=record.request.request_id,
+                reason=reason,
+                retry_after_s=retry_after_s,
+                rejection=rejection,
             )
         )
 
@@ -192,7 +215,7 @@ class Dispatcher:
                 if record.redispatch_reason:
                     # It was running: the instance that could hold it may come back.
                     return Hold(reason=too_long, others_may_pass=True)
-                self._reject(record, too_long, None, out)
+                self._reject(record, too_long, None, out, Rejection.TOO_LONG)
                 return None
             if cluster.num_accepting:
                 return Hold(reason="no accepting instance can hold it", others_may_pass=True)
@@ -210,8 +233,16 @@ class Dispatcher:
             placement = self._choose(request, cluster, candidates, out)
             if placement is None:
                 return Hold(reason="the dispatch policy holds it")
+            limit = self._options.max_waiting_per_instance
+            row = cluster.rows[placement.instance_id]
+            if limit and cluster.columns.num_waiting[row] >= limit and not record.redispatch_reason:
+                placement = _least_loaded(cluster, _with_fewer_waiting(cluster, candidates, limit))
+                if placement is None:
+                    return Hold(reason=f"{limit} requests wait at every instance")
         if record.is_held:
             self._queue.remove(record)
+        if self._turns is not None:
+            self._turns.began(record.fair_tag)
         self._ledger.place(record, self._cluster.records[placement.instance_id], overlay=True)
         out.append(
             DispatchRequest(
@@ -311,6 +342,13 @@ def _problem(
     else:
         why = f"is {view.state.value if view.is_fresh else 'stale'}"
     return f"chose instance {placement.instance_id!r}, which {why}"
+
+
+def _with_fewer_waiting(
+    cluster: ClusterSnapshot, candidates: BoolColumn | None, limit: int
+) -> BoolColumn:
+    below = cluster.columns.num_waiting < limit
+    return below if candidates is None else below & candidates
 
 
 def _least_loaded(cluster: ClusterSnapshot, candidates: BoolColumn | None) -> Placement | None:

@@ -32,6 +32,8 @@ class RequestRecord:
     named_by: str | None = None
     """The last instance whose report named it; a commit may be known later than that."""
     redispatch_reason: str = ""
+    fair_tag: float = 0.0
+    """Its turn among those of its class, if clients take turns."""
 
 
 class Ledger:
@@ -131,6 +133,7 @@ class Ledger:
                 "named_s": record.named_s,
                 "named_by": record.named_by,
                 "redispatch_reason": record.redispatch_reason,
+                "fair_tag": record.fair_tag,
             }
             for record in self.requests.values()
         ]
@@ -144,6 +147,7 @@ class Ledger:
                 queued_s=entry["queued_s"],
                 named_by=entry["named_by"],
                 redispatch_reason=entry["redispatch_reason"],
+                fair_tag=entry["fair_tag"],
             )
             self.requests[record.request.request_id] = record
             if entry["instance_id"] is not None:

@@ -15,6 +15,18 @@ class SchedulerOptions:
     max_queued_requests: int = param(
         10_000, "Requests held when no instance takes them; one more is rejected.", at_least=0
     )
+    max_queued_per_client: int = param(
+        0, "Requests of one client held at a time; one more is rejected. 0: no limit.", at_least=0
+    )
+    max_waiting_per_instance: int = param(
+        1000,
+        "Requests that may wait at an instance; one that would wait at each is held. 0: no limit.",
+        at_least=0,
+    )
+    fair_clients: bool = param(
+        False,
+        "Held requests go in turns of their clients, by tokens; else first come, first served.",
+    )
     queue_timeout_s: float = param(60.0, "A request held longer than this is rejected.", above=0)
     stale_after_s: float = param(
         3.0, "An instance silent for longer is not dispatched to and takes no migration.", above=0

@@ -148,7 +148,7 @@ class SchedulerLink:
         finally:
             self._placements.pop(request.request_id, None)
         if placed.instance_id is None or placed.engine_index is None:
-            raise Rejected(placed.reason, placed.retry_after_s)
+            raise Rejected(placed.reason, placed.retry_after_s, placed.rejection)
         if placed.predicted_output_tokens is not None and request.sampling_params is not None:
             predict(request.sampling_params, placed.predicted_output_tokens)
         return placed.engine_index

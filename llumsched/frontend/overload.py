@@ -14,20 +14,32 @@ from http import HTTPStatus
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.exceptions import GracefulHTTPError
 
+from llumsched.core.actions import Rejection
+
 DEFAULT_RETRY_AFTER_S = 1.0
 
 _TURNED_AWAY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 _retry_after_s: ContextVar[list[float] | None] = ContextVar("retry_after_s", default=None)
 
 
-class Rejected(GracefulHTTPError):
-    """The scheduler rejects the request; vLLM's server answers 503 with the reason."""
+STATUS = {
+    Rejection.OVERLOADED: HTTPStatus.SERVICE_UNAVAILABLE,
+    Rejection.CLIENT_LIMIT: HTTPStatus.TOO_MANY_REQUESTS,
+    Rejection.TOO_LONG: HTTPStatus.BAD_REQUEST,
+}
 
-    def __init__(self, reason: str, retry_after_s: float | None) -> None:
+
+class Rejected(GracefulHTTPError):
+    """The scheduler rejects the request; vLLM's server answers with `STATUS` and the reason."""
+
+    def __init__(
+        self,
+        reason: str,
+        retry_after_s: float | None,
+        rejection: Rejection = Rejection.OVERLOADED,
+    ) -> None:
         hint = f" Try again in {math.ceil(retry_after_s)} s." if retry_after_s else ""
-        super().__init__(
-            f"No instance can take the request: {reason}.{hint}", HTTPStatus.SERVICE_UNAVAILABLE
-        )
+        super().__init__(f"No instance can take the request: {reason}.{hint}", STATUS[rejection])
         told = _retry_after_s.get()
         if told is not None and retry_after_s:
             told.append(retry_after_s)

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from llumsched.core.actions import Rejection
 from llumsched.core.events import Event, KvBlocksRemoved, KvBlocksStored, KvCacheCleared
 from llumsched.core.load import InstanceLoad, InstanceSpec
 from llumsched.core.types import SchedulingRequest
@@ -177,6 +178,7 @@ class Placed(Message, frozen=True, kw_only=True):
     engine_index: int | None = None
     predicted_output_tokens: int | None = None
     retry_after_s: float | None = None
+    rejection: Rejection = Rejection.OVERLOADED
 
 
 class RequestEnded(Message, frozen=True, kw_only=True):

@@ -95,6 +95,7 @@ class Orders:
                         instance_id=None,
                         reason=action.reason,
                         retry_after_s=action.retry_after_s,
+                        rejection=action.rejection,
                     )
                 )
             case StartMigration():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llumsched.core.actions import DispatchRequest, PolicyFailed, RejectRequest
+from llumsched.core.actions import DispatchRequest, PolicyFailed, Rejection, RejectRequest
 from llumsched.core.events import (
     DrainRequested,
     InstanceJoined,
@@ -206,6 +206,76 @@ def test_a_full_queue_does_not_shed_what_has_begun() -> None:
     (shed,) = driver.arrive("h", scheduling_priority=PriorityClass.HIGH)
     assert isinstance(shed, RejectRequest)
     assert shed.request_id == "h"
+
+
+def test_a_client_with_many_held_requests_is_told_so_while_others_are_not() -> None:
+    driver = Driver(max_queued_per_client=2)
+    assert not driver.arrive("a1", client_id="a")
+    assert not driver.arrive("a2", client_id="a")
+    (shed,) = driver.arrive("a3", client_id="a")
+    assert isinstance(shed, RejectRequest)
+    assert (shed.request_id, shed.rejection) == ("a3", Rejection.CLIENT_LIMIT)
+    assert not driver.arrive("b1", client_id="b")
+    driver.handle(RequestAborted(request_id="a1"))
+    assert not driver.arrive("a4", client_id="a")
+
+
+def test_clients_take_turns_if_that_is_wished() -> None:
+    """Client a floods the queue; b and c, who come after it, do not wait for all of that."""
+    driver = Driver(fair_clients=True)
+    for index in range(4):
+        driver.arrive(f"a{index}", client_id="a", num_blocks=2)
+    driver.arrive("b0", client_id="b", num_blocks=3)
+    driver.arrive("b1", client_id="b", num_blocks=3)
+    driver.arrive("c0", client_id="c", num_blocks=1)
+    actions = driver.handle(_joined("a"))
+    order = [request_id for request_id, _ in dispatched(actions)]
+    assert order == ["a0", "b0", "c0", "a1", "b1", "a2", "a3"]
+
+
+def test_a_client_whose_answers_are_long_waits_longer() -> None:
+    driver = Driver(fair_clients=True)
+    driver.join("i")
+    driver.arrive("a0", client_id="a")
+    driver.handle(RequestFinished(request_id="a0", num_output_tokens=1000))
+    driver.handle(InstanceLost(instance_id="i"))
+    driver.arrive("a1", client_id="a")
+    driver.arrive("b0", client_id="b")
+    driver.arrive("b1", client_id="b")
+    actions = driver.handle(_joined("j"))
+    assert [request_id for request_id, _ in dispatched(actions)] == ["b0", "b1", "a1"]
+
+
+def test_classes_come_before_turns() -> None:
+    driver = Driver(fair_clients=True)
+    driver.arrive("b", client_id="b")
+    driver.arrive("a0", client_id="a", scheduling_priority=PriorityClass.HIGH)
+    driver.arrive("a1", client_id="a", scheduling_priority=PriorityClass.HIGH)
+    actions = driver.handle(_joined("i"))
+    assert [request_id for request_id, _ in dispatched(actions)] == ["a0", "a1", "b"]
+
+
+def test_a_request_is_held_while_enough_wait_at_every_instance() -> None:
+    driver = Driver(max_waiting_per_instance=3)
+    driver.join("a", "b")
+    driver.report("a", num_used_blocks=10, num_running=5, num_waiting=3)
+    driver.report("b", num_used_blocks=90, num_running=5, num_waiting=2)
+    # The policy prefers a, where enough are waiting.
+    assert dispatched(driver.arrive("r0")) == [("r0", "b")]
+    driver.report("b", num_used_blocks=90, num_running=5, num_waiting=3)
+    assert driver.arrive("r1") == ()
+    assert dispatched(driver.report("a", num_used_blocks=10, num_running=6, num_waiting=2)) == [
+        ("r1", "a")
+    ]
+
+
+def test_what_has_begun_waits_anywhere() -> None:
+    driver = Driver(max_waiting_per_instance=1)
+    driver.join("a", "b")
+    driver.report("b", num_used_blocks=90, num_running=5)
+    assert dispatched(driver.arrive("r")) == [("r", "a")]
+    driver.report("b", num_used_blocks=90, num_running=5, num_waiting=1)
+    assert dispatched(driver.handle(InstanceLost(instance_id="a"))) == [("r", "b")]
 
 
 def test_a_request_held_past_its_deadline_is_rejected() -> None:

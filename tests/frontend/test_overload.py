@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from llumsched.core.actions import Rejection
 from llumsched.frontend.overload import Rejected, RetryAfterMiddleware
 
 
@@ -44,3 +45,8 @@ def test_rejections_do_not_disturb_each_other() -> None:
     assert answer(503, 30.0, {}).headers["retry-after"] == "30"
     assert answer(503, 2.0, {}).headers["retry-after"] == "2"
     assert Rejected("outside of any request", 1.0).http_status == 503
+
+
+def test_whose_fault_it_is() -> None:
+    assert Rejected("too many of yours", 1.0, Rejection.CLIENT_LIMIT).http_status == 429
+    assert Rejected("too long", None, Rejection.TOO_LONG).http_status == 400
