@@ -59,7 +59,7 @@ class Chaos:
         return cluster.rng.choice([*cluster.instance_ids, "nobody"])
 
 
-def make_bundle(name: str) -> PolicyBundle:
+def make_bundle(name: str, *, is_fair: bool = False) -> PolicyBundle:
     bundle = (
         PolicyBundle(name=CHAOS, dispatch=Chaos(), migration=Chaos())
         if name == CHAOS
@@ -74,6 +74,9 @@ def make_bundle(name: str) -> PolicyBundle:
         scale_up_after_s=0.5,
         scale_down_after_s=2.0,
         scale_down_cooldown_s=5.0,
+        fair_clients=is_fair,
+        max_queued_per_client=3 if is_fair else 0,
+        max_waiting_per_instance=2 if is_fair else 0,
     )
     return dataclasses.replace(bundle, options=options)
 
@@ -83,10 +86,15 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     names = BUNDLES
 
-    @initialize(name=st.data(), seed=st.integers(0, 3), num_instances=st.integers(0, 4))
-    def start(self, name: st.DataObject, seed: int, num_instances: int) -> None:
+    @initialize(
+        name=st.data(),
+        seed=st.integers(0, 3),
+        num_instances=st.integers(0, 4),
+        is_fair=st.booleans(),
+    )
+    def start(self, name: st.DataObject, seed: int, num_instances: int, is_fair: bool) -> None:
         chosen = name.draw(st.sampled_from(self.names))
-        self.world = World(lambda: make_bundle(chosen), seed)
+        self.world = World(lambda: make_bundle(chosen, is_fair=is_fair), seed)
         self.num_requests = 0
         for _ in range(num_instances):
             self.world.join()
