@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from heapq import heappop
 
 from llumsched.core.actions import (
     Action,
@@ -31,8 +32,6 @@ from llumsched.core.events import (
     Event,
     InstanceJoined,
     InstanceLost,
-    KvBlocksRemoved,
-    KvBlocksStored,
     LoadReported,
     MigrationFinished,
     RequestArrived,
@@ -42,7 +41,7 @@ from llumsched.core.load import InstanceSpec
 from llumsched.core.types import InstanceRole
 from llumsched.simulator.cluster_instances import Instances
 from llumsched.simulator.cluster_migration import Migrations
-from llumsched.simulator.cluster_report import read_load
+from llumsched.simulator.cluster_report import kv_events, read_load
 from llumsched.simulator.cluster_results import Columns, TimelineRecorder, result_of
 from llumsched.simulator.cluster_scheduler import SchedulerPort
 from llumsched.simulator.cost import copy_ps
@@ -55,6 +54,8 @@ from llumsched.simulator.trace import Trace
 
 # How many turns of the loop pass between two looks at progress and stop.
 TURNS_BETWEEN_LOOKS = 8192
+# What comes by itself, in the order of one instant.
+_ARRIVAL, _DEADLINE, _REPORTED, _REPORT = range(4)
 
 
 class Cluster:
@@ -117,14 +118,8 @@ class Cluster:
                 gc.enable()
             self._port.close()
         for request in self._live.values():
-            if request.phase == Phase.DECODING:
-                engine = request.place
-                steps_left = request.finish_step - engine.progress_at(self._kernel.now)
-                request.generated = request.num_output - steps_left
             known = self._port.scheduler.request_instance(request.request_id)
-            is_lost = request.place is None and known is None and request.dispatched >= 0
-            status = RequestStatus.LOST if is_lost else RequestStatus.UNFINISHED
-            self._columns.write(request, status)
+            self._columns.write_unfinished(request, self._kernel.now, is_known=known is not None)
         return result_of(
             trace=self._trace,
             options=self._options,
@@ -171,35 +166,31 @@ class Cluster:
                 if stop is not None and stop():
                     return False
             # The next of what comes by itself.
-            now, source = next_arrival, 0
+            now, source = next_arrival, _ARRIVAL
             if port.wake_at < now:
-                now, source = port.wake_at, 1
+                now, source = port.wake_at, _DEADLINE
             if arriving and arriving[0][0] < now:
-                now, source = arriving[0][0], 2
+                now, source = arriving[0][0], _REPORTED
             if reports and reports[0][0] < now:
-                now, source = reports[0][0], 3
-            if heap and (heap[0][0] < now):
-                now, source = heap[0][0], 4
+                now, source = reports[0][0], _REPORT
+            if heap and heap[0][0] < now:
+                if heap[0][0] <= until:
+                    self._work_off_heap(min(now, until + 1), num_requests)
+                    continue
+                now = heap[0][0]
             if now > until or now == NEVER:
                 kernel.now = min(now, until) if now != NEVER else kernel.now
                 return False
             kernel.now = now
-            if source == 4:
-                _, priority, _, item = kernel.pop()
-                if priority != STEP:
-                    item(now)
-                elif item.due == now:
-                    # A segment that was cut has an entry left where it would have ended.
-                    item.end_of_segment(now)
-            elif source == 0:
+            if source == _ARRIVAL:
                 self._arrive(next_row, now)
                 next_row += 1
                 next_arrival = arrivals[next_row] if next_row < num_requests else NEVER
-            elif source == 3:
+            elif source == _REPORT:
                 _, engine = reports.popleft()
                 if engine.is_alive:
                     self._report(engine, now)
-            elif source == 2:
+            elif source == _REPORTED:
                 event = arriving.popleft()[1]
                 actions = port.handle(event, now)
                 # A report moves a deadline only by what it leads to, or of what is held.
@@ -209,6 +200,22 @@ class Cluster:
                 for action in port.wake(now):
                     self._carry_out(action, now)
         return True
+
+    def _work_off_heap(self, before: int, num_requests: int) -> None:
+        """Ends of steps before this time, and the first message, after which it may be another."""
+        kernel = self._kernel
+        heap = kernel.heap
+        while heap and heap[0][0] < before:
+            now, priority, _, item = heappop(heap)
+            kernel.now = now
+            if priority != STEP:
+                item(now)
+                return
+            # A segment that was cut has an entry left where it would have ended.
+            if item.due == now:
+                item.end_of_segment(now)
+                if self._num_ended == num_requests:
+                    return
 
     # ---- the scheduler --------------------------------------------------------------------
 
@@ -362,25 +369,13 @@ class Cluster:
 
     def _report(self, engine: Engine, now: int) -> None:
         self._reports.append((now + self._report_interval, engine))
-        migrations, index = self._migrations, engine.index
-        load = read_load(
-            engine,
-            now,
-            migrations.num_in(index),
-            migrations.num_out(index),
-        )
+        num_in, num_out = self._migrations.counts(engine.index)
+        load = read_load(engine, now, num_in, num_out)
         if self._timeline is not None:
-            self._timeline.add(now, index, load)
+            self._timeline.add(now, engine.index, load)
         at = now + self._report_delay
         if self._tells_blocks:
-            assert engine.cache is not None
-            engine.cache.shrink(load.num_free_blocks)
-            stored, removed = engine.cache.changes()
-            if removed:
-                event: Event = KvBlocksRemoved(instance_id=engine.instance_id, block_hashes=removed)
-                self._arriving_reports.append((at, event))
-            if stored:
-                event = KvBlocksStored(instance_id=engine.instance_id, block_hashes=stored)
+            for event in kv_events(engine, load.num_free_blocks):
                 self._arriving_reports.append((at, event))
         self._arriving_reports.append((at, LoadReported(load=load)))
 

@@ -19,12 +19,13 @@ from llumsched.core.actions import StartMigration
 from llumsched.core.events import MigrationFinished, MigrationOutcome
 from llumsched.core.migration_record import MigrationOptions
 from llumsched.core.policy import MigrationCandidate, VictimPolicy, settled
-from llumsched.core.types import num_blocks_for
 from llumsched.simulator.cluster_move import Move, OpenMoves
 from llumsched.simulator.cluster_reservation import Reservations
 from llumsched.simulator.engine_base import Engine
 from llumsched.simulator.engine_request import DECODING, ENDED, SUSPENDED, LiveRequest
 from llumsched.simulator.kernel import Kernel, to_ps, to_s
+
+_NONE = (0, 0)
 
 
 class MigrationHost(Protocol):
@@ -59,13 +60,12 @@ class Migrations:
         """Every migration that chose a request, in the order of their start."""
         self.num_victim_failures = 0
 
-    def num_in(self, index: int) -> int:
-        """Migrations that have a reservation at an instance."""
-        return self._reservations.open.count(index)
-
-    def num_out(self, index: int) -> int:
-        """Migrations by which requests are leaving an instance."""
-        return self._leaving.count(index)
+    def counts(self, index: int) -> tuple[int, int]:
+        """Migrations that have a reservation at an instance, and that are leaving it."""
+        arriving, leaving = self._reservations.open, self._leaving
+        if not arriving.num_open and not leaving.num_open:
+            return _NONE
+        return arriving.count(index), leaving.count(index)
 
     # ---- start and end --------------------------------------------------------------------
 
@@ -106,17 +106,18 @@ class Migrations:
 
     def _choose(self, order: StartMigration, source: Engine, now: int) -> LiveRequest | None:
         progress = source.progress_at(now)
+        block_size = source.block_size
         requests: dict[str, LiveRequest] = {}
         candidates = []
         for request in source.running:
-            if not _is_movable(request, source):
+            if request.phase != DECODING or not _is_movable(request, source):
                 continue
             num_tokens = progress + request.offset + 1
             requests[request.request_id] = request
             candidates.append(
                 MigrationCandidate(
                     request_id=request.request_id,
-                    num_blocks=num_blocks_for(num_tokens, source.block_size),
+                    num_blocks=-(-num_tokens // block_size),
                     num_output_tokens=num_tokens - request.num_prompt,
                     execution_priority=request.execution_priority,
                     predicted_output_tokens=request.predicted,

@@ -62,14 +62,19 @@ class OpenMoves:
 
     def __init__(self) -> None:
         self._by_instance: dict[int, dict[str, Move]] = {}
+        self.num_open = 0
 
     def add(self, index: int, move: Move) -> None:
         """One begins."""
         self._by_instance.setdefault(index, {})[move.migration_id] = move
+        self.num_open += 1
 
     def remove(self, index: int, move: Move) -> bool:
         """One is over; whether it was there."""
-        return self._by_instance.get(index, {}).pop(move.migration_id, None) is not None
+        if self._by_instance.get(index, {}).pop(move.migration_id, None) is None:
+            return False
+        self.num_open -= 1
+        return True
 
     def of(self, index: int) -> list[Move]:
         """Those of an instance, in the order in which they began."""

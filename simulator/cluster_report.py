@@ -7,6 +7,9 @@ more than all the rest of a report. This module does not know when reports are m
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from llumsched.core.events import KvBlocksRemoved, KvBlocksStored
 from llumsched.core.load import InstanceLoad
 from llumsched.simulator.engine_base import Engine
 from llumsched.simulator.kernel import PS_PER_S
@@ -50,3 +53,14 @@ def read_load(
         received_request_ids=tuple(received),
         finished_request_ids=tuple(finished),
     )
+
+
+def kv_events(engine: Engine, num_free_blocks: int) -> Iterator[KvBlocksRemoved | KvBlocksStored]:
+    """What has changed in the engine's prefix cache since the last report."""
+    assert engine.cache is not None
+    engine.cache.shrink(num_free_blocks)
+    stored, removed = engine.cache.changes()
+    if removed:
+        yield KvBlocksRemoved(instance_id=engine.instance_id, block_hashes=removed)
+    if stored:
+        yield KvBlocksStored(instance_id=engine.instance_id, block_hashes=stored)

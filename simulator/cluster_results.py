@@ -17,7 +17,7 @@ from llumsched.core.types import SchedulingRequest
 from llumsched.simulator.cluster_instances import Instances
 from llumsched.simulator.cluster_migration import Migrations
 from llumsched.simulator.cluster_move import Move
-from llumsched.simulator.engine_request import LiveRequest
+from llumsched.simulator.engine_request import DECODING, LiveRequest
 from llumsched.simulator.kernel import PS_PER_S, to_s
 from llumsched.simulator.records import (
     FloatArray,
@@ -38,6 +38,8 @@ class Columns:
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
+        self._client_ids = trace.client_ids
+        self._predicted = trace.predicted_output_tokens
         n = len(trace)
         # Arrays rather than lists: eight bytes a value, for a million requests.
         self.arrivals = array("q", np.rint(trace.arrival_s * PS_PER_S).astype(np.int64).tobytes())
@@ -97,15 +99,14 @@ class Columns:
         self, row: int, request: LiveRequest, tells_blocks: bool
     ) -> SchedulingRequest:
         """What the scheduler may know of it."""
-        trace = self._trace
-        predicted = trace.predicted_output_tokens
+        predicted, client_ids = self._predicted, self._client_ids
         return SchedulingRequest(
             request_id=request.request_id,
             num_prompt_tokens=request.num_prompt,
             scheduling_priority=self._scheduling[row],
             execution_priority=request.execution_priority,
             arrival_s=request.arrival / PS_PER_S,
-            client_id=None if trace.client_ids is None else trace.client_ids[row],
+            client_id=None if client_ids is None else client_ids[row],
             prefix_hashes=tuple(request.hashes) if tells_blocks else (),
             predicted_output_tokens=None if predicted is None else int(predicted[row]),
         )
@@ -120,6 +121,14 @@ class Columns:
     def write(self, request: LiveRequest, status: RequestStatus) -> None:
         """It ended otherwise, or has not ended."""
         self._write(request, int(status))
+
+    def write_unfinished(self, request: LiveRequest, now: int, *, is_known: bool) -> None:
+        """The simulation ended first; `is_known`: the scheduler has it on some instance."""
+        if request.phase == DECODING:
+            steps_left = request.finish_step - request.place.progress_at(now)
+            request.generated = request.num_output - steps_left
+        is_lost = request.place is None and not is_known and request.dispatched >= 0
+        self.write(request, RequestStatus.LOST if is_lost else RequestStatus.UNFINISHED)
 
     def _write(self, request: LiveRequest, status: int) -> None:
         row = request.row

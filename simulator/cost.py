@@ -106,9 +106,16 @@ def steps_until(first: int, increment: int, elapsed: int) -> int:
     linear = first - half
     k = int((math.sqrt(linear * linear + 4.0 * half * elapsed) - linear) / increment)
     # The root is right to about one step; the rest is exact.
-    k = max(1, k)
-    while k * first + increment * (k * (k - 1) // 2) < elapsed:
+    if k < 1:
+        k = 1
+    last = first + increment * (k - 1)
+    total = k * first + increment * (k * (k - 1) // 2)
+    while total < elapsed:
         k += 1
-    while k > 1 and (k - 1) * first + increment * ((k - 1) * (k - 2) // 2) >= elapsed:
+        last += increment
+        total += last
+    while k > 1 and total - last >= elapsed:
         k -= 1
+        total -= last
+        last -= increment
     return k

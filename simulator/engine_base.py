@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from heapq import heappop, heappush
 
 from llumsched.simulator.cost import CostModel, series_ps, steps_until
-from llumsched.simulator.engine_batch import DecodeBatch
 from llumsched.simulator.engine_host import EngineHost
 from llumsched.simulator.engine_request import (
     DECODING,
@@ -27,11 +26,12 @@ from llumsched.simulator.engine_request import (
     WAITING,
     LiveRequest,
 )
+from llumsched.simulator.engine_segment import Segment
 from llumsched.simulator.kernel import STEP, Kernel
 from llumsched.simulator.kv_cache import PrefixCache
 
 
-class Engine(DecodeBatch, ABC):
+class Engine(Segment, ABC):
     """One instance's engine; a version says in `_schedule` what the next segment is."""
 
     def __init__(
@@ -51,8 +51,7 @@ class Engine(DecodeBatch, ABC):
         cache: PrefixCache | None,
         step_by_step: bool,
     ) -> None:
-        super().__init__(kernel, block_size, has_skew=cost.skew_token > 0)
-        self.index = index
+        super().__init__(index, kernel, block_size, has_skew=cost.skew_token > 0)
         self.instance_id = instance_id
         self.host = host
         self.cost = cost
@@ -76,13 +75,6 @@ class Engine(DecodeBatch, ABC):
         # Blocks.
         self.num_used = 0
         self.num_reserved = 0
-        # The segment under way.
-        self.due = -1
-        self.segment_start = 0
-        self.segment_steps = 0
-        self.segment_decodes = False
-        self.first_ps = 0
-        self.increment_ps = 0
         self.prefills: list[tuple[LiveRequest, int]] = []
         self.num_copies = 0
         # What reports and results want.
@@ -114,18 +106,8 @@ class Engine(DecodeBatch, ABC):
         self._enqueue(request)
         if self.due < 0:
             self._wake(now)
-        elif len(self.waiting) == 1:
+        elif self.segment_steps > 1 and len(self.waiting) == 1:
             self.cut(now)
-
-    def cut(self, now: int) -> None:
-        """End the segment with the step under way."""
-        if self.segment_steps > 1:
-            first, increment = self.first_ps, self.increment_ps
-            k = steps_until(first, increment, now - self.segment_start)
-            if k < self.segment_steps:
-                self.segment_steps = k
-                self.due = due = self.segment_start + series_ps(first, increment, k)
-                heappush(self.kernel.heap, (due, STEP, self.index, self))
 
     def freed(self, now: int) -> None:
         """Blocks came free in the middle of a segment: what is blocked may go on."""
@@ -184,7 +166,7 @@ class Engine(DecodeBatch, ABC):
         """Stop in the middle of a step; tokens of the steps before it have been delivered."""
         self.is_alive = False
         self.prefills = []
-        num_done = self._steps_begun(now) - 1 if self.segment_decodes else 0
+        num_done = self.steps_begun(now) - 1 if self.segment_decodes else 0
         if num_done > 0:
             self.segment_steps = num_done
             self._complete(
@@ -202,14 +184,8 @@ class Engine(DecodeBatch, ABC):
         """Blocks free at this moment, which the step under way no longer needs."""
         free = self.num_blocks - self.num_used - self.num_reserved
         if self.segment_decodes:
-            free -= self.growth_of(self._steps_begun(now))
+            free -= self.growth_of(self.steps_begun(now))
         return free
-
-    def progress_at(self, now: int) -> int:
-        """Decode steps completed before this moment."""
-        if not self.segment_decodes:
-            return self.progress
-        return self.progress + self._steps_begun(now) - 1
 
     def free_and_step_time_at(self, now: int) -> tuple[int, int]:
         """`num_free_at`, and the duration of the latest step that computed no prompt, the one under
@@ -217,14 +193,11 @@ class Engine(DecodeBatch, ABC):
         free = self.num_blocks - self.num_used - self.num_reserved
         if not self.segment_decodes:
             return free, self.step_time_ps
-        begun = self._steps_begun(now)
+        if self.segment_steps == 1:
+            return free - self.growth[self.progress % self.block_size], self.step_time_ps
+        begun = steps_until(self.first_ps, self.increment_ps, now - self.segment_start)
         step_ps = self.step_time_ps + self.increment_ps * (begun - 1)
         return free - self.growth_of(begun), step_ps
-
-    def _steps_begun(self, now: int) -> int:
-        if self.segment_steps == 1:
-            return 1
-        return steps_until(self.first_ps, self.increment_ps, now - self.segment_start)
 
     def _wake(self, now: int) -> None:
         """Begin a step at the end of this instant, when all that comes in it has come."""
@@ -258,7 +231,9 @@ class Engine(DecodeBatch, ABC):
                 self.cache.shrink(self.num_blocks - self.num_used - self.num_reserved)
             self.progress = progress = self.progress + k
             self.last_decode_end = now
-            last_ps = self.first_ps + self.increment_ps * (k - 1)
+            last_ps = self.first_ps
+            if k > 1:
+                last_ps += self.increment_ps * (k - 1)
             self.note_gap(progress, last_ps)
             if not prefills:
                 self.step_time_ps = last_ps
@@ -333,7 +308,10 @@ class Engine(DecodeBatch, ABC):
         self.segment_decodes = decodes
         self.first_ps = first
         self.increment_ps = increment
-        self.due = due = now + num_steps * first + increment * (num_steps * (num_steps - 1) // 2)
+        due = now + first
+        if num_steps > 1:
+            due = now + series_ps(first, increment, num_steps)
+        self.due = due
         heappush(self.kernel.heap, (due, STEP, self.index, self))
 
     def _decode_series(self) -> tuple[int, int]:

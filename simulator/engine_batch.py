@@ -28,6 +28,7 @@ class DecodeBatch:
 
     def __init__(self, kernel: Kernel, block_size: int, has_skew: bool) -> None:
         self.kernel = kernel
+        self._next_number = kernel.next_number
         self.block_size = block_size
         self.has_skew = has_skew
         self.progress = 0
@@ -57,7 +58,7 @@ class DecodeBatch:
         growth[residue + block_size] += 1
         self.offset_sum += offset
         self.num_decodes += 1
-        request.entry = entry = self.kernel.next_number()
+        request.entry = entry = self._next_number()
         heappush(self.finishing, (finish, entry, request))
         if self.has_skew:
             heappush(self.longest, (-offset, entry, request))
@@ -121,6 +122,8 @@ class DecodeBatch:
         start = self.progress % block_size
         if num_steps == 1:
             return self.growth[start]
+        if num_steps < block_size:
+            return sum(self.growth[start : start + num_steps])
         full, rest = divmod(num_steps, block_size)
         return full * self.num_decodes + sum(self.growth[start : start + rest])
 

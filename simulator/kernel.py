@@ -16,6 +16,8 @@ This module does not know what an item is.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 PS_PER_S = 10**12
@@ -40,26 +42,21 @@ def to_s(time_ps: int) -> float:
 class Kernel:
     """The heap and the clock. Whoever runs the loop may read `heap` directly."""
 
-    __slots__ = ("_order", "heap", "now")
+    __slots__ = ("heap", "next_number", "now")
 
     def __init__(self) -> None:
         self.heap: list[Entry] = []
         self.now = 0
-        self._order = 0
+        self.next_number: Callable[[], int] = count(1).__next__
+        """Gives a number that no other caller has been given."""
 
     def send(self, time: int, item: Any) -> None:
         """A message, or a timer, that comes at `time`; those of one instant in this order."""
-        self._order += 1
-        heapq.heappush(self.heap, (time, MESSAGE, self._order, item))
+        heapq.heappush(self.heap, (time, MESSAGE, self.next_number(), item))
 
     def step(self, time: int, order: int, item: Any) -> None:
         """The end of an engine step at `time`; `order` is the number of the instance."""
         heapq.heappush(self.heap, (time, STEP, order, item))
-
-    def next_number(self) -> int:
-        """A number that no other caller has been given."""
-        self._order += 1
-        return self._order
 
     def next_time(self) -> int:
         """When the next entry is due; `NEVER` if there is none."""

@@ -158,8 +158,6 @@ class MigrationArbiter:
     def reported(self, destination: InstanceRecord) -> None:
         """A report shows `num_migrations_in` reservations: the oldest overlays are those."""
         visible = destination.load.num_migrations_in
-        if not visible:
-            return
         instance_id = destination.spec.instance_id
         incoming = [m for m in self.involving(instance_id) if m.destination == instance_id]
         for migration in incoming[:visible]:

@@ -49,11 +49,17 @@ class InstanceRecord:
     num_sent_tokens: int = 0
     num_sent_high: int = 0
     num_high_running: int = 0
-    headroom_blocks: float = 0.0
     predicted_final_blocks: int = 0
     num_migrations_in: int = 0
     num_migrations_out: int = 0
     drain_by_s: float = math.inf
+
+    def discount_sent(self, num_blocks: int, num_tokens: int, priority: int) -> None:
+        """One request (or expected migration) less that was sent and is not reported."""
+        self.num_sent -= 1
+        self.num_sent_blocks -= num_blocks
+        self.num_sent_tokens -= num_tokens
+        self.num_sent_high -= priority >= _HIGH
 
 
 class Cluster:
@@ -232,10 +238,11 @@ class Cluster:
         self, record: InstanceRecord, *, num_blocks: int, num_tokens: int, priority: int
     ) -> None:
         """Take an overlay away again: the report shows it now, or it ended."""
-        record.num_sent -= 1
-        record.num_sent_blocks -= num_blocks
-        record.num_sent_tokens -= num_tokens
-        record.num_sent_high -= priority >= _HIGH
+        record.discount_sent(num_blocks, num_tokens, priority)
+        self.publish_sent(record)
+
+    def publish_sent(self, record: InstanceRecord) -> None:
+        """Show what the record says of work sent and not reported."""
         self._publish_usage(record, self._rows[record.spec.instance_id])
 
     def add_predicted(self, record: InstanceRecord, num_blocks: int) -> None:
@@ -279,7 +286,6 @@ class Cluster:
             if priority >= _HIGH:
                 num_high += num_running
         record.num_high_running = num_high
-        record.headroom_blocks = self._headroom.blocks(_HIGH, load.num_total_blocks)
         cells.step_time_s[row] = load.step_time_s
         cells.last_report_s[row] = record.last_report_s
         cells.num_total_blocks[row] = load.num_total_blocks
@@ -333,7 +339,7 @@ class Cluster:
         if num_waiting:
             usage += load.head_of_line_blocks
         if record.num_sent_high or record.num_high_running:
-            usage += record.headroom_blocks
+            usage += self._headroom.blocks(_HIGH, num_total)
         cells.virtual_usage[row] = usage
         if batch_size:
             cells.freeness[row] = (num_total - usage) / batch_size

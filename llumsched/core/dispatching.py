@@ -18,7 +18,16 @@ from llumsched.core.dispatch_queue import DispatchQueue
 from llumsched.core.fairness import FairTurns
 from llumsched.core.ledger import Ledger, RequestRecord
 from llumsched.core.options import SchedulerOptions
-from llumsched.core.policy import ADMIT, Admit, Hold, Placement, PolicyBundle, Reject, Verdict
+from llumsched.core.policy import (
+    ADMIT,
+    AdmissionPolicy,
+    Admit,
+    Hold,
+    Placement,
+    PolicyBundle,
+    Reject,
+    Verdict,
+)
 from llumsched.core.snapshot import BoolColumn, ClusterSnapshot
 from llumsched.core.types import InstanceState, SchedulingRequest
 
@@ -66,18 +75,15 @@ class Dispatcher:
             record.fair_tag = self._turns.tag(request.client_id, request.num_prompt_tokens)
         if has_begun:
             record.redispatch_reason = LOST
-        if not len(self._queue) or (self._all_let_pass and now < self._next_pass_s):
+        if not self._queue.num_held or (self._all_let_pass and now < self._next_pass_s):
             if self._try(record, now, record.redispatch_reason, out) is not None:
                 self._hold(record, now, out)
         else:
             self._hold(record, now, out)
             self.dispatch_held(now, out)
 
-    def end(self, request_id: str, num_output_tokens: int | None, out: list[Action]) -> None:
+    def end(self, record: RequestRecord, num_output_tokens: int | None, out: list[Action]) -> None:
         """Forget a request that finished or was aborted."""
-        record = self._ledger.requests.get(request_id)
-        if record is None:
-            return
         if record.is_held:
             self._queue.remove(record)
         self._ledger.close(record)
@@ -130,7 +136,7 @@ class Dispatcher:
 
     def dispatch_held(self, now: float, out: list[Action]) -> None:
         """Try held requests again, in order, until one must wait and no other may pass it."""
-        if not len(self._queue) or now < self._next_pass_s:
+        if not self._queue.num_held or now < self._next_pass_s:
             return
         limit = self._options.max_queue_attempts
         num_held = len(self._queue)
@@ -224,12 +230,13 @@ class Dispatcher:
                 return Hold(reason="no instance accepts work")
         else:
             # One whose stream has begun was admitted once, and is finished.
-            verdict = ADMIT if record.redispatch_reason else self._judge(request, cluster, out)
-            if isinstance(verdict, Reject):
-                self._reject(record, verdict.reason, verdict.retry_after_s, out)
-                return None
-            if isinstance(verdict, Hold):
-                return verdict
+            if self._bundle.admission is not None and not record.redispatch_reason:
+                verdict = self._judge(self._bundle.admission, request, cluster, out)
+                if isinstance(verdict, Reject):
+                    self._reject(record, verdict.reason, verdict.retry_after_s, out)
+                    return None
+                if isinstance(verdict, Hold):
+                    return verdict
             placement = self._choose(request, cluster, candidates, out)
             if placement is None:
                 return Hold(reason="the dispatch policy holds it")
@@ -255,11 +262,12 @@ class Dispatcher:
         return None
 
     def _judge(
-        self, request: SchedulingRequest, cluster: ClusterSnapshot, out: list[Action]
+        self,
+        admission: AdmissionPolicy,
+        request: SchedulingRequest,
+        cluster: ClusterSnapshot,
+        out: list[Action],
     ) -> Verdict:
-        admission = self._bundle.admission
-        if admission is None:
-            return ADMIT
         try:
             verdict = admission.admit(request, cluster)
         except Exception as error:

@@ -77,40 +77,40 @@ class Instances:
         instance = self._cluster.records.get(load.instance_id)
         if instance is None:
             return
+        instance_id = load.instance_id
         requests = self._ledger.requests
         for request_id in load.received_request_ids:
             record = requests.get(request_id)
             if record is None:
                 continue
-            if record.instance_id == load.instance_id:
-                self._ledger.reported(record, now)
+            if record.instance_id == instance_id:
+                self._ledger.reported(record, instance, now)
             elif record.instance_id is not None:
                 self._rebalancer.received(record, instance, now)
         # A report that was overtaken still names requests, but its numbers are old.
         if load.sequence > instance.load.sequence:
             self._cluster.report(instance, load, now)
-            self._arbiter.reported(instance)
-            self._forget_ghosts(instance, now, out)
+            if load.num_migrations_in:
+                self._arbiter.reported(instance)
+            if not (load.num_running or load.num_waiting):
+                self._forget_ghosts(instance, now, out)
+        else:
+            self._cluster.publish_sent(instance)
         for request_id in load.finished_request_ids:
             record = requests.get(request_id)
-            if record is not None and record.instance_id == load.instance_id:
-                self._dispatcher.end(request_id, None, out)
-        self.leave_if_empty(load.instance_id, out)
+            if record is not None and record.instance_id == instance_id:
+                self._dispatcher.end(record, None, out)
+        self.leave_if_empty(instance_id, out)
 
     def _forget_ghosts(self, instance: InstanceRecord, now: float, out: list[Action]) -> None:
         """An empty instance runs none of the requests it once named: their end was not told."""
         instance_id = instance.spec.instance_id
-        if (
-            instance.load.num_running
-            or instance.load.num_waiting
-            or not self._ledger.num_on(instance_id)
-            or self._arbiter.involving(instance_id)
-        ):
+        if not self._ledger.num_on(instance_id) or self._arbiter.involving(instance_id):
             return
         for record in self._ledger.on(instance_id):
             # The margin is for what is named on its way into the engine, before it waits there.
             if record.named_s is not None and now - record.named_s > self._options.stale_after_s:
-                self._dispatcher.end(record.request.request_id, None, out)
+                self._dispatcher.end(record, None, out)
 
     def state(self) -> list[dict[str, Any]]:
         """Every instance, for a checkpoint."""
@@ -154,10 +154,10 @@ class Instances:
             self._cluster.set_state(instance, InstanceState.DRAINING)
         self.leave_if_empty(instance_id, out)
 
-    def leave_if_empty(self, instance_id: str | None, out: list[Action]) -> None:
+    def leave_if_empty(self, instance_id: str, out: list[Action]) -> None:
         """Let a draining instance go once nothing is on it, by its word and by the ledger."""
-        instance = self._draining.get(instance_id) if instance_id is not None else None
-        if instance is None or instance_id is None:
+        instance = self._draining.get(instance_id)
+        if instance is None:
             return
         load = instance.load
         if not (

@@ -85,11 +85,19 @@ class Ledger:
             record.num_predicted_blocks = -(-num_tokens // block_size)
             self._cluster.add_predicted(instance, record.num_predicted_blocks)
 
-    def reported(self, record: RequestRecord, now: float) -> None:
-        """A report names the request, so its numbers count it: the overlay goes."""
+    def reported(self, record: RequestRecord, instance: InstanceRecord, now: float) -> None:
+        """A report of its instance names the request, so its numbers count it: the overlay goes.
+
+        Whoever takes in the report publishes the instance's row afterwards.
+        """
         record.named_s = now
         record.named_by = record.instance_id
-        self._drop_overlay(record)
+        if record.is_unreported:
+            record.is_unreported = False
+            request = record.request
+            instance.discount_sent(
+                record.num_sent_blocks, request.num_prompt_tokens, request.execution_priority
+            )
 
     def _drop_overlay(self, record: RequestRecord) -> None:
         if record.is_unreported and record.instance_id is not None:

@@ -136,7 +136,9 @@ class GlobalScheduler:
         handler = self._handlers.get(type(event))
         if handler is None:
             raise TypeError(f"not an event the scheduler knows: {event!r}")
-        self._now = now = max(now, self._now)
+        if now < self._now:
+            now = self._now
+        self._now = now
         out: list[Action] = []
         handler(event, now, out)
         return tuple(out)
@@ -244,10 +246,15 @@ class GlobalScheduler:
     def _end(
         self, request_id: str, num_output_tokens: int | None, now: float, out: list[Action]
     ) -> None:
-        instance_id = self.request_instance(request_id)
-        self._dispatcher.end(request_id, num_output_tokens, out)
+        record = self._ledger.requests.get(request_id)
+        if record is None:
+            self._dispatcher.dispatch_held(now, out)
+            return
+        instance_id = record.instance_id
+        self._dispatcher.end(record, num_output_tokens, out)
         self._dispatcher.dispatch_held(now, out)
-        self._instances.leave_if_empty(instance_id, out)
+        if instance_id is not None:
+            self._instances.leave_if_empty(instance_id, out)
 
     # Instances.
 

@@ -209,16 +209,13 @@ class ClusterSnapshot:
             return request.num_prompt_tokens > self.max_total_blocks * self.block_size
         return not bool((self.demand_blocks(request) <= self.columns.num_total_blocks).any())
 
-    def all_hold(self, request: SchedulingRequest) -> bool:
-        """Whether every known instance, if empty, could hold the prompt (may say no in doubt)."""
-        return (
-            self.block_size is not None
-            and request.num_prompt_tokens <= self.min_total_blocks * self.block_size
-        )
-
     def candidates(self, request: SchedulingRequest) -> BoolColumn | None:
         """Rows that accept work and could ever hold the request; None means every row."""
-        if self.all_hold(request):
+        block_size = self.block_size
+        if (
+            block_size is not None
+            and request.num_prompt_tokens <= self.min_total_blocks * block_size
+        ):
             all_accept = self.num_accepting == len(self.instance_ids)
             return None if all_accept else self.columns.is_accepting
         demand = self.demand_blocks(request)
