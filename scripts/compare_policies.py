@@ -14,18 +14,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from scripts.comparison.page import Comparison
 from scripts.comparison.runs import (
     DELAYS_S,
-    NUM_SEEDS,
     POLICIES,
     WORKLOADS,
     Run,
     Workload,
     simulate_all,
+    sustained_rate_rps,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("traces", type=Path, help="folder with the public traces")
     parser.add_argument("--quick", action="store_true", help="few requests, one seed")
+    parser.add_argument("--seeds", type=int, default=3, help="simulations of each; default: 3")
     parser.add_argument("--out", type=Path, help="folder of the page and its charts")
     arguments = parser.parse_args(argv)
     missing = [w.path for w in WORKLOADS if not (arguments.traces / w.path).exists()]
@@ -49,16 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     workloads: Sequence[Workload] = WORKLOADS
     if arguments.quick:
         workloads = tuple(replace(w, num_requests=QUICK_REQUESTS) for w in WORKLOADS)
-    num_seeds = 1 if arguments.quick else NUM_SEEDS
+    num_seeds = 1 if arguments.quick else arguments.seeds
+    with ProcessPoolExecutor() as pool:
+        found = pool.map(sustained_rate_rps, workloads, [arguments.traces] * len(workloads))
+        rates = dict(zip(workloads, found, strict=True))
+    print(*(f"{w.name}: {rate:g} requests/s" for w, rate in rates.items()), sep="\n", flush=True)
     compared = [
-        Run(workload=workload, traces=arguments.traces, policy=policy, seed=seed)
+        Run(workload=workload, traces=arguments.traces, policy=policy, rate_rps=rates[workload],
+            seed=seed)
         for workload in workloads
         for policy in POLICIES
         for seed in range(num_seeds)
-    ]
+    ]  # fmt: skip
     stale = [
-        Run(workload=workloads[0], traces=arguments.traces, policy=policy, seed=seed,
-            report_delay_s=delay_s)
+        Run(workload=workloads[0], traces=arguments.traces, policy=policy,
+            rate_rps=rates[workloads[0]], seed=seed, report_delay_s=delay_s)
         for delay_s in DELAYS_S
         for policy in POLICIES
         for seed in range(num_seeds)

@@ -9,7 +9,7 @@ from pathlib import Path
 from llumsched.simulator.comparison import Spread, number
 from llumsched.simulator.metrics import Summary
 from scripts.chart import Line, Panel, chart
-from scripts.comparison.runs import DELAYS_S, POLICIES, Run, Workload
+from scripts.comparison.runs import DELAYS_S, POLICIES, RATED_POLICY, RATED_SHARE, Run, Workload
 
 TEMPLATE = Path(__file__).with_name("page.md")
 CHARTED = ("latency", "late_binding", "prefix_aware", "infaas", "least_requests", "round_robin")
@@ -55,6 +55,8 @@ class Comparison:
         """The whole page."""
         workloads = list(dict.fromkeys(run.workload for run in self._compared))
         parts = {
+            "rated_policy": RATED_POLICY,
+            "rated_share": f"{RATED_SHARE:.0%}",
             "seeds": "one seed" if num_seeds == 1 else f"{num_seeds} seeds",
             "workloads": "\n\n".join(self._section(workload) for workload in workloads),
             "staleness": "\n".join(self._staleness_table()),
@@ -79,11 +81,14 @@ class Comparison:
         slo = workload.slo
         words = (
             f"The first {workload.num_requests:,} requests of `{workload.path}` at"
-            f" {workload.rate_rps:g} requests/s on {workload.num_instances} x"
+            f" {self._rate_rps(workload):g} requests/s on {workload.num_instances} x"
             f" `{workload.hardware}`; bounds: TTFT {slo.ttft_s:g} s, TPOT {slo.tpot_s:g} s."
         )
         title = f"## {workload.name.capitalize()}"
         return "\n\n".join([title, words, "\n".join(self._table(workload))])
+
+    def _rate_rps(self, workload: Workload) -> float:
+        return next(run.rate_rps for run in self._compared if run.workload == workload)
 
     def _table(self, workload: Workload) -> Iterator[str]:
         runs = [run for run in self._compared if run.workload == workload]

@@ -1,7 +1,8 @@
 """The traces, clusters and policies that are compared, and the simulation of one of each.
 
-Rates put a cluster under a load where policies differ. The policies that predict are told the step
-times of the hardware, as an operator would tell them; none is told an output length.
+Rates follow from a rule (`sustained_rate_rps`), so that no policy chooses its own. The policies
+that predict are told the step times of the hardware, as an operator would tell them; none is told
+an output length.
 """
 
 from __future__ import annotations
@@ -26,20 +27,23 @@ POLICIES = (
     *BASELINES,
 )
 DELAYS_S = (0.001, 0.01, 0.1, 0.3, 1.0)
-NUM_SEEDS = 3
+# The rate of a trace: this policy keeps this share of the requests within their bounds.
+RATED_POLICY = "least_requests"
+RATED_SHARE = 0.9
+_NUM_HALVINGS = 5
+_MAX_RATE_RPS = 128.0
 _NICENESS = 10
 _FIT_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """A trace on a cluster. `rate_rps` puts the cluster under a load where policies differ."""
+    """A trace on a cluster."""
 
     name: str
     path: str
     hardware: str
     num_instances: int
-    rate_rps: float
     num_requests: int
     slo: Slo
 
@@ -50,7 +54,6 @@ WORKLOADS = (
         path="azure/AzureLLMInferenceTrace_conv.csv",
         hardware="rtx4090-llama-3.1-8b",
         num_instances=8,
-        rate_rps=20.0,
         num_requests=4000,
         slo=Slo(ttft_s=2.0, tpot_s=0.1),
     ),
@@ -59,7 +62,6 @@ WORKLOADS = (
         path="azure/AzureLLMInferenceTrace_code.csv",
         hardware="rtx4090-llama-3.1-8b",
         num_instances=8,
-        rate_rps=12.0,
         num_requests=4000,
         slo=Slo(ttft_s=2.0, tpot_s=0.1),
     ),
@@ -68,7 +70,6 @@ WORKLOADS = (
         path="mooncake/conversation_trace.jsonl.gz",
         hardware="h100-llama-3.1-8b",
         num_instances=8,
-        rate_rps=8.0,
         num_requests=3000,
         slo=Slo(ttft_s=10.0, tpot_s=0.1),
     ),
@@ -77,7 +78,6 @@ WORKLOADS = (
         path="mooncake/mooncake_trace_1000.jsonl.gz",
         hardware="h100-llama-3.1-8b",
         num_instances=8,
-        rate_rps=10.0,
         num_requests=1000,
         slo=Slo(ttft_s=10.0, tpot_s=0.1),
     ),
@@ -91,6 +91,7 @@ class Run:
     workload: Workload
     traces: Path
     policy: str
+    rate_rps: float
     seed: int
     report_delay_s: float = 0.001
 
@@ -100,7 +101,7 @@ def simulate_run(run: Run) -> Summary:
     workload = run.workload
     trace = load_trace(
         run.traces / workload.path,
-        rate_rps=workload.rate_rps,
+        rate_rps=run.rate_rps,
         seed=run.seed,
         max_requests=workload.num_requests,
     )
@@ -113,6 +114,23 @@ def simulate_run(run: Run) -> Summary:
         seed=run.seed,
     )
     return summarise(simulate(trace, options), workload.slo)
+
+
+def sustained_rate_rps(workload: Workload, traces: Path) -> float:
+    """The highest rate at which `RATED_POLICY` keeps `RATED_SHARE` of the requests within their
+    bounds, to a few percent: above it a better policy has something to gain."""
+
+    def is_sustained(rate_rps: float) -> bool:
+        run = Run(workload=workload, traces=traces, policy=RATED_POLICY, rate_rps=rate_rps, seed=0)
+        return simulate_run(run).slo_attainment >= RATED_SHARE
+
+    low, high = 0.0, 1.0
+    while high < _MAX_RATE_RPS and is_sustained(high):
+        low, high = high, 2 * high
+    for _ in range(_NUM_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if is_sustained(middle) else (low, middle)
+    return round(low, 2)
 
 
 def _step_times(hardware: Hardware) -> dict[str, float]:
