@@ -21,7 +21,3 @@ class Pacer:
         start_s = max(now_s, self._free_at_s)
         self._free_at_s = start_s + num_bytes / self._bytes_per_s
         return start_s - now_s
-
-    def count(self, num_bytes: int, now_s: float) -> None:
-        """Bytes that were sent without waiting: those after them wait for longer."""
-        self.delay_s(num_bytes, now_s)

@@ -1,0 +1,168 @@
+"""A process is killed, stopped or cut off at each state of either table, by the kernel itself.
+
+Whatever happens and whenever: no token comes from two instances that live, every token is the one
+that an undisturbed request has, a request that some living instance has ends, and what a migration
+held is given back. ``test_faults`` plays the same in one process, where time stands still at will.
+
+``LLUMSCHED_THOROUGH=1`` plays every fault at every state; without it a choice of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from llumsched.core.migration import MigrationState
+from llumsched.core.migration_destination import ReservationState
+from llumsched.runtime.messages import OrderMigration
+from tests.migration.answers import THOROUGH
+from tests.migration.processes import (
+    FAULT_S,
+    HURRIED,
+    Fault,
+    RemoteInstance,
+    Side,
+    What,
+    until,
+)
+
+NUM_TOKENS = 300
+PROMPT = [504 + i * 7 % 4000 for i in range(400)]
+
+STATES = [
+    *(
+        (Side.SOURCE, state.value)
+        for state in MigrationState
+        if state is not MigrationState.ABORTED
+    ),
+    *(
+        (Side.DESTINATION, state.value)
+        for state in ReservationState
+        if state not in (ReservationState.ABSENT, ReservationState.RELEASED)
+    ),
+]
+CASES = [(side, state, what) for (side, state), what in itertools.product(STATES, What)]
+# Where either of the two may have the request; a killed one costs a boot.
+CHOSEN = [
+    (Side.SOURCE, "COMMITTING", What.STOP_DESTINATION),
+    (Side.SOURCE, "RESOLVING", What.CUT_LINK),
+    (Side.DESTINATION, "ADMITTING", What.STOP_SOURCE),
+    (Side.SOURCE, "FINAL_COPYING", What.KILL_DESTINATION),
+    (Side.DESTINATION, "ADMITTING", What.KILL_SOURCE),
+]
+
+
+class Two:
+    """Two instances; a dead one is replaced by another of a new name."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._numbers = itertools.count()
+        self._living: list[RemoteInstance] = []
+
+    def both(self) -> list[RemoteInstance]:
+        while len(self._living) < 2:
+            self._living.append(RemoteInstance(self._model, f"process-{next(self._numbers)}"))
+        until(lambda: all(i.endpoint for i in self._living), self._living, "both have booted")
+        return list(self._living)
+
+    def lose(self, dead: RemoteInstance) -> None:
+        dead.end()
+        self._living.remove(dead)
+
+    def end(self) -> None:
+        for instance in list(self._living):
+            self.lose(instance)
+
+
+@pytest.fixture(scope="module")
+def two(model: str) -> Iterator[Two]:
+    two = Two(model)
+    try:
+        yield two
+    finally:
+        two.end()
+
+
+@pytest.fixture(scope="module")
+def expected(two: Two) -> list[int]:
+    """The tokens of a request that nothing happens to."""
+    first, _ = two.both()
+    first.submit("undisturbed", PROMPT, NUM_TOKENS)
+    stay = first.stays["undisturbed"]
+    until(lambda: stay.is_finished, [first])
+    return stay.token_ids
+
+
+@pytest.mark.parametrize(("side", "state", "what"), CASES if THOROUGH else CHOSEN)
+def test_a_fault(two: Two, expected: list[int], side: Side, state: str, what: What) -> None:
+    source, destination = instances = two.both()
+    victim = source if what in (What.KILL_SOURCE, What.STOP_SOURCE) else destination
+    for instance in instances:
+        instance.heard.clear()
+        instance.reports.clear()
+        instance.stays.clear()
+    at = source if side is Side.SOURCE else destination
+    at.ask("await_fault", Fault(side=side, state=state, what=what, pid=victim.pid))
+    until(lambda: "armed" in at.heard, instances)
+    request_id = f"{side} {state} {what}"
+    source.submit(request_id, PROMPT, NUM_TOKENS)
+    until(lambda: len(source.stays[request_id].token_ids) >= 3, instances)
+    order = OrderMigration(
+        migration_id=f"m {request_id}",
+        destination=destination.name,
+        destination_endpoint=destination.endpoint,
+        request_id=request_id,
+        reason="a test",
+    )
+    # The answer to a commit comes within milliseconds: it is asked for again at once.
+    hurry = 0.0001 if state == MigrationState.RESOLVING else HURRIED.commit_timeout_s
+    source.ask("migrate", order, replace(HURRIED, commit_timeout_s=hurry))
+    until(lambda: "happens" in at.heard, instances, "the state is reached")
+
+    survivors = instances
+    if what in (What.KILL_SOURCE, What.KILL_DESTINATION):
+        until(lambda: "death" in victim.heard, instances, "it is dead")
+        two.lose(victim)
+        survivors = [i for i in instances if i is not victim]
+        survivors[0].ask("peer_gone", victim.name)
+    elif what in (What.STOP_SOURCE, What.STOP_DESTINATION):
+        time.sleep(FAULT_S)
+        os.kill(victim.pid, signal.SIGCONT)
+
+    if source in survivors:
+        until(lambda: bool(source.reports), survivors, "the migration ends")
+    # All is given back, the request's own blocks too: whoever has it has ended it.
+    until(lambda: all(is_at_rest(i) for i in survivors), survivors, "all is given back")
+    stays = {i.name: i.stays[request_id] for i in instances if request_id in i.stays}
+    for stay in stays.values():
+        assert stay.token_ids == [expected[position] for position in stay.positions]
+    living = [stays[i.name] for i in survivors if i.name in stays]
+    positions = [position for stay in living for position in stay.positions]
+    assert len(positions) == len(set(positions)), "two instances decoded it"
+    match what:
+        case What.KILL_SOURCE:  # lost with it, unless it had arrived
+            is_lost = destination.name not in stays
+        case What.KILL_DESTINATION:  # lost only if the source knew that it had arrived
+            is_lost = source.reports[0].outcome == "committed"
+        case _:
+            is_lost = False
+            assert sorted(positions) == list(range(NUM_TOKENS))
+    assert sum(stay.is_finished for stay in living) == (0 if is_lost else 1)
+
+
+def is_at_rest(instance: RemoteInstance) -> bool:
+    """By its latest description; asks for a newer one."""
+    found, instance.description = instance.description, {}
+    if not found and "asked" not in instance.heard:
+        instance.heard.add("asked")
+        instance.ask("describe")
+    elif found:
+        instance.heard.discard("asked")
+    return bool(found) and not any(found.values())
