@@ -27,7 +27,11 @@ POLL_INTERVAL_S = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """One migration. ``step_s`` is the median gap of the answer before it was told to move."""
+    """One migration. ``step_s`` is the median gap of the answer before it was told to move.
+
+    The request decodes from ``decodes_s`` on, is told to move at ``began_s``, and has its last
+    token of the source at ``left_s``.
+    """
 
     pause_s: float
     step_s: float
@@ -35,8 +39,9 @@ class Move:
     num_bytes: int
     total_s: float
     suspended_s: float
+    decodes_s: float
     began_s: float
-    ended_s: float
+    left_s: float
 
 
 @dataclass(slots=True)
@@ -58,7 +63,7 @@ class Moves:
     def __init__(self, server: Server) -> None:
         self._server = server
         self._num_prompts = 0
-        self.peak_reserved_blocks = 0
+        self._peak_reserved_blocks = 0
 
     async def alone(self, contexts: Iterable[int], num_rounds: int) -> dict[int, list[Move]]:
         """Moves of a request that is alone on its instance, by the context it has."""
@@ -91,11 +96,15 @@ class Moves:
     async def among_others(
         self, context: int, num_others: int, num_moves: int
     ) -> tuple[list[Move], dict[str, list[float]]]:
-        """Moves between loaded instances, and the gaps of the requests that stay."""
+        """Moves between loaded instances, and the gaps of the requests that stay.
+
+        Both sides' batches are the same ``before`` and ``during`` a move: it counts as over when
+        the request has left, since its absence and its presence change the steps by themselves.
+        """
         gaps: dict[str, list[float]] = {
             f"{side}, {when}": []
             for side in ("source", "destination")
-            for when in ("during", "between")
+            for when in ("before", "during")
         }
         moves = []
         async with self._session() as session:
@@ -110,7 +119,6 @@ class Moves:
                 reports: list[dict[str, Any]] = []
                 move = await self._move_one(session, context, reports)
                 moves.append(move)
-                await asyncio.sleep(1.0)
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -121,10 +129,11 @@ class Moves:
                     )
                     side = "source" if instance == report["source"] else "destination"
                     for ended_s, gap_s in other.gaps_s():
-                        if move.began_s <= ended_s and ended_s - gap_s <= move.ended_s:
+                        started_s = ended_s - gap_s
+                        if move.decodes_s <= started_s and ended_s < move.began_s:
+                            gaps[f"{side}, before"].append(gap_s)
+                        elif move.began_s <= ended_s and started_s < move.left_s:
                             gaps[f"{side}, during"].append(gap_s)
-                        elif ended_s > move.began_s - 1.0:
-                            gaps[f"{side}, between"].append(gap_s)
         return moves, gaps
 
     async def _move_one(
@@ -138,15 +147,12 @@ class Moves:
             self._read(session, self._prompt(context), stream, MOVE_AFTER + 4 * NUM_TOKENS)
         )
         await _until(lambda: len(stream.times_s) >= MOVE_AFTER, reading)
-        polling = asyncio.create_task(self._watch_blocks(session))
         began_s = time.perf_counter()
         body = {"request_id": stream.request_id}
         async with session.post(f"{self._server.url}/llumsched/migrations", json=body) as response:
             report = await response.json()
-            ended_s = time.perf_counter()
             if response.status != 200:
                 raise RuntimeError(f"not migrated: {report}")
-        polling.cancel()
         last = int(report["num_output_tokens"])
         await _until(lambda: len(stream.times_s) >= last + 8, reading)
         reading.cancel()
@@ -162,9 +168,22 @@ class Moves:
             num_bytes=report["num_bytes"],
             total_s=report["total_s"],
             suspended_s=report["suspended_s"],
+            decodes_s=stream.times_s[1],
             began_s=began_s,
-            ended_s=ended_s,
+            left_s=stream.times_s[last - 1],
         )
+
+    async def watch_blocks(self, context: int, num_moves: int) -> int:
+        """The most blocks that were reserved at a time while such requests moved.
+
+        Apart from the moves that are timed, as asking for them takes time as well.
+        """
+        async with self._session() as session:
+            watching = asyncio.create_task(self._watch_blocks(session))
+            for _ in range(num_moves):
+                await self._move_one(session, context)
+            watching.cancel()
+        return self._peak_reserved_blocks
 
     async def _watch_blocks(self, session: aiohttp.ClientSession) -> None:
         while True:
@@ -172,7 +191,7 @@ class Moves:
                 described = await response.json()
             for instance in described["instances"]:
                 reserved = instance["load"]["num_reserved_blocks"]
-                self.peak_reserved_blocks = max(self.peak_reserved_blocks, reserved)
+                self._peak_reserved_blocks = max(self._peak_reserved_blocks, reserved)
             await asyncio.sleep(POLL_INTERVAL_S)
 
     async def _requests(self, session: aiohttp.ClientSession) -> list[dict[str, Any]]:

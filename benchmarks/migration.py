@@ -8,7 +8,7 @@ while the request stands still) and recompute (the request is sent again with wh
 No prompt is asked twice, so no prefix is found in a cache.
 
 The others: some requests decode on both instances while one with a long context moves past them;
-their gaps during migrations are held against their gaps between migrations.
+their gaps while it moves are held against those just before, with the same requests in each batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ CONTEXTS = (256, 512, 1000, 2000, 3000)
 SHORT, LONG = CONTEXTS[0], CONTEXTS[-1]
 NUM_OTHERS = 2
 STAGE_NUM_BLOCKS = 64
-PLOTS = Path(__file__).parents[1] / "docs" / "benchmarks"
+DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
+PLOTS = {"pause": "Pause as the client sees it", "total": "A migration from order to commit"}
 
 LIVE = "policy: round_robin\n"
 STOP_AND_COPY = (
@@ -49,7 +50,7 @@ class Measured:
     recompute_s: dict[int, list[float]]
     loaded: list[Move]
     others: dict[str, list[float]]
-    """Gaps of the other requests, by ``source``/``destination`` and ``during``/``between``."""
+    """Gaps of the other requests, by ``source``/``destination`` and ``before``/``during``."""
     peak_reserved_blocks: int
     staging_num_bytes: int
 
@@ -61,13 +62,15 @@ def run(quick: bool) -> Report:
         _draw(measured)
     return Report(
         figures=_figures(measured, transports),
-        tables=_tables(measured, transports),
-        notes=[] if quick else ["![Pause by context](migration-pause.svg)"],
+        tables=_tables(measured),
+        notes=[]
+        if quick
+        else [f"![{title}](migration-{name}.svg)" for name, title in PLOTS.items()],
     )
 
 
 def _measure(quick: bool) -> Measured:
-    num_rounds = 1 if quick else 9
+    num_rounds = 1 if quick else 6
     contexts = (SHORT, LONG) if quick else CONTEXTS
     with tempfile.TemporaryDirectory() as folder:
         configs = {}
@@ -77,11 +80,12 @@ def _measure(quick: bool) -> Measured:
         with llumsched(2, (*ENGINE_FLAGS, "--config", str(configs["live"]))) as server:
             moves = Moves(server)
             live = asyncio.run(moves.alone(contexts, num_rounds))
-            recompute_s = asyncio.run(moves.recompute(contexts, max(1, num_rounds // 3)))
+            recompute_s = asyncio.run(moves.recompute(contexts, max(1, num_rounds // 2)))
             loaded, others = asyncio.run(
-                moves.among_others(LONG, NUM_OTHERS, 2 if quick else 3 * num_rounds)
+                moves.among_others(LONG, NUM_OTHERS, 2 if quick else 2 * num_rounds)
             )
-            peak, staging = moves.peak_reserved_blocks, staging_num_bytes(server.pid)
+            peak = asyncio.run(moves.watch_blocks(LONG, 1 if quick else 2))
+            staging = staging_num_bytes(server.pid)
         with llumsched(2, (*ENGINE_FLAGS, "--config", str(configs["stop"]))) as server:
             stop_and_copy = asyncio.run(Moves(server).alone(contexts, num_rounds))
     return Measured(
@@ -110,7 +114,7 @@ def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
     beyond_s = _median(max(0.0, m.pause_s - m.step_s) for m in live[LONG])
     stopped_beyond_s = _median(m.pause_s - m.step_s for m in stopped[LONG])
     during = {side: measured.others[f"{side}, during"] for side in ("source", "destination")}
-    between = {side: measured.others[f"{side}, between"] for side in ("source", "destination")}
+    before = {side: measured.others[f"{side}, before"] for side in ("source", "destination")}
     return [
         *figures,
         Figure(
@@ -131,6 +135,26 @@ def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
             unit="",
             at_least=150,
         ),
+        *(
+            figure
+            for context in (SHORT, LONG)
+            for figure in (
+                Figure(
+                    name=f"total time of a migration at {context} tokens",
+                    value=_ms(m.total_s for m in live[context]),
+                    unit="ms",
+                ),
+                Figure(
+                    name=f"bytes of a migration at {context} tokens",
+                    value=_median(m.num_bytes for m in live[context]) / 1e6,
+                    unit="MB",
+                ),
+            )
+        ),
+        *(
+            Figure(name=f"{transport}, {STAGE_NUM_BLOCKS} blocks", value=rate, unit="GB/s")
+            for transport, rate in transports.items()
+        ),
         Figure(
             name="shared memory, gather to scatter, over memcpy of the same bytes",
             value=transports["shared_memory"] / transports["memcpy"],
@@ -140,7 +164,7 @@ def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
         *(
             Figure(
                 name=f"other requests of the {side} while one migrates, median gap, ratio",
-                value=_median(during[side]) / _median(between[side]),
+                value=_median(during[side]) / _median(before[side]),
                 unit="",
                 at_most=1.03,
             )
@@ -170,7 +194,7 @@ def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
     ]
 
 
-def _tables(measured: Measured, transports: dict[str, float]) -> list[Table]:
+def _tables(measured: Measured) -> list[Table]:
     return [
         Table(
             title="Pauses, medians in ms",
@@ -202,11 +226,6 @@ def _tables(measured: Measured, transports: dict[str, float]) -> list[Table]:
             ],
         ),
         Table(
-            title=f"Transports, {STAGE_NUM_BLOCKS} blocks between two processes",
-            columns=("transport", "GB/s"),
-            rows=list(transports.items()),
-        ),
-        Table(
             title=f"{NUM_OTHERS} other requests on each side, {LONG} tokens moving, gaps in ms",
             columns=("where and when", "median", "p99", "worst", "number"),
             rows=[
@@ -221,23 +240,24 @@ def _draw(measured: Measured) -> None:
     def points(by_context: dict[int, list[float]]) -> _plot.Points:
         return [(context, 1000 * _median(times)) for context, times in by_context.items()]
 
-    PLOTS.mkdir(parents=True, exist_ok=True)
-    plot = _plot.lines(
-        f"Pause as the client sees it ({number(len(measured.live[LONG]))} moves each)",
-        "tokens of context",
-        "ms",
-        {
+    def of(moves: dict[int, list[Move]], field: str) -> _plot.Points:
+        return points({c: [getattr(m, field) for m in found] for c, found in moves.items()})
+
+    live, stopped = measured.live, measured.stop_and_copy
+    series = {
+        "pause": {
             "recompute": points(measured.recompute_s),
-            "stop-and-copy": points(
-                {c: [m.pause_s for m in moves] for c, moves in measured.stop_and_copy.items()}
-            ),
-            "live": points({c: [m.pause_s for m in moves] for c, moves in measured.live.items()}),
-            "one decode step": points(
-                {c: [m.step_s for m in moves] for c, moves in measured.live.items()}
-            ),
+            "stop-and-copy": of(stopped, "pause_s"),
+            "live": of(live, "pause_s"),
+            "one decode step": of(live, "step_s"),
         },
-    )
-    (PLOTS / "migration-pause.svg").write_text(plot, encoding="utf-8")
+        "total": {"stop-and-copy": of(stopped, "total_s"), "live": of(live, "total_s")},
+    }
+    DOCS.mkdir(parents=True, exist_ok=True)
+    for name, title in PLOTS.items():
+        title = f"{title} ({number(len(live[LONG]))} moves each)"
+        plot = _plot.lines(title, "tokens of context", "ms", series[name])
+        (DOCS / f"migration-{name}.svg").write_text(plot, encoding="utf-8")
 
 
 def _median(values: Iterable[float]) -> float:
