@@ -21,7 +21,7 @@ import pytest
 from llumsched.core.migration import MigrationState
 from llumsched.core.migration_destination import ReservationState
 from llumsched.runtime.messages import OrderMigration
-from tests.migration.answers import THOROUGH
+from tests.campaigns import THOROUGH
 from tests.migration.processes import (
     FAULT_S,
     HURRIED,
