@@ -70,7 +70,7 @@ def run(quick: bool) -> Report:
 
 
 def _measure(quick: bool) -> Measured:
-    num_rounds = 1 if quick else 6
+    num_rounds = 1 if quick else 5
     contexts = (SHORT, LONG) if quick else CONTEXTS
     with tempfile.TemporaryDirectory() as folder:
         configs = {}
@@ -82,9 +82,9 @@ def _measure(quick: bool) -> Measured:
             live = asyncio.run(moves.alone(contexts, num_rounds))
             recompute_s = asyncio.run(moves.recompute(contexts, max(1, num_rounds // 2)))
             loaded, others = asyncio.run(
-                moves.among_others(LONG, NUM_OTHERS, 2 if quick else 2 * num_rounds)
+                moves.among_others(LONG, NUM_OTHERS, 2 if quick else 8)
             )
-            peak = asyncio.run(moves.watch_blocks(LONG, 1 if quick else 2))
+            peak = asyncio.run(moves.watch_blocks(LONG, 1))
             staging = staging_num_bytes(server.pid)
         with llumsched(2, (*ENGINE_FLAGS, "--config", str(configs["stop"]))) as server:
             stop_and_copy = asyncio.run(Moves(server).alone(contexts, num_rounds))

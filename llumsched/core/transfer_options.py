@@ -26,6 +26,14 @@ class TransferOptions:
         "stage of each, for which its request stands still, is not slowed down. 0 is no limit.",
         at_least=0,
     )
+    core_share: float = param(
+        0.03,
+        "Share of one core that gathering blocks may take, over all migrations that leave an "
+        "instance, but for the last stage of each: on a CPU the other requests are slowed down by "
+        "as much where no core is idle. 1 is no limit.",
+        above=0,
+        at_most=1,
+    )
     checksum: bool = param(
         False, "Check every part of a stage where it arrives; a wrong one ends its migration."
     )

@@ -153,7 +153,9 @@ class Link:
             self._num_uses += 1
             self._slots_sent[slot] = (self._num_uses, migration_id)
             staging = self._ring.slot(slot)[:num_bytes]
+            started_s = time.thread_time()
             self._kv.gather(part, staging)
+            self._pacer.copied(time.thread_time() - started_s, time.monotonic())
             header = encode(
                 StoreBlocks(
                     migration_id=migration_id,

@@ -25,6 +25,26 @@ def test_what_comes_next_waits_for_what_was_sent() -> None:
     assert pacer.delay_s(50, now_s=60.0) == 0
 
 
+def test_copying_rests_for_as_long_as_its_share_of_a_core_demands() -> None:
+    pacer = Pacer(0, core_share=0.1)
+    assert pacer.delay_s(50, now_s=10.0) == 0
+    pacer.copied(0.01, now_s=10.01)
+    assert pacer.delay_s(50, now_s=10.01) == pytest.approx(0.09)
+    # A last stage did not wait: what comes after it waits for both.
+    pacer.copied(0.01, now_s=10.02)
+    assert pacer.delay_s(50, now_s=10.05) == pytest.approx(0.14)
+    assert pacer.delay_s(50, now_s=11.0) == 0
+
+
+def test_both_limits_are_kept() -> None:
+    pacer = Pacer(100, core_share=0.5)
+    assert pacer.delay_s(50, now_s=10.0) == 0
+    pacer.copied(0.2, now_s=10.2)
+    assert pacer.delay_s(50, now_s=10.2) == pytest.approx(0.3)
+    pacer.copied(0.9, now_s=10.5)
+    assert pacer.delay_s(50, now_s=10.5) == pytest.approx(0.9)
+
+
 @given(st.lists(st.tuples(st.integers(1, 1000), st.floats(0, 2)), max_size=30))
 def test_never_more_than_the_limit(parts: list[tuple[int, float]]) -> None:
     pacer, now_s, sent = Pacer(100), 0.0, []
