@@ -81,9 +81,7 @@ def _measure(quick: bool) -> Measured:
             moves = Moves(server)
             live = asyncio.run(moves.alone(contexts, num_rounds))
             recompute_s = asyncio.run(moves.recompute(contexts, max(1, num_rounds // 2)))
-            loaded, others = asyncio.run(
-                moves.among_others(LONG, NUM_OTHERS, 2 if quick else 8)
-            )
+            loaded, others = asyncio.run(moves.among_others(LONG, NUM_OTHERS, 2 if quick else 8))
             peak = asyncio.run(moves.watch_blocks(LONG, 1))
             staging = staging_num_bytes(server.pid)
         with llumsched(2, (*ENGINE_FLAGS, "--config", str(configs["stop"]))) as server:
@@ -122,6 +120,11 @@ def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
             value=pause_s[LONG] / pause_s[SHORT],
             unit="",
             at_most=1.15,
+        ),
+        Figure(
+            name=f"decode step at {LONG} tokens over that at {SHORT}, which the pause contains",
+            value=_median(m.step_s for m in live[LONG]) / _median(m.step_s for m in live[SHORT]),
+            unit="",
         ),
         Figure(
             name=f"pause beyond one step at {LONG} tokens, stop-and-copy over live",

@@ -81,9 +81,7 @@ class Migrator:
         self._port = port
         self._host = host
         self._transfer = transfer
-        self._pacer = Pacer(
-            transfer.bandwidth_limit_mb_s * BYTES_PER_MB, transfer.core_share
-        )
+        self._pacer = Pacer(transfer.bandwidth_limit_mb_s * BYTES_PER_MB, transfer.core_share)
         self._call = call
         self._step_time_s = step_time_s
         self._options = options
