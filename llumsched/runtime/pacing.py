@@ -1,5 +1,7 @@
-"""Limits on what migrations take from others, kept by saying how long to wait: bytes a second of the
-network, and a share of a core. Knows no clock and no socket."""
+"""Limits on what migrations take from others: bytes a second of the network, and a share of a core.
+
+Kept by saying how long to wait. Knows no clock and no socket.
+"""
 
 from __future__ import annotations
 
