@@ -87,6 +87,8 @@ class Migrator:
         self._options = options
         self._context = zmq.asyncio.Context()
         self._router = self._context.socket(zmq.ROUTER)
+        # A source may connect again before it shows here that its old connection is gone.
+        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._router.bind(f"tcp://{host}:*")
         self.endpoint: str = self._router.get_string(zmq.LAST_ENDPOINT)
         self._links: dict[str, Link] = {}

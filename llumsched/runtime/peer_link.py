@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +75,8 @@ class Link:
         self._checksum = checksum
         self._on_answer = on_answer
         self._socket = context.socket(zmq.DEALER)
+        # A connection that breaks and is made again is the same session to the destination.
+        self._socket.setsockopt(zmq.ROUTING_ID, uuid.uuid4().hex.encode())
         self._socket.connect(endpoint)
         # Slot -> which use of it is on its way, and the migration it is for.
         self._slots_sent: dict[int, tuple[int, str]] = {}

@@ -1,0 +1,114 @@
+"""The connection between two instances breaks at any state of either table, and is made again.
+
+Nobody dies and nothing is dropped by hand: what was on its way is lost, the sockets connect again
+by themselves, and the two get on as before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from llumsched.core.migration import MigrationOptions, MigrationState
+from llumsched.core.migration_destination import ReservationState
+from llumsched.core.transfer_options import TransferOptions
+from llumsched.runtime.incoming import IncomingMigrations
+from llumsched.runtime.outgoing import OutgoingMigration
+from tests.migration.answers import THOROUGH, seen_by_client
+from tests.migration.cable import Cable
+from tests.migration.cases import CASES
+from tests.migration.pool import Pool
+
+OPTIONS = MigrationOptions(
+    reserve_timeout_s=0.8,
+    stage_timeout_s=0.8,
+    suspend_timeout_s=0.8,
+    final_stage_timeout_s=0.8,
+    commit_timeout_s=0.2,
+    query_interval_s=0.1,
+)
+# Longer than every deadline.
+CUT_S = 1.2
+CASE = "long answer"
+HERE, THERE = 0, 1
+
+STATES: list[MigrationState | ReservationState] = [
+    MigrationState.RESERVING,
+    MigrationState.COPYING,
+    MigrationState.SUSPENDING,
+    MigrationState.FINAL_COPYING,
+    MigrationState.COMMITTING,
+    ReservationState.ALLOCATING,
+    ReservationState.RESERVED,
+    ReservationState.RECEIVING,
+    ReservationState.ADMITTING,
+    ReservationState.COMMITTED,
+]
+CHOSEN_STATES = STATES if THOROUGH else [MigrationState.COPYING, ReservationState.ADMITTING]
+
+
+@pytest.fixture(params=["auto", "tcp"] if THOROUGH else ["auto"])
+def cable(pool: Pool, request: pytest.FixtureRequest) -> Iterator[Cable]:
+    """The link to the instance there."""
+    pool.configure(options=OPTIONS, transfer=TransferOptions(transport=request.param))
+    migrator = pool.instances[THERE].migrator
+    endpoint, cable = migrator.endpoint, Cable(migrator.endpoint)
+    migrator.endpoint = pool.on_loop(cable.lay())
+    yield cable
+    migrator.endpoint = endpoint
+    pool.on_loop(cable.remove())
+    pool.settle()
+    pool.configure()
+
+
+def start(pool: Pool) -> str:
+    case = CASES[CASE]
+    answer = pool.submit(CASE, case.prompt(pool.tokenizer), case.params, at=HERE)
+    pool.until(lambda: pool.num_tokens(CASE) >= 3)
+    return answer.sequence_ids[0]
+
+
+@pytest.mark.parametrize("state", CHOSEN_STATES, ids=str)
+def test_a_link_breaks_and_is_made_again(
+    pool: Pool,
+    unmoved: dict[str, Any],
+    cable: Cable,
+    monkeypatch: pytest.MonkeyPatch,
+    state: MigrationState | ReservationState,
+) -> None:
+    cut_at_s: list[float] = []
+    leave, arrive = OutgoingMigration._execute, IncomingMigrations._execute
+
+    def cut_once(found: object) -> None:
+        if found is state and not cut_at_s:
+            cut_at_s.append(time.monotonic())
+            cable.cut()
+
+    async def execute_outgoing(self: Any, migration: Any, command: Any) -> None:
+        cut_once(migration.state)
+        await leave(self, migration, command)
+
+    def execute_incoming(self: Any, arriving: Any, command: Any) -> None:
+        cut_once(arriving.record.state)
+        arrive(self, arriving, command)
+
+    monkeypatch.setattr(OutgoingMigration, "_execute", execute_outgoing)
+    monkeypatch.setattr(IncomingMigrations, "_execute", execute_incoming)
+
+    sequence_id = start(pool)
+    moving = pool.start_move(sequence_id, THERE)
+    pool.until(lambda: bool(cut_at_s), f"{state} is reached")
+    pool.until(lambda: time.monotonic() > cut_at_s[0] + CUT_S)
+    pool.on_loop(cable.mend())
+    pool.until(moving.done)
+    # Before the commit the source gives up by itself; after it, it asks until it is answered.
+    assert moving.result().outcome in ("committed", "aborted", "refused")
+    assert seen_by_client(pool.finish(CASE)[0]) == unmoved[CASE]
+
+    sequence_id = start(pool)
+    again = pool.move(sequence_id, THERE)
+    assert again.outcome == "committed", again
+    assert seen_by_client(pool.finish(CASE)[0]) == unmoved[CASE]
