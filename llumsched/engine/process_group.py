@@ -47,13 +47,19 @@ class GroupChannel:
 
     def send(self, staging: torch.Tensor) -> None:
         """Send uint8 bytes; returns when the memory may be written again."""
-        self._group.send([staging.to(self._device)], _RECEIVER, 0).wait()
+        self._wait_for(self._group.send([staging.to(self._device)], _RECEIVER, 0))
 
     def receive(self, num_bytes: int) -> torch.Tensor:
         """The next ``num_bytes`` bytes, which must be those of one ``send``."""
         staging = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-        self._group.recv([staging], _SENDER, 0).wait()
+        self._wait_for(self._group.recv([staging], _SENDER, 0))
         return staging
+
+    def _wait_for(self, work: Any) -> None:
+        work.wait()
+        if self._device.type == "cuda":
+            # nccl's wait holds up this thread's stream; the blocks are copied on another one.
+            torch.cuda.current_stream().synchronize()
 
 
 def _group(backend: str, store: Store, rank: int, timeout: timedelta) -> Any:

@@ -231,6 +231,16 @@ class Migrator:
 
     async def _link(self, destination: str, endpoint: str, kv: KVBlocks) -> Link:
         link = self._links.get(destination)
+        if link is not None and link.is_broken:
+            if any(other.destination == destination for other in self._outgoing.values()):
+                # Their destination may still have to be asked, over this link, what it committed.
+                raise CannotMigrate(
+                    "the link broke, and is made anew after the migrations that use it",
+                    Refusal.UNREACHABLE,
+                )
+            del self._links[destination]
+            link.close()
+            link = None
         if link is None or link.endpoint != endpoint:
             if link is not None:
                 link.close()
@@ -362,7 +372,7 @@ class Migrator:
     ) -> None:
         kv = self._port.kv
         if kv is None or identity not in self._sessions:
-            logger.warning("Dropped blocks of an instance that has not said hello")
+            await reply(Welcome(refused="blocks came before a hello"))
             return
         _, session = self._sessions[identity]
         num_bytes = message.num_blocks * kv.block_num_bytes
@@ -371,5 +381,9 @@ class Migrator:
         except (ValueError, IndexError, RuntimeError) as error:
             logger.error("Migration %s: %s", message.migration_id, error)
             self._incoming.cannot_write(message, reply, str(error))
+            if isinstance(error, RuntimeError):  # torch.distributed's: no channel outlives it
+                self._sessions.pop(identity, None)
+                session.close()
+                await reply(Welcome(refused=f"the channel broke: {error}"))
             return
         await self._incoming.store(message, reply, lambda ids: kv.scatter(ids, staging))

@@ -69,6 +69,8 @@ class Link:
     ) -> None:
         self.endpoint = endpoint
         self.transport = ""
+        # No more bytes get through: the two have to shake hands again.
+        self.is_broken = False
         self._ring = ring
         self._kv = kv
         self._pacer = pacer
@@ -183,7 +185,11 @@ class Link:
             return
         await self._socket.send(header)
         if self._channel is not None:
-            await self._channel.send(staging)
+            try:
+                await self._channel.send(staging)
+            except RuntimeError:
+                self.is_broken = True
+                raise
 
     def ended(self, migration_id: str) -> None:
         """A migration is over: the slots on its way are nobody's any more."""
@@ -217,6 +223,9 @@ class Link:
                 case Welcome():
                     if not self._welcome.done():
                         self._welcome.set_result(message)
+                    elif message.refused is not None:
+                        logger.warning("The link to %s broke: %s", self.endpoint, message.refused)
+                        self.is_broken = True
                 case SlotRead():
                     use, _ = self._slots_sent.get(message.slot, (None, ""))
                     if use == message.use:

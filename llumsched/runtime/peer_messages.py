@@ -23,7 +23,8 @@ class Hello(Message, frozen=True, kw_only=True):
 
 
 class Welcome(Message, frozen=True, kw_only=True):
-    """``transport`` is how bytes travel from now on, or ``refused`` why they cannot.
+    """``transport`` is how bytes travel from now on, or ``refused`` why they cannot. Refused later
+    than at first: they cannot any more, until the sender says Hello again.
 
     With ``shared_memory`` the receiver has mapped the ring; with ``tcp`` bytes follow each
     ``StoreBlocks``; with ``gloo`` and ``nccl`` they come through a channel whose two ends meet at
