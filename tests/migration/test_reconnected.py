@@ -15,9 +15,11 @@ import pytest
 from llumsched.core.migration import MigrationOptions, MigrationState
 from llumsched.core.migration_destination import ReservationState
 from llumsched.core.transfer_options import TransferOptions
+from llumsched.engine.process_group import GroupChannel
 from llumsched.runtime.incoming import IncomingMigrations
 from llumsched.runtime.outgoing import OutgoingMigration
-from tests.migration.answers import THOROUGH, seen_by_client
+from tests.campaigns import THOROUGH
+from tests.migration.answers import seen_by_client
 from tests.migration.cable import Cable
 from tests.migration.cases import CASES
 from tests.migration.pool import Pool
@@ -112,3 +114,30 @@ def test_a_link_breaks_and_is_made_again(
     again = pool.move(sequence_id, THERE)
     assert again.outcome == "committed", again
     assert seen_by_client(pool.finish(CASE)[0]) == unmoved[CASE]
+
+
+@pytest.mark.parametrize("end", ["send", "receive"])
+def test_a_channel_that_broke_is_opened_again(
+    pool: Pool, unmoved: dict[str, Any], monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """One migration ends with it, and the next one shakes hands anew."""
+    pool.configure(transfer=TransferOptions(transport="gloo"))
+    broken: list[Any] = []
+    real = getattr(GroupChannel, end)
+
+    def breaks(channel: GroupChannel, argument: Any) -> Any:
+        if not broken:
+            broken.append(channel)
+        if channel is broken[0]:
+            raise RuntimeError("Connection closed by peer")
+        return real(channel, argument)
+
+    monkeypatch.setattr(GroupChannel, end, breaks)
+    sequence_id = start(pool)
+    first = pool.move(sequence_id, THERE)
+    assert first.outcome in ("aborted", "refused"), first
+    second = pool.move(sequence_id, THERE)
+    assert second.outcome == "committed", second
+    assert seen_by_client(pool.finish(CASE)[0]) == unmoved[CASE]
+    pool.settle()
+    pool.configure()

@@ -13,7 +13,6 @@ import torch
 from llumsched.core.migration import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.kv_transfer import SendRing
-from llumsched.engine.process_group import GroupChannel
 from llumsched.runtime import peer_link
 from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES, params
@@ -163,31 +162,3 @@ def test_the_limit_of_bandwidth_is_kept_to(pool: Pool, unmoved: dict[str, Any]) 
     assert report.statistics.total_s >= paced_bytes / 40e6
     assert report.statistics.num_output_tokens > before
     assert seen_by_client(pool.finish("slow")[0]) == unmoved["long prompt"]
-
-
-@pytest.mark.parametrize("end", ["send", "receive"])
-def test_a_channel_that_broke_is_opened_again(
-    pool: Pool, unmoved: dict[str, Any], monkeypatch: pytest.MonkeyPatch, end: str
-) -> None:
-    """One migration ends with it, and the next one shakes hands anew."""
-    pool.configure(transfer=TransferOptions(transport="gloo"))
-    broken: list[Any] = []
-    real = getattr(GroupChannel, end)
-
-    def breaks(channel: GroupChannel, argument: Any) -> Any:
-        if not broken:
-            broken.append(channel)
-        if channel is broken[0]:
-            raise RuntimeError("Connection closed by peer")
-        return real(channel, argument)
-
-    monkeypatch.setattr(GroupChannel, end, breaks)
-    case = CASES["long answer"]
-    answer = pool.submit("long answer", case.prompt(pool.tokenizer), case.params)
-    (sequence_id,) = answer.sequence_ids
-    pool.until(lambda: pool.num_tokens("long answer") >= 3)
-    first = pool.move(sequence_id, 1)
-    assert first.outcome in ("aborted", "refused"), first
-    second = pool.move(sequence_id, 1)
-    assert second.outcome == "committed", second
-    assert seen_by_client(pool.finish("long answer")[0]) == unmoved["long answer"]

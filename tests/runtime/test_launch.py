@@ -1,0 +1,86 @@
+"""What keeps a pool from starting, played without a process."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import ray
+
+from llumsched.engine.compatibility import Compatibility, fingerprint_of
+from llumsched.runtime import launch
+from llumsched.runtime.instance_actor import InstanceResources
+from llumsched.runtime.launch import LaunchError, Pool
+
+COMMON = Compatibility(
+    protocol=2,
+    vllm="0.32.0",
+    model="m",
+    revision="",
+    quantization="",
+    dtype="float32",
+    max_model_len=1024,
+    block_size=32,
+    kv_dtype="auto",
+    kv_spec=("full attention",),
+    kv_layout="30x[(3, 32, 128)]",
+    tensor_parallel=1,
+    pipeline_parallel=1,
+    model_runner=1,
+    lora=False,
+)
+
+
+class Booted:
+    """An instance that has loaded its model."""
+
+    def __init__(self, plan: Any, _resources: InstanceResources) -> None:
+        self.instance_id = plan.instance_id
+        self.group = SimpleNamespace(ready=lambda: "placed")
+        self.booted = plan.instance_id
+        self.actor = SimpleNamespace(fingerprint=SimpleNamespace(remote=lambda: plan.fingerprint))
+        self.has_served = False
+
+    def boot_failure(self) -> str:
+        return ""
+
+    def serve(self) -> None:
+        self.has_served = True
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
+    """Ray's answers are there at once, and are what was asked for."""
+    monkeypatch.setattr(launch, "InstanceActor", Booted)
+    monkeypatch.setattr(ray, "wait", lambda found, **_: (found, []))
+    monkeypatch.setattr(ray, "get", lambda found, **_: found)
+    return Pool(ray_address=None, num_instances=3, progress=lambda _: None)
+
+
+def start(pool: Pool, *kinds: Compatibility) -> None:
+    def plan(index: int, _launch_id: str | None) -> Any:
+        return SimpleNamespace(
+            instance_id=f"instance-{index}", fingerprint=fingerprint_of(kinds[index])
+        )
+
+    pool.start_instances(plan, InstanceResources(num_cpus=1, num_gpus=0), timeout_s=1.0)
+
+
+def test_instances_that_are_alike_serve(pool: Pool) -> None:
+    start(pool, COMMON, COMMON, COMMON)
+    assert [actor.has_served for actor in pool._actors.values()] == [True] * 3  # type: ignore[attr-defined]
+
+
+def test_a_pool_with_one_of_another_kind_does_not_start(pool: Pool) -> None:
+    """None serves, and the refusal names the two, what differs, and what to do."""
+    odd = msgspec.structs.replace(COMMON, dtype="bfloat16", tensor_parallel=2)
+    with pytest.raises(LaunchError) as refusal:
+        start(pool, COMMON, COMMON, odd)
+    assert str(refusal.value) == (
+        "Instances instance-0 and instance-2 cannot exchange requests: dtype is 'float32' here and "
+        "'bfloat16' there, tensor_parallel is 1 here and 2 there (here: instance-0). Give every "
+        "instance the same model, flags and vLLM."
+    )
+    assert not any(actor.has_served for actor in pool._actors.values())  # type: ignore[attr-defined]
