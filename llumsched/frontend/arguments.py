@@ -20,9 +20,10 @@ from llumsched.plugins import build_bundle
 SCHEDULER_KEYS = frozenset(KEYS) - {"seed"}
 
 FEWEST_MOST_INSTANCES = 8
-# One that is killed is noticed at once, by its connections. This is for one that hangs: a busy
-# machine may keep a healthy one from answering for seconds.
+# One that ends, or does nothing, is noticed within a second. These are for one that works and gives
+# no sign, as on a machine that is too busy, and for a GPU that hangs (vLLM's own limit, there).
 DEFAULT_HEARTBEAT_TIMEOUT_S = 10.0
+DEFAULT_STEP_TIMEOUT_S = 300.0
 
 DESCRIPTION = """Serve a model on several vLLM instances behind one OpenAI-compatible server.
 
@@ -46,6 +47,7 @@ class ServeOptions:
     decision_log: Path | None
     allow_other_vllm: bool
     heartbeat_timeout_s: float
+    step_timeout_s: float
 
     @property
     def most_instances(self) -> int:
@@ -108,8 +110,16 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         type=float,
         default=DEFAULT_HEARTBEAT_TIMEOUT_S,
         metavar="SECONDS",
-        help="An instance whose process does not answer for longer is killed, its requests go on "
-        "elsewhere, and another takes its place. Default: %(default)s.",
+        help="An instance whose process gives no sign of life for longer is killed though it is "
+        "busy, its requests go on elsewhere, and another takes its place. One that does nothing "
+        "is within a second. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--step-timeout",
+        type=float,
+        default=DEFAULT_STEP_TIMEOUT_S,
+        metavar="SECONDS",
+        help="So is one whose engine takes longer for a step. Default: %(default)s.",
     )
     rest, config_path = _take_scheduler_config(list(argv))
     try:
@@ -134,14 +144,17 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         decision_log=Path(args.decision_log).absolute() if args.decision_log else None,
         allow_other_vllm=args.allow_other_vllm,
         heartbeat_timeout_s=args.heartbeat_timeout,
+        step_timeout_s=args.step_timeout,
     )
 
 
 def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
     if args.instances < 1:
         raise UsageError(f"--instances {args.instances}: at least 1 instance is needed.")
-    if args.heartbeat_timeout <= 0:
-        raise UsageError("--heartbeat-timeout: a positive number of seconds is needed.")
+    for name in ("heartbeat_timeout", "step_timeout"):
+        if getattr(args, name) <= 0:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag}: a positive number of seconds is needed.")
     for flag, unset in (
         ("data_parallel_size", 1),
         ("pipeline_parallel_size", 1),

@@ -61,6 +61,7 @@ from llumsched.runtime.instance_actor import InstanceResources
 from llumsched.runtime.instance_names import instance_name
 from llumsched.runtime.launch import LaunchError, Pool
 from llumsched.runtime.supervisor import Supervisor
+from llumsched.runtime.vital_signs import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,11 @@ async def _serve(
             Departures(asyncio.get_running_loop(), client, link),
             max_instances=options.most_instances,
             boot_timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S,
-            heartbeat_timeout_s=options.heartbeat_timeout_s,
+            limits=Limits(
+                heartbeat_s=options.heartbeat_timeout_s,
+                step_s=options.step_timeout_s,
+                loop_uses_cpu=current_platform.is_cpu(),
+            ),
         )
         link.supervise_with(supervisor)
         following = asyncio.create_task(PoolMetrics().follow(link))

@@ -1,17 +1,22 @@
 """Signs of life: every instance sends one several times a second, from a thread of its own.
 
 The thread does nothing else, so that it beats through a long step of the engine and a long
-migration, and stops when the process hangs as a whole. What a beat says is only whose it is.
+migration, and stops when the process hangs as a whole. A beat says whose it is, and for how long
+the engine's loop has not answered. What follows from either is not decided here (``vital_signs``).
 """
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable
 
 import zmq
 
-INTERVAL_S = 0.2
+INTERVAL_S = 0.1
+# Engine index, and the silence of its loop in milliseconds.
+_BEAT = struct.Struct("<HI")
+_MAX_SILENCE_MS = 2**32 - 1
 
 
 class HeartbeatListener:
@@ -23,13 +28,15 @@ class HeartbeatListener:
         self._socket.bind(f"tcp://{host}:*")
         self.endpoint: str = self._socket.get_string(zmq.LAST_ENDPOINT)
 
-    def heard(self) -> set[int]:
-        """The engine indices of those that have beaten since the last call."""
-        found = set()
+    def heard(self) -> dict[int, float]:
+        """The engine indices of those that have beaten since the last call, and for how many
+        seconds the loop of each had not answered at its last beat."""
+        found = {}
         while self._socket.poll(0):
             beat = self._socket.recv()
-            if len(beat) == 2:
-                found.add(int.from_bytes(beat, "little"))
+            if len(beat) == _BEAT.size:
+                engine_index, silence_ms = _BEAT.unpack(beat)
+                found[engine_index] = silence_ms / 1000
         return found
 
     def close(self) -> None:
@@ -37,8 +44,15 @@ class HeartbeatListener:
         self._context.term()
 
 
-def start_beating(endpoint: str, engine_index: int) -> None:
-    """Beat until the process ends."""
+def start_beating(
+    endpoint: str, engine_index: int, ping_loop: Callable[[], Callable[[], bool]]
+) -> None:
+    """Beat until the process ends.
+
+    Args:
+        ping_loop: asks something of the engine's loop; the returned function says whether it has
+            been answered.
+    """
 
     def beat() -> None:
         context = zmq.Context()
@@ -46,10 +60,13 @@ def start_beating(endpoint: str, engine_index: int) -> None:
         socket.linger = 0
         socket.set_hwm(1)  # a listener that was away has no use for old ones
         socket.connect(endpoint)
+        silence = Silence(ping_loop, interval_s=INTERVAL_S)
         pause = threading.Event()
         while not pause.wait(INTERVAL_S):
+            silence.tick(INTERVAL_S)
             if socket.poll(0, zmq.POLLOUT):
-                socket.send(engine_index.to_bytes(2, "little"))
+                silence_ms = min(round(silence.silent_s * 1000), _MAX_SILENCE_MS)
+                socket.send(_BEAT.pack(engine_index, silence_ms))
 
     threading.Thread(target=beat, name="heartbeat", daemon=True).start()
 

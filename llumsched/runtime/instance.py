@@ -1,8 +1,8 @@
 """One instance of the pool: a Ray actor with a vLLM engine core and, beside it, its llumlet.
 
-Threads of the process: the engine's loop (``run``), vLLM's two socket threads, and the
-llumlet's asyncio loop with the migrator. Everything that touches the engine's state is a
-closure on the engine's loop thread.
+Threads of the process: the engine's loop (``run``), vLLM's two socket threads, the llumlet's
+asyncio loop with the migrator, and one that gives signs of life. Everything that touches the
+engine's state is a closure on the engine's loop thread.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class Instance:
         """Serve until ``stop``; raises what the engine died of."""
         self._llumlet_thread.start()
         self._ready.wait()
-        start_beating(self._plan.heartbeat_endpoint, self._plan.engine.engine_index)
+        start_beating(
+            self._plan.heartbeat_endpoint, self._plan.engine.engine_index, self._engine.ping
+        )
         try:
             self._engine.run()
         except SystemExit:

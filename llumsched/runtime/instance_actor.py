@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from llumsched.engine.compatibility import differences
 from llumsched.runtime.instance import Instance, InstancePlan
+from llumsched.runtime.process_work import Work, work_of
 
 # Environment variables that instances on other machines need as well.
 FORWARDED_PREFIXES = ("VLLM_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "LLUMSCHED_", "TOKENIZERS_")
@@ -111,6 +112,26 @@ class InstanceActor:
             return self._process is not None and self._process.status() == psutil.STATUS_STOPPED
         except psutil.NoSuchProcess:
             return False  # Ray will say so, and why
+
+    def work(self) -> Work:
+        """What its process has done so far."""
+        return work_of([self._process] if self._process is not None else [])
+
+    def has_descendants(self) -> bool:
+        """Whether its process has started others."""
+        return bool(self._descendants())
+
+    def descendants_work(self) -> Work:
+        """What those have done so far."""
+        return work_of(self._descendants())
+
+    def _descendants(self) -> list[psutil.Process]:
+        if self._process is None:
+            return []
+        try:
+            return self._process.children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
 
     def kill(self) -> None:
         """End its process at once, also one that hangs, and give back its place."""

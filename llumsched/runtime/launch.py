@@ -115,6 +115,7 @@ class Pool:
         self._controller: Any = None
         self._owns_ray = False
         self._threads: list[threading.Thread] = []
+        self._telling: dict[str, Any] = {}
         self._stopping = threading.Event()
         self._ending = threading.Event()
         self.scheduler_endpoint = ""
@@ -259,12 +260,21 @@ class Pool:
         self._actors.pop(engine_index, None)
 
     def tell_scheduler(self, instance_id: str, reason: str) -> bool:
-        """Say that an instance is gone; whether the scheduler has heard it."""
+        """Say that an instance is gone; whether the scheduler has heard it.
+
+        One that has not at once is told no second time, but asked whether it has by now.
+        """
+        telling, timeout_s = self._telling.pop(instance_id, None), 0.0
+        if telling is None:
+            telling = self._controller.instance_lost.remote(instance_id, reason)
+            timeout_s = TELL_TIMEOUT_S
         try:
-            told = self._controller.instance_lost.remote(instance_id, reason)
-            ray.get(told, timeout=TELL_TIMEOUT_S)
-        except (ray.exceptions.RayError, TimeoutError):
+            ray.get(telling, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            self._telling[instance_id] = telling
             return False
+        except ray.exceptions.RayError:
+            return False  # it died, and is told again
         return True
 
     def stop(self) -> None:
@@ -323,7 +333,7 @@ class _RayPool:
     def start(self, engine_index: int, launch_id: str | None) -> InstanceActor:
         return self._pool.start_one(engine_index, launch_id)
 
-    def heard(self) -> set[int]:
+    def heard(self) -> Mapping[int, float]:
         return self._pool.heartbeats.heard()
 
     def tell_scheduler(self, instance_id: str, reason: str) -> bool:

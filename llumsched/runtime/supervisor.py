@@ -5,8 +5,8 @@
 
 A *berth* is the place of one instance in the pool; one that dies is followed by another, with a new
 id, after a pause that doubles while they die young. So a crash loop costs little, and ``describe``
-shows it. An instance that does not answer is killed before anybody is told that it is dead: whoever
-takes over its requests must be alone with them.
+shows it. An instance that hangs (``vital_signs``) is killed before anybody is told that it is dead:
+whoever takes over its requests must be alone with them.
 
 Invariants: what ends an instance is told to the scheduler first, so that it has placed the requests
 anew when the frontend asks; nobody but the thread that calls ``tick`` changes a berth.
@@ -18,24 +18,23 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from llumsched.runtime.instance_names import instance_name
+from llumsched.runtime.vital_signs import Limits, VitalSigns, Watched
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.05
-# A debugger stops a process for a moment.
-STOPPED_TIMEOUT_S = 0.5
 FIRST_BACK_OFF_S = 1.0
 MAX_BACK_OFF_S = 60.0
 # One that has lived for so long did not die young.
 GROWN_UP_S = 60.0
 
 
-class RunningInstance(Protocol):
+class RunningInstance(Watched, Protocol):
     """A process that was started to be an instance; nothing here waits."""
 
     def boot_failure(self) -> str | None:
@@ -46,9 +45,6 @@ class RunningInstance(Protocol):
 
     def end_reason(self) -> str | None:
         """``None`` while it serves, else why it ended."""
-
-    def is_stopped(self) -> bool:
-        """Whether its process is held by the system, as by SIGSTOP."""
 
     def kill(self) -> None:
         """End it at once, whatever state it is in."""
@@ -64,8 +60,9 @@ class Pool(Protocol):
     def start(self, engine_index: int, launch_id: str | None) -> RunningInstance:
         """Begin to start an instance."""
 
-    def heard(self) -> set[int]:
-        """Engine indices of the instances that gave a sign of life since the last call."""
+    def heard(self) -> Mapping[int, float]:
+        """By engine index, the silence of the engine's loop that the last beat since the last call
+        told, in seconds."""
 
     def tell_scheduler(self, instance_id: str, reason: str) -> bool:
         """Say that an instance is gone; whether it was heard."""
@@ -99,8 +96,7 @@ class _Berth:
     launch_id: str | None
     instance: RunningInstance | None
     since_s: float
-    silent_s: float = 0.0
-    stopped_s: float = 0.0
+    vital_signs: VitalSigns | None = None
     has_started: bool = False
     is_running: bool = False
     is_ending: bool = False
@@ -123,7 +119,7 @@ class Supervisor:
     """Args:
     max_instances: no more are started than this, whoever asks.
     boot_timeout_s: how long an instance may take to load the model.
-    heartbeat_timeout_s: an instance that is silent for longer is dead.
+    limits: beyond them an instance that does not end by itself is dead.
     first_index: engine index of the next instance.
     """
 
@@ -133,14 +129,14 @@ class Supervisor:
         *,
         max_instances: int,
         boot_timeout_s: float,
-        heartbeat_timeout_s: float,
+        limits: Limits,
         first_index: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool = pool
         self.max_instances = max_instances
         self._boot_timeout_s = boot_timeout_s
-        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._limits = limits
         self._next_index = first_index
         self._clock = clock
         self._berths: list[_Berth] = []
@@ -208,20 +204,18 @@ class Supervisor:
                 del self._untold[instance_id]
         self._status = tuple(self._describe(berth, now_s) for berth in self._berths)
 
-    def _look_at(self, berth: _Berth, now_s: float, awake_s: float, heard: set[int]) -> None:
+    def _look_at(
+        self, berth: _Berth, now_s: float, awake_s: float, heard: Mapping[int, float]
+    ) -> None:
         instance = berth.instance
         if instance is None:
             if now_s >= berth.retry_at_s:
                 self._start(berth)
         elif berth.is_running:
             reason = instance.end_reason()
-            if reason is None:
-                berth.stopped_s = berth.stopped_s + awake_s if instance.is_stopped() else 0.0
-                berth.silent_s = 0.0 if berth.engine_index in heard else berth.silent_s + awake_s
-                if berth.stopped_s > STOPPED_TIMEOUT_S:
-                    reason = "its process was stopped"
-                elif berth.silent_s > self._heartbeat_timeout_s:
-                    reason = f"it gave no sign of life for {berth.silent_s:.1f} s"
+            if reason is None and berth.vital_signs is not None:
+                beat = heard.get(berth.engine_index)
+                reason = berth.vital_signs.tick(awake_s, beat, instance)
             if reason is not None:
                 self._gone(berth, instance, reason)
         else:
@@ -239,7 +233,7 @@ class Supervisor:
         berth.is_running = True
         berth.launch_id = None
         berth.since_s = self._clock()
-        berth.stopped_s = berth.silent_s = 0.0
+        berth.vital_signs = VitalSigns(self._limits)
 
     def _gone(self, berth: _Berth, instance: RunningInstance, reason: str) -> None:
         instance.kill()

@@ -76,6 +76,7 @@ class LlumschedEngineCore(EngineCoreProc):
         self._on_add: list[Callable[[Request], None]] = []
         self.step_time_s = 0.0
         self.frontend_calls: FrontendCalls | None = None
+        self._is_called = False
         super().__init__(
             settings.vllm_config,
             local_client=True,
@@ -92,6 +93,15 @@ class LlumschedEngineCore(EngineCoreProc):
         future: Future[T] = Future()
         self.input_queue.put_nowait((_LOOP_CALL, (function, future)))  # type: ignore[arg-type]
         return future
+
+    def ping(self) -> Callable[[], bool]:
+        """Ask the loop for a sign of life; the returned function says whether there was one.
+
+        A call of the frontend's may rightly wait for anything, such as an adapter from another
+        machine, so there need be none meanwhile.
+        """
+        answer = self.call(lambda: None)
+        return lambda: answer.done() or self._is_called
 
     def observe(
         self,
@@ -148,7 +158,11 @@ class LlumschedEngineCore(EngineCoreProc):
     def _handle_client_request(self, request_type: EngineCoreRequestType, request: Any) -> None:
         marker: object = request_type
         if marker is not _LOOP_CALL:
-            super()._handle_client_request(request_type, request)
+            self._is_called = request_type == EngineCoreRequestType.UTILITY
+            try:
+                super()._handle_client_request(request_type, request)
+            finally:
+                self._is_called = False
             return
         function, future = request
         if not future.set_running_or_notify_cancel():
