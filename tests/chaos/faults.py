@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
+from tests.chaos import hanging
 from tests.e2e.client import Admin, Answer
 from tests.e2e.servers import Server
 
@@ -18,9 +20,10 @@ POLL_INTERVAL_S = 0.05
 class FaultyPool(Admin):
     """The admin API of a server, and signals to its processes."""
 
-    def __init__(self, server: Server, model: str) -> None:
+    def __init__(self, server: Server, model: str, folder: Path) -> None:
         super().__init__(server.url, model)
         self.server = server
+        self._folder = folder
 
     def berths(self) -> list[dict[str, Any]]:
         answer = self.get("/llumsched/instances")
@@ -59,6 +62,10 @@ class FaultyPool(Admin):
     def signal(self, instance_id: str, number: signal.Signals) -> None:
         """Send a signal to the process of an instance."""
         os.kill(self.pid(instance_id), number)
+
+    def hang_loop(self, instance_id: str) -> None:
+        """Have the loop of an instance's engine wait for ever, while its process lives."""
+        hanging.tell(self._folder, self.pid(instance_id))
 
     def kill_scheduler(self) -> None:
         """End the process of the global scheduler; Ray starts it again."""

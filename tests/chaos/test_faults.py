@@ -51,6 +51,18 @@ def test_an_instance_is_stopped(pool: FaultyPool, references: References) -> Non
 
 
 @thorough
+def test_an_engine_hangs_while_its_process_lives(pool: FaultyPool, references: References) -> None:
+    victim = pool.running()[-1]
+
+    def fault(progress: Progress) -> None:
+        progress.when_all_have(BEGUN)
+        pool.hang_loop(victim)
+
+    assert stream_through(pool, references, fault) > 0
+    pool.server.await_that(lambda: victim not in pool.running(), "it was noticed")
+
+
+@thorough
 @pytest.mark.parametrize("end", ["source", "destination"])
 def test_an_end_of_a_migration_is_killed(
     pool: FaultyPool, references: References, end: str
@@ -203,9 +215,14 @@ def kill_scheduler(pool: FaultyPool, _: random.Random) -> None:
         pool.kill_scheduler()
 
 
+def hang(pool: FaultyPool, rng: random.Random) -> None:
+    pool.hang_loop(rng.choice(pool.running()))
+
+
 FAULTS: tuple[Callable[[FaultyPool, random.Random], None], ...] = (
     kill,
     stop,
+    hang,
     drain,
     kill_scheduler,
 )
