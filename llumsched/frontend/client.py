@@ -189,10 +189,12 @@ class RoutingEngineClient(ConnectedInstances):
         async def receive_outputs() -> None:
             try:
                 while True:
-                    outputs = decoder.decode(await socket.recv_multipart(copy=False))
+                    frames = await socket.recv_multipart(copy=False)
+                    outputs = decoder.decode(frames)
                     client = self_ref()
                     if client is None:
                         return
+                    client._outputs.heard(outputs.engine_index, frames[0])
                     client._take_in(outputs)
                     del client
             except asyncio.CancelledError:
@@ -204,9 +206,13 @@ class RoutingEngineClient(ConnectedInstances):
             receive_outputs(), name="EngineCoreOutputQueueTask"
         )
         self._spawn(self._receive_ready())
+        self._spawn(self._inputs.run())
+        self._spawn(self._outputs.run())
         self._spawn(Auditor(self.routes, self, self._found_missing).run())
 
     def _take_in(self, outputs: EngineCoreOutputs) -> None:
+        if outputs.engine_index in self._unheard:
+            return
         utility = outputs.utility_output
         if utility is not None:
             if utility.call_id == HAND_OVER_CALL_ID:

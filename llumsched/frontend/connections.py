@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, cast
 
 import zmq
@@ -19,6 +19,7 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreReque
 from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, EngineIdentity
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from llumsched.frontend.broken_connections import BrokenConnections
 from llumsched.frontend.calls import CallsByInstance
 from llumsched.frontend.labels import EngineLabels
 from llumsched.frontend.sockets import FrontendSockets, engine_identity
@@ -80,6 +81,11 @@ class ConnectedInstances(AsyncMPClient):
         self._gone: set[int] = set()
         self.labels = EngineLabels(max(num_labels, len(engine_indices)))
         self._calls = CallsByInstance()
+        self._unheard: set[int] = set()
+        self._connection_broke: Callable[[int], None] | None = None
+        self._inputs, self._outputs = (
+            BrokenConnections(socket, self._broken) for socket in (sockets.input, sockets.output)
+        )
         # AsyncLLM reads these once, for its metrics.
         self.engine_ranks_managed = self.labels.all
         self.core_engines: list[EngineIdentity] = []
@@ -103,14 +109,17 @@ class ConnectedInstances(AsyncMPClient):
                 raise TimeoutError(
                     f"Instances {missing} did not reach the frontend within {timeout_s:.0f} s."
                 )
-            identity, payload = socket.recv_multipart()
-            identities.discard(identity)
-            self._apply_ready_response(payload)
+            frames = socket.recv_multipart(copy=False)
+            identities.discard(frames[0].bytes)
+            self._inputs.heard(int.from_bytes(frames[0].bytes, "little"), frames[0])
+            self._apply_ready_response(frames[1].bytes)
 
     async def _receive_ready(self) -> None:
         while True:
-            identity, _ = cast("list[bytes]", await cast(Any, self.input_socket.recv_multipart()))
-            index = int.from_bytes(identity, "little")
+            received = cast(Any, self.input_socket.recv_multipart(copy=False))
+            identity, _ = cast("list[zmq.Frame]", await received)
+            index = int.from_bytes(identity.bytes, "little")
+            self._inputs.heard(index, identity)
             if index not in self._gone and not self.is_up(index):
                 logger.info("Instance %d is up", index)
                 self._joined(index)
@@ -124,9 +133,22 @@ class ConnectedInstances(AsyncMPClient):
         if self.core_engines:
             self.core_engine = self.core_engines[0]
 
+    def tell_of_breaks(self, connection_broke: Callable[[int], None]) -> None:
+        """From now on this hears of every instance whose connection has broken."""
+        self._connection_broke = connection_broke
+
+    def _broken(self, instance: int) -> None:
+        if not self.is_up(instance):
+            return
+        # Tokens may be missing before what still comes.
+        self._unheard.add(instance)
+        if self._connection_broke is not None:
+            self._connection_broke(instance)
+
     def _disconnect(self, instance: int) -> bool:
         """An instance is gone; whether it was up."""
         self._gone.add(instance)
+        self._unheard.discard(instance)
         if not self.is_up(instance):
             return False
         self.labels.give_back(instance)

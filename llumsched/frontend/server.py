@@ -186,6 +186,7 @@ async def _serve(
             ),
         )
         link.supervise_with(supervisor)
+        client.tell_of_breaks(lambda index: supervisor.connection_broke(instance_name(index)))
         following = asyncio.create_task(PoolMetrics().follow(link))
         try:
             await engine.reset_mm_cache()

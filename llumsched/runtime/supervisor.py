@@ -156,6 +156,10 @@ class Supervisor:
         """End an instance; what it still runs goes on elsewhere."""
         self._orders.put(lambda: self._terminate(instance_id))
 
+    def connection_broke(self, instance_id: str) -> None:
+        """What an instance has sent may be lost: it is dead."""
+        self._orders.put(lambda: self._connection_broke(instance_id))
+
     def replace(self, instance_id: str) -> None:
         """When this instance ends, as it is told to, start another in its place."""
         self._orders.put(lambda: self._mark_replaced(instance_id))
@@ -355,6 +359,11 @@ class Supervisor:
             return
         berth.is_ending = True
         berth.instance.kill()
+
+    def _connection_broke(self, instance_id: str) -> None:
+        berth = self._find(instance_id)
+        if berth is not None and berth.vital_signs is not None:
+            berth.vital_signs.connection_broke()
 
     def _mark_replaced(self, instance_id: str) -> None:
         berth = self._find(instance_id)

@@ -4,13 +4,15 @@
     a beat, ten times a second (``heartbeat``)   its process runs
     the loop's silence, which a beat tells       its engine's loop takes up what it is asked
     the state and the work of its process        if there is no sign: whether it hangs or is busy
+    its connection breaks                        what it has sent since may be lost
 
 A step takes as long as its prompt, and a machine may have too little time for a healthy process,
 so silence alone is no proof: at once dead is only one that is silent *and* does nothing. Where the
 work is done by a GPU, its loop may rightly wait without using a processor, so of a loop that stands
 still only the time is judged there.
 
-Invariant: one that beats, and whose loop answers in time, is never called dead.
+Invariant: one that beats, whose loop answers in time, and that stays connected is never called
+dead.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from llumsched.runtime.process_work import Work
 
 # A debugger stops a process for a moment.
 STOPPED_TIMEOUT_S = 0.5
+# Of one whose connection breaks Ray may say in this time what it died of.
+BROKEN_TIMEOUT_S = 0.3
 # Silence shorter than this is between two beats.
 SUSPICIOUS_S = 0.3
 # For so long nothing was done either.
@@ -66,6 +70,12 @@ class VitalSigns:
         self._silent_s = 0.0
         self._loop_silent_s = 0.0
         self._suspicion: _Suspicion | None = None
+        self._is_broken = False
+        self._broken_s = 0.0
+
+    def connection_broke(self) -> None:
+        """Its connection to the frontend broke, whatever has been made since."""
+        self._is_broken = True
 
     def tick(self, awake_s: float, beat: float | None, process: Watched) -> str | None:
         """Take in what was seen since the last call.
@@ -83,6 +93,9 @@ class VitalSigns:
         else:
             self._silent_s, self._loop_silent_s = 0.0, beat
         self._stopped_s = self._stopped_s + awake_s if process.is_stopped() else 0.0
+        self._broken_s += awake_s if self._is_broken else 0.0
+        if self._broken_s > BROKEN_TIMEOUT_S:
+            return "its connection to the frontend broke"
         if self._stopped_s > STOPPED_TIMEOUT_S:
             return "its process was stopped"
         if self._silent_s > self._limits.heartbeat_s:

@@ -137,6 +137,14 @@ def test_one_that_is_stopped_is_not_waited_for() -> None:
     assert dead[0] < 1.0
 
 
+def test_one_whose_connection_broke_is_dead_though_it_beats() -> None:
+    signs = VitalSigns(Limits(heartbeat_s=HEARTBEAT_S, step_s=STEP_S, loop_uses_cpu=True))
+    signs.connection_broke()
+    assert signs.tick(TICK_S, 0.0, Process()) is None, "Ray may know what it died of"
+    reasons = [signs.tick(TICK_S, 0.0, Process()) for _ in range(10)]
+    assert "its connection to the frontend broke" in reasons
+
+
 def test_work_that_ends_in_a_hang_is_noticed_as_soon() -> None:
     process = Process(share=1.0)
     beat_until_s = 2.0

@@ -1,0 +1,50 @@
+"""Which instance's connection breaks.
+
+ZMQ makes a broken connection again by itself, and says nothing of the messages that were lost with
+it: tokens, requests. So an instance whose connection breaks is as good as dead, whether its process
+lives or not. ZMQ tells the file descriptor of what broke; of a message, the one it came by.
+
+Invariant: a break is told before anything that comes by a connection made after it.
+This module does not know what becomes of the instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
+
+
+class BrokenConnections:
+    """Those of one socket that instances connect to.
+
+    Args:
+        broken: called with the index of an instance whose connection has broken.
+    """
+
+    def __init__(self, socket: zmq.asyncio.Socket, broken: Callable[[int], None]) -> None:
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._socket = socket
+        self._broken = broken
+        self._instances: dict[int, int] = {}
+        self._known: set[int] = set()
+
+    def heard(self, instance: int, frame: zmq.Frame) -> None:
+        """A message of an instance has come."""
+        if instance not in self._known:
+            self._known.add(instance)
+            self._instances[cast(int, frame.get(zmq.SRCFD))] = instance
+
+    async def run(self) -> None:
+        """Tell of every break, until cancelled."""
+        try:
+            while True:
+                event = await recv_monitor_message(self._monitor)
+                instance = self._instances.pop(event["value"], None)
+                if instance is not None:
+                    self._broken(instance)
+        finally:
+            self._socket.disable_monitor()

@@ -1,0 +1,58 @@
+"""A connection that breaks while both ends live."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+
+import psutil
+import zmq
+import zmq.asyncio
+
+from llumsched.frontend.broken_connections import BrokenConnections
+
+TIMEOUT_S = 20.0
+
+
+def shut_connections_to(port: int, number: int) -> None:
+    """Shut the first ``number`` connections of this process to a port of its own."""
+    connections = psutil.Process().net_connections("tcp")
+    found = [c.fd for c in connections if c.raddr and c.raddr.port == port]
+    for fd in found[:number]:
+        with socket.socket(fileno=os.dup(fd)) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+def test_the_instance_whose_connection_breaks_is_told() -> None:
+    async def play() -> None:
+        context = zmq.asyncio.Context()
+        receiver = context.socket(zmq.PULL)
+        port = receiver.bind_to_random_port("tcp://127.0.0.1")
+        broken: asyncio.Queue[int] = asyncio.Queue()
+        connections = BrokenConnections(receiver, broken.put_nowait)
+        running = asyncio.create_task(connections.run())
+        theirs = zmq.Context()
+        senders = [theirs.socket(zmq.PUSH) for _ in range(3)]
+        for index, sender in enumerate(senders):
+            sender.connect(f"tcp://127.0.0.1:{port}")
+            sender.send(bytes([index]))
+        for _ in senders * 2:
+            (frame,) = await receiver.recv_multipart(copy=False)
+            connections.heard(frame.bytes[0], frame)
+            senders[frame.bytes[0]].send(frame.bytes)
+        shut_connections_to(port, 1)
+        first = await broken.get()
+        # ZMQ connects again, as if nothing had happened.
+        senders[first].send(b"again")
+        while (await receiver.recv()) != b"again":
+            pass
+        shut_connections_to(port, 3)
+        others = {await broken.get(), await broken.get()}
+        assert {first} | others == {0, 1, 2}, "each is told once"
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        theirs.destroy(linger=0)
+        context.destroy(linger=0)
+
+    asyncio.run(asyncio.wait_for(play(), TIMEOUT_S))
