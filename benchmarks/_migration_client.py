@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import json
 import re
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,10 @@ import aiohttp
 import psutil
 
 from benchmarks._servers import Server
+from benchmarks._streams import TIMEOUT_S, Stream, clients, prompt_of, read
 
 NUM_TOKENS = 64
 MOVE_AFTER = 16
-TIMEOUT_S = 300.0
 POLL_INTERVAL_S = 0.02
 
 
@@ -44,19 +42,6 @@ class Move:
     left_s: float
 
 
-@dataclass(slots=True)
-class Stream:
-    """An answer as it comes. ``times_s`` has the moment of each token."""
-
-    request_id: str = ""
-    times_s: list[float] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-
-    def gaps_s(self) -> list[tuple[float, float]]:
-        """Each gap between two tokens, with the moment of its end."""
-        return [(b, b - a) for a, b in itertools.pairwise(self.times_s)]
-
-
 class Moves:
     """Measures moves between the two instances of a server."""
 
@@ -68,7 +53,7 @@ class Moves:
     async def alone(self, contexts: Iterable[int], num_rounds: int) -> dict[int, list[Move]]:
         """Moves of a request that is alone on its instance, by the context it has."""
         found: dict[int, list[Move]] = {context: [] for context in contexts}
-        async with self._session() as session:
+        async with clients() as session:
             await self._move_one(session, 64)  # warm-up: the two instances meet
             await self._move_one(session, 64)
             for _ in range(num_rounds):
@@ -79,16 +64,21 @@ class Moves:
     async def recompute(self, contexts: Iterable[int], num_rounds: int) -> dict[int, list[float]]:
         """Seconds from the last token here to the first one after asking elsewhere again."""
         found: dict[int, list[float]] = {context: [] for context in contexts}
-        async with self._session() as session:
+        async with clients() as session:
             for _ in range(num_rounds):
                 for context, pauses_s in found.items():
                     prompt = self._prompt(context)
                     stream = Stream()
-                    await self._read(session, prompt, stream, NUM_TOKENS, until=MOVE_AFTER)
+                    await read(session, self._server, prompt, stream, NUM_TOKENS, until=MOVE_AFTER)
                     again = Stream()
                     # Salted, so that the instance that has the prompt in its cache does not use it.
-                    await self._read(
-                        session, prompt + stream.token_ids, again, 2, salt=f"{self._num_prompts}"
+                    await read(
+                        session,
+                        self._server,
+                        prompt + stream.token_ids,
+                        again,
+                        2,
+                        salt=f"{self._num_prompts}",
                     )
                     pauses_s.append(again.times_s[0] - stream.times_s[-1])
         return found
@@ -107,11 +97,11 @@ class Moves:
             for when in ("before", "during")
         }
         moves = []
-        async with self._session() as session:
+        async with clients() as session:
             for _ in range(num_moves):
                 others = [Stream() for _ in range(2 * num_others)]
                 tasks = [
-                    asyncio.create_task(self._read(session, self._prompt(64), other, 400))
+                    asyncio.create_task(read(session, self._server, self._prompt(64), other, 400))
                     for other in others
                 ]
                 await _until(lambda o=others: all(len(x.times_s) >= 4 for x in o))  # type: ignore[misc]
@@ -144,7 +134,7 @@ class Moves:
     ) -> Move:
         stream = Stream()
         reading = asyncio.create_task(
-            self._read(session, self._prompt(context), stream, MOVE_AFTER + 4 * NUM_TOKENS)
+            read(session, self._server, self._prompt(context), stream, MOVE_AFTER + 4 * NUM_TOKENS)
         )
         await _until(lambda: len(stream.times_s) >= MOVE_AFTER, reading)
         began_s = time.perf_counter()
@@ -200,53 +190,9 @@ class Moves:
             return found
 
     def _prompt(self, context: int) -> list[int]:
-        """Tokens that no prompt before had in this order, from the first block on."""
+        """Tokens that no prompt before had in this order."""
         self._num_prompts += 1
-        return [1000 + (self._num_prompts * 7919 + i * 31) % 40000 for i in range(context)]
-
-    async def _read(
-        self,
-        session: aiohttp.ClientSession,
-        prompt: list[int],
-        stream: Stream,
-        num_tokens: int,
-        *,
-        until: int | None = None,
-        salt: str | None = None,
-    ) -> None:
-        body: dict[str, Any] = {
-            "model": self._server.model,
-            "prompt": prompt,
-            "max_tokens": num_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "return_token_ids": True,
-        }
-        if salt is not None:
-            body["cache_salt"] = salt
-        url = f"{self._server.url}/v1/completions"
-        async with session.post(url, json=body) as response:
-            response.raise_for_status()
-            async for line in response.content:
-                if not line.startswith(b"data: {"):
-                    continue
-                chunk = json.loads(line[6:])
-                stream.request_id = chunk["id"]
-                new = [t for choice in chunk["choices"] for t in choice.get("token_ids") or ()]
-                now_s = time.perf_counter()
-                # Several tokens in one chunk came at once, as far as the client can tell.
-                stream.times_s += [now_s] * len(new)
-                stream.token_ids += new
-                if until is not None and len(stream.token_ids) >= until:
-                    return
-
-    @asynccontextmanager
-    async def _session(self) -> AsyncIterator[aiohttp.ClientSession]:
-        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-            yield session
+        return prompt_of(self._num_prompts, context)
 
 
 async def _until(condition: Callable[[], bool], reading: asyncio.Task[None] | None = None) -> None:

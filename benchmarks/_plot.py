@@ -10,6 +10,8 @@ from benchmarks._report import number
 
 WIDTH, HEIGHT = 640, 400
 LEFT, RIGHT, TOP, BOTTOM = 70, 170, 40, 50
+# More values than this are not marked one by one.
+MAX_MARKED = 12
 COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8d5a97", "#c98b1f", "#555555")
 
 Points = Sequence[tuple[float, float]]
@@ -29,7 +31,8 @@ def lines(title: str, x: str, y: str, series: Mapping[str, Points]) -> str:
         _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, x, "middle"),
         _text(LEFT - 8, TOP - 4, y, "end"),
     ]
-    for value in sorted(set(xs)):
+    is_sparse = len(set(xs)) <= MAX_MARKED
+    for value in sorted(set(xs)) if is_sparse else x_scale.ticks():
         at = x_scale.at(value)
         parts += [
             _line(at, TOP, at, HEIGHT - BOTTOM),
@@ -44,7 +47,7 @@ def lines(title: str, x: str, y: str, series: Mapping[str, Points]) -> str:
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [
             f'<circle cx="{x_scale.at(a):.1f}" cy="{y_scale.at(b):.1f}" r="3" fill="{colour}"/>'
-            for a, b in points
+            for a, b in (points if is_sparse else ())
         ]
         legend = TOP + 14 + 20 * index
         parts.append(

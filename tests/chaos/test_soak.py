@@ -6,11 +6,13 @@ everything that is built only once has been.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import psutil
 import pytest
@@ -22,18 +24,19 @@ from tests.e2e.moving import move
 
 SOAK_S = float(os.environ.get("LLUMSCHED_SOAK_S", "0"))
 SEED = int(os.environ.get("LLUMSCHED_SOAK_SEED", "0"))
+# Where what was done and seen is written as well.
+RESULT = os.environ.get("LLUMSCHED_SOAK_JSON")
 NUM_CLIENTS = 6
 MEAN_FAULT_INTERVAL_S = 20.0
 MOVE_INTERVAL_S = 0.5
 MAX_GROWTH = 1.2
 
 
-def move_one(pool: FaultyPool, rng: random.Random) -> int:
-    """Try to move a random request; how many have moved."""
+def move_one(pool: FaultyPool, rng: random.Random) -> None:
+    """Try to move a random request."""
     requests = [r for r in pool.requests() if r["num_output_tokens"]]
-    if not requests:
-        return 0
-    return int(move(pool, rng.choice(requests)["request_id"]).status == 200)
+    if requests:
+        move(pool, rng.choice(requests)["request_id"])
 
 
 @pytest.mark.skipif(not SOAK_S, reason="a soak takes minutes: make soak")
@@ -41,7 +44,6 @@ def test_soak(pool: FaultyPool, references: References) -> None:
     rng = random.Random(SEED)
     server = psutil.Process(pool.server.pid)
     faults: Counter[str] = Counter()
-    num_moves = 0
     settled_num_bytes = 0
     load = Load(pool, references, num_clients=NUM_CLIENTS, seed=SEED)
     started_s = time.monotonic()
@@ -49,7 +51,7 @@ def test_soak(pool: FaultyPool, references: References) -> None:
     try:
         while (now_s := time.monotonic()) < started_s + SOAK_S:
             time.sleep(MOVE_INTERVAL_S)
-            num_moves += move_one(pool, rng)
+            move_one(pool, rng)
             # One at a time: with none left there is nowhere to go on.
             if now_s >= next_fault_s and len(pool.serving()) >= 2:
                 fault = rng.choice(FAULTS)
@@ -61,11 +63,21 @@ def test_soak(pool: FaultyPool, references: References) -> None:
     finally:
         load.stop()
     num_bytes = server.memory_info().rss
-    sys.stdout.write(
-        f"\nsoak of {SOAK_S:.0f} s, seed {SEED}: {load.num_streams} streams, {load.num_tokens} "
-        f"tokens compared, {len(load.complaints)} complaints; {num_moves} moves by hand; faults: "
-        f"{dict(faults)}; memory of the frontend {settled_num_bytes / 1e6:.0f} MB after a third, "
-        f"{num_bytes / 1e6:.0f} MB at the end\n"
-    )
+    pool.await_serving(2)
+    result = {
+        "duration_s": SOAK_S,
+        "seed": SEED,
+        "num_streams": load.num_streams,
+        "num_tokens": load.num_tokens,
+        "complaints": load.complaints,
+        "num_moves": int(pool.metric("llumsched_moves_total")),
+        "num_resumptions": int(pool.metric("llumsched_resumptions_total")),
+        "faults": dict(faults),
+        "settled_num_bytes": settled_num_bytes,
+        "num_bytes": num_bytes,
+    }
+    sys.stdout.write(f"\n{json.dumps(result)}\n")
+    if RESULT is not None:
+        Path(RESULT).write_text(json.dumps(result), encoding="utf-8")
     assert not load.complaints, load.complaints[:20]
     assert num_bytes < settled_num_bytes * MAX_GROWTH

@@ -1,0 +1,90 @@
+"""Streamed answers as a client sees them: each token, and when it came."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from benchmarks._servers import Server
+
+TIMEOUT_S = 300.0
+
+
+@dataclass(slots=True)
+class Stream:
+    """An answer as it comes. ``times_s`` has the moment of each token, as ``asked_s`` that of the
+    question."""
+
+    request_id: str = ""
+    asked_s: float = 0.0
+    times_s: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+
+    def gaps_s(self) -> list[tuple[float, float]]:
+        """Each gap between two tokens, with the moment of its end."""
+        return [(b, b - a) for a, b in itertools.pairwise(self.times_s)]
+
+
+@asynccontextmanager
+async def clients() -> AsyncIterator[aiohttp.ClientSession]:
+    """As many connections as there are questions."""
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        yield session
+
+
+async def read(
+    session: aiohttp.ClientSession,
+    server: Server,
+    prompt: list[int],
+    stream: Stream,
+    num_tokens: int,
+    *,
+    until: int | None = None,
+    salt: str | None = None,
+) -> None:
+    """Ask for a greedy answer of exactly ``num_tokens`` tokens, into ``stream``.
+
+    Args:
+        until: leave after so many tokens.
+        salt: keeps the prompt from being found in a cache.
+    """
+    body: dict[str, Any] = {
+        "model": server.model,
+        "prompt": prompt,
+        "max_tokens": num_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    if salt is not None:
+        body["cache_salt"] = salt
+    stream.asked_s = time.perf_counter()
+    async with session.post(f"{server.url}/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            stream.request_id = chunk["id"]
+            new = [t for choice in chunk["choices"] for t in choice.get("token_ids") or ()]
+            now_s = time.perf_counter()
+            # Several tokens in one chunk came at once, as far as the client can tell.
+            stream.times_s += [now_s] * len(new)
+            stream.token_ids += new
+            if until is not None and len(stream.token_ids) >= until:
+                return
+
+
+def prompt_of(number: int, num_tokens: int) -> list[int]:
+    """Tokens that no prompt of another number has in this order, from the first block on."""
+    return [1000 + (number * 7919 + i * 31) % 40000 for i in range(num_tokens)]
