@@ -94,6 +94,8 @@ class SchedulerLink:
         self._draining: set[str] = set()
         self._placements: dict[str, asyncio.Future[Placed]] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._given_once: dict[int, asyncio.Future[Any]] = {}
+        self._scheduler_id: str | None = None
         self._call_ids = itertools.count(1)
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -230,6 +232,8 @@ class SchedulerLink:
     ) -> Any:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future
+        if not ask_again:
+            self._given_once[call_id] = future
         try:
             async with asyncio.timeout(timeout_s):
                 await self._socket.send(encode(message))
@@ -245,6 +249,7 @@ class SchedulerLink:
             ) from None
         finally:
             self._calls.pop(call_id, None)
+            self._given_once.pop(call_id, None)
 
     async def _register(self) -> None:
         while True:
@@ -267,6 +272,15 @@ class SchedulerLink:
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
 
+    def _welcomed(self, scheduler_id: str) -> None:
+        if self._scheduler_id not in (None, scheduler_id):
+            for call in self._given_once.values():
+                if not call.done():
+                    call.set_exception(
+                        SchedulerUnavailable("The global scheduler was started again meanwhile.")
+                    )
+        self._scheduler_id = scheduler_id
+
     async def _receive(self) -> None:
         while True:
             message = decode_control(await self._socket.recv())
@@ -286,7 +300,7 @@ class SchedulerLink:
                 case OrderTermination() if self._supervisor is not None:
                     self._supervisor.terminate(message.instance_id)
                 case Welcomed():
-                    pass
+                    self._welcomed(message.scheduler_id)
                 case _:
                     logger.warning("Dropped an unexpected %s", type(message).__name__)
 

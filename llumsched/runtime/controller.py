@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,7 @@ class Controller:
         clock: Callable[[], float] = time.monotonic,
         decision_log: Path | None = None,
     ) -> None:
+        self._id = uuid.uuid4().hex
         self._config = config
         self._clock = clock
         bundle = build_bundle(config)
@@ -215,7 +217,7 @@ class Controller:
                     request_ids=message.request_ids,
                 )
             )
-        self._orders.send(identity, Welcomed())
+        self._orders.send(identity, Welcomed(scheduler_id=self._id))
 
     def _register_frontend(self, identity: bytes, message: RegisterFrontend) -> None:
         if message.supervises:
@@ -224,7 +226,7 @@ class Controller:
             # Known already, unless this scheduler has taken the place of another.
             if self._state(instance_id) is InstanceState.SERVING:
                 self._handle(DrainRequested(instance_id=instance_id))
-        self._orders.send(identity, Welcomed())
+        self._orders.send(identity, Welcomed(scheduler_id=self._id))
 
     def _place(self, identity: bytes, message: PlaceRequest) -> None:
         request = message.request

@@ -106,7 +106,12 @@ class OrderMigration(Message, frozen=True, kw_only=True):
 
 
 class Welcomed(Message, frozen=True, kw_only=True):
-    """The scheduler knows the sender of a registration now."""
+    """The scheduler knows the sender of a registration now.
+
+    ``scheduler_id`` is another after it was started again.
+    """
+
+    scheduler_id: str
 
 
 class Unknown(Message, frozen=True, kw_only=True):

@@ -31,6 +31,7 @@ from llumsched.runtime.messages import (
     PlaceRequest,
     RegisterFrontend,
     ScalePool,
+    Welcomed,
     decode_control,
     encode,
 )
@@ -90,6 +91,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "PLACEMENT_TIMEOUT_S", 0.1)
     monkeypatch.setattr(link_module, "PROBE_TIMEOUT_S", 0.2)
     monkeypatch.setattr(link_module, "ASK_AGAIN_INTERVAL_S", 0.05)
+    monkeypatch.setattr(link_module, "REGISTER_INTERVAL_S", 0.05)
 
 
 def test_a_request_goes_where_the_scheduler_says() -> None:
@@ -312,3 +314,18 @@ def test_what_died_with_a_scheduler_is_asked_again() -> None:
         *(ScalePool, ScalePool),
         MigrateRequest,
     ], "a second order to migrate would be refused while the first is carried out"
+
+
+def test_an_order_given_once_ends_with_the_scheduler_it_was_given_to() -> None:
+    scheduler_ids = iter("aab")
+
+    def answer(message: Message) -> Message | None:
+        if isinstance(message, RegisterFrontend):
+            return Welcomed(scheduler_id=next(scheduler_ids, "b"))
+        return None
+
+    async def scenario(link: SchedulerLink) -> None:
+        with pytest.raises(SchedulerUnavailable, match="started again"):
+            await link.migrate("r1", None, 2 * TIMEOUT_S)
+
+    run(answer, scenario)

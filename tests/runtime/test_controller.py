@@ -260,7 +260,7 @@ def test_malformed_messages_are_dropped_and_serving_goes_on() -> None:
         stranger = stage.peer()
         await stranger.socket.send(b"\xc1 not msgpack")
         await stranger.socket.send_multipart([b"two", b"frames"])
-        await stranger.say(Welcomed())
+        await stranger.say(Welcomed(scheduler_id="another"))
         await stage.instance("a")
         await stranger.say(place("r1"))
         assert (await stranger.hear()).instance_id == "a"
