@@ -11,7 +11,6 @@ This module does not know what becomes of the instance.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import zmq
 import zmq.asyncio
@@ -36,7 +35,7 @@ class BrokenConnections:
         """A message of an instance has come."""
         if instance not in self._known:
             self._known.add(instance)
-            self._instances[cast(int, frame.get(zmq.SRCFD))] = instance
+            self._instances[frame.get(zmq.SRCFD)] = instance
 
     async def run(self) -> None:
         """Tell of every break, until cancelled."""

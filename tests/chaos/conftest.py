@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import hanging
+from tests.chaos import saboteur
 from tests.chaos.faults import FaultyPool
 from tests.chaos.load import References
 from tests.e2e.conftest import (  # noqa: F401
@@ -22,11 +22,11 @@ from tests.e2e.servers import llumsched
 
 @pytest.fixture(scope="session")
 def faulty_pool(model: str, log_folder: Path) -> Iterator[FaultyPool]:  # noqa: F811
-    """Two instances, moved and ended by the tests only. No process of it may outlive it."""
+    """Two instances, ended by the tests only. No process of it may outlive it."""
     config = log_folder / "chaos.yaml"
-    config.write_text(hanging.CONFIG)
+    config.write_text(saboteur.CONFIG)
     flags = ("--instances=2", f"--config={config}", "--max-num-seqs=16")
-    env = {hanging.FOLDER: str(log_folder)}
+    env = {saboteur.FOLDER: str(log_folder)}
     server = llumsched(model, log_folder, *flags, name="chaos", **env)
     try:
         server.await_health()

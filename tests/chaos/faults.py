@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.chaos import hanging
+import psutil
+
+from tests.chaos import saboteur
 from tests.e2e.client import Admin, Answer
 from tests.e2e.servers import Server
 
@@ -65,7 +67,13 @@ class FaultyPool(Admin):
 
     def hang_loop(self, instance_id: str) -> None:
         """Have the loop of an instance's engine wait for ever, while its process lives."""
-        hanging.tell(self._folder, self.pid(instance_id))
+        saboteur.tell(self._folder, self.pid(instance_id), saboteur.HANG)
+
+    def break_connections(self, instance_id: str) -> None:
+        """Break the connections of an instance to the frontend; ZMQ makes them again."""
+        frontend = psutil.Process(self.server.pid).net_connections("tcp")
+        ports = {c.laddr.port for c in frontend if c.status == psutil.CONN_LISTEN}
+        saboteur.tell(self._folder, self.pid(instance_id), saboteur.BREAK, *ports)
 
     def kill_scheduler(self) -> None:
         """End the process of the global scheduler; Ray starts it again."""

@@ -63,6 +63,19 @@ def test_an_engine_hangs_while_its_process_lives(pool: FaultyPool, references: R
 
 
 @thorough
+def test_connections_break_while_both_ends_live(pool: FaultyPool, references: References) -> None:
+    """ZMQ would connect again, and say nothing of the tokens that were on their way."""
+    victim = pool.running()[-1]
+
+    def fault(progress: Progress) -> None:
+        progress.when_all_have(BEGUN)
+        pool.break_connections(victim)
+
+    assert stream_through(pool, references, fault) > 0
+    pool.server.await_that(lambda: victim not in pool.running(), "it was noticed")
+
+
+@thorough
 @pytest.mark.parametrize("end", ["source", "destination"])
 def test_an_end_of_a_migration_is_killed(
     pool: FaultyPool, references: References, end: str
@@ -219,10 +232,15 @@ def hang(pool: FaultyPool, rng: random.Random) -> None:
     pool.hang_loop(rng.choice(pool.running()))
 
 
+def disconnect(pool: FaultyPool, rng: random.Random) -> None:
+    pool.break_connections(rng.choice(pool.running()))
+
+
 FAULTS: tuple[Callable[[FaultyPool, random.Random], None], ...] = (
     kill,
     stop,
     hang,
+    disconnect,
     drain,
     kill_scheduler,
 )

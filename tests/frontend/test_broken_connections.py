@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 
-import psutil
 import zmq
 import zmq.asyncio
 
 from llumsched.frontend.broken_connections import BrokenConnections
+from tests.connections import shut_connections_to
 
 TIMEOUT_S = 20.0
-
-
-def shut_connections_to(port: int, number: int) -> None:
-    """Shut the first ``number`` connections of this process to a port of its own."""
-    connections = psutil.Process().net_connections("tcp")
-    found = [c.fd for c in connections if c.raddr and c.raddr.port == port]
-    for fd in found[:number]:
-        with socket.socket(fileno=os.dup(fd)) as connection:
-            connection.shutdown(socket.SHUT_RDWR)
 
 
 def test_the_instance_whose_connection_breaks_is_told() -> None:
@@ -41,13 +30,13 @@ def test_the_instance_whose_connection_breaks_is_told() -> None:
             (frame,) = await receiver.recv_multipart(copy=False)
             connections.heard(frame.bytes[0], frame)
             senders[frame.bytes[0]].send(frame.bytes)
-        shut_connections_to(port, 1)
+        shut_connections_to([port], at_most=1)
         first = await broken.get()
         # ZMQ connects again, as if nothing had happened.
         senders[first].send(b"again")
         while (await receiver.recv()) != b"again":
             pass
-        shut_connections_to(port, 3)
+        shut_connections_to([port])
         others = {await broken.get(), await broken.get()}
         assert {first} | others == {0, 1, 2}, "each is told once"
         running.cancel()
