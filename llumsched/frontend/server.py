@@ -249,7 +249,7 @@ def _planner(
                 log_stats=log_stats,
             ),
             scheduler_endpoint=pool.scheduler_endpoint,
-            heartbeat_endpoint=pool.heartbeats.endpoint,
+            heartbeat_endpoint=pool.heartbeat_endpoint,
             host=host,
             victim=victim,
             migration=options.config.migration_options,

@@ -118,6 +118,8 @@ class Pool:
         self._telling: dict[str, Any] = {}
         self._stopping = threading.Event()
         self._ending = threading.Event()
+        self._heartbeats: HeartbeatListener | None = None
+        self.heartbeat_endpoint = ""
         self.scheduler_endpoint = ""
 
     def __enter__(self) -> Pool:
@@ -142,7 +144,8 @@ class Pool:
             resources={this_node(): A_SHARE},
         )
         self._controller = actor.remote(config, host, _free_port(host), decision_log)
-        self.heartbeats = HeartbeatListener(host)
+        self._heartbeats = HeartbeatListener(host)
+        self.heartbeat_endpoint = self._heartbeats.endpoint
         self.scheduler_endpoint = ray.get(self._controller.endpoint.remote(), timeout=60)
         self._progress("the global scheduler is up")
 
@@ -255,6 +258,10 @@ class Pool:
         self._actors[engine_index] = actor
         return actor
 
+    def heard(self) -> Mapping[int, float]:
+        """As ``HeartbeatListener.heard``."""
+        return self._heartbeats.heard() if self._heartbeats is not None else {}
+
     def forget(self, engine_index: int) -> None:
         """An instance has ended."""
         self._actors.pop(engine_index, None)
@@ -290,6 +297,8 @@ class Pool:
             self.stop_supervising()
             self._stop_actors()
             ray.shutdown()
+        if self._heartbeats is not None and not any(t.is_alive() for t in self._threads):
+            self._heartbeats.close()
         _end(processes)
         if has_started:
             self._progress(f"everything has ended, after {time.monotonic() - started_s:.1f} s")
@@ -334,7 +343,7 @@ class _RayPool:
         return self._pool.start_one(engine_index, launch_id)
 
     def heard(self) -> Mapping[int, float]:
-        return self._pool.heartbeats.heard()
+        return self._pool.heard()
 
     def tell_scheduler(self, instance_id: str, reason: str) -> bool:
         return self._pool.tell_scheduler(instance_id, reason)
