@@ -70,6 +70,7 @@ class VitalSigns:
         self._silent_s = 0.0
         self._loop_silent_s = 0.0
         self._suspicion: _Suspicion | None = None
+        self._has_beaten = False
         self._is_broken = False
         self._broken_s = 0.0
 
@@ -92,6 +93,7 @@ class VitalSigns:
             self._silent_s += awake_s
         else:
             self._silent_s, self._loop_silent_s = 0.0, beat
+            self._has_beaten = True
         self._stopped_s = self._stopped_s + awake_s if process.is_stopped() else 0.0
         self._broken_s += awake_s if self._is_broken else 0.0
         if self._broken_s > BROKEN_TIMEOUT_S:
@@ -103,6 +105,8 @@ class VitalSigns:
         if self._loop_silent_s > self._limits.step_s:
             return f"its engine's loop has stood still for {self._loop_silent_s:.1f} s"
         loop_silent_s = self._loop_silent_s if self._limits.loop_uses_cpu else 0.0
+        if not self._has_beaten:
+            return None  # it is being told to serve, and may have to wait for that
         if max(self._silent_s, loop_silent_s) < SUSPICIOUS_S:
             self._suspicion = None
         elif self._suspicion is None:
