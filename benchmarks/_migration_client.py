@@ -168,7 +168,7 @@ class Moves:
 
         Apart from the moves that are timed, as asking for them takes time as well.
         """
-        async with self._session() as session:
+        async with clients() as session:
             watching = asyncio.create_task(self._watch_blocks(session))
             for _ in range(num_moves):
                 await self._move_one(session, context)
