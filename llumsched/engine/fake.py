@@ -83,6 +83,14 @@ class FakeEngine:
         self.requests[request_id] = request
         self.waiting.append(request)
 
+    def take_over(self, state: FakeState) -> None:
+        """Go on with a request of which only the tokens are known: they are computed again."""
+        request = _request_of(state)
+        for _ in state.output_token_ids:
+            request.generator_state = next_state(request.generator_state)
+        self.requests[state.request_id] = request
+        self.waiting.append(request)
+
     def abort(self, request_id: str) -> None:
         """Drop the request with no further output; nothing if it is not here."""
         request = self.requests.get(request_id)
@@ -201,14 +209,7 @@ class FakeEngine:
     def reserve(self, state: FakeState) -> FakeReservedBlocks:
         if state.request_id in self.requests or state.request_id in self._imports:
             raise CannotMigrate("the destination holds a request of this id already")
-        request = FakeRequest(
-            request_id=state.request_id,
-            token_ids=[*state.prompt_token_ids, *state.output_token_ids],
-            num_prompt_tokens=len(state.prompt_token_ids),
-            max_output_tokens=state.max_output_tokens,
-            num_moves=state.num_moves,
-            num_preemptions=state.num_preemptions,
-        )
+        request = _request_of(state)
         num_cached_blocks = self._allocate_with_prefix(request)
         if num_cached_blocks is None:
             raise CannotMigrate("the destination has no room for the request")
@@ -406,3 +407,14 @@ class FakeEngine:
         if export is not None:
             self.pool.free(export.pinned)
         return export
+
+
+def _request_of(state: FakeState) -> FakeRequest:
+    return FakeRequest(
+        request_id=state.request_id,
+        token_ids=[*state.prompt_token_ids, *state.output_token_ids],
+        num_prompt_tokens=len(state.prompt_token_ids),
+        max_output_tokens=state.max_output_tokens,
+        num_moves=state.num_moves,
+        num_preemptions=state.num_preemptions,
+    )

@@ -111,7 +111,7 @@ class World:
         for instance in self.instances.values():
             for _ in range(3):
                 instance.engine.schedule_step()
-                self._take(instance.engine.finish_step())
+                self._take(instance, instance.engine.finish_step())
         if shape.random() < 0.8:
             self._open_with_a_migration(shape)
         self._acts = self._weighted_acts(shape)
@@ -251,7 +251,8 @@ class World:
         self._living(argument).engine.schedule_step()
 
     def _end_step(self, argument: int) -> None:
-        self._take(self._living(argument).engine.finish_step())
+        instance = self._living(argument)
+        self._take(instance, instance.engine.finish_step())
 
     def _migrate(self, argument: int) -> None:
         instance = self._living(argument)
@@ -374,7 +375,7 @@ class World:
 
     # ---- what the client sees ---------------------------------------------------------------
 
-    def _take(self, outputs: tuple[FakeOutput, ...]) -> None:
+    def _take(self, instance: Instance, outputs: tuple[FakeOutput, ...]) -> None:
         for output in outputs:
             client = self.clients[output.request_id]
             if client.repeats_allowed and output.position < len(client.tokens):
@@ -452,7 +453,7 @@ class World:
                     return True
         for instance in self._all_living():
             if instance.engine.num_steps_in_flight:
-                self._take(instance.engine.finish_step())
+                self._take(instance, instance.engine.finish_step())
                 return True
         return False
 
