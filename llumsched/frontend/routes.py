@@ -149,12 +149,11 @@ class Routes:
         return sum(route.instance == instance for route in self._routes.values())
 
     def holders(self, route: Route) -> set[int]:
-        """Every instance that may run the request now: its own, any it is arriving at, and those
-        that may have a copy from before it was resumed."""
+        """Every instance that may run the request now: its own, any it is arriving at, the one it
+        came from, which may not know yet that it has moved and would resume it by itself, and
+        those that may have a copy from before it was resumed."""
         found = {i for i, stay in route.stays.items() if stay >= route.stay} | route.leftovers
-        if route.instance is not None:
-            found.add(route.instance)
-        return found
+        return found | {i for i in (route.instance, route.came_from) if i is not None}
 
     def lose(self, instance: int) -> list[str]:
         """``instance`` is dead.
@@ -185,9 +184,6 @@ class Routes:
     def begin_again(self, route: Route) -> None:
         """Take the request off its instance: whatever comes from there is not passed on."""
         route.leftovers = self.holders(route)
-        if route.came_from is not None:
-            # It may not know yet that the request has moved, and would resume it by itself.
-            route.leftovers.add(route.came_from)
         route.num_past_moves = route.num_moves
         route.num_fruitless_resumptions = (
             1 if route.is_fruitful else route.num_fruitless_resumptions + 1

@@ -5,8 +5,8 @@ from and to each instance, what ``Routes`` makes of them, and resumptions as ``R
 ``Resumption`` and ``Auditor`` carry them out. Every byte string is a run.
 
 Whatever happens, while one instance lives: each token comes once, in order, and is the one that the
-request would have had undisturbed; in the end every request whose client has stayed is finished, and
-every block is free.
+request would have had undisturbed. In the end every request whose client has stayed is finished,
+and every block is free.
 """
 
 from __future__ import annotations
@@ -52,8 +52,11 @@ class FakePool(World):
         self.prompts: dict[str, tuple[int, ...]] = {}
         self.resumed: list[str] = []
         self._gone: set[str] = set()
+        self._stays: dict[tuple[str, str], int] = {}
         self._placing = random.Random(f"{seed}/placing")
         super().__init__(seed)
+        for instance in self.instances.values():
+            self._keep_news_apart(instance)
         self._num_crashes_left = self._placing.choice((1, 2))
         # More of what the frontend adds, and of deaths.
         self._acts[:48] = (
@@ -91,6 +94,22 @@ class FakePool(World):
     def _announce(self, instance_id: str, request_id: str, stay: int, num_tokens: int) -> None:
         arrival = Arrival(INSTANCE_IDS.index(instance_id), stay, num_tokens)
         self.outputs[instance_id].append((request_id, arrival))
+
+    def _keep_news_apart(self, instance: Instance) -> None:
+        """News of a request that was taken over are none of a migration of the copy before it."""
+        tell = instance.engine.on_lost
+
+        def tell_of_this_one(request_id: str, what: str) -> None:
+            stay = self._stays.get((instance.instance_id, request_id), 0)
+            for outgoing in instance.outgoing.values():
+                migration = outgoing.migration
+                if migration.request_id == request_id and not migration.is_terminal:
+                    if outgoing.state.num_moves > stay:
+                        tell(request_id, what)
+                    return
+            tell(request_id, what)
+
+        instance.engine.on_lost = tell_of_this_one
 
     # ---- the frontend -----------------------------------------------------------------------
 
@@ -231,6 +250,7 @@ class FakePool(World):
             return
         if state.request_id in instance.engine.requests:
             instance.engine.abort(state.request_id)
+        self._stays[instance.instance_id, state.request_id] = state.num_moves
         instance.engine.take_over(state)
         instance.moved_to.pop(state.request_id, None)
         self._announce(

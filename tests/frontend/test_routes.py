@@ -271,6 +271,16 @@ def test_the_source_of_a_commit_that_died_at_once_does_not_run_it_twice() -> Non
     assert resumed(reader, 1, 2) == {0}
 
 
+def test_an_abort_reaches_where_the_request_came_from() -> None:
+    """If the destination dies before it has acknowledged, the source goes on by itself."""
+    reader = Reader(0)
+    reader.read(0, [Output([0])])
+    reader.read(1, [Arrival(1, 1, 1)])
+    route = reader.routes.get(REQUEST)
+    assert route is not None
+    assert reader.routes.holders(route) == {0, 1}
+
+
 def test_a_copy_that_arrives_after_the_request_was_resumed_is_unwanted() -> None:
     """The source died between the commit and its last tokens; the destination's word is slow."""
     reader = Reader(0)
