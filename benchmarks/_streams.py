@@ -17,6 +17,10 @@ from benchmarks._servers import Server
 TIMEOUT_S = 300.0
 
 
+class AnswerBroken(Exception):
+    """The server ended an answer with an error."""
+
+
 @dataclass(slots=True)
 class Stream:
     """An answer as it comes. ``times_s`` has the moment of each token, as ``asked_s`` that of the
@@ -56,6 +60,9 @@ async def read(
     Args:
         until: leave after so many tokens.
         salt: keeps the prompt from being found in a cache.
+
+    Raises:
+        AnswerBroken: when the server gives up; else what ``aiohttp`` raises.
     """
     body: dict[str, Any] = {
         "model": server.model,
@@ -75,6 +82,8 @@ async def read(
             if not line.startswith(b"data: {"):
                 continue
             chunk = json.loads(line[6:])
+            if "error" in chunk:
+                raise AnswerBroken(chunk["error"]["message"])
             stream.request_id = chunk["id"]
             new = [t for choice in chunk["choices"] for t in choice.get("token_ids") or ()]
             now_s = time.perf_counter()

@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks import _plot
 from benchmarks._report import Figure, Report, Table, main
 from benchmarks._servers import ENGINE_FLAGS, Server, llumsched
-from benchmarks._streams import Stream, clients, prompt_of, read
+from benchmarks._streams import AnswerBroken, Stream, clients, prompt_of, read
 
 BENCHMARK = "Rolling restart under load"
 
@@ -102,8 +102,11 @@ async def _measure(server: Server, at_rest_s: float) -> Measured:
         measured.began_s = time.perf_counter()
         await _restart(server)
         measured.ended_s = time.perf_counter()
-        watching.cancel()
         stopping.set()
+        watching.cancel()
+        await asyncio.wait({watching})
+        if not watching.cancelled():
+            watching.result()
         await asyncio.gather(*asking)
     return measured
 
@@ -115,7 +118,7 @@ async def _ask(
     try:
         prompt = prompt_of(number, NUM_PROMPT_TOKENS)
         await read(session, server, prompt, stream, NUM_OUTPUT_TOKENS)
-    except (aiohttp.ClientError, TimeoutError) as error:
+    except (aiohttp.ClientError, AnswerBroken, TimeoutError) as error:
         measured.failures.append(repr(error))
     else:
         if len(stream.token_ids) != NUM_OUTPUT_TOKENS:
@@ -124,18 +127,19 @@ async def _ask(
 
 
 async def _watch(session: aiohttp.ClientSession, server: Server, measured: Measured) -> None:
-    """Note how long each instance drains."""
-    draining_s: dict[str, float] = {}
+    """Note how long each instance drains: from when it was last seen to take requests."""
+    served_s: dict[str, float] = {}
     while True:
         async with session.get(f"{server.url}/llumsched/instances") as response:
+            response.raise_for_status()
             pool = await response.json()
         now_s = time.perf_counter()
         for instance in pool["instances"]:
-            if instance["state"] == "draining":
-                draining_s.setdefault(instance["instance_id"], now_s)
+            if instance["state"] == "serving":
+                served_s[instance["instance_id"]] = now_s
         running = {b["instance_id"] for b in pool["berths"] if b["state"] == "running"}
-        for instance_id in draining_s.keys() - running - measured.emptying_s.keys():
-            measured.emptying_s[instance_id] = now_s - draining_s[instance_id]
+        for instance_id in served_s.keys() - running - measured.emptying_s.keys():
+            measured.emptying_s[instance_id] = now_s - served_s[instance_id]
         await asyncio.sleep(POLL_INTERVAL_S)
 
 
