@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,15 @@ PERSON = {
     | {"age": {"type": "integer"}},
     "required": ["name", "city", "age"],
     "additionalProperties": False,
+}
+TOOL_CALL = {
+    "type": "structural_tag",
+    "format": {
+        "type": "tag",
+        "begin": '<tool_call name="register">',
+        "content": {"type": "json_schema", "json_schema": PERSON},
+        "end": "</tool_call>",
+    },
 }
 LIST = r"""
 root ::= item item item item item item item item
@@ -89,6 +99,7 @@ CASES: dict[str, Case] = {
     "choice": Case(
         guided(choice=[f"a {colour} bird sat on the tower and sang" * 3 for colour in "gw"])
     ),
+    "tool call": Case(guided(structural_tag=json.dumps(TOOL_CALL))),
     "three of one": Case(params(n=3, temperature=0.9, seed=5)),
     "cache salt": Case(params(), {"cache_salt": "of this user"}, is_long=True),
     "priority": Case(params(), {"priority": -1}),

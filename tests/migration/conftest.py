@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 
 from scripts.prepare_model import prepare_model
-from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES
 from tests.migration.pool import Pool
+from tests.migration.ways import answers_of
 
 # The first request with logprobs would wait while a function of vLLM's is compiled.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -47,6 +49,36 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of random weights whose step takes next to no time, with the tokens of SmolLM2.
+
+    Its heads can be shared out to two workers. The weights are large enough for its tokens to
+    depend on what came before.
+    """
+    whole, folder = Path(prepare_model()), tmp_path_factory.mktemp("tiny")
+    for path in whole.iterdir():
+        if path.suffix != ".safetensors" and path.is_file():
+            shutil.copy(path, folder)
+    config = json.loads((whole / "config.json").read_text()) | {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.08,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_config(AutoConfig.from_pretrained(folder))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def engines(model: str) -> Iterator[Pool]:
     with Pool(model, num_instances=3) as pool:
         yield pool
@@ -55,11 +87,7 @@ def engines(model: str) -> Iterator[Pool]:
 @pytest.fixture(scope="session")
 def unmoved(engines: Pool) -> dict[str, Any]:
     """Every answer without a move, all asked at once of one instance."""
-    for name, case in CASES.items():
-        engines.submit(name, case.prompt(engines.tokenizer), case.params, **case.fields)
-    answers = dict(zip(CASES, engines.finish(*CASES), strict=True))
-    engines.settle()
-    return {name: seen_by_client(answer) for name, answer in answers.items()}
+    return answers_of(engines, CASES)
 
 
 @pytest.fixture

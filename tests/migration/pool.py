@@ -12,12 +12,17 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import MagicMock
 
+import pytest
+import torch
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.outputs import RequestOutput
 from vllm.renderers import renderer_from_config
@@ -45,6 +50,8 @@ IDLE_S = 0.0005
 # step: the answers are short, and on a busy machine they would end before the move does.
 BREATH_S = 0.02
 
+_OF_REASONING = ("reasoning_ended", "reasoning_parser_kwargs")
+
 ENGINE_FLAGS: dict[str, Any] = {
     "dtype": "float32",  # tokens are equal whatever else is in the batch
     "enforce_eager": True,
@@ -57,6 +64,20 @@ ENGINE_FLAGS: dict[str, Any] = {
     "disable_log_stats": False,
     "seed": 0,
 }
+
+
+@contextmanager
+def events_that_are_over() -> Iterator[None]:
+    """While this lasts vLLM's asynchronous scheduling runs on a CPU.
+
+    Its scheduler, its queue of steps and its worker's bookkeeping are the real ones. What it waits
+    for are events on a GPU; here the work is done when they are made.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.cuda, "Event", MagicMock())
+        patched.setattr(torch.cuda, "current_stream", MagicMock())
+        patched.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        yield
 
 
 class SteppedCore(LlumschedEngineCore):
@@ -105,7 +126,8 @@ class Answer:
 class Pool:
     """``num_instances`` engines and the frontend before them.
 
-    ``stats`` are the frontend's own, one a step with outputs. Use as a context manager.
+    ``stats`` are the frontend's own, one a step with outputs. With ``async_scheduling`` see
+    ``events_that_are_over``. Use as a context manager.
     """
 
     def __init__(
@@ -115,11 +137,19 @@ class Pool:
         num_instances: int = 2,
         options: MigrationOptions | None = None,
         transfer: TransferOptions | None = None,
+        async_scheduling: bool = False,
         **flags: Any,
     ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         arguments = EngineArgs(model=model, **(ENGINE_FLAGS | flags))
-        config = arguments.create_engine_config()
+
+        def engine_config() -> VllmConfig:
+            config: VllmConfig = arguments.create_engine_config()
+            # Not by the flag: on a CPU vLLM turns it off again, as there it saves nothing.
+            config.scheduler_config.async_scheduling = async_scheduling
+            return config
+
+        config = engine_config()
         renderer = renderer_from_config(config)
         self.tokenizer = renderer.tokenizer
         self._inputs = InputProcessor(config, renderer)
@@ -134,9 +164,7 @@ class Pool:
         self.answers: dict[str, Answer] = {}
         self.stats: list[IterationStats] = []
         # A configuration also registers the layers of its own model, so each needs one.
-        self.instances = [
-            self._boot(index, arguments.create_engine_config()) for index in range(num_instances)
-        ]
+        self.instances = [self._boot(index, engine_config()) for index in range(num_instances)]
 
     def _boot(self, index: int, config: Any) -> Instance:
         settings = EngineSettings(
@@ -208,9 +236,7 @@ class Pool:
         """No cached prefix is known, and no block still holds what it did."""
         for instance in self.instances:
             assert instance.core.reset_prefix_cache(), self.leftovers()
-            runner = instance.core.model_executor.driver_worker.worker.model_runner
-            for kv_cache in runner.kv_caches:
-                kv_cache.zero_()
+            instance.core.collective_rpc(_zero_blocks)
         self.stats.clear()
 
     # ---- faults -----------------------------------------------------------------------------
@@ -258,7 +284,9 @@ class Pool:
         at: int = 0,
         **fields: Any,
     ) -> Answer:
-        """Send a request to one instance. ``fields`` are ``InputProcessor.process_inputs``'s."""
+        """Send a request to one instance. ``fields`` are ``InputProcessor.process_inputs``'s, and
+        those of reasoning, which ``AsyncLLM`` sets in the same way."""
+        reasoning = {name: fields.pop(name) for name in _OF_REASONING if name in fields}
         params = params.clone()
         params.output_kind = RequestOutputKind.FINAL_ONLY
         prompt: Any = {"type": "token", "prompt_token_ids": list(prompt_token_ids)}
@@ -268,6 +296,8 @@ class Pool:
             request_id, prompt, params, supported_tasks=("generate",), **fields
         )
         self._inputs.assign_request_id(request)
+        for name, value in reasoning.items():
+            setattr(request, name, value)
         answer = self.answers[request_id] = Answer()
         sampling = request.sampling_params
         assert sampling is not None
@@ -416,14 +446,19 @@ class Pool:
         """Move a sequence, stepping the engines until that is over, and its arrival is known."""
         source = self.instances[self.where(sequence_id) if at is None else at]
         self.until(lambda: source.migrator._incoming.may_leave(sequence_id), "the last move closes")
-        moving = self.start_move(sequence_id, to, at)
+        (report,) = self.until_moved(self.start_move(sequence_id, to, at))
+        return report
 
-        def moved() -> bool:
-            time.sleep(BREATH_S)
-            return moving.done()
+    def until_moved(self, *moves: Future[ReportMigration]) -> list[ReportMigration]:
+        """Step until these migrations are over."""
 
-        self.until(moved, f"{sequence_id} moves")
-        return moving.result()
+        def over() -> bool:
+            # Of the loop's own time: on a machine whose cores are taken it gets little of them.
+            self.on_loop(asyncio.sleep(BREATH_S))
+            return all(move.done() for move in moves)
+
+        self.until(over, "the moves are over")
+        return [move.result() for move in moves]
 
     def connect(self, source: int, destination: int) -> None:
         """Make a link, which otherwise is made when it is first used."""
@@ -469,6 +504,11 @@ class Pool:
             if any(left.values()):
                 found[instance.name] = {key: value for key, value in left.items() if value}
         return found
+
+
+def _zero_blocks(worker: Any) -> None:
+    for kv_cache in worker.model_runner.kv_caches:
+        kv_cache.zero_()
 
 
 def _ignore(_: Future[Any]) -> None:

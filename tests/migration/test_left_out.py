@@ -14,34 +14,20 @@ import pytest
 import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.serial_utils import MsgpackEncoder
+from vllm.v1.kv_hints.protocol import KvHintsEnvelope
 
 from llumsched.engine.vllm import exports, imports, state
-from llumsched.engine.vllm.state import FinalState, RequestState, decode_request
-from tests.migration.answers import seen_by_client
-from tests.migration.cases import CASES
+from llumsched.engine.vllm.state import FinalState, RequestState
+from tests.migration import test_features
+from tests.migration.cases import CASES, params
+from tests.migration.leaving_out import capturing, moved
 from tests.migration.pool import Pool
-
-AT = 6
-
-
-def moved(pool: Pool, name: str) -> Any:
-    """A case's answer, moved once, or what kept it from being answered."""
-    case = CASES[name]
-    answer = pool.submit(name, case.prompt(pool.tokenizer), case.params, **case.fields)
-    pool.until(lambda: pool.num_tokens(name) >= AT)
-    for sequence_id in answer.sequence_ids:
-        report = pool.move(sequence_id, 1)
-        if report.outcome != "committed":
-            pool.finish(name)
-            return report.reason
-    return seen_by_client(pool.finish(name)[0])
 
 
 @pytest.fixture
 def differs(pool: Pool, unmoved: dict[str, Any]) -> Callable[[str], bool]:
     """Whether a case's answer is another one with what the test has replaced."""
-    return lambda name: bool(moved(pool, name) != unmoved[name])
+    return lambda name: bool(moved(pool, name, CASES[name]) != unmoved[name])
 
 
 @pytest.mark.parametrize("name", ["greedy", "seed", "JSON schema", "long prompt"])
@@ -123,20 +109,6 @@ def test_grammar(differs: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch
 
 
 # ---- what the request says ----------------------------------------------------------------------
-
-
-def capturing(monkeypatch: pytest.MonkeyPatch, change: Callable[[EngineCoreRequest], None]) -> None:
-    """Let the source send another request than it has."""
-    real = state.capture_request
-
-    def changed(*arguments: Any, **keywords: Any) -> RequestState:
-        captured = real(*arguments, **keywords)
-        request = decode_request(captured)
-        change(request)
-        encoded: Any = MsgpackEncoder().encode(request)[0]
-        return msgspec.structs.replace(captured, request=bytes(encoded))
-
-    monkeypatch.setattr(exports, "capture_request", changed)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +202,7 @@ def test_cache_salt(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
         ("client_index", 1),
         ("trace_headers", {"traceparent": "00-1-2-01"}),
         ("session_id", "s"),
+        ("kv_hints", KvHintsEnvelope("1", "m", [])),
     ],
 )
 def test_what_orders_and_routes_a_request(
@@ -250,3 +223,109 @@ def test_what_orders_and_routes_a_request(
         there = pool.instances[1].core.scheduler.requests[sequence_id]
         assert (getattr(there, field) == value) is not is_left_out
         pool.finish(name)
+
+
+# ---- how the move itself is told apart ----------------------------------------------------------
+
+
+def changing(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
+    """Let the source say something else of the request than is so."""
+    real = state.capture_request
+
+    def changed(*arguments: Any, **keywords: Any) -> RequestState:
+        return msgspec.structs.replace(real(*arguments, **keywords), **fields)
+
+    monkeypatch.setattr(exports, "capture_request", changed)
+
+
+def test_computed_tokens(differs: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another number of them the destination refuses, and the request stays."""
+
+    def one_less(**fields: Any) -> FinalState:
+        fields["num_computed_tokens"] -= 1
+        return FinalState(**fields)
+
+    monkeypatch.setattr(exports, "FinalState", one_less)
+    assert differs("greedy")
+
+
+def test_whether_it_has_kv(differs: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A destination that expects none reserves nothing, and refuses what comes."""
+    changing(monkeypatch, has_kv=False)
+    assert differs("greedy")
+
+
+def test_preemptions(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the request's, wherever it was preempted."""
+    for is_left_out in (False, True):
+        name = f"preempted {is_left_out}"
+        (sequence_id,) = pool.submit(name, [504, 2416], params()).sequence_ids
+        pool.until(lambda n=name: pool.num_tokens(n) >= 2)  # type: ignore[misc]
+        pool.instances[0].core.scheduler.requests[sequence_id].num_preemptions = 2
+        if is_left_out:
+            changing(monkeypatch, num_preemptions=0)
+        pool.move(sequence_id, 1)
+        there = pool.instances[1].core.scheduler.requests.get(sequence_id)
+        # Without them the source sees a request that was preempted while it moved.
+        assert (there is not None and there.num_preemptions == 2) is not is_left_out
+        pool.finish(name)
+
+
+def test_moves(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second arrival of a request looks like the first come late, and is not listened to."""
+    (sequence_id,) = pool.submit("r", [504, 2416], params(max_tokens=200)).sequence_ids
+    changing(monkeypatch, num_moves=1)
+    for to in (1, 2):
+        pool.until(lambda: pool.num_tokens("r") >= 2)
+        assert pool.move(sequence_id, to).outcome == "committed"
+    assert pool.where(sequence_id) == 1
+    pool.abort("r")
+
+
+# ---- all of it ----------------------------------------------------------------------------------
+
+# What carries a request, and for each of its fields the test that leaves it out, or why none does.
+LEFT_OUT: dict[type[msgspec.Struct], dict[str, object]] = {
+    FinalState: {
+        "output_token_ids": test_outputs_of_the_scheduler,
+        "num_computed_tokens": test_computed_tokens,
+        "generator_state": test_generator_at_all,
+    },
+    RequestState: {
+        "request": test_prompt,
+        "output_token_ids": "how much room to reserve; the final state has them all",
+        "num_preemptions": test_preemptions,
+        "num_moves": test_moves,
+        "has_kv": test_whether_it_has_kv,
+    },
+    EngineCoreRequest: {
+        "request_id": "the name of what moves",
+        "prompt_token_ids": test_prompt,
+        "sampling_params": test_sampling_parameter,
+        "lora_request": test_features.test_left_out,
+        "reasoning_ended": test_features.test_left_out,
+        "reasoning_parser_kwargs": test_features.test_left_out,
+        "cache_salt": test_cache_salt,
+        "arrival_time": test_what_orders_and_routes_a_request,
+        "client_index": test_what_orders_and_routes_a_request,
+        "priority": test_what_orders_and_routes_a_request,
+        "trace_headers": test_what_orders_and_routes_a_request,
+        "session_id": test_what_orders_and_routes_a_request,
+        "kv_hints": test_what_orders_and_routes_a_request,
+        "mm_features": "refused",
+        "pooling_params": "refused",
+        "prompt_embeds": "refused",
+        "prompt_is_token_ids": "refused: it goes with prompt embeddings",
+        "resumable": "refused",
+        "data_parallel_rank": "which engine of several; there is one an instance",
+        "current_wave": "of data parallelism",
+        "external_req_id": "stays in the frontend",
+        "abort_immediately": "such a request never runs",
+    },
+}
+
+
+@pytest.mark.parametrize("carrier", LEFT_OUT)
+def test_nothing_is_forgotten(carrier: type[msgspec.Struct]) -> None:
+    """A field that is new here, or in vLLM, is carried and left out, or has its reason."""
+    assert set(LEFT_OUT[carrier]) == set(carrier.__struct_fields__)
