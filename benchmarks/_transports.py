@@ -20,6 +20,7 @@ from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.kv_transfer import ReceiveRing, SendRing
 from llumsched.engine.process_group import free_rendezvous
 from llumsched.engine.vllm.kv import KVBlocks
+from llumsched.engine.vllm.kv_access import LocalKV
 from llumsched.runtime.messages import encode
 from llumsched.runtime.pacing import Pacer
 from llumsched.runtime.peer_link import Link, Session, receiving_channel
@@ -98,7 +99,7 @@ async def _send(endpoint: str, transport: str, num_blocks: int, repetitions: int
         return True
 
     context = zmq.asyncio.Context()
-    link = Link(context, endpoint, ring, kv, Pacer(0), checksum=False, on_answer=on_answer)
+    link = Link(context, endpoint, ring, LocalKV(kv), Pacer(0), checksum=False, on_answer=on_answer)
     await link.open("sender", "", transport)
     times_s = []
     for stage in range(repetitions + 1):  # the first one touches cold memory
@@ -136,7 +137,7 @@ async def _answer(parent: Connection) -> None:
                 message, message.num_blocks * kv.block_num_bytes, payload
             )
             first = message.first_block
-            kv.scatter(list(range(first, first + message.num_blocks)), staging)
+            kv.scatter(list(range(first, first + message.num_blocks)), staging.content)
             await router.send_multipart(
                 [identity, encode(SlotRead(slot=message.slot, use=message.use))]
             )

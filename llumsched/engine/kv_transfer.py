@@ -37,6 +37,18 @@ class RingOffer:
     slot_num_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staging:
+    """The bytes of some blocks: ``content``, uint8, and the slot of the ring that they begin.
+
+    ``ring`` is where other processes of the host can map them; ``None`` if they cannot.
+    """
+
+    content: torch.Tensor
+    ring: RingOffer | None = None
+    slot: int = 0
+
+
 class SendRing:
     """The sender's slots. ``acquire`` waits for a free one; ``free`` returns it.
 
@@ -61,19 +73,20 @@ class SendRing:
         self._pinned = pinned
         if pinned:
             _pin(self._bytes)
+        self._offer = RingOffer(
+            boot_id=host_id(),
+            pid=os.getpid(),
+            fd=self._fd,
+            inode=os.fstat(self._fd).st_ino,
+            num_slots=num_slots,
+            slot_num_bytes=slot_num_bytes,
+        )
         self._free: asyncio.Queue[int] = asyncio.Queue()
         for slot in range(num_slots):
             self._free.put_nowait(slot)
 
     def offer(self) -> RingOffer:
-        return RingOffer(
-            boot_id=host_id(),
-            pid=os.getpid(),
-            fd=self._fd,
-            inode=os.fstat(self._fd).st_ino,
-            num_slots=self.num_slots,
-            slot_num_bytes=self.slot_num_bytes,
-        )
+        return self._offer
 
     async def acquire(self) -> int:
         """Wait for a slot that nobody reads."""
@@ -87,6 +100,10 @@ class SendRing:
         """The slot's bytes: uint8, ``slot_num_bytes`` long."""
         start = slot * self.slot_num_bytes
         return self._bytes[start : start + self.slot_num_bytes]
+
+    def staging(self, slot: int, num_bytes: int) -> Staging:
+        """The first bytes of a slot, for this process and others."""
+        return Staging(content=self.slot(slot)[:num_bytes], ring=self._offer, slot=slot)
 
     def close(self) -> None:
         if self._pinned:
@@ -108,6 +125,7 @@ class ReceiveRing:
             raise OSError("the ring is on another host")
         if offer.num_slots <= 0 or offer.slot_num_bytes <= 0:
             raise OSError("the offered ring is empty")
+        self.offer = offer
         self.num_slots = offer.num_slots
         self.slot_num_bytes = offer.slot_num_bytes
         fd = os.open(f"/proc/{offer.pid}/fd/{offer.fd}", os.O_RDWR | os.O_CLOEXEC)
@@ -120,6 +138,14 @@ class ReceiveRing:
         finally:
             os.close(fd)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def is_offered(self) -> bool:
+        """Whether its sender still has it."""
+        try:
+            stat = Path(f"/proc/{self.offer.pid}/fd/{self.offer.fd}").stat()
+        except OSError:
+            return False
+        return stat.st_ino == self.offer.inode
 
     def slot(self, slot: int) -> torch.Tensor:
         """The slot's bytes; raises ``IndexError`` for a slot the ring does not have."""

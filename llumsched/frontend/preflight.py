@@ -56,7 +56,7 @@ def check_prefix_hashes(vllm_config: VllmConfig, environment: Mapping[str, str])
 def plan_cpu_memory(
     vllm_config: VllmConfig, num_instances: int, environment: Mapping[str, str]
 ) -> int | None:
-    """KV-cache bytes of each CPU instance, where no flag names them.
+    """KV-cache bytes of each worker of a CPU instance, where no flag names them.
 
     Returns:
         the bytes, or ``None`` if the flags say it themselves.
@@ -67,19 +67,22 @@ def plan_cpu_memory(
     available = int(psutil.virtual_memory().available * SHARE_OF_AVAILABLE_MEMORY)
     weights = weight_num_bytes(vllm_config.model_config.model)
     cache = vllm_config.cache_config
+    num_workers = vllm_config.parallel_config.world_size
+    # The weights are shared out to the workers, the KV cache is named for each of them.
+    processes = PROCESS_NUM_BYTES * (num_workers + 1 if num_workers > 1 else 1)
     kv: int | None = cache.kv_cache_memory_bytes
     chosen: int | None = None
     if environment.get("VLLM_CPU_KVCACHE_SPACE"):
         kv = int(environment["VLLM_CPU_KVCACHE_SPACE"]) * GIB
     if kv is None:
-        left = available // num_instances - weights - PROCESS_NUM_BYTES
-        kv = chosen = max(min(left, DEFAULT_CPU_KV_NUM_BYTES), GIB // 4)
-    needed = num_instances * (weights + kv + PROCESS_NUM_BYTES)
+        left = available // num_instances - weights - processes
+        kv = chosen = max(min(left, DEFAULT_CPU_KV_NUM_BYTES), GIB // 4) // num_workers
+    needed = num_instances * (weights + kv * num_workers + processes)
     if needed > available:
         raise UsageError(
             f"{num_instances} instances need about {needed / GIB:.1f} GiB "
-            f"({weights / GIB:.1f} of weights, {kv / GIB:.1f} of KV cache and "
-            f"{PROCESS_NUM_BYTES / GIB:.1f} of process each); {available / GIB:.1f} GiB are "
+            f"({weights / GIB:.1f} of weights, {kv * num_workers / GIB:.1f} of KV cache and "
+            f"{processes / GIB:.1f} of process each); {available / GIB:.1f} GiB are "
             "available. Lower --instances or --kv-cache-memory-bytes."
         )
     return chosen
@@ -94,12 +97,13 @@ def weight_num_bytes(model: str) -> int:
     return max(sum(f.stat().st_size for f in folder.glob(pattern)) for pattern in patterns)
 
 
-def cpu_threads_per_instance(num_instances: int, environment: Mapping[str, str]) -> int:
-    """Threads an instance computes with: an even share of the cores, at least one.
+def cpu_threads_per_worker(num_workers: int, environment: Mapping[str, str]) -> int:
+    """Threads a worker computes with, of ``num_workers`` in all instances: an even share of the
+    cores, at least one.
 
     One core is left to the frontend, as vLLM leaves one to its own server on CPU.
     """
     chosen = environment.get("OMP_NUM_THREADS")
     if chosen:
         return int(chosen)
-    return max(1, (len(os.sched_getaffinity(0)) - 1) // num_instances)
+    return max(1, (len(os.sched_getaffinity(0)) - 1) // num_workers)

@@ -50,7 +50,7 @@ from llumsched.frontend.pool_metrics import PoolMetrics
 from llumsched.frontend.preflight import (
     check_model,
     check_prefix_hashes,
-    cpu_threads_per_instance,
+    cpu_threads_per_worker,
     plan_cpu_memory,
 )
 from llumsched.frontend.sockets import FrontendSockets
@@ -120,8 +120,6 @@ def _engine_config(args: argparse.Namespace) -> VllmConfig:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         message = " ".join(lines[:3]) if lines else type(error).__name__
         raise UsageError(f"{args.model} cannot be served: {message}") from error
-    if config.parallel_config.world_size > 1 and current_platform.is_cpu():
-        raise UsageError("--tensor-parallel-size: one worker an instance is supported on CPU.")
     return config
 
 
@@ -263,13 +261,15 @@ def _planner(
 
 def _resources(vllm_config: VllmConfig, num_instances: int) -> InstanceResources:
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    num_workers = vllm_config.parallel_config.world_size
     if not current_platform.is_cpu():
-        return InstanceResources(
-            num_cpus=1,
-            num_gpus=vllm_config.parallel_config.world_size,
-            environment=environment,
-        )
-    environment["OMP_NUM_THREADS"] = str(cpu_threads_per_instance(num_instances, os.environ))
+        return InstanceResources(num_cpus=1, num_gpus=num_workers, environment=environment)
+    num_threads = cpu_threads_per_worker(num_instances * num_workers, os.environ)
+    environment["OMP_NUM_THREADS"] = str(num_threads)
+    if num_workers > 1:
+        # By itself vLLM wants a NUMA node for each worker, and binds all instances to the same.
+        bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = bound
     if os.environ.get("LD_PRELOAD"):
         # vLLM's CPU platform has set it, for the OpenMP library that torch brings.
         environment["LD_PRELOAD"] = os.environ["LD_PRELOAD"]

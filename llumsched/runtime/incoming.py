@@ -56,7 +56,9 @@ class _Arriving:
     block_ids: list[int] = field(default_factory=list)
     is_allocated: bool = False
     room: asyncio.Event = field(default_factory=asyncio.Event)
-    blocks_received: set[int] = field(default_factory=set)
+    blocks_begun: set[int] = field(default_factory=set)
+    blocks_written: set[int] = field(default_factory=set)
+    num_writing: int = 0
     timer: asyncio.TimerHandle | None = None
 
 
@@ -140,7 +142,7 @@ class IncomingMigrations:
                 logger.warning("Dropped a request that is none: %s", type(message).__name__)
 
     async def store(
-        self, message: StoreBlocks, reply: Reply, write: Callable[[list[int]], None]
+        self, message: StoreBlocks, reply: Reply, write: Callable[[list[int]], Awaitable[None]]
     ) -> None:
         """Blocks of a stage have come; ``write`` puts them into the blocks of these ids."""
         arriving = self._announced(message, reply)
@@ -154,11 +156,22 @@ class IncomingMigrations:
         if not record.first_block <= message.first_block < end <= len(arriving.block_ids):
             self._fail(message, f"blocks {message.first_block} to {end} are not of this stage")
             return
-        if message.first_block in arriving.blocks_received:
+        if message.first_block in arriving.blocks_begun:
             return  # doubled on the link; its slot may hold other blocks by now
-        write(arriving.block_ids[message.first_block : end])
-        arriving.blocks_received.update(range(message.first_block, end))
-        if len(arriving.blocks_received) == record.num_stage_blocks:
+        arriving.blocks_begun.update(range(message.first_block, end))
+        arriving.num_writing += 1
+        try:
+            await write(arriving.block_ids[message.first_block : end])
+        except RuntimeError as error:
+            self._fail(message, str(error))
+            return
+        finally:
+            arriving.num_writing -= 1
+            self._cancel_unused(arriving, record.request_id)
+        if not self._is_receiving(arriving, message.stage):
+            return
+        arriving.blocks_written.update(range(message.first_block, end))
+        if len(arriving.blocks_written) == record.num_stage_blocks:
             self._post(
                 protocol.BlocksWritten(
                     migration_id=message.migration_id,
@@ -186,7 +199,8 @@ class IncomingMigrations:
         )
         if protocol.is_current(arriving.record, announced):
             arriving.room.clear()
-            arriving.blocks_received = set()
+            arriving.blocks_begun = set()
+            arriving.blocks_written = set()
             self._post(announced)
         return arriving
 
@@ -343,6 +357,11 @@ class IncomingMigrations:
         if arriving.is_allocated:
             arriving.is_allocated = False
             arriving.block_ids = []
+            self._cancel_unused(arriving, request_id)
+
+    def _cancel_unused(self, arriving: _Arriving, request_id: str) -> None:
+        """Blocks that were given up are free once no worker writes them any more."""
+        if not arriving.is_allocated and not arriving.num_writing:
             self._call(lambda: self._port.cancel(request_id))
 
     async def _grow(

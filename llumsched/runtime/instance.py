@@ -95,6 +95,8 @@ class Instance:
         except SystemExit:
             if not self._stopping.is_set():
                 raise RuntimeError("the engine's loop ended by itself") from None
+        finally:
+            self._port.close()
 
     def stop(self) -> None:
         """Ask the engine to end; ``run`` returns soon after."""

@@ -29,7 +29,7 @@ from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.compatibility import differences
 from llumsched.engine.kv_transfer import ReceiveRing, SendRing
 from llumsched.engine.process_group import free_rendezvous
-from llumsched.engine.vllm.kv import KVBlocks
+from llumsched.engine.vllm.kv_access import KVAccess
 from llumsched.engine.vllm.migration import MigrationPort
 from llumsched.runtime.incoming import IncomingMigrations, Reply
 from llumsched.runtime.messages import OrderMigration, ReportMigration, encode
@@ -229,7 +229,7 @@ class Migrator:
 
         self._loop.call_soon_threadsafe(tell)
 
-    async def _link(self, destination: str, endpoint: str, kv: KVBlocks) -> Link:
+    async def _link(self, destination: str, endpoint: str, kv: KVAccess) -> Link:
         link = self._links.get(destination)
         if link is not None and link.is_broken:
             if any(other.destination == destination for other in self._outgoing.values()):
@@ -252,7 +252,7 @@ class Migrator:
                 self._ring = SendRing(
                     num_slots=self._transfer.staging_slots,
                     slot_num_bytes=blocks_per_slot * kv.block_num_bytes,
-                    pinned=kv.device.type == "cuda",
+                    pinned=kv.pins_staging,
                 )
             link = self._links[destination] = Link(
                 self._context,

@@ -25,9 +25,9 @@ import zmq
 import zmq.asyncio
 
 from llumsched.engine.base import CannotMigrate, Refusal
-from llumsched.engine.kv_transfer import ReceiveRing, SendRing
+from llumsched.engine.kv_transfer import ReceiveRing, SendRing, Staging
 from llumsched.engine.process_group import GroupChannel
-from llumsched.engine.vllm.kv import KVBlocks
+from llumsched.engine.vllm.kv_access import KVAccess
 from llumsched.runtime.messages import encode
 from llumsched.runtime.pacing import Pacer
 from llumsched.runtime.peer_messages import (
@@ -61,7 +61,7 @@ class Link:
         context: zmq.asyncio.Context,
         endpoint: str,
         ring: SendRing,
-        kv: KVBlocks,
+        kv: KVAccess,
         pacer: Pacer,
         *,
         checksum: bool,
@@ -157,9 +157,10 @@ class Link:
             slot = await self._ring.acquire()
             self._num_uses += 1
             self._slots_sent[slot] = (self._num_uses, migration_id)
-            staging = self._ring.slot(slot)[:num_bytes]
+            staging = self._ring.staging(slot, num_bytes)
+            # Of this thread: with several ranks each worker copies on a core of its own.
             started_s = time.thread_time()
-            self._kv.gather(part, staging)
+            await self._kv.gather(part, staging)
             self._pacer.copied(time.thread_time() - started_s, time.monotonic())
             header = encode(
                 StoreBlocks(
@@ -171,22 +172,22 @@ class Link:
                     num_blocks=len(part),
                     slot=slot,
                     use=self._num_uses,
-                    checksum=checksum_of(staging) if self._checksum else None,
+                    checksum=checksum_of(staging.content) if self._checksum else None,
                 )
             )
-            await self._send_part(header, staging)
+            await self._send_part(header, staging.content)
 
-    async def _send_part(self, header: bytes, staging: torch.Tensor) -> None:
+    async def _send_part(self, header: bytes, content: torch.Tensor) -> None:
         if self._socket.closed:
             return
         if self.transport == "tcp":
             # The slot's memory goes to the socket as it is; it is free again when it was read.
-            await self._socket.send_multipart([header, staging.numpy().data], copy=False)
+            await self._socket.send_multipart([header, content.numpy().data], copy=False)
             return
         await self._socket.send(header)
         if self._channel is not None:
             try:
-                await self._channel.send(staging)
+                await self._channel.send(content)
             except RuntimeError:
                 self.is_broken = True
                 raise
@@ -245,27 +246,28 @@ class Session:
 
     async def staging(
         self, message: StoreBlocks, num_bytes: int, payload: memoryview | None
-    ) -> torch.Tensor:
-        """The bytes of a part: uint8. To be called once for each part, in the order they came.
+    ) -> Staging:
+        """The bytes of a part. To be called once for each part, in the order they came.
 
         Raises:
             ValueError: if there are none, too few, or not those that were sent.
             IndexError: if the sender's ring has no such slot.
         """
+        ring = None
         if payload is not None:
-            staging = torch.frombuffer(payload, dtype=torch.uint8)
+            content = torch.frombuffer(payload, dtype=torch.uint8)
         elif self._channel is not None:
-            staging = await self._channel.receive(num_bytes)
+            content = await self._channel.receive(num_bytes)
         elif self._ring is not None:
-            staging = self._ring.slot(message.slot)
+            content, ring = self._ring.slot(message.slot), self._ring.offer
         else:
             raise ValueError("no bytes came with the blocks, and no memory is shared")
-        if len(staging) < num_bytes:
-            raise ValueError(f"{num_bytes} bytes announced, {len(staging)} sent")
-        staging = staging[:num_bytes]
-        if message.checksum is not None and checksum_of(staging) != message.checksum:
+        if len(content) < num_bytes:
+            raise ValueError(f"{num_bytes} bytes announced, {len(content)} sent")
+        content = content[:num_bytes]
+        if message.checksum is not None and checksum_of(content) != message.checksum:
             raise ValueError("the bytes are not those that were sent")
-        return staging
+        return Staging(content=content, ring=ring, slot=message.slot)
 
     def close(self) -> None:
         if self._channel is not None:

@@ -66,6 +66,16 @@ def test_receiver_keeps_what_a_dead_sender_wrote() -> None:
     assert torch.equal(received.slot(0), pattern(0))
 
 
+def test_a_ring_is_offered_until_it_is_closed() -> None:
+    ring = SendRing(num_slots=1, slot_num_bytes=16)
+    received = ReceiveRing(ring.offer())
+    assert received.is_offered()
+    ring.close()
+    assert not received.is_offered()
+    with Path("/dev/null").open():  # perhaps by the same number
+        assert not received.is_offered()
+
+
 def test_nothing_is_left_of_a_ring() -> None:
     def num_descriptors() -> int:
         links = [fd.readlink() for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]

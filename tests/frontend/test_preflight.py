@@ -16,7 +16,7 @@ from llumsched.frontend.preflight import (
     GIB,
     check_model,
     check_prefix_hashes,
-    cpu_threads_per_instance,
+    cpu_threads_per_worker,
     plan_cpu_memory,
     weight_num_bytes,
 )
@@ -39,9 +39,10 @@ def model(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make_config(model: Path, kv_cache_memory_bytes: int | None = None) -> Any:
+def make_config(model: Path, kv_cache_memory_bytes: int | None = None, num_workers: int = 1) -> Any:
     """The part of vLLM's configuration that is looked at."""
     return SimpleNamespace(
+        parallel_config=SimpleNamespace(world_size=num_workers),
         model_config=SimpleNamespace(model=str(model)),
         cache_config=SimpleNamespace(kv_cache_memory_bytes=kv_cache_memory_bytes),
     )
@@ -101,6 +102,16 @@ def test_memory_is_shared_out(model: Path) -> None:
 
 
 @pytest.mark.usefixtures("machine")
+def test_memory_of_an_instance_is_shared_out_to_its_workers(model: Path) -> None:
+    assert plan_cpu_memory(make_config(model, num_workers=4), 1, {}) == (
+        DEFAULT_CPU_KV_NUM_BYTES // 4
+    )
+    # The flag is for each worker, as vLLM has it.
+    with pytest.raises(UsageError, match=r"1\.0 of weights, 8\.0 of KV cache and 4\.5 of process"):
+        plan_cpu_memory(make_config(model, 2 * GIB, num_workers=4), 2, {})
+
+
+@pytest.mark.usefixtures("machine")
 def test_memory_that_a_flag_names_is_left_alone(model: Path) -> None:
     assert plan_cpu_memory(make_config(model, GIB), 2, {}) is None
     assert plan_cpu_memory(make_config(model), 2, {"VLLM_CPU_KVCACHE_SPACE": "1"}) is None
@@ -133,8 +144,8 @@ def test_cores_are_shared_out(
     monkeypatch: pytest.MonkeyPatch, num_cores: int, num_instances: int, expected: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(num_cores)))
-    assert cpu_threads_per_instance(num_instances, {}) == expected
+    assert cpu_threads_per_worker(num_instances, {}) == expected
 
 
 def test_threads_that_the_environment_names_are_left_alone() -> None:
-    assert cpu_threads_per_instance(4, {"OMP_NUM_THREADS": "3"}) == 3
+    assert cpu_threads_per_worker(4, {"OMP_NUM_THREADS": "3"}) == 3

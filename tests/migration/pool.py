@@ -220,6 +220,7 @@ class Pool:
         self._thread.join()
         self._loop.close()
         for instance in self.instances:
+            instance.port.close()
             instance.core.shutdown()  # type: ignore[no-untyped-call]
 
     def recover(self) -> None:

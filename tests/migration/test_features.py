@@ -21,7 +21,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from llumsched.engine.vllm import imports
 from tests.migration import reasoning
-from tests.migration.answers import seen_by_client
+from tests.migration.answers import THOROUGH, seen_by_client
 from tests.migration.cases import CASES, Case, params
 from tests.migration.leaving_out import capturing, moved
 from tests.migration.pool import Pool, events_that_are_over
@@ -103,13 +103,28 @@ class Kind:
     is_async: bool = False
 
 
+# Of each kind that the scheduler or the worker keeps something for.
+IN_FLIGHT = (
+    "greedy",
+    "seed, top_p, top_k, min_p",
+    "penalties, seed",
+    "min_tokens",
+    "bad words",
+    "stop string",
+    "prompt logprobs",
+    "JSON schema",
+    "tool call",
+    "three of one",
+    "long prompt",
+)
+IN_FLIGHT_CASES = CASES if THOROUGH else {name: CASES[name] for name in IN_FLIGHT}
 WITH_LORA = {"enable_lora": True, "max_lora_rank": RANK}
 WITH_REASONING = {"reasoning_parser": reasoning.NAME}
 KINDS = {
     "LoRA": Kind(WITH_LORA, LORA),
     "LoRA, async": Kind(WITH_LORA, LORA, is_async=True),
     "reasoning": Kind(WITH_REASONING, REASONING),
-    "async": Kind(WITH_REASONING, CASES | REASONING, is_async=True),
+    "async": Kind(WITH_REASONING, IN_FLIGHT_CASES | REASONING, is_async=True),
 }
 
 
@@ -139,25 +154,49 @@ def unmoved(engines: Pool, kind: Kind) -> dict[str, Any]:
     return answers_of(engines, kind.cases)
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [(kind, name) for kind in KINDS for name in KINDS[kind].cases],
-    indirect=["kind"],
-)
-def test_in_a_circle(pool: Pool, kind: Kind, unmoved: dict[str, Any], name: str) -> None:
+def of(*kinds: str) -> pytest.MarkDecorator:
+    """With engines made so; a mark of its own, for them to be booted once."""
+    return pytest.mark.parametrize("kind", kinds, indirect=True)
+
+
+@of("LoRA", "LoRA, async")
+@pytest.mark.parametrize("name", LORA)
+def test_lora(pool: Pool, kind: Kind, unmoved: dict[str, Any], name: str) -> None:
     assert seen_by_client(in_a_circle(pool, name, kind.cases[name])) == unmoved[name]
 
 
+@of("reasoning", "async")
+@pytest.mark.parametrize("name", REASONING)
+def test_reasoning(pool: Pool, kind: Kind, unmoved: dict[str, Any], name: str) -> None:
+    assert seen_by_client(in_a_circle(pool, name, kind.cases[name])) == unmoved[name]
+
+
+@of("async")
+@pytest.mark.parametrize("name", IN_FLIGHT_CASES)
+def test_with_steps_in_flight(pool: Pool, kind: Kind, unmoved: dict[str, Any], name: str) -> None:
+    assert seen_by_client(in_a_circle(pool, name, kind.cases[name])) == unmoved[name]
+
+
+# ---- left out, as in ``test_left_out`` ----------------------------------------------------------
+
+
+@of("LoRA")
+def test_adapter_left_out(
+    pool: Pool, kind: Kind, unmoved: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capturing(monkeypatch, lambda request: setattr(request, "lora_request", None))
+    assert moved(pool, "LoRA", kind.cases["LoRA"]) != unmoved["LoRA"]
+
+
+@of("reasoning")
 @pytest.mark.parametrize(
-    ("kind", "name", "field"),
+    ("name", "field"),
     [
-        ("LoRA", "LoRA", "lora_request"),
-        ("reasoning", "reasoning, ended by its budget", "reasoning_parser_kwargs"),
-        ("reasoning", "reasoning, ended before", "reasoning_ended"),
+        ("reasoning, ended by its budget", "reasoning_parser_kwargs"),
+        ("reasoning, ended before", "reasoning_ended"),
     ],
-    indirect=["kind"],
 )
-def test_left_out(
+def test_start_of_reasoning_left_out(
     pool: Pool,
     kind: Kind,
     unmoved: dict[str, Any],
@@ -165,13 +204,11 @@ def test_left_out(
     name: str,
     field: str,
 ) -> None:
-    """As in ``test_left_out``, of what only these engines have."""
-    assert moved(pool, name, kind.cases[name]) == unmoved[name]
     capturing(monkeypatch, lambda request: setattr(request, field, None))
     assert moved(pool, name, kind.cases[name]) != unmoved[name]
 
 
-@pytest.mark.parametrize("kind", ["reasoning"], indirect=True)
+@of("reasoning")
 def test_grammar_after_reasoning_left_out(
     pool: Pool, kind: Kind, unmoved: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,8 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_hints.protocol import KvHintsEnvelope
 
 from llumsched.engine.vllm import exports, imports, state
+from llumsched.engine.vllm.kv import KVBlocks
+from llumsched.engine.vllm.kv_access import LocalKV
 from llumsched.engine.vllm.state import FinalState, RequestState
 from tests.migration import test_features
 from tests.migration.cases import CASES, params
@@ -39,12 +41,17 @@ def test_nothing_left_out(differs: Callable[[str], bool], name: str) -> None:
 # ---- the KV cache -------------------------------------------------------------------------------
 
 
+def blocks_of(pool: Pool, index: int) -> KVBlocks:
+    kv = pool.instances[index].port.kv
+    assert isinstance(kv, LocalKV)
+    return kv.blocks
+
+
 @pytest.mark.parametrize("name", ["greedy", "long prompt"])
 def test_kv(
     pool: Pool, differs: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    kv = pool.instances[1].port.kv
-    monkeypatch.setattr(kv, "scatter", lambda _ids, _staging: None)
+    monkeypatch.setattr(blocks_of(pool, 1), "scatter", lambda _ids, _staging: None)
     assert differs(name)
 
 
@@ -53,8 +60,7 @@ def test_kv_of_the_last_stage_only(
     pool: Pool, differs: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """The tail: the block that was not full while the request still decoded."""
-    kv = pool.instances[1].port.kv
-    assert kv is not None
+    kv = blocks_of(pool, 1)
     scatter, calls = kv.scatter, []
 
     def all_but_the_last(block_ids: list[int], staging: torch.Tensor) -> None:
@@ -274,11 +280,15 @@ def test_preemptions(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_moves(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second arrival of a request looks like the first come late, and is not listened to."""
     (sequence_id,) = pool.submit("r", [504, 2416], params(max_tokens=200)).sequence_ids
+    pool.until(lambda: pool.num_tokens("r") >= 2)
     changing(monkeypatch, num_moves=1)
-    for to in (1, 2):
-        pool.until(lambda: pool.num_tokens("r") >= 2)
-        assert pool.move(sequence_id, to).outcome == "committed"
-    assert pool.where(sequence_id) == 1
+    assert pool.move(sequence_id, 1).outcome == "committed"
+    pool.until(lambda: pool.where(sequence_id) == 1)
+    assert pool.move(sequence_id, 2).outcome == "committed"
+    num_tokens = pool.num_tokens("r")
+    there = pool.instances[2].core.scheduler.requests[sequence_id]
+    pool.until(lambda: there.num_output_tokens > num_tokens + 2)
+    assert (pool.where(sequence_id), pool.num_tokens("r")) == (1, num_tokens)
     pool.abort("r")
 
 
@@ -302,9 +312,9 @@ LEFT_OUT: dict[type[msgspec.Struct], dict[str, object]] = {
         "request_id": "the name of what moves",
         "prompt_token_ids": test_prompt,
         "sampling_params": test_sampling_parameter,
-        "lora_request": test_features.test_left_out,
-        "reasoning_ended": test_features.test_left_out,
-        "reasoning_parser_kwargs": test_features.test_left_out,
+        "lora_request": test_features.test_adapter_left_out,
+        "reasoning_ended": test_features.test_start_of_reasoning_left_out,
+        "reasoning_parser_kwargs": test_features.test_start_of_reasoning_left_out,
         "cache_salt": test_cache_salt,
         "arrival_time": test_what_orders_and_routes_a_request,
         "client_index": test_what_orders_and_routes_a_request,

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from llumsched.core.migration import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
-from llumsched.engine.kv_transfer import SendRing
+from llumsched.engine.kv_transfer import SendRing, Staging
 from llumsched.runtime import peer_link
 from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES, params
@@ -93,7 +92,7 @@ def test_bytes_that_were_changed_end_the_migration(
     pool.configure(transfer=TransferOptions(checksum=True))
     real = peer_link.Session.staging
 
-    async def changed(session: peer_link.Session, message: Any, *rest: Any) -> torch.Tensor:
+    async def changed(session: peer_link.Session, message: Any, *rest: Any) -> Staging:
         if session._ring is not None:
             session._ring.slot(message.slot)[7] ^= 1
         return await real(session, message, *rest)

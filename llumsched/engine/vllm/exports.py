@@ -311,6 +311,7 @@ class ExportingPort(EnginePort):
         if request.num_computed_tokens != num_expected_tokens:
             future.set_exception(CannotMigrate("the request is not between two decode steps"))
             return
+        # All workers sample the same, so one speaks for them.
         generator_state = self._engine.collective_rpc(
             read_generator_state, args=(request.request_id,)
         )[0]

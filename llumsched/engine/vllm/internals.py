@@ -248,6 +248,7 @@ INTERNALS: tuple[Internal, ...] = (
         on_instances=True,
     ),
     Internal(_RUNNER, "kv_caches", "copy blocks", on_instances=True),
+    Internal("vllm.v1.executor", "UniProcExecutor", "find the KV cache"),
     Internal(
         "vllm.v1.worker.gpu_input_batch",
         "CachedRequestState",

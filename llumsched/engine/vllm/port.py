@@ -8,12 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+from vllm.v1.executor import UniProcExecutor
 from vllm.v1.request import Request
 
 from llumsched.engine.compatibility import PROTOCOL_VERSION, Compatibility, fingerprint_of
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.internals import installed_version
 from llumsched.engine.vllm.kv import KVBlocks
+from llumsched.engine.vllm.kv_access import KVAccess, LocalKV
+from llumsched.engine.vllm.kv_shards import ShardedKV
 from llumsched.engine.vllm.state import why_engine_cannot_migrate
 
 
@@ -48,10 +51,23 @@ class EnginePort:
         self.kv = self._open_kv_cache() if self.refusal is None else None
         engine.observe(on_add=self._on_add)
 
-    def _open_kv_cache(self) -> KVBlocks | None:
-        runner = self._engine.model_executor.driver_worker.worker.model_runner
+    def close(self) -> None:
+        """Let go of the KV cache; nothing may be copied any more."""
+        if self.kv is not None:
+            self.kv.close()
+
+    def _open_kv_cache(self) -> KVAccess | None:
+        executor = self._engine.model_executor
+        num_blocks = self._kv_manager.kv_cache_config.num_blocks
         try:
-            return KVBlocks(runner.kv_caches, self._kv_manager.kv_cache_config.num_blocks)
+            if isinstance(executor, UniProcExecutor):
+                runner = executor.driver_worker.worker.model_runner
+                return LocalKV(KVBlocks(runner.kv_caches, num_blocks))
+            return ShardedKV(
+                self._engine.collective_rpc,
+                num_workers=self._engine.vllm_config.parallel_config.world_size,
+                num_blocks=num_blocks,
+            )
         except ValueError as error:
             self.refusal = str(error)
             return None

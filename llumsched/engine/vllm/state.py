@@ -57,8 +57,12 @@ def why_engine_cannot_migrate(
 ) -> str | None:
     """The reason why no request of this engine can move, or ``None``."""
     parallel = vllm_config.parallel_config
-    if parallel.world_size > 1:
-        return f"the instance spans {parallel.world_size} workers; one worker is supported"
+    if parallel.world_size > parallel.tensor_parallel_size:
+        return "the instance's workers are not the shards of one model (tensor parallelism) alone"
+    if parallel.decode_context_parallel_size > 1:
+        return "the tokens of a block are spread over workers (decode context parallelism)"
+    if parallel.world_size > 1 and parallel.distributed_executor_backend != "mp":
+        return "the instance's workers may be on other hosts; --distributed-executor-backend mp"
     if vllm_config.speculative_config is not None:
         return "speculative decoding is on"
     if vllm_config.kv_transfer_config is not None:

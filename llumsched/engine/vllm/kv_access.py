@@ -1,0 +1,59 @@
+"""How a migrator reaches an engine's KV blocks, in whichever process they are.
+
+Where an engine is one process its blocks are at hand. Where it has workers, each has a shard of
+every block (``kv_shards``). Either way a part of a stage is one run of bytes in a slot of staging
+memory, and one call copies all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from llumsched.engine.kv_transfer import Staging
+from llumsched.engine.vllm.kv import KVBlocks
+
+
+class KVAccess(Protocol):
+    """``layout`` is equal where blocks can move, ``block_num_bytes`` what they need of a slot.
+
+    ``pins_staging``: the copies are faster from and to memory that is locked for a GPU.
+    Both calls raise ``RuntimeError`` if a worker cannot copy, or is gone.
+    """
+
+    @property
+    def layout(self) -> str: ...
+
+    @property
+    def block_num_bytes(self) -> int: ...
+
+    @property
+    def pins_staging(self) -> bool: ...
+
+    async def gather(self, block_ids: Sequence[int], staging: Staging) -> None:
+        """Copy blocks into ``staging``, which has room for them."""
+
+    async def scatter(self, block_ids: Sequence[int], staging: Staging) -> None:
+        """The inverse of ``gather``, into the blocks named here."""
+
+    def close(self) -> None:
+        """Let go of what is held to reach them."""
+
+
+class LocalKV:
+    """Blocks of this process, copied by the thread that calls."""
+
+    def __init__(self, blocks: KVBlocks) -> None:
+        self.blocks = blocks
+        self.layout = blocks.layout
+        self.block_num_bytes = blocks.block_num_bytes
+        self.pins_staging = blocks.device.type == "cuda"
+
+    async def gather(self, block_ids: Sequence[int], staging: Staging) -> None:
+        self.blocks.gather(block_ids, staging.content)
+
+    async def scatter(self, block_ids: Sequence[int], staging: Staging) -> None:
+        self.blocks.scatter(block_ids, staging.content)
+
+    def close(self) -> None:
+        """Nothing is held."""

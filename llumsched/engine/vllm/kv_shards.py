@@ -1,0 +1,239 @@
+"""The KV blocks of an engine with several workers: a shard of each block in every worker.
+
+In a slot of staging memory the shards lie rank after rank, so one part of a stage has those of all
+ranks, and has arrived when all have. Each worker maps the slot and copies its own part, on a thread
+beside that of its steps: within a host a shard goes from worker to worker of the same rank, and
+the engine's process only says which blocks. Between hosts it also sends the slot's bytes.
+
+The engine and a worker talk through two pipes, which have no name and end with either of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
+from typing import Any
+
+import msgspec
+
+from llumsched.engine.kv_transfer import ReceiveRing, RingOffer, SendRing, Staging
+from llumsched.engine.vllm.kv import KVBlocks
+
+LENGTH_NUM_BYTES = 4
+GONE = "it is gone"
+
+
+class ShardOpened(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker has of each block; ``refused`` is why its blocks cannot be copied."""
+
+    layout: str = ""
+    block_num_bytes: int = 0
+    refused: str = ""
+
+
+class CopyShard(msgspec.Struct, frozen=True, kw_only=True):
+    """Copy a worker's shards of these blocks into a slot, or with ``is_scatter`` out of it.
+
+    They begin at byte ``start`` of the slot.
+    """
+
+    is_scatter: bool
+    block_ids: list[int]
+    ring: RingOffer
+    slot: int
+    start: int
+
+
+class ShardCopied(msgspec.Struct, frozen=True, kw_only=True):
+    """``error`` is empty if all was copied."""
+
+    error: str = ""
+
+
+class ShardedKV:
+    """The blocks of all workers, seen from the engine's process.
+
+    Args:
+        collective_rpc: calls a function in every worker; the answers are in the order of ranks.
+        num_blocks: number of blocks of the pool, the null block included.
+
+    Raises:
+        ValueError: if a worker's blocks cannot be copied.
+    """
+
+    pins_staging = False
+
+    def __init__(
+        self, collective_rpc: Callable[..., list[Any]], *, num_workers: int, num_blocks: int
+    ) -> None:
+        commands = [os.pipe() for _ in range(num_workers)]
+        answers = [os.pipe() for _ in range(num_workers)]
+        self._pipes = [
+            (FileIO(command, "wb"), FileIO(answer, "rb"))
+            for (_, command), (answer, _) in zip(commands, answers, strict=True)
+        ]
+        theirs = [
+            (command, answer) for (command, _), (_, answer) in zip(commands, answers, strict=True)
+        ]
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-shards")
+        self._inbox: SendRing | None = None
+        self._inbox_lock = asyncio.Lock()
+        try:
+            shards: list[ShardOpened] = collective_rpc(
+                open_shard, args=(os.getpid(), theirs, num_blocks)
+            )
+        finally:
+            for pair in theirs:
+                for descriptor in pair:
+                    os.close(descriptor)
+        refused = [shard.refused for shard in shards if shard.refused]
+        if refused:
+            self.close()
+            raise ValueError(refused[0])
+        self._shard_num_bytes = [shard.block_num_bytes for shard in shards]
+        self.layout = " | ".join(shard.layout for shard in shards)
+        self.block_num_bytes = sum(self._shard_num_bytes)
+
+    async def gather(self, block_ids: Sequence[int], staging: Staging) -> None:
+        assert staging.ring is not None, "what is gathered goes into a ring"
+        await self._copy(block_ids, staging.ring, staging.slot, is_scatter=False)
+
+    async def scatter(self, block_ids: Sequence[int], staging: Staging) -> None:
+        if staging.ring is not None:
+            await self._copy(block_ids, staging.ring, staging.slot, is_scatter=True)
+            return
+        async with self._inbox_lock:
+            inbox = self._inbox_for(len(staging.content))
+            inbox.slot(0)[: len(staging.content)] = staging.content
+            await self._copy(block_ids, inbox.offer(), 0, is_scatter=True)
+
+    def close(self) -> None:
+        for to_worker, from_worker in self._pipes:
+            to_worker.close()
+            from_worker.close()
+        self._thread.shutdown(wait=False)
+        if self._inbox is not None:
+            self._inbox.close()
+            self._inbox = None
+
+    def _inbox_for(self, num_bytes: int) -> SendRing:
+        """Memory that the workers can map, for bytes that came through a socket."""
+        if self._inbox is None or self._inbox.slot_num_bytes < num_bytes:
+            if self._inbox is not None:
+                self._inbox.close()
+            self._inbox = SendRing(num_slots=1, slot_num_bytes=num_bytes)
+        return self._inbox
+
+    async def _copy(
+        self, block_ids: Sequence[int], ring: RingOffer, slot: int, *, is_scatter: bool
+    ) -> None:
+        commands, start = [], 0
+        for shard_num_bytes in self._shard_num_bytes:
+            commands.append(
+                CopyShard(
+                    is_scatter=is_scatter,
+                    block_ids=list(block_ids),
+                    ring=ring,
+                    slot=slot,
+                    start=start,
+                )
+            )
+            start += len(block_ids) * shard_num_bytes
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, self._exchange, commands)
+
+    def _exchange(self, commands: Sequence[CopyShard]) -> None:
+        """One command to each worker, and their answers: all of them, for the next ones' sake."""
+        errors: dict[int, str] = {}
+        for rank, ((to_worker, _), command) in enumerate(zip(self._pipes, commands, strict=True)):
+            try:
+                _write(to_worker, command)
+            except BrokenPipeError:
+                errors[rank] = GONE
+        for rank, (_, from_worker) in enumerate(self._pipes):
+            if rank not in errors:
+                frame = _read(from_worker)
+                copied = msgspec.msgpack.decode(frame, type=ShardCopied) if frame else None
+                errors[rank] = copied.error if copied is not None else GONE
+        failed = [
+            f"the worker of rank {rank} cannot copy its blocks: {error}"
+            for rank, error in errors.items()
+            if error
+        ]
+        if failed:
+            raise RuntimeError("; ".join(failed))
+
+
+# ---- run inside a worker ----------------------------------------------------------------------
+
+
+def open_shard(
+    worker: Any, engine_pid: int, pipes: Sequence[tuple[int, int]], num_blocks: int
+) -> ShardOpened:
+    """Begin to copy for the engine; ``pipes`` are its descriptors, a pair for each rank."""
+    try:
+        kv = KVBlocks(worker.model_runner.kv_caches, num_blocks)
+    except ValueError as error:
+        return ShardOpened(refused=str(error))
+    command, answer = pipes[worker.rank]
+    commands = FileIO(f"/proc/{engine_pid}/fd/{command}", "rb")
+    answers = FileIO(f"/proc/{engine_pid}/fd/{answer}", "wb")
+    threading.Thread(
+        target=_serve, args=(kv, commands, answers), name="kv-shard", daemon=True
+    ).start()
+    return ShardOpened(layout=kv.layout, block_num_bytes=kv.block_num_bytes)
+
+
+def _serve(kv: KVBlocks, commands: FileIO, answers: FileIO) -> None:
+    rings: dict[RingOffer, ReceiveRing] = {}
+    with commands, answers:
+        while frame := _read(commands):
+            command = msgspec.msgpack.decode(frame, type=CopyShard)
+            try:
+                _copy_shard(kv, command, _mapped(command.ring, rings))
+            except Exception as error:  # told to the engine, whose migration ends of it
+                _write(answers, ShardCopied(error=repr(error)))
+            else:
+                _write(answers, ShardCopied())
+
+
+def _mapped(offer: RingOffer, rings: dict[RingOffer, ReceiveRing]) -> ReceiveRing:
+    """The ring, from those mapped before; rings that nobody offers any more are let go."""
+    if offer not in rings:
+        for gone in [other for other, ring in rings.items() if not ring.is_offered()]:
+            del rings[gone]
+        rings[offer] = ReceiveRing(offer)
+    return rings[offer]
+
+
+def _copy_shard(kv: KVBlocks, command: CopyShard, ring: ReceiveRing) -> None:
+    num_bytes = len(command.block_ids) * kv.block_num_bytes
+    part = ring.slot(command.slot)[command.start : command.start + num_bytes]
+    if len(part) < num_bytes:
+        raise ValueError(f"a slot of {ring.slot_num_bytes} bytes has no room for these blocks")
+    copy = kv.scatter if command.is_scatter else kv.gather
+    copy(command.block_ids, part)
+
+
+def _write(pipe: FileIO, message: msgspec.Struct) -> None:
+    frame = msgspec.msgpack.encode(message)
+    pipe.write(len(frame).to_bytes(LENGTH_NUM_BYTES) + frame)
+
+
+def _read(pipe: FileIO) -> bytes:
+    """The next message; empty if the other end is gone."""
+    return _read_bytes(pipe, int.from_bytes(_read_bytes(pipe, LENGTH_NUM_BYTES)))
+
+
+def _read_bytes(pipe: FileIO, num_bytes: int) -> bytes:
+    content = b""
+    while len(content) < num_bytes:
+        more = pipe.read(num_bytes - len(content))
+        if not more:
+            return b""
+        content += more
+    return content
