@@ -20,8 +20,9 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
 from llumsched.engine.vllm import imports
+from tests.campaigns import THOROUGH
 from tests.migration import reasoning
-from tests.migration.answers import THOROUGH, seen_by_client
+from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES, Case, params
 from tests.migration.leaving_out import capturing, moved
 from tests.migration.pool import Pool, events_that_are_over
