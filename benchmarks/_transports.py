@@ -33,6 +33,7 @@ from llumsched.runtime.peer_messages import (
     Welcome,
     decode_peer,
 )
+from llumsched.trust import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 TRANSPORTS = ("shared_memory", "tcp", "gloo")
 NUM_LAYERS, NUM_BLOCKS, BLOCK_SIZE = 30, 160, 32
@@ -74,18 +75,21 @@ def _memcpy(num_blocks: int, repetitions: int) -> float:
 def _between_processes(transport: str, num_blocks: int, repetitions: int) -> float:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    receiver = context.Process(target=_receive, args=(theirs,), daemon=True)
+    keys = PoolKeys.generate()
+    receiver = context.Process(target=_receive, args=(theirs, keys), daemon=True)
     receiver.start()
     try:
         if not ours.poll(120):
             raise TimeoutError("the receiving process did not start")
-        return asyncio.run(_send(ours.recv(), transport, num_blocks, repetitions))
+        return asyncio.run(_send(ours.recv(), keys, transport, num_blocks, repetitions))
     finally:
         receiver.kill()
         receiver.join()
 
 
-async def _send(endpoint: str, transport: str, num_blocks: int, repetitions: int) -> float:
+async def _send(
+    endpoint: str, keys: PoolKeys, transport: str, num_blocks: int, repetitions: int
+) -> float:
     kv, options = _kv(), TransferOptions()
     blocks_per_slot = max(1, int(options.staging_slot_mb * 1e6) // kv.block_num_bytes)
     ring = SendRing(
@@ -99,7 +103,9 @@ async def _send(endpoint: str, transport: str, num_blocks: int, repetitions: int
         return True
 
     context = zmq.asyncio.Context()
-    link = Link(context, endpoint, ring, LocalKV(kv), Pacer(0), checksum=False, on_answer=on_answer)
+    link = Link(
+        context, keys, endpoint, ring, LocalKV(kv), Pacer(0), checksum=False, on_answer=on_answer
+    )
     await link.open("sender", "", transport)
     times_s = []
     for stage in range(repetitions + 1):  # the first one touches cold memory
@@ -114,13 +120,15 @@ async def _send(endpoint: str, transport: str, num_blocks: int, repetitions: int
     return num_blocks * kv.block_num_bytes / statistics.median(times_s[1:]) / BYTES_PER_GB
 
 
-def _receive(parent: Connection) -> None:
-    asyncio.run(_answer(parent))
+def _receive(parent: Connection, keys: PoolKeys) -> None:
+    asyncio.run(_answer(parent, keys))
 
 
-async def _answer(parent: Connection) -> None:
+async def _answer(parent: Connection, keys: PoolKeys) -> None:
     kv = _kv()
-    router = zmq.asyncio.Context().socket(zmq.ROUTER)
+    context = zmq.asyncio.Context()
+    router = context.socket(zmq.ROUTER)
+    _gate = Gate(context, keys, [(router, MAX_CONTROL_NUM_BYTES)], "the receiver")
     router.bind("tcp://127.0.0.1:*")
     parent.send(router.get_string(zmq.LAST_ENDPOINT))
     session = Session(ring=None, channel=None)

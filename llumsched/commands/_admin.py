@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -22,24 +23,38 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 STATUS_TIMEOUT_S = 10.0
 # The server itself gives a migration up after two minutes.
 MIGRATE_TIMEOUT_S = 150.0
+# vLLM's own.
+API_KEY_VARIABLE = "VLLM_API_KEY"
 
 
-def add_url(parser: argparse.ArgumentParser) -> None:
-    """The option that all these commands share."""
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """The options that all these commands share."""
     parser.add_argument(
         "--url", default=DEFAULT_URL, metavar="URL", help="the server; default: %(default)s"
+    )
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"one of the server's API keys, if it has any; default: {API_KEY_VARIABLE} of the"
+        " environment, which other users of this machine cannot see",
     )
 
 
 class AdminClient:
     """Calls to ``URL/llumsched/...``; every method raises ``CommandError`` when it fails."""
 
-    def __init__(self, url: str = DEFAULT_URL) -> None:
+    def __init__(self, url: str = DEFAULT_URL, api_key: str | None = None) -> None:
+        self._api_key = api_key or os.environ.get(API_KEY_VARIABLE)
         self.url = url.rstrip("/").removesuffix("/v1")
         if urllib.parse.urlsplit(self.url).scheme not in ("http", "https"):
             raise CommandError(f"--url {url}: give the whole address, such as {DEFAULT_URL}")
         # A proxy for the way out to the internet does not lead to a server on loopback.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> AdminClient:
+        """The client that the options of ``add_server`` ask for."""
+        return cls(args.url, args.api_key)
 
     def instances(self) -> dict[str, Any]:
         """``GET /llumsched/instances``: the policy, every instance, and migrations by outcome."""
@@ -78,6 +93,9 @@ class AdminClient:
             data=None if body is None else json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
+        if self._api_key:
+            # Not sent along to where a redirect leads.
+            request.add_unredirected_header("Authorization", f"Bearer {self._api_key}")
         try:
             with self._opener.open(request, timeout=timeout_s) as response:
                 answer = json.load(response)
@@ -107,6 +125,12 @@ class AdminClient:
             message = json.loads(text)["error"]["message"]
         except (ValueError, LookupError, TypeError):
             message = None
+        if error.code == http.client.UNAUTHORIZED:
+            return (
+                f"{self.url} does not take this API key"
+                if self._api_key
+                else f"{self.url} wants an API key: give --api-key, or set {API_KEY_VARIABLE}"
+            )
         if error.code == http.client.NOT_FOUND and message in (None, "Not Found"):
             return self._not_ours()
         return str(message) if message else f"{self.url} answered {error.code} {error.reason}"

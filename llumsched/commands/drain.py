@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from llumsched.commands._admin import AdminClient, add_url
+from llumsched.commands._admin import AdminClient, add_server
 from llumsched.commands._waiting import add_timeout, await_that
 
 if TYPE_CHECKING:
@@ -35,13 +35,13 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-wait", action="store_true", help="do not wait for its end")
     add_timeout(parser)
-    add_url(parser)
+    add_server(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Drain one instance."""
-    client = AdminClient(args.url)
+    client = AdminClient.of(args)
     client.drain(args.instance_id, deadline_s=args.deadline, replace=args.replace)
     print(f"{args.instance_id} takes no more requests", flush=True)
     if not args.no_wait:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llumsched.commands._admin import AdminClient, add_url
+from llumsched.commands._admin import AdminClient, add_server
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -31,13 +31,13 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         dest="destination",
         help="the instance to move it to; default: the one with the most room",
     )
-    add_url(parser)
+    add_server(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Move one request."""
-    report = AdminClient(args.url).migrate(args.request_id, args.destination)
+    report = AdminClient.of(args).migrate(args.request_id, args.destination)
     print("\n".join(report_lines(report)))
     return 0
 

@@ -10,7 +10,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from llumsched.commands import CommandError
-from llumsched.commands._admin import AdminClient, add_url
+from llumsched.commands._admin import AdminClient, add_server
 from llumsched.commands._waiting import add_timeout, await_that, serving
 
 if TYPE_CHECKING:
@@ -28,13 +28,13 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         ),
     )
     add_timeout(parser)
-    add_url(parser)
+    add_server(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Restart the instances that serve now."""
-    client = AdminClient(args.url)
+    client = AdminClient.of(args)
     before = serving(client)
     if not before:
         raise CommandError("no instance is serving")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from llumsched.commands._admin import AdminClient, add_url
+from llumsched.commands._admin import AdminClient, add_server
 from llumsched.commands._waiting import add_timeout, await_that, running
 
 if TYPE_CHECKING:
@@ -25,13 +25,13 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("num_instances", metavar="N", type=int, help="how many instances")
     parser.add_argument("--no-wait", action="store_true", help="do not wait until there are")
     add_timeout(parser)
-    add_url(parser)
+    add_server(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Scale the pool."""
-    client = AdminClient(args.url)
+    client = AdminClient.of(args)
     client.scale(args.num_instances)
     if not args.no_wait:
         await_that(

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llumsched.commands._admin import AdminClient, add_url
+from llumsched.commands._admin import AdminClient, add_server
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -42,14 +42,14 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
             " all; step is the recent time of one decode step; report is the load report's age."
         ),
     )
-    add_url(parser)
+    add_server(parser)
     parser.add_argument("--json", action="store_true", help="print what the admin API answers")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the two tables."""
-    client = AdminClient(args.url)
+    client = AdminClient.of(args)
     cluster, requests = client.instances(), client.requests()
     if args.json:
         print(json.dumps({**cluster, "requests": requests}, indent=2))

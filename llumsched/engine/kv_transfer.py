@@ -2,7 +2,8 @@
 
 The sender owns a ring of equal slots. Between processes of one host the ring is anonymous
 shared memory (``memfd``): the receiver maps it through ``/proc/<pid>/fd/<fd>``, so there is no
-name to leak and the kernel frees it with the last process that holds it. Between hosts the
+name to leak and the kernel frees it with the last process that holds it; only a process of the same
+user may open it. Between hosts the
 slot's bytes follow the message as a frame of their own. Either way a slot belongs to the
 sender until it is handed over and comes back with the receiver's acknowledgement.
 
@@ -12,6 +13,7 @@ This knows bytes and slots; it does not know requests, blocks or the protocol.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import mmap
 import os
 import socket
@@ -20,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# Whoever reads memory that has shrunk is killed.
+SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +69,10 @@ class SendRing:
     def __init__(self, *, num_slots: int, slot_num_bytes: int, pinned: bool = False) -> None:
         self.num_slots = num_slots
         self.slot_num_bytes = slot_num_bytes
-        self._fd = os.memfd_create("llumsched-kv", os.MFD_CLOEXEC)
+        self._fd = os.memfd_create("llumsched-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         size = num_slots * slot_num_bytes
         os.ftruncate(self._fd, size)
+        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, SIZE_SEALS)
         self._map = mmap.mmap(self._fd, size)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._bytes.zero_()
@@ -134,6 +140,8 @@ class ReceiveRing:
             size = offer.num_slots * offer.slot_num_bytes
             if stat.st_ino != offer.inode or stat.st_size != size:
                 raise OSError("the offered descriptor is not the ring any more")
+            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SIZE_SEALS != SIZE_SEALS:
+                raise OSError("the offered memory may shrink while it is read")
             self._map = mmap.mmap(fd, size)
         finally:
             os.close(fd)

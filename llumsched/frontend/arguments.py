@@ -91,8 +91,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         "--admin-api",
         choices=("auto", "on", "off"),
         default="auto",
-        help="Serve /llumsched/...: status and migrations by hand. `auto`: only if the server "
-        "listens on loopback.",
+        help="Serve /llumsched/...: status; migrations, drains and scaling by hand. `auto`: only "
+        "if nobody but this machine can reach the server (--host a loopback address, or --uds). "
+        "With --api-key these paths want the key as well.",
     )
     group.add_argument(
         "--decision-log",
@@ -221,6 +222,11 @@ def _scheduler_config(policy: str | None, path: Path | None) -> Config:
 def _admin_api(args: argparse.Namespace) -> bool:
     if args.admin_api != "auto":
         return bool(args.admin_api == "on")
+    return is_local(args)
+
+
+def is_local(args: argparse.Namespace) -> bool:
+    """Whether nobody but this machine can reach the server."""
     return bool(args.uds) or is_loopback(args.host)
 
 

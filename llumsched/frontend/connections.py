@@ -75,6 +75,7 @@ class ConnectedInstances(AsyncMPClient):
         self.resources = BackgroundResources(ctx=sockets.sync_context)
         self.resources.input_socket = sockets.input
         self.resources.output_socket = sockets.output
+        self._gate = sockets.gate
         self._finalizer = weakref.finalize(self, self.resources)
 
         self._tasks: set[asyncio.Future[None]] = set()
@@ -97,6 +98,7 @@ class ConnectedInstances(AsyncMPClient):
     def shutdown(self, timeout: float | None = None) -> None:
         for task in self._tasks:
             task.cancel()
+        self._gate.close()
         super().shutdown(timeout)
 
     # ---- coming and going -----------------------------------------------------------------

@@ -46,6 +46,7 @@ from llumsched.runtime.messages import (
     decode_control,
     encode,
 )
+from llumsched.trust import PoolKeys
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class Supervisor(Protocol):
 class SchedulerLink:
     """Args:
     endpoint: the scheduler's control socket.
+    keys: the pool's.
     least_loaded: chooses an instance when the scheduler is silent; ``None`` while there is none.
     prefix_hashes: names the blocks of a prompt, where the scheduler's policies want them.
     """
@@ -85,6 +87,7 @@ class SchedulerLink:
     def __init__(
         self,
         endpoint: str,
+        keys: PoolKeys,
         least_loaded: Callable[[], int | None],
         prefix_hashes: Callable[[EngineCoreRequest], tuple[int, ...]] | None = None,
     ) -> None:
@@ -99,6 +102,7 @@ class SchedulerLink:
         self._call_ids = itertools.count(1)
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
+        keys.connect_with(self._socket)
         self._socket.connect(endpoint)
         self._receiving = asyncio.create_task(self._receive())
         self._sending: set[asyncio.Task[None]] = set()

@@ -8,22 +8,28 @@ every few seconds; a scrape never waits for it. While the scheduler is silent
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
 from llumsched.runtime.messages import ClusterDescription, InstanceDescription
+from llumsched.trust import Gate
 
 REFRESH_INTERVAL_S = 2.0
 REFRESH_TIMEOUT_S = 2.0
 
 
 class PoolMetrics:
-    """A collector of ``prometheus_client``; ``follow`` keeps it up to date."""
+    """A collector of ``prometheus_client``; ``follow`` keeps it up to date.
 
-    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+    Args:
+        gates: those of this process.
+    """
+
+    def __init__(self, gates: Sequence[Gate] = (), registry: CollectorRegistry = REGISTRY) -> None:
+        self._gates = gates
         self._registry = registry
         self._last: ClusterDescription | None = None
         registry.register(self)
@@ -43,6 +49,8 @@ class PoolMetrics:
     def collect(self) -> Iterator[Metric]:
         """The metrics of this moment; called by the registry."""
         cluster = self._last
+        unproven = {"frontend": sum(gate.num_unproven for gate in self._gates)}
+        yield _unproven(unproven | (cluster.unproven if cluster is not None else {}))
         yield GaugeMetricFamily(
             "llumsched_scheduler_up",
             "1 while the global scheduler answers.",
@@ -77,6 +85,17 @@ class PoolMetrics:
             queued.add_metric((priority_class,), num_queued)
         yield queued
         yield from _instances(cluster.instances)
+
+
+def _unproven(by_process: Mapping[str, int]) -> Metric:
+    family = GaugeMetricFamily(
+        "llumsched_unproven_connections",
+        "Connections since its start that have not proved to be the pool's own.",
+        labels=("process",),
+    )
+    for process, num_unproven in sorted(by_process.items()):
+        family.add_metric((process,), num_unproven)
+    return family
 
 
 def _counter(name: str, help_: str, label: str, values: dict[str, int]) -> CounterMetricFamily:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
+import vllm.envs as envs
 from vllm.config import VllmConfig
 
 from llumsched.engine.vllm.prefix_blocks import SEEDED_ALGORITHMS
@@ -36,6 +37,19 @@ def check_model(model: str) -> None:
         raise UsageError(f"There is no model at {model}: give a folder or a hub name.")
     if path.is_dir() and not (path / "config.json").exists() and not list(path.glob("*.gguf")):
         raise UsageError(f"{model} is not a model folder: it has no config.json.")
+
+
+def check_serialization() -> None:
+    """Refuse a setting of vLLM's with which its processes run what they are sent.
+
+    Raises:
+        UsageError: naming it.
+    """
+    if envs.VLLM_ALLOW_INSECURE_SERIALIZATION:
+        raise UsageError(
+            "VLLM_ALLOW_INSECURE_SERIALIZATION is set: vLLM would unpickle what arrives on its "
+            "sockets. Unset it; nothing here needs it."
+        )
 
 
 def check_prefix_hashes(vllm_config: VllmConfig, environment: Mapping[str, str]) -> None:

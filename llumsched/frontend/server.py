@@ -39,8 +39,9 @@ from llumsched.core.policy import VictimPolicy
 from llumsched.engine.vllm.core import EngineSettings
 from llumsched.engine.vllm.internals import UnsupportedVersion, check_version
 from llumsched.engine.vllm.prefix_blocks import prefix_hasher, record_kv_events
+from llumsched.frontend.access import guard, has_key
 from llumsched.frontend.admin import admin_router
-from llumsched.frontend.arguments import ServeOptions, UsageError, parse
+from llumsched.frontend.arguments import ServeOptions, UsageError, is_local, parse
 from llumsched.frontend.client import RoutingEngineClient
 from llumsched.frontend.exposition import expose
 from llumsched.frontend.hints import HintsMiddleware
@@ -50,10 +51,11 @@ from llumsched.frontend.pool_metrics import PoolMetrics
 from llumsched.frontend.preflight import (
     check_model,
     check_prefix_hashes,
+    check_serialization,
     cpu_threads_per_worker,
     plan_cpu_memory,
 )
-from llumsched.frontend.sockets import FrontendSockets
+from llumsched.frontend.sockets import FrontendSockets, max_output_num_bytes
 from llumsched.plugins import build_bundle
 from llumsched.policies.low_priority_short import LowPriorityShort
 from llumsched.runtime.instance import InstancePlan
@@ -62,6 +64,7 @@ from llumsched.runtime.instance_names import instance_name
 from llumsched.runtime.launch import LaunchError, Pool
 from llumsched.runtime.supervisor import Supervisor
 from llumsched.runtime.vital_signs import Limits
+from llumsched.trust import PoolKeys
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +89,7 @@ def main(argv: Sequence[str]) -> int:
         check_version(allow_other=options.allow_other_vllm)
         check_model(args.model)
         vllm_config = _engine_config(args)
+        check_serialization()
         if options.wants_prefix_blocks:
             check_prefix_hashes(vllm_config, os.environ)
             record_kv_events(vllm_config)
@@ -145,16 +149,18 @@ async def _serve(
 ) -> int:
     _on_signals(_interrupt)
     host = "127.0.0.1"
-    sockets = FrontendSockets(host)
+    keys = PoolKeys.generate()
+    sockets = FrontendSockets(host, keys, max_output_num_bytes(vllm_config))
     log_stats = not args.disable_log_stats
     with Pool(
         ray_address=options.ray_address,
         num_instances=options.num_instances,
+        keys=keys,
         progress=_progress,
     ) as pool:
         pool.start_scheduler(options.config, host, options.decision_log)
         _on_signals(_interrupt)  # Ray has put its own handler there
-        make_plan = _planner(options, vllm_config, sockets, pool, host, log_stats)
+        make_plan = _planner(options, vllm_config, sockets, pool, keys, host, log_stats)
         pool.start_instances(
             make_plan,
             _resources(vllm_config, options.num_instances),
@@ -162,7 +168,9 @@ async def _serve(
         )
         link_holder: list[SchedulerLink] = []
         prefix_hashes = prefix_hasher(vllm_config) if options.wants_prefix_blocks else None
-        with _our_client(sockets, options, link_holder, pool.scheduler_endpoint, prefix_hashes):
+        with _our_client(
+            sockets, keys, options, link_holder, pool.scheduler_endpoint, prefix_hashes
+        ):
             engine = Engine.from_vllm_config(
                 vllm_config=vllm_config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
@@ -185,7 +193,8 @@ async def _serve(
         )
         link.supervise_with(supervisor)
         client.tell_of_breaks(lambda index: supervisor.connection_broke(instance_name(index)))
-        following = asyncio.create_task(PoolMetrics().follow(link))
+        gates = (sockets.gate, pool.heartbeat_gate)
+        following = asyncio.create_task(PoolMetrics(gates).follow(link))
         try:
             await engine.reset_mm_cache()
             closing = await _serve_http(
@@ -229,6 +238,7 @@ def _planner(
     vllm_config: VllmConfig,
     sockets: FrontendSockets,
     pool: Pool,
+    keys: PoolKeys,
     host: str,
     log_stats: bool,
 ) -> Callable[[int, str | None], InstancePlan]:
@@ -246,6 +256,7 @@ def _planner(
                 engine_index=index,
                 log_stats=log_stats,
             ),
+            keys=keys,
             scheduler_endpoint=pool.scheduler_endpoint,
             heartbeat_endpoint=pool.heartbeat_endpoint,
             host=host,
@@ -260,7 +271,11 @@ def _planner(
 
 
 def _resources(vllm_config: VllmConfig, num_instances: int) -> InstanceResources:
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # The workers of an engine are on one machine; gloo asks nobody who connects for a proof.
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+    }
     num_workers = vllm_config.parallel_config.world_size
     if not current_platform.is_cpu():
         return InstanceResources(num_cpus=1, num_gpus=num_workers, environment=environment)
@@ -279,6 +294,7 @@ def _resources(vllm_config: VllmConfig, num_instances: int) -> InstanceResources
 @contextlib.contextmanager
 def _our_client(
     sockets: FrontendSockets,
+    keys: PoolKeys,
     options: ServeOptions,
     link_holder: list[SchedulerLink],
     scheduler_endpoint: str,
@@ -298,7 +314,7 @@ def _our_client(
             assert client is not None
             return min(client.instances, key=client.routes.num_requests, default=None)
 
-        link = SchedulerLink(scheduler_endpoint, least_loaded, prefix_hashes)
+        link = SchedulerLink(scheduler_endpoint, keys, least_loaded, prefix_hashes)
         link_holder.append(link)
         client = RoutingEngineClient(
             vllm_config,
@@ -342,6 +358,12 @@ async def _serve_http(
     expose(app, engine.engine_core.labels)
     if options.admin_api:
         app.include_router(admin_router(link, engine.engine_core.routes, supervisor))
+    guard(app)
+    if options.admin_api and not has_key(args) and not is_local(args):
+        logger.warning(
+            "Whoever reaches %s may move requests and end instances: give --api-key as well.",
+            listen_address,
+        )
     await init_app_state(engine, app.state, args, supported_tasks)
     log_config = get_uvicorn_log_config(args)
     uvicorn_options: dict[str, Any] = {} if log_config is None else {"log_config": log_config}

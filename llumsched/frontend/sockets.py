@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import zmq
 import zmq.asyncio
-from vllm.utils.network_utils import make_zmq_socket
+from vllm.config import VllmConfig
 from vllm.v1.engine.utils import EngineZmqAddresses
+
+from llumsched.trust import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
+
+# Of one logprob: a float, and the number of its token.
+LOGPROB_NUM_BYTES = 8
+# What an instance says of itself when it connects.
+MAX_READY_NUM_BYTES = 1 << 20
 
 
 class FrontendSockets:
@@ -15,19 +20,22 @@ class FrontendSockets:
 
     Args:
         host: address to bind, loopback unless instances run on other machines.
+        keys: the pool's.
+        max_output_num_bytes: of one frame of an instance's outputs.
     """
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, keys: PoolKeys, max_output_num_bytes: int) -> None:
         self.sync_context = zmq.Context(io_threads=2)
         self.context = zmq.asyncio.Context(self.sync_context)
-        # A port of 0 is chosen by the system.
-        self.input = self._bind(f"tcp://{host}:0", zmq.ROUTER)
-        self.output = self._bind(f"tcp://{host}:0", zmq.PULL)
-
-    def _bind(self, path: str, socket_type: int) -> zmq.asyncio.Socket:
-        return cast(
-            "zmq.asyncio.Socket", make_zmq_socket(self.context, path, socket_type, bind=True)
-        )
+        self.input = self.context.socket(zmq.ROUTER)
+        self.output = self.context.socket(zmq.PULL)
+        limits = [(self.input, MAX_READY_NUM_BYTES), (self.output, max_output_num_bytes)]
+        self.gate = Gate(self.context, keys, limits, "the frontend")
+        for socket, _ in limits:
+            # vLLM's own have no limit either: requests and tokens are never dropped here.
+            socket.set_hwm(0)
+            # A port of 0 is chosen by the system.
+            socket.bind(f"tcp://{host}:0")
 
     def addresses(self) -> EngineZmqAddresses:
         return EngineZmqAddresses(
@@ -36,9 +44,17 @@ class FrontendSockets:
         )
 
     def close(self) -> None:
+        self.gate.close()
         self.input.close(linger=0)
         self.output.close(linger=0)
         self.sync_context.term()
+
+
+def max_output_num_bytes(config: VllmConfig) -> int:
+    """The longest frame of outputs: the logprobs of a whole prompt, as many as may be asked for."""
+    model = config.model_config
+    num_logprobs = model.max_logprobs if model.max_logprobs >= 0 else model.get_vocab_size()
+    return max(MAX_CONTROL_NUM_BYTES, model.max_model_len * (num_logprobs + 1) * LOGPROB_NUM_BYTES)
 
 
 def engine_identity(engine_index: int) -> bytes:

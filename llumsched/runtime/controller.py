@@ -42,7 +42,6 @@ from llumsched.core.events import (
     ScaleRequested,
     Ticked,
 )
-from llumsched.core.load import InstanceLoad
 from llumsched.core.scheduler import GlobalScheduler
 from llumsched.core.types import InstanceState, PriorityClass
 from llumsched.decision_log import DecisionLog
@@ -76,6 +75,7 @@ from llumsched.runtime.messages import (
 )
 from llumsched.runtime.operator_calls import OperatorCalls
 from llumsched.runtime.orders import Orders
+from llumsched.trust import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +110,12 @@ class Controller:
         self._outcomes: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
         self._socket: zmq.asyncio.Socket | None = None
+        self._gate: Gate | None = None
 
-    def bind(self, context: zmq.asyncio.Context, host: str, port: int = 0) -> str:
+    def bind(self, context: zmq.asyncio.Context, host: str, keys: PoolKeys, port: int = 0) -> str:
         """Open the control socket, at any port if it is 0; its endpoint."""
         self._socket = context.socket(zmq.ROUTER)
+        self._gate = Gate(context, keys, [(self._socket, MAX_CONTROL_NUM_BYTES)], "the scheduler")
         self._socket.bind(f"tcp://{host}:{port or '*'}")
         endpoint: str = self._socket.get_string(zmq.LAST_ENDPOINT)
         return endpoint
@@ -149,7 +151,9 @@ class Controller:
         self._orders.outbox.extend(self._operator_calls.source_lost(instance_id))
 
     def close(self) -> None:
-        """Write out the decision log."""
+        """Write out the decision log, and let nobody in any more."""
+        if self._gate is not None:
+            self._gate.close()
         if self._notes is not None:
             self._notes.close()
             self._notes = None
@@ -171,7 +175,7 @@ class Controller:
             case RegisterInstance():
                 self._register(identity, message)
             case ReportLoad():
-                self._report_load(identity, message.load)
+                self._report_load(identity, message)
             case ReportPrefixBlocks():
                 for event in message.events():
                     self._handle(event)
@@ -260,11 +264,12 @@ class Controller:
         views = self._scheduler.snapshot(self._clock())
         return views[instance_id].state if instance_id in views.rows else None
 
-    def _report_load(self, identity: bytes, load: InstanceLoad) -> None:
+    def _report_load(self, identity: bytes, message: ReportLoad) -> None:
+        load = message.load
         if load.instance_id not in self._instances:
             self._orders.send(identity, Unknown())
             return
-        self._instances.report(load, self._clock())
+        self._instances.report(message, self._clock())
         self._handle(LoadReported(load=load))
 
     def _report_migration(self, report: ReportMigration) -> None:
@@ -319,6 +324,10 @@ class Controller:
                 for priority, num_queued in self._scheduler.num_queued_by_class().items()
             },
             policy_failures=dict(self._orders.policy_failures),
+            unproven={
+                "scheduler": self._gate.num_unproven if self._gate is not None else 0,
+                **self._instances.unproven,
+            },
         )
 
     # ---- actions --------------------------------------------------------------------------

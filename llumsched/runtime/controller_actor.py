@@ -21,6 +21,7 @@ import zmq.asyncio
 from llumsched.config import Config
 from llumsched.runtime.controller import Controller
 from llumsched.runtime.heartbeat import Silence
+from llumsched.trust import PoolKeys
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,12 @@ class ControllerActor:
     Ray starts it again if it dies: at the same ``port``, so that everybody's connection finds it.
     """
 
-    def __init__(self, config: Config, host: str, port: int, decision_log: Path | None) -> None:
+    def __init__(
+        self, config: Config, keys: PoolKeys, host: str, port: int, decision_log: Path | None
+    ) -> None:
         self._controller = Controller(config, decision_log=decision_log)
         self._context = zmq.asyncio.Context()
-        self._endpoint = self._controller.bind(self._context, host, port)
+        self._endpoint = self._controller.bind(self._context, host, keys, port)
         self._serving: asyncio.Task[None] | None = None
 
     async def pid(self) -> int:

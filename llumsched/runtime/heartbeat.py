@@ -13,18 +13,22 @@ from collections.abc import Callable
 
 import zmq
 
+from llumsched.trust import Gate, PoolKeys
+
 INTERVAL_S = 0.1
 # Engine index, and the silence of its loop in milliseconds.
 _BEAT = struct.Struct("<HI")
+BEAT_NUM_BYTES = _BEAT.size
 _MAX_SILENCE_MS = 2**32 - 1
 
 
 class HeartbeatListener:
     """Hears of all instances; used by one thread."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, keys: PoolKeys) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
+        self.gate = Gate(self._context, keys, [(self._socket, BEAT_NUM_BYTES)], "the supervisor")
         self._socket.bind(f"tcp://{host}:*")
         self.endpoint: str = self._socket.get_string(zmq.LAST_ENDPOINT)
 
@@ -40,12 +44,13 @@ class HeartbeatListener:
         return found
 
     def close(self) -> None:
+        self.gate.close()
         self._socket.close(linger=0)
         self._context.term()
 
 
 def start_beating(
-    endpoint: str, engine_index: int, ping_loop: Callable[[], Callable[[], bool]]
+    endpoint: str, engine_index: int, keys: PoolKeys, ping_loop: Callable[[], Callable[[], bool]]
 ) -> None:
     """Beat until the process ends.
 
@@ -59,6 +64,7 @@ def start_beating(
         socket = context.socket(zmq.PUSH)
         socket.linger = 0
         socket.set_hwm(1)  # a listener that was away has no use for old ones
+        keys.connect_with(socket)
         socket.connect(endpoint)
         silence = Silence(ping_loop, interval_s=INTERVAL_S)
         pause = threading.Event()

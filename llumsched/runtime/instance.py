@@ -17,24 +17,27 @@ from dataclasses import dataclass
 from llumsched.core.migration import MigrationOptions
 from llumsched.core.policy import VictimPolicy
 from llumsched.core.transfer_options import TransferOptions
-from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore
+from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore, prove_membership
 from llumsched.engine.vllm.migration import MigrationPort
 from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
 from llumsched.runtime.heartbeat import start_beating
 from llumsched.runtime.llumlet import Llumlet
 from llumsched.runtime.signals import act_on
+from llumsched.trust import PoolKeys
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstancePlan:
-    """Everything an instance has to be told. ``host`` is the address its sockets bind to.
+    """Everything an instance has to be told. ``keys`` are the pool's; ``host`` is the address its
+    sockets bind to.
     ``reports_prefix_blocks`` needs an engine that records KV events. ``launch_id`` is the
     scheduler's order that it answers, if any."""
 
     instance_id: str
     engine: EngineSettings
+    keys: PoolKeys
     scheduler_endpoint: str
     heartbeat_endpoint: str
     host: str
@@ -54,6 +57,7 @@ class Instance:
 
     def __init__(self, plan: InstancePlan) -> None:
         self._plan = plan
+        prove_membership(plan.keys)
         self._engine = LlumschedEngineCore(plan.engine)
         self._port = MigrationPort(self._engine)
         self._stopping = threading.Event()
@@ -87,8 +91,9 @@ class Instance:
         """Serve until ``stop``; raises what the engine died of."""
         self._llumlet_thread.start()
         self._ready.wait()
+        plan = self._plan
         start_beating(
-            self._plan.heartbeat_endpoint, self._plan.engine.engine_index, self._engine.ping
+            plan.heartbeat_endpoint, plan.engine.engine_index, plan.keys, self._engine.ping
         )
         try:
             self._engine.run()
@@ -112,6 +117,7 @@ class Instance:
             instance_id=plan.instance_id,
             victim=plan.victim,
             scheduler_endpoint=plan.scheduler_endpoint,
+            keys=plan.keys,
             host=plan.host,
             options=plan.migration,
             transfer=plan.transfer,

@@ -6,13 +6,14 @@ import math
 
 from llumsched.core.load import InstanceLoad
 from llumsched.core.snapshot import ClusterSnapshot
-from llumsched.runtime.messages import InstanceDescription, RegisterInstance
+from llumsched.runtime.messages import InstanceDescription, RegisterInstance, ReportLoad
 
 
 class KnownInstances:
     """Invariant: an instance is here from its registration until it is forgotten.
 
-    ``identities`` are those of their connections, by instance id.
+    By instance id, ``identities`` are those of their connections, ``unproven`` counts the
+    connections to them that did not hold the pool's keys.
     """
 
     def __init__(self) -> None:
@@ -20,6 +21,7 @@ class KnownInstances:
         self._loads: dict[str, InstanceLoad] = {}
         self._load_times_s: dict[str, float] = {}
         self.identities: dict[str, bytes] = {}
+        self.unproven: dict[str, int] = {}
 
     def __contains__(self, instance_id: str) -> bool:
         return instance_id in self._registered
@@ -35,8 +37,10 @@ class KnownInstances:
         self._registered[message.spec.instance_id] = message
         self.identities[message.spec.instance_id] = identity
 
-    def report(self, load: InstanceLoad, now_s: float) -> None:
+    def report(self, message: ReportLoad, now_s: float) -> None:
         """The latest load of an instance."""
+        load = message.load
+        self.unproven[load.instance_id] = message.num_unproven
         self._loads[load.instance_id] = load
         self._load_times_s[load.instance_id] = now_s
 
@@ -44,6 +48,7 @@ class KnownInstances:
         """An instance is gone."""
         self._registered.pop(instance_id, None)
         self.identities.pop(instance_id, None)
+        self.unproven.pop(instance_id, None)
         self._loads.pop(instance_id, None)
         self._load_times_s.pop(instance_id, None)
 

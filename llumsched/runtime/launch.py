@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -35,6 +36,7 @@ from llumsched.runtime.instance_actor import (
     this_node,
 )
 from llumsched.runtime.supervisor import TICK_S, Supervisor
+from llumsched.trust import Gate, PoolKeys
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,10 @@ def start_ray(address: str | None, *, num_cpus: int) -> bool:
                     "leave --ray-address and RAY_ADDRESS out to have a local one started."
                 ) from error
             logger.warning("The Ray cluster last started, at %s, is gone.", found)
+    # Ray asks for a token whoever connects to a local cluster, and else takes one that it keeps in
+    # a file for all clusters of this user.
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
     return True
 
@@ -102,13 +108,20 @@ class Pool:
     """The running processes. Use as a context manager: leaving it ends all of them.
 
     Args:
+        keys: with which its processes prove themselves to each other.
         progress: called with one sentence at each step, for a person to read.
     """
 
     def __init__(
-        self, *, ray_address: str | None, num_instances: int, progress: Callable[[str], None]
+        self,
+        *,
+        ray_address: str | None,
+        num_instances: int,
+        keys: PoolKeys,
+        progress: Callable[[str], None],
     ) -> None:
         self._progress = progress
+        self._keys = keys
         self._num_instances = num_instances
         self._ray_address = ray_address
         self._actors: dict[int, InstanceActor] = {}
@@ -143,8 +156,8 @@ class Pool:
             max_restarts=-1,
             resources={this_node(): A_SHARE},
         )
-        self._controller = actor.remote(config, host, _free_port(host), decision_log)
-        self._heartbeats = HeartbeatListener(host)
+        self._controller = actor.remote(config, self._keys, host, _free_port(host), decision_log)
+        self._heartbeats = HeartbeatListener(host, self._keys)
         self.heartbeat_endpoint = self._heartbeats.endpoint
         self.scheduler_endpoint = ray.get(self._controller.endpoint.remote(), timeout=60)
         self._progress("the global scheduler is up")
@@ -258,6 +271,12 @@ class Pool:
         self._actors[engine_index] = actor
         return actor
 
+    @property
+    def heartbeat_gate(self) -> Gate:
+        """Whom the listener for signs of life has turned away."""
+        assert self._heartbeats is not None, "start the scheduler first"
+        return self._heartbeats.gate
+
     def heard(self) -> Mapping[int, float]:
         """As ``HeartbeatListener.heard``."""
         return self._heartbeats.heard() if self._heartbeats is not None else {}
@@ -341,6 +360,12 @@ class _RayPool:
 
     def start(self, engine_index: int, launch_id: str | None) -> InstanceActor:
         return self._pool.start_one(engine_index, launch_id)
+
+    @property
+    def heartbeat_gate(self) -> Gate:
+        """Whom the listener for signs of life has turned away."""
+        assert self._heartbeats is not None, "start the scheduler first"
+        return self._heartbeats.gate
 
     def heard(self) -> Mapping[int, float]:
         return self._pool.heard()

@@ -41,6 +41,7 @@ from llumsched.runtime.messages import (
     encode,
 )
 from llumsched.runtime.migrator import Migrator
+from llumsched.trust import PoolKeys
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Llumlet:
     port: requests leave and enter the engine through it.
     victim: orders the candidates when the source has to pick.
     scheduler_endpoint: the global scheduler's control socket.
+    keys: the pool's.
     host: address to bind the migrator to.
     launch_id: the scheduler's order that this instance answers, if any.
     prefix_blocks: what the engine caches, if the scheduler's policies want to know.
@@ -85,6 +87,7 @@ class Llumlet:
         instance_id: str,
         victim: VictimPolicy,
         scheduler_endpoint: str,
+        keys: PoolKeys,
         host: str,
         options: MigrationOptions,
         transfer: TransferOptions,
@@ -102,12 +105,14 @@ class Llumlet:
         self._report_now = asyncio.Event()
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
+        keys.connect_with(self._socket)
         self._socket.connect(scheduler_endpoint)
         self._migrator = Migrator(
             instance_id=instance_id,
             port=port,
             call=engine.call,
             abort=lambda request_id: self._abort(request_id),
+            keys=keys,
             host=host,
             step_time_s=lambda: engine.step_time_s,
             options=options,
@@ -179,7 +184,9 @@ class Llumlet:
     async def _report(self) -> None:
         while True:
             load, changes = await self._on_engine(self._read)
-            await self._socket.send(encode(ReportLoad(load=load)))
+            await self._socket.send(
+                encode(ReportLoad(load=load, num_unproven=self._migrator.gate.num_unproven))
+            )
             if changes:
                 await self._tell_prefix_blocks(changes)
             await asyncio.sleep(MIN_REPORT_INTERVAL_S)

@@ -45,7 +45,10 @@ class InstanceLeaves(Message, frozen=True, kw_only=True):
 
 
 class ReportLoad(Message, frozen=True, kw_only=True):
+    """``num_unproven`` is ``Gate.num_unproven`` of the instance."""
+
     load: InstanceLoad
+    num_unproven: int = 0
 
 
 class PrefixBlockChange(msgspec.Struct, frozen=True, kw_only=True):
@@ -283,7 +286,8 @@ class InstanceDescription(msgspec.Struct, frozen=True, kw_only=True):
 class ClusterDescription(Message, frozen=True, kw_only=True):
     """``migrations`` counts ended migrations by outcome, ``migration_causes`` those that moved
     nothing by their cause, ``policy_failures`` the decisions in which a policy raised or answered
-    nonsense, ``queued`` the requests held by the scheduler, by the name of their priority class."""
+    nonsense, ``queued`` the requests held by the scheduler, by the name of their priority class,
+    ``unproven`` the connections that did not hold the pool's keys, by process."""
 
     call_id: int
     policy: str
@@ -292,6 +296,7 @@ class ClusterDescription(Message, frozen=True, kw_only=True):
     migration_causes: dict[str, int] = {}
     queued: dict[str, int] = {}
     policy_failures: dict[str, int] = {}
+    unproven: dict[str, int] = {}
 
 
 ControlMessage = (

@@ -48,6 +48,7 @@ from llumsched.runtime.peer_messages import (
     Welcome,
     decode_peer,
 )
+from llumsched.trust import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class Migrator:
     Args:
         instance_id: this instance.
         call: runs a closure on the engine's loop thread.
+        keys: the pool's.
         host: the address to bind, reachable by the other instances.
         step_time_s: the engine's recent step time, for the statistics.
     """
@@ -71,6 +73,7 @@ class Migrator:
         port: MigrationPort,
         call: Callable[[Callable[[], Any]], Future[Any]],
         abort: Callable[[str], None],
+        keys: PoolKeys,
         host: str,
         step_time_s: Callable[[], float],
         options: protocol.MigrationOptions,
@@ -86,9 +89,13 @@ class Migrator:
         self._step_time_s = step_time_s
         self._options = options
         self._context = zmq.asyncio.Context()
+        self._keys = keys
         self._router = self._context.socket(zmq.ROUTER)
         # A source may connect again before it shows here that its old connection is gone.
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        # A part of a stage, or the state of a request.
+        max_num_bytes = max(self._slot_num_bytes(port.kv), MAX_CONTROL_NUM_BYTES)
+        self.gate = Gate(self._context, keys, [(self._router, max_num_bytes)], instance_id)
         self._router.bind(f"tcp://{host}:*")
         self.endpoint: str = self._router.get_string(zmq.LAST_ENDPOINT)
         self._links: dict[str, Link] = {}
@@ -118,6 +125,7 @@ class Migrator:
     async def close(self) -> None:
         """Close every socket; migrations under way are dropped, as if the process had died."""
         self._receiving.cancel()
+        self.gate.close()
         for task in list(self._tasks):
             task.cancel()
         for link in self._links.values():
@@ -229,6 +237,14 @@ class Migrator:
 
         self._loop.call_soon_threadsafe(tell)
 
+    def _slot_num_bytes(self, kv: KVAccess | None) -> int:
+        """Parts large enough that a message costs little beside the copy, small enough that
+        gathering one overlaps the receiver's scattering of another."""
+        if kv is None:
+            return 0
+        slot_num_bytes = int(self._transfer.staging_slot_mb * BYTES_PER_MB)
+        return max(1, slot_num_bytes // kv.block_num_bytes) * kv.block_num_bytes
+
     async def _link(self, destination: str, endpoint: str, kv: KVAccess) -> Link:
         link = self._links.get(destination)
         if link is not None and link.is_broken:
@@ -245,17 +261,14 @@ class Migrator:
             if link is not None:
                 link.close()
             if self._ring is None:
-                # Parts large enough that a message costs little beside the copy, small enough
-                # that gathering one overlaps the receiver's scattering of another.
-                slot_num_bytes = self._transfer.staging_slot_mb * BYTES_PER_MB
-                blocks_per_slot = max(1, int(slot_num_bytes) // kv.block_num_bytes)
                 self._ring = SendRing(
                     num_slots=self._transfer.staging_slots,
-                    slot_num_bytes=blocks_per_slot * kv.block_num_bytes,
+                    slot_num_bytes=self._slot_num_bytes(kv),
                     pinned=kv.pins_staging,
                 )
             link = self._links[destination] = Link(
                 self._context,
+                self._keys,
                 endpoint,
                 self._ring,
                 kv,
@@ -377,6 +390,8 @@ class Migrator:
         _, session = self._sessions[identity]
         num_bytes = message.num_blocks * kv.block_num_bytes
         try:
+            if num_bytes > self._slot_num_bytes(kv):
+                raise ValueError(f"{message.num_blocks} blocks in one part are too many")
             staging = await session.staging(message, num_bytes, payload)
         except (ValueError, IndexError, RuntimeError) as error:
             logger.error("Migration %s: %s", message.migration_id, error)

@@ -40,6 +40,7 @@ from llumsched.runtime.peer_messages import (
     Welcome,
     decode_peer,
 )
+from llumsched.trust import PoolKeys
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Link:
     """The way to one destination.
 
     Args:
+        keys: the pool's.
         ring: this instance's staging memory, which all its links share.
         pacer: this instance's limit on bytes a second.
         on_answer: takes in an answer; whether it was to a migration that goes on.
@@ -59,6 +61,7 @@ class Link:
     def __init__(
         self,
         context: zmq.asyncio.Context,
+        keys: PoolKeys,
         endpoint: str,
         ring: SendRing,
         kv: KVAccess,
@@ -79,6 +82,7 @@ class Link:
         self._socket = context.socket(zmq.DEALER)
         # A connection that breaks and is made again is the same session to the destination.
         self._socket.setsockopt(zmq.ROUTING_ID, uuid.uuid4().hex.encode())
+        keys.connect_with(self._socket)
         self._socket.connect(endpoint)
         # Slot -> which use of it is on its way, and the migration it is for.
         self._slots_sent: dict[int, tuple[int, str]] = {}

@@ -1,22 +1,28 @@
 """What the migrators of two instances say to each other, and the bytes that follow.
 
-Decoding checks the types and runs no code of the sender's. KV bytes never lie in a message: they
-are in memory that both share, in a second frame, or in a ``torch.distributed`` channel.
+Decoding checks types and ranges, and runs no code of the sender's. KV bytes never lie in a message:
+they are in memory that both share, in a second frame, or in a ``torch.distributed`` channel.
 """
 
 from __future__ import annotations
+
+from typing import Annotated
 
 import msgspec
 
 from llumsched.engine.kv_transfer import RingOffer
 from llumsched.runtime.messages import Message
 
+# Blocks, stages and slots: far more than there are, and little enough to multiply by bytes.
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+Name = Annotated[str, msgspec.Meta(max_length=1 << 10)]
+
 
 class Hello(Message, frozen=True, kw_only=True):
     """Opens a connection. ``transport`` is what the sender is configured for, ``ring`` where its
     staging memory is."""
 
-    instance_id: str
+    instance_id: Name
     fingerprint: str
     transport: str
     ring: RingOffer
@@ -39,19 +45,19 @@ class Welcome(Message, frozen=True, kw_only=True):
 class Reserve(Message, frozen=True, kw_only=True):
     """``state`` is a ``RequestState``. The reservation has a deadline of its own."""
 
-    migration_id: str
-    request_id: str
-    source: str
+    migration_id: Name
+    request_id: Name
+    source: Name
     state: bytes
 
 
 class Reserved(Message, frozen=True, kw_only=True):
-    migration_id: str
-    num_cached_blocks: int
+    migration_id: Name
+    num_cached_blocks: Count
 
 
 class ReserveRejected(Message, frozen=True, kw_only=True):
-    migration_id: str
+    migration_id: Name
     reason: str
 
 
@@ -62,13 +68,13 @@ class StoreBlocks(Message, frozen=True, kw_only=True):
     ``checksum`` is the CRC-32 of the bytes, if the sender is configured to add it.
     """
 
-    migration_id: str
-    stage: int
-    stage_first_block: int
-    stage_num_blocks: int
-    first_block: int
-    num_blocks: int
-    slot: int
+    migration_id: Name
+    stage: Count
+    stage_first_block: Count
+    stage_num_blocks: Count
+    first_block: Count
+    num_blocks: Count
+    slot: Count
     use: int
     checksum: int | None = None
 
@@ -76,53 +82,53 @@ class StoreBlocks(Message, frozen=True, kw_only=True):
 class SlotRead(Message, frozen=True, kw_only=True):
     """The slot's bytes, of this use of it, are not needed any more."""
 
-    slot: int
+    slot: Count
     use: int
 
 
 class StageStored(Message, frozen=True, kw_only=True):
     """A whole stage is in the destination's KV cache."""
 
-    migration_id: str
-    stage: int
-    num_blocks_total: int
+    migration_id: Name
+    stage: Count
+    num_blocks_total: Count
 
 
 class Commit(Message, frozen=True, kw_only=True):
     """``final`` is a ``FinalState``. May be repeated; so may its answer."""
 
-    migration_id: str
-    num_blocks: int
+    migration_id: Name
+    num_blocks: Count
     final: bytes
 
 
 class CommitAnswer(Message, frozen=True, kw_only=True):
     """``refused`` is ``None`` if the destination runs the request."""
 
-    migration_id: str
+    migration_id: Name
     refused: str | None = None
 
 
 class QueryCommit(Message, frozen=True, kw_only=True):
-    migration_id: str
+    migration_id: Name
 
 
 class ReleaseReservation(Message, frozen=True, kw_only=True):
-    migration_id: str
+    migration_id: Name
     reason: str
 
 
 class MigrationClosed(Message, frozen=True, kw_only=True):
     """The source has the destination's answer; its record need not be kept."""
 
-    migration_id: str
+    migration_id: Name
 
 
 class AbortMigrated(Message, frozen=True, kw_only=True):
     """The client left while the request moved: abort it where it has arrived."""
 
-    migration_id: str
-    request_id: str
+    migration_id: Name
+    request_id: Name
 
 
 PeerMessage = (

@@ -80,11 +80,14 @@ def error(status: int, message: str) -> Answer:
 
 
 class Stub:
-    """``answers`` by path; ``bodies`` are those of the posts, in order."""
+    """``answers`` by path; ``bodies`` are those of the posts, in order, ``authorizations`` what was
+    sent to prove who asks."""
 
     def __init__(self, answers: Mapping[str, Answer]) -> None:
         self.answers = dict(answers)
         self.bodies: list[object] = []
+        self.authorizations: list[str | None] = []
+        self.headers: dict[str, str] = {}
         self.url = ""
 
 
@@ -95,10 +98,13 @@ def serving(answers: Mapping[str, Answer]) -> Iterator[Stub]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            stub.authorizations.append(self.headers["Authorization"])
             status, answer = stub.answers.get(self.path, (404, {"detail": "Not Found"}))
             content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
+            for name, value in stub.headers.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)
 

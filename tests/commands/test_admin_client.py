@@ -13,6 +13,11 @@ from llumsched.commands._admin import AdminClient
 from tests.commands.stub import Answer, serving
 
 
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
@@ -41,7 +46,7 @@ def test_an_address_that_is_none_is_named(url: str) -> None:
         ((200, b"<html>hello</html>"), "has no admin API"),
         ((200, []), "has no admin API"),
         ((500, b"oh no"), "answered 500 Internal Server Error"),
-        ((401, {"error": "Unauthorized"}), "answered 401 Unauthorized"),
+        ((401, {"error": "Unauthorized"}), "wants an API key: give --api-key, or set VLLM_API_KEY"),
     ],
 )
 def test_another_server_is_told_apart(answer: Answer, said: str) -> None:
@@ -80,3 +85,47 @@ def test_a_proxy_for_the_internet_is_not_used(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
     with serving({"/llumsched/requests": (200, {"requests": []})}) as stub:
         assert AdminClient(stub.url).requests() == []
+
+
+# ---- API keys ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable", "sent"),
+    [
+        (None, None, None),
+        ("key", None, "Bearer key"),
+        (None, "hidden", "Bearer hidden"),
+        ("key", "hidden", "Bearer key"),
+    ],
+)
+def test_the_key_of_flag_or_environment_is_sent(
+    monkeypatch: pytest.MonkeyPatch, flag: str | None, variable: str | None, sent: str | None
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("VLLM_API_KEY", variable)
+    with serving({"/llumsched/requests": (200, {"requests": []})}) as stub:
+        AdminClient(stub.url, flag).requests()
+    assert stub.authorizations == [sent]
+
+
+@pytest.mark.parametrize("argv", [["status"], ["scale", "3"], ["drain", "a"], ["migrate", "r"]])
+def test_every_command_takes_a_key(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    with serving({}) as stub:
+        for path in ("instances", "instances/a/drain", "scale", "migrations"):
+            stub.answers[f"/llumsched/{path}"] = (401, {"error": "Unauthorized"})
+        assert cli.main([*argv, "--url", stub.url, "--api-key", "wrong"]) == 1
+    assert stub.authorizations == ["Bearer wrong"]
+    said = capsys.readouterr().err
+    assert said == f"llumsched: {stub.url} does not take this API key\n"
+
+
+def test_a_key_does_not_go_where_a_redirect_leads() -> None:
+    with (
+        serving({"/llumsched/requests": (200, {"requests": []})}) as other,
+        serving({"/llumsched/requests": (302, b"")}) as stub,
+    ):
+        stub.headers["Location"] = f"{other.url}/llumsched/requests"
+        AdminClient(stub.url, "key").requests()
+    assert stub.authorizations == ["Bearer key"]
+    assert other.authorizations == [None]

@@ -41,9 +41,10 @@ class Answer(NamedTuple):
 class Client:
     """Talks to one server, from any thread."""
 
-    def __init__(self, url: str, model: str) -> None:
+    def __init__(self, url: str, model: str, api_key: str | None = None) -> None:
         self.model = model
-        self._http = httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S)
+        headers = {"authorization": f"Bearer {api_key}"} if api_key is not None else {}
+        self._http = httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S, headers=headers)
 
     def close(self) -> None:
         self._http.close()
@@ -91,9 +92,9 @@ class Admin(Client):
 
     @classmethod
     @contextmanager
-    def at_rest(cls, url: str, model: str) -> Iterator[Admin]:
+    def at_rest(cls, url: str, model: str, api_key: str | None = None) -> Iterator[Admin]:
         """A client of a pool that is at rest, and must be so again at the end."""
-        pool = cls(url, model)
+        pool = cls(url, model, api_key)
         pool.await_idle()
         yield pool
         pool.await_idle()

@@ -11,7 +11,7 @@ import pytest
 from scripts.prepare_model import prepare_model
 from tests.e2e.client import Admin, Client
 from tests.e2e.plain import PlainAnswers
-from tests.e2e.servers import RUNNING, Server, llumsched, plain_vllm
+from tests.e2e.servers import API_KEY, RUNNING, Server, llumsched, plain_vllm
 
 LOG_TAIL_NUM_CHARACTERS = 6000
 
@@ -79,12 +79,12 @@ def booted(llumsched_server: Server, model: str) -> Iterator[Admin]:
 
 @pytest.fixture(scope="session")
 def server_apart(model: str, log_folder: Path) -> Iterator[Server]:
-    """Two instances that share no memory, under policies that look at prefixes and lengths. The
-    last of its tests ends it by Ctrl-C."""
+    """Two instances that share no memory, under policies that look at prefixes and lengths, behind
+    an API key. The last of its tests ends it by Ctrl-C."""
     config = log_folder / "apart.yaml"
     config.write_text(APART)
     flags = ("--instances=2", f"--config={config}", f"--decision-log={log_folder / 'decisions'}")
-    server = llumsched(model, log_folder, *flags, name="llumsched-apart")
+    server = llumsched(model, log_folder, *flags, name="llumsched-apart", VLLM_API_KEY=API_KEY)
     try:
         server.await_health()
         yield server
@@ -95,7 +95,7 @@ def server_apart(model: str, log_folder: Path) -> Iterator[Server]:
 @pytest.fixture
 def pool_apart(server_apart: Server, model: str) -> Iterator[Admin]:
     """Its instances at rest; the test must leave them at rest as well."""
-    with Admin.at_rest(server_apart.url, model) as pool:
+    with Admin.at_rest(server_apart.url, model, API_KEY) as pool:
         yield pool
 
 

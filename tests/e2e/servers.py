@@ -30,6 +30,8 @@ END_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 10.0
 THAT_TIMEOUT_S = 30.0
 POLL_INTERVAL_S = 0.1
+# Of the server that has one.
+API_KEY = "the-key"
 
 # Servers that have not been ended, for whoever wants to show their logs.
 RUNNING: list[Server] = []

@@ -1,8 +1,11 @@
-"""Between instances that share no memory KV goes through a socket. The server ends by Ctrl-C."""
+"""Between instances that share no memory KV goes through a socket. The server has an API key, and
+ends by Ctrl-C."""
 
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -10,7 +13,7 @@ from tests.e2e.cases import COMPLETIONS, SINGLE, completion
 from tests.e2e.client import Admin, differences
 from tests.e2e.moving import Mover
 from tests.e2e.plain import PlainAnswers
-from tests.e2e.servers import END_TIMEOUT_S, Server
+from tests.e2e.servers import API_KEY, END_TIMEOUT_S, Server, server_environment
 
 
 @pytest.mark.parametrize("name", ["penalties, seeded", "chat with logprobs"])
@@ -31,10 +34,40 @@ def test_long_prompt(pool_apart: Admin) -> None:
     assert not differences(found.choices, expected.choices)
 
 
+def test_without_the_key_nothing_is_to_be_had(pool_apart: Admin, server_apart: Server) -> None:
+    for api_key in (None, "another"):
+        stranger = Admin(server_apart.url, pool_apart.model, api_key)
+        for path in ("/llumsched/instances", "/llumsched/requests", "/v1/models"):
+            assert stranger.get(path).status == 401, path
+        for path, body in (
+            ("/llumsched/scale", {"num_instances": 0}),
+            ("/llumsched/instances/instance-0/drain", {}),
+            ("/llumsched/migrations", {"request_id": "x"}),
+            (COMPLETIONS, completion()),
+            ("/invocations", completion()),
+            ("/tokenize", {"prompt": "x"}),
+        ):
+            assert stranger.post(path, body).status == 401, path
+        assert stranger.get("/health").status == 200
+        assert "llumsched_scheduler_up" in stranger.text("/metrics")
+        stranger.close()
+
+
+def test_status_takes_the_key(server_apart: Server) -> None:
+    command = [sys.executable, "-m", "llumsched", "status", f"--url={server_apart.url}"]
+
+    def ask(**variables: str) -> subprocess.CompletedProcess[str]:
+        environment = server_environment(**variables)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+
+    assert "wants an API key" in ask().stderr
+    assert "instance-1" in ask(VLLM_API_KEY=API_KEY).stdout
+
+
 def test_control_c_ends_every_process(server_apart: Server, model: str) -> None:
     """In the middle of an answer, whose client is told. Keep this test last: there is no server
     after it."""
-    client = Admin(server_apart.url, model)
+    client = Admin(server_apart.url, model, API_KEY)
     with client.stream(COMPLETIONS, completion(max_tokens=400)) as stream:
         next(stream)
         before = server_apart.processes()

@@ -35,6 +35,7 @@ from llumsched.runtime.messages import (
     decode_control,
     encode,
 )
+from llumsched.trust import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 TIMEOUT_S = 20.0
 Answer = Callable[[Message], Message | None]
@@ -64,6 +65,8 @@ def run(
     async def play() -> None:
         context = zmq.asyncio.Context()
         socket = context.socket(zmq.ROUTER)
+        keys = PoolKeys.generate()
+        gate = Gate(context, keys, [(socket, MAX_CONTROL_NUM_BYTES)], "the scheduler")
         socket.bind("tcp://127.0.0.1:*")
 
         async def serve() -> None:
@@ -75,12 +78,13 @@ def run(
 
         serving = asyncio.create_task(serve())
         endpoint = socket.get_string(zmq.LAST_ENDPOINT)
-        link = SchedulerLink(endpoint, lambda: 1, prefix_hashes)
+        link = SchedulerLink(endpoint, keys, lambda: 1, prefix_hashes)
         try:
             await asyncio.wait_for(scenario(link), TIMEOUT_S)
         finally:
             link.close()
             serving.cancel()
+            gate.close()
             context.destroy(linger=0)
 
     asyncio.run(play())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,6 +15,7 @@ from llumsched.frontend import pool_metrics
 from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
 from llumsched.frontend.pool_metrics import PoolMetrics
 from llumsched.runtime.messages import ClusterDescription, InstanceDescription
+from llumsched.trust import Gate
 
 
 def description(**changes: Any) -> ClusterDescription:
@@ -37,6 +39,7 @@ def description(**changes: Any) -> ClusterDescription:
         "migration_causes": {"multimodal": 3},
         "queued": {"high": 2},
         "policy_failures": {"Mine": 1},
+        "unproven": {"scheduler": 1},
     }
     return ClusterDescription(**(values | changes))
 
@@ -63,7 +66,7 @@ def scraped(monkeypatch: pytest.MonkeyPatch, *answers: ClusterDescription | None
     registry = CollectorRegistry()
 
     async def follow() -> dict[tuple[str, tuple[str, ...]], float]:
-        metrics = PoolMetrics(registry)
+        metrics = PoolMetrics([cast("Gate", SimpleNamespace(num_unproven=2))], registry)
         link = Link(answers)
         following = asyncio.create_task(metrics.follow(cast("SchedulerLink", link)))
         await asyncio.wait_for(link.done.wait(), 5)
@@ -98,6 +101,7 @@ def test_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(blocks.values()) == 100
     assert values["llumsched_instance_requests", ("a", "running")] == 3
     assert values["llumsched_instance_requests", ("a", "waiting")] == 1
+    assert values["llumsched_unproven_connections", ("scheduler",)] == 1
 
 
 @pytest.mark.parametrize(
@@ -114,4 +118,7 @@ def test_freeness_of_an_empty_or_draining_instance(
 
 
 def test_what_a_silent_scheduler_knew_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert scraped(monkeypatch, description(), None) == {("llumsched_scheduler_up", ()): 0}
+    assert scraped(monkeypatch, description(unproven={"a": 5}), None) == {
+        ("llumsched_scheduler_up", ()): 0,
+        ("llumsched_unproven_connections", ("frontend",)): 2,
+    }

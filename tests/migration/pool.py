@@ -41,6 +41,7 @@ from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID, MigrationPort
 from llumsched.frontend.routes import Arrival, Passed, Routes
 from llumsched.runtime.messages import OrderMigration, ReportMigration
 from llumsched.runtime.migrator import Migrator
+from llumsched.trust import PoolKeys
 
 BLOCK_SIZE = 32
 NUM_BLOCKS = 97
@@ -160,6 +161,7 @@ class Pool:
         self._thread = threading.Thread(target=self._loop.run_forever, name="migrators")
         self._thread.start()
         self._num_migrations = 0
+        self._keys = PoolKeys.generate()
         self.routes = Routes()
         self.answers: dict[str, Answer] = {}
         self.stats: list[IterationStats] = []
@@ -187,6 +189,7 @@ class Pool:
                 abort=lambda request_id: _ignore(
                     core.call(lambda: core.abort_requests([request_id]))
                 ),
+                keys=self._keys,
                 host="127.0.0.1",
                 step_time_s=lambda: core.step_time_s,
                 options=self._options,

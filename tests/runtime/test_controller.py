@@ -49,8 +49,10 @@ from llumsched.runtime.messages import (
     decode_control,
     encode,
 )
+from llumsched.trust import PoolKeys
 
 TIMEOUT_S = 10.0
+KEYS = PoolKeys.generate()
 
 
 @dataclass
@@ -72,11 +74,12 @@ class Stage:
     def __init__(self, controller: Controller) -> None:
         self.controller = controller
         self.context = zmq.asyncio.Context()
-        self.endpoint = controller.bind(self.context, "127.0.0.1")
+        self.endpoint = controller.bind(self.context, "127.0.0.1", KEYS)
 
     def peer(self) -> Peer:
         socket = self.context.socket(zmq.DEALER)
         socket.linger = 0
+        KEYS.connect_with(socket)
         socket.connect(self.endpoint)
         return Peer(socket)
 

@@ -12,6 +12,7 @@ from llumsched.runtime.heartbeat import HeartbeatListener, Silence, start_beatin
 from llumsched.runtime.process_work import Work
 from llumsched.runtime.supervisor import MAX_BACK_OFF_S, TICK_S, Supervisor
 from llumsched.runtime.vital_signs import Limits
+from llumsched.trust import PoolKeys
 
 LIMITS = Limits(heartbeat_s=10.0, step_s=60.0, loop_uses_cpu=True)
 
@@ -333,7 +334,8 @@ def test_the_next_ping_follows_the_answer() -> None:
 
 
 def test_beats_tell_the_silence_of_the_loop() -> None:
-    listener = HeartbeatListener("127.0.0.1")
+    keys = PoolKeys.generate()
+    listener = HeartbeatListener("127.0.0.1", keys)
     answers = True
 
     def hear_until(holds: Callable[[float], bool]) -> None:
@@ -341,7 +343,7 @@ def test_beats_tell_the_silence_of_the_loop() -> None:
             assert heard.keys() <= {258}
 
     try:
-        start_beating(listener.endpoint, 258, lambda: lambda: answers)
+        start_beating(listener.endpoint, 258, keys, lambda: lambda: answers)
         hear_until(lambda silence_s: silence_s == 0.0)
         answers = False
         hear_until(lambda silence_s: silence_s > 0.3)

@@ -311,12 +311,15 @@ INTERNALS: tuple[Internal, ...] = (
         ("output", "utility_results"),
     ),
     Internal(
-        "vllm.utils.network_utils",
+        "vllm.v1.engine.core",
         "make_zmq_socket",
-        "sockets as vLLM opens them",
-        ("ctx", "path", "socket_type", "bind"),
+        "connect with the pool's keys",
+        ("ctx", "path"),
     ),
     # The server.
+    Internal(
+        "vllm.entrypoints.serve.middleware.authenticate", "GUARDED_PREFIX", "ask for the API key"
+    ),
     Internal(
         "vllm.entrypoints.launchers.cli_args", "make_arg_parser", "vLLM's own flags", ("parser",)
     ),

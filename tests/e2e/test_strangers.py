@@ -1,0 +1,101 @@
+"""Bytes of every kind at every port that the processes of a pool listen on: the pool serves on."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from tests.e2e.cases import COMPLETIONS, completion
+from tests.e2e.client import POLL_INTERVAL_S, REQUEST_TIMEOUT_S, Admin, differences
+from tests.e2e.servers import Server
+from tests.trust import strangers
+
+# How long one waits to be hung up on: some listeners of libraries never do.
+LINGER_S = 0.05
+# A giant of any kind would take gigabytes.
+MAX_GROWTH_NUM_BYTES = 256 << 20
+# Those whose sockets are ours; the rest of Ray is here as well, and only must not take them along.
+OURS = ("ray::Controller", "ray::Instance", "python")
+
+
+def listening(server: Server) -> dict[int, str]:
+    """Every TCP port that a process of the server listens on, with the name of the process."""
+    found = {}
+    for pid, name in server.processes().items():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for connection in psutil.Process(pid).net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found[connection.laddr.port] = name
+    return found
+
+
+def resident(server: Server) -> dict[int, int]:
+    """Bytes of memory of each process that is ours."""
+    found = {}
+    for pid, name in server.processes().items():
+        if name.startswith(OURS):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found[pid] = psutil.Process(pid).memory_info().rss
+    return found
+
+
+def unproven(pool: Admin) -> dict[str, float]:
+    """Connections turned away so far, by process."""
+    line = re.compile(r'^llumsched_unproven_connections\{process="(.+)"\} (.+)$', re.MULTILINE)
+    return {process: float(count) for process, count in line.findall(pool.text("/metrics"))}
+
+
+def throw(port: int, message: bytes) -> None:
+    """Bytes at a port, until it hangs up or has had its time."""
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection(("127.0.0.1", port), timeout=LINGER_S) as connection,
+    ):
+        connection.sendall(message)
+        while connection.recv(4096):
+            pass
+
+
+@pytest.fixture
+def ports(llumsched_server: Server, pool: Admin) -> Iterator[dict[int, str]]:
+    found = listening(llumsched_server)
+    yield found
+    assert listening(llumsched_server).keys() >= found.keys(), "a listener is gone"
+
+
+def test_bytes_at_every_port(llumsched_server: Server, pool: Admin, ports: dict[int, str]) -> None:
+    processes, memory, before = (
+        llumsched_server.processes(),
+        resident(llumsched_server),
+        unproven(pool),
+    )
+    body = completion(max_tokens=300)
+    with pool.stream(COMPLETIONS, body) as stream:
+        chunks = [next(stream)]
+        for message in (*strangers.BYTES.values(), *strangers.TRUNCATED.values()):
+            for port in ports:
+                throw(port, message)
+        chunks += stream
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert llumsched_server.processes() == processes, "a process died of it"
+    grown = {pid: num_bytes - memory[pid] for pid, num_bytes in resident(llumsched_server).items()}
+    assert max(grown.values()) < MAX_GROWTH_NUM_BYTES, grown
+    # Counted where they knocked: at the scheduler, at both migrators, at the frontend's sockets.
+    deadline_s = time.monotonic() + REQUEST_TIMEOUT_S
+    while True:
+        counted = {name: count - before.get(name, 0) for name, count in unproven(pool).items()}
+        if counted.keys() >= {"scheduler", "frontend", *pool.instances()} and all(
+            count >= len(strangers.BYTES) for count in counted.values()
+        ):
+            break
+        assert time.monotonic() < deadline_s, counted
+        time.sleep(POLL_INTERVAL_S)
+    # And what is the pool's own goes on: a request moves between the instances.
+    whole = pool.whole(COMPLETIONS, body)
+    assert not differences(whole.as_dict(), pool.whole(COMPLETIONS, body).as_dict())
