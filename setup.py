@@ -110,6 +110,7 @@ setup(
             PYARROW,
             "pytest>=8.4",
             "ruff>=0.14",
+            "schemathesis>=4.32,<5",
             "setuptools>=77",
             "types-PyYAML>=6",
             "types-psutil>=6",

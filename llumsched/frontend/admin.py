@@ -15,6 +15,7 @@ import msgspec
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from llumsched.core.events import MigrationOutcome
 from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
@@ -69,7 +70,7 @@ def admin_router(link: SchedulerLink, routes: Routes, berths: Berths) -> APIRout
     """The routes."""
     router = APIRouter(prefix="/llumsched", tags=["llumsched"])
 
-    @router.get("/instances")
+    @router.get("/instances", responses=_errors(503))
     async def list_instances() -> JSONResponse:
         """Every instance: state, freeness, blocks, requests, step time, age of its report."""
         try:
@@ -81,7 +82,9 @@ def admin_router(link: SchedulerLink, routes: Routes, berths: Berths) -> APIRout
         answer["berths"] = [asdict(berth) for berth in berths.describe()]
         return JSONResponse(answer)
 
-    @router.post("/instances/{instance_id}/drain")
+    @router.post(
+        "/instances/{instance_id}/drain", status_code=202, responses=_errors(400, 404, 409, 503)
+    )
     async def drain(instance_id: str, body: DrainBody | None = None) -> JSONResponse:
         """Empty an instance and end it; answers when this has begun."""
         body = body or DrainBody()
@@ -99,7 +102,7 @@ def admin_router(link: SchedulerLink, routes: Routes, berths: Berths) -> APIRout
             return _error(409, f"Not drained: {accepted.refused}.")
         return JSONResponse({"instance_id": instance_id, "replace": body.replace}, 202)
 
-    @router.post("/scale")
+    @router.post("/scale", status_code=202, responses=_errors(400, 409, 503))
     async def scale(body: ScaleBody) -> JSONResponse:
         """Have this many instances; answers when this has begun."""
         if body.num_instances > berths.max_instances:
@@ -137,7 +140,7 @@ def admin_router(link: SchedulerLink, routes: Routes, berths: Berths) -> APIRout
             }
         )
 
-    @router.post("/migrations")
+    @router.post("/migrations", responses=_errors(400, 404, 409, 503))
     async def migrate(body: MigrationBody) -> JSONResponse:
         """Move a running request; answers when it has moved, with what it took."""
         matches = [
@@ -172,6 +175,11 @@ def admin_router(link: SchedulerLink, routes: Routes, berths: Berths) -> APIRout
         return JSONResponse(_flat(msgspec.to_builtins(answer.report)))
 
     return router
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """How a route describes what it answers besides."""
+    return {status: {"model": ErrorResponse} for status in statuses}
 
 
 def _flat(report: dict[str, Any]) -> dict[str, Any]:
