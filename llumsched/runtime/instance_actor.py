@@ -23,6 +23,8 @@ from llumsched.runtime.process_work import Work, work_of
 
 # Environment variables that instances on other machines need as well.
 FORWARDED_PREFIXES = ("VLLM_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "LLUMSCHED_", "TOKENIZERS_")
+# Clients prove themselves to the frontend alone, and Ray shows this environment to its users.
+NOT_FORWARDED = frozenset({"VLLM_API_KEY"})
 PID_TIMEOUT_S = 5.0
 A_SHARE = 0.001  # of a resource that only says where
 
@@ -57,7 +59,9 @@ class InstanceActor:
         self.instance_id = plan.instance_id
         self.group: PlacementGroup = placement_group([resources.bundle()])
         environment = {
-            name: value for name, value in os.environ.items() if name.startswith(FORWARDED_PREFIXES)
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(FORWARDED_PREFIXES) and name not in NOT_FORWARDED
         } | dict(resources.environment)
         options: Any = ray.remote(Instance).options(
             num_cpus=resources.num_cpus,

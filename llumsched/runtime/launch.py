@@ -4,7 +4,8 @@
 one, and ends a local one with itself. Once the first instances serve, its supervisor looks after
 them: it replaces those that die, and starts and ends others as it is told.
 
-All processes run on this machine, also in a cluster of several: their sockets are bound to loopback.
+All processes run on this machine, also in a cluster of several: their sockets are bound to
+loopback.
 """
 
 from __future__ import annotations

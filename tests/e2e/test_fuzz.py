@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import requests
@@ -76,7 +76,7 @@ def schema(booted: Admin) -> BaseSchema:
 def operations(schema: BaseSchema) -> Iterator[Any]:
     """What is tried: all that is served, but for what would end the server's instances."""
     for result in schema.get_all_operations():
-        operation = result.ok()
+        operation = cast("Any", result).ok()
         if operation.path not in DESTRUCTIVE and (THOROUGH or operation.path not in SLOW):
             yield operation
 

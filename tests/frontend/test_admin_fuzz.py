@@ -30,9 +30,9 @@ REQUEST = "cmpl-1"
 
 
 class Berths:
-    """One instance, and room for two."""
+    """One instance, and room for many."""
 
-    max_instances = 2
+    max_instances = 1000
 
     def describe(self) -> list[BerthStatus]:
         return [
@@ -106,7 +106,7 @@ def test_every_answer_is_one_that_is_described() -> None:
     schema = schemathesis.openapi.from_asgi("/openapi.json", make_app())
     statuses: dict[str, set[int]] = {}
     for result in schema.get_all_operations():
-        operation: Any = result.ok()
+        operation = cast("Any", result).ok()
         for mode in GenerationMode.POSITIVE, GenerationMode.NEGATIVE:
             if mode is GenerationMode.NEGATIVE and operation.method == "get":
                 continue  # nothing to get wrong
@@ -139,7 +139,7 @@ def test_every_answer_is_one_that_is_described() -> None:
 
             ask()
     assert statuses == {
-        "/llumsched/instances": {200, 503},
+        "/llumsched/instances": {200},
         "/llumsched/instances/{instance_id}/drain": {202, 400, 404, 409, 503},
         "/llumsched/scale": {202, 400, 409, 503},
         "/llumsched/requests": {200},

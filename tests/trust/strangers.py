@@ -15,7 +15,7 @@ import zmq
 
 from llumsched.trust import PoolKeys
 
-PATIENCE_S = 5.0
+PATIENCE_S = 5
 SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
 LONG_COMMAND = b"\x06"
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from llumsched.runtime.heartbeat import HeartbeatListener
 from llumsched.trust import Gate, PoolKeys
 from tests.trust import strangers
 
-PATIENCE_S = 10.0
+PATIENCE_S = 10
 # Of the whole process, whatever it does meanwhile; a giant would take gigabytes.
 MAX_GROWTH_NUM_BYTES = 64 << 20
 KEYS = PoolKeys.generate()
@@ -78,7 +78,7 @@ def frontend(which: str) -> Iterator[Door]:
     sockets.close()
 
 
-DOORS = {
+DOORS: Mapping[str, Callable[[], AbstractContextManager[Door]]] = {
     "scheduler": scheduler,
     "heartbeats": heartbeats,
     "frontend's requests": lambda: frontend("input"),
