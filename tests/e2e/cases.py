@@ -176,6 +176,12 @@ WHOLE: dict[str, tuple[str, dict[str, Any] | None]] = {
     "detokenize": ("/detokenize", {"tokens": [504, 2416, 282, 260, 905, 314]}),
 }
 
+# What plain vLLM answers with 500, by the field that breaks it: found by tests/e2e/test_fuzz.py.
+BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
+    # Its validators ask the value for a key before they know that it is an object.
+    "structured_outputs": (COMPLETIONS, completion(structured_outputs=1)),
+}
+
 # Refused: path, body, as JSON or as it is.
 REFUSED: dict[str, tuple[str, dict[str, Any] | bytes | None]] = {
     "no prompt": (COMPLETIONS, {"max_tokens": 4}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.e2e.cases import REFUSED, STREAMED, WHOLE
+from tests.e2e.cases import BROKEN, REFUSED, STREAMED, WHOLE
 from tests.e2e.client import Answer, Client, Whole, in_parallel
 
 # As many at once as keep both cores busy; float32 makes the answers those of each alone.
@@ -18,6 +18,7 @@ class PlainAnswers:
         self.streamed: dict[str, Whole] = {}
         self.whole: dict[str, Answer] = {}
         self.refused: dict[str, Answer] = {}
+        self.broken: dict[str, Answer] = {}
 
         def ask_streamed(name: str) -> None:
             self.streamed[name] = client.whole(*STREAMED[name])
@@ -32,6 +33,8 @@ class PlainAnswers:
             ask_whole(name)
         for name, (path, body) in REFUSED.items():
             self.refused[name] = ask(client, path, body)
+        for name, case in BROKEN.items():
+            self.broken[name] = ask(client, *case)
         self.metrics = metric_names(client.text("/metrics"))
         client.close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.cases import REFUSED, SEVERAL, STREAMED, WHOLE, completion
+from tests.e2e.cases import BROKEN, REFUSED, SEVERAL, STREAMED, WHOLE, completion
 from tests.e2e.client import Admin, Whole, differences, in_parallel
 from tests.e2e.plain import PlainAnswers, ask, metric_names
 
@@ -41,6 +41,13 @@ def test_refuses_as_plain_vllm(pool: Admin, plain: PlainAnswers, name: str) -> N
     found = ask(pool, *REFUSED[name])
     assert 400 <= found.status < 500, found
     assert not differences(list(found), list(plain.refused[name]))
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_breaks_where_plain_vllm_does(pool: Admin, plain: PlainAnswers, name: str) -> None:
+    found = ask(pool, *BROKEN[name])
+    assert found.status == 500, "mended: take it off the list"
+    assert not differences(list(found), list(plain.broken[name]))
 
 
 def test_streams_usage_only_if_asked(pool: Admin) -> None:

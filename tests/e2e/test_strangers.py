@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.e2e.cases import COMPLETIONS, completion
-from tests.e2e.client import POLL_INTERVAL_S, REQUEST_TIMEOUT_S, Admin, differences
+from tests.e2e.client import POLL_INTERVAL_S, REQUEST_TIMEOUT_S, Admin, collect, differences
 from tests.e2e.servers import Server
 from tests.trust import strangers
 
@@ -82,7 +82,8 @@ def test_bytes_at_every_port(llumsched_server: Server, pool: Admin, ports: dict[
             for port in ports:
                 throw(port, message)
         chunks += stream
-    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    (answer,) = collect(chunks).choices.values()
+    assert answer["finish_reason"] == "length"
     assert llumsched_server.processes() == processes, "a process died of it"
     grown = {pid: num_bytes - memory[pid] for pid, num_bytes in resident(llumsched_server).items()}
     assert max(grown.values()) < MAX_GROWTH_NUM_BYTES, grown

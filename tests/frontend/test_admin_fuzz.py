@@ -49,6 +49,9 @@ class Berths:
     def replace(self, instance_id: str) -> None:
         assert instance_id == INSTANCE
 
+    def limit(self, num_instances: int) -> None:
+        assert 0 <= num_instances <= self.max_instances
+
 
 class Link:
     """A scheduler that agrees, refuses and is silent in turn."""
