@@ -149,18 +149,17 @@ async def _serve(
 ) -> int:
     _on_signals(_interrupt)
     host = "127.0.0.1"
-    keys = PoolKeys.generate()
-    sockets = FrontendSockets(host, keys, max_output_num_bytes(vllm_config))
+    sockets = FrontendSockets(host, PoolKeys.generate(), max_output_num_bytes(vllm_config))
     log_stats = not args.disable_log_stats
     with Pool(
         ray_address=options.ray_address,
         num_instances=options.num_instances,
-        keys=keys,
+        keys=sockets.keys,
         progress=_progress,
     ) as pool:
         pool.start_scheduler(options.config, host, options.decision_log)
         _on_signals(_interrupt)  # Ray has put its own handler there
-        make_plan = _planner(options, vllm_config, sockets, pool, keys, host, log_stats)
+        make_plan = _planner(options, vllm_config, sockets, pool, host, log_stats)
         pool.start_instances(
             make_plan,
             _resources(vllm_config, options.num_instances),
@@ -168,9 +167,7 @@ async def _serve(
         )
         link_holder: list[SchedulerLink] = []
         prefix_hashes = prefix_hasher(vllm_config) if options.wants_prefix_blocks else None
-        with _our_client(
-            sockets, keys, options, link_holder, pool.scheduler_endpoint, prefix_hashes
-        ):
+        with _our_client(sockets, options, link_holder, pool.scheduler_endpoint, prefix_hashes):
             engine = Engine.from_vllm_config(
                 vllm_config=vllm_config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
@@ -238,7 +235,6 @@ def _planner(
     vllm_config: VllmConfig,
     sockets: FrontendSockets,
     pool: Pool,
-    keys: PoolKeys,
     host: str,
     log_stats: bool,
 ) -> Callable[[int, str | None], InstancePlan]:
@@ -256,7 +252,7 @@ def _planner(
                 engine_index=index,
                 log_stats=log_stats,
             ),
-            keys=keys,
+            keys=sockets.keys,
             scheduler_endpoint=pool.scheduler_endpoint,
             heartbeat_endpoint=pool.heartbeat_endpoint,
             host=host,
@@ -294,7 +290,6 @@ def _resources(vllm_config: VllmConfig, num_instances: int) -> InstanceResources
 @contextlib.contextmanager
 def _our_client(
     sockets: FrontendSockets,
-    keys: PoolKeys,
     options: ServeOptions,
     link_holder: list[SchedulerLink],
     scheduler_endpoint: str,
@@ -314,7 +309,7 @@ def _our_client(
             assert client is not None
             return min(client.instances, key=client.routes.num_requests, default=None)
 
-        link = SchedulerLink(scheduler_endpoint, keys, least_loaded, prefix_hashes)
+        link = SchedulerLink(scheduler_endpoint, sockets.keys, least_loaded, prefix_hashes)
         link_holder.append(link)
         client = RoutingEngineClient(
             vllm_config,

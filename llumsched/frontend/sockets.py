@@ -25,6 +25,7 @@ class FrontendSockets:
     """
 
     def __init__(self, host: str, keys: PoolKeys, max_output_num_bytes: int) -> None:
+        self.keys = keys
         self.sync_context = zmq.Context(io_threads=2)
         self.context = zmq.asyncio.Context(self.sync_context)
         self.input = self.context.socket(zmq.ROUTER)
