@@ -7,9 +7,12 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
+import grpc
 import psutil
 import pytest
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from tests.e2e.cases import COMPLETIONS, completion
 from tests.e2e.client import POLL_INTERVAL_S, REQUEST_TIMEOUT_S, Admin, collect, differences
@@ -100,3 +103,29 @@ def test_bytes_at_every_port(llumsched_server: Server, pool: Admin, ports: dict[
     # And what is the pool's own goes on: a request moves between the instances.
     whole = pool.whole(COMPLETIONS, body)
     assert not differences(whole.as_dict(), pool.whole(COMPLETIONS, body).as_dict())
+
+
+def test_ray_wants_its_token(llumsched_server: Server, pool: Admin, ports: dict[int, str]) -> None:
+    """Ray runs what it is sent. The token is in the environment of its processes, and nowhere."""
+    (port,) = (port for port, name in ports.items() if name == "gcs_server")
+    (pid,) = (pid for pid, name in llumsched_server.processes().items() if name == "gcs_server")
+    token = psutil.Process(pid).environ()["RAY_AUTH_TOKEN"]
+    # Generated, and without types.
+    messages: Any = gcs_service_pb2
+    services: Any = gcs_service_pb2_grpc
+
+    def ask(**headers: str) -> int:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            nodes = services.NodeInfoGcsServiceStub(channel)
+            answer = nodes.GetAllNodeInfo(
+                messages.GetAllNodeInfoRequest(),
+                metadata=tuple(headers.items()),
+                timeout=REQUEST_TIMEOUT_S,
+            )
+        return len(answer.node_info_list)
+
+    for headers in ({}, {"authorization": f"Bearer {'0' * len(token)}"}):
+        with pytest.raises(grpc.RpcError) as refused:
+            ask(**headers)
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert ask(authorization=f"Bearer {token}") == 1
