@@ -75,7 +75,7 @@ def ports(llumsched_server: Server, pool: Admin) -> Iterator[dict[int, str]]:
 
 def test_bytes_at_every_port(llumsched_server: Server, pool: Admin, ports: dict[int, str]) -> None:
     memory, before = resident(llumsched_server), unproven(pool)
-    body = completion(max_tokens=300)
+    body = completion(max_tokens=100)
     with pool.stream(COMPLETIONS, body) as stream:
         chunks = [next(stream)]
         for message in (*strangers.BYTES.values(), *strangers.TRUNCATED.values()):
