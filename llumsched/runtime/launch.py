@@ -361,12 +361,6 @@ class _RayPool:
     def start(self, engine_index: int, launch_id: str | None) -> InstanceActor:
         return self._pool.start_one(engine_index, launch_id)
 
-    @property
-    def heartbeat_gate(self) -> Gate:
-        """Whom the listener for signs of life has turned away."""
-        assert self._heartbeats is not None, "start the scheduler first"
-        return self._heartbeats.gate
-
     def heard(self) -> Mapping[int, float]:
         return self._pool.heard()
 

@@ -37,6 +37,7 @@ from llumsched.runtime import incoming, migrator, outgoing, peer_link
 from llumsched.runtime.messages import OrderMigration, ReportMigration
 from llumsched.runtime.migrator import Migrator
 from llumsched.runtime.peer_messages import PeerMessage, decode_peer
+from llumsched.trust import PoolKeys
 from tests.migration.pool import ENGINE_FLAGS, NUM_BLOCKS, SteppedCore
 
 PATIENCE_S = 120.0
@@ -94,17 +95,18 @@ class Stay:
 # ---- in the process of an instance ----------------------------------------------------------
 
 
-def run_instance(parent: Connection, model: str, name: str) -> None:
+def run_instance(parent: Connection, model: str, name: str, keys: PoolKeys) -> None:
     """The main function of an instance's process; it ends when ``parent`` closes."""
     try:
-        _Instance(parent, model, name).serve()
+        _Instance(parent, model, name, keys).serve()
     except EOFError:
         os._exit(0)  # engine and migrator have nothing to save
 
 
 class _Instance:
-    def __init__(self, parent: Connection, model: str, name: str) -> None:
+    def __init__(self, parent: Connection, model: str, name: str, keys: PoolKeys) -> None:
         self._parent = parent
+        self._keys = keys
         self._sending = threading.Lock()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         arguments = EngineArgs(model=model, **ENGINE_FLAGS)
@@ -136,6 +138,7 @@ class _Instance:
             step_time_s=lambda: self._core.step_time_s,
             options=HURRIED,
             transfer=TransferOptions(),
+            keys=self._keys,
         )
         made._incoming._options = PATIENT_RESERVATION
         return made
@@ -264,13 +267,13 @@ class _Instance:
 class RemoteInstance:
     """An instance as the test sees it: what it was told, and what it has said so far."""
 
-    def __init__(self, model: str, name: str) -> None:
+    def __init__(self, model: str, name: str, keys: PoolKeys) -> None:
         self.name = name
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # vLLM is imported once
         self._connection, theirs = context.Pipe()
         self.process = context.Process(
-            target=run_instance, args=(theirs, model, name), name=name, daemon=True
+            target=run_instance, args=(theirs, model, name, keys), name=name, daemon=True
         )
         self.process.start()
         theirs.close()

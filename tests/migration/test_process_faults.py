@@ -21,6 +21,7 @@ import pytest
 from llumsched.core.migration import MigrationState
 from llumsched.core.migration_destination import ReservationState
 from llumsched.runtime.messages import OrderMigration
+from llumsched.trust import PoolKeys
 from tests.campaigns import THOROUGH
 from tests.migration.processes import (
     FAULT_S,
@@ -62,11 +63,13 @@ class Two:
     def __init__(self, model: str) -> None:
         self._model = model
         self._numbers = itertools.count()
+        self._keys = PoolKeys.generate()
         self._living: list[RemoteInstance] = []
 
     def both(self) -> list[RemoteInstance]:
         while len(self._living) < 2:
-            self._living.append(RemoteInstance(self._model, f"process-{next(self._numbers)}"))
+            name = f"process-{next(self._numbers)}"
+            self._living.append(RemoteInstance(self._model, name, self._keys))
         until(lambda: all(i.endpoint for i in self._living), self._living, "both have booted")
         return list(self._living)
 

@@ -13,6 +13,7 @@ from llumsched.engine.compatibility import Compatibility, fingerprint_of
 from llumsched.runtime import launch
 from llumsched.runtime.instance_actor import InstanceResources
 from llumsched.runtime.launch import LaunchError, Pool
+from llumsched.trust import PoolKeys
 
 COMMON = Compatibility(
     protocol=2,
@@ -56,7 +57,9 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
     monkeypatch.setattr(launch, "InstanceActor", Booted)
     monkeypatch.setattr(ray, "wait", lambda found, **_: (found, []))
     monkeypatch.setattr(ray, "get", lambda found, **_: found)
-    return Pool(ray_address=None, num_instances=3, progress=lambda _: None)
+    return Pool(
+        ray_address=None, num_instances=3, keys=PoolKeys.generate(), progress=lambda _: None
+    )
 
 
 def start(pool: Pool, *kinds: Compatibility) -> None:
