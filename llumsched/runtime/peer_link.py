@@ -162,10 +162,8 @@ class Link:
             self._num_uses += 1
             self._slots_sent[slot] = (self._num_uses, migration_id)
             staging = self._ring.staging(slot, num_bytes)
-            # Of this thread: with several ranks each worker copies on a core of its own.
-            started_s = time.thread_time()
-            await self._kv.gather(part, staging)
-            self._pacer.copied(time.thread_time() - started_s, time.monotonic())
+            core_s = await self._kv.gather(part, staging)
+            self._pacer.copied(core_s, time.monotonic())
             header = encode(
                 StoreBlocks(
                     migration_id=migration_id,

@@ -68,9 +68,9 @@ def test_the_shard_of_one_rank_left_out(
     kv = kv_of(pool, 1)
     exchange = kv._exchange
 
-    def without_one(commands: list[CopyShard]) -> None:
+    def without_one(commands: list[CopyShard]) -> float:
         commands[rank] = msgspec.structs.replace(commands[rank], block_ids=[])
-        exchange(commands)
+        return exchange(commands)
 
     monkeypatch.setattr(kv, "_exchange", without_one)
     assert moved(pool, "long prompt", CASES["long prompt"]) != unmoved["long prompt"]
@@ -83,9 +83,9 @@ def test_a_worker_that_cannot_copy_ends_the_migration(
     kv = kv_of(pool, 1)
     exchange = kv._exchange
 
-    def of_no_such_slot(commands: list[CopyShard]) -> None:
+    def of_no_such_slot(commands: list[CopyShard]) -> float:
         commands[1] = msgspec.structs.replace(commands[1], slot=1000)
-        exchange(commands)
+        return exchange(commands)
 
     monkeypatch.setattr(kv, "_exchange", of_no_such_slot)
     reason = moved(pool, "long prompt", CASES["long prompt"])
@@ -102,9 +102,9 @@ def test_blocks_are_not_free_while_a_worker_writes_them(
     kv, destination = kv_of(pool, 1), pool.instances[1]
     exchange, go_on = kv._exchange, threading.Event()
 
-    def wait(commands: list[CopyShard]) -> None:
+    def wait(commands: list[CopyShard]) -> float:
         assert go_on.wait(PATIENCE_S)
-        exchange(commands)
+        return exchange(commands)
 
     monkeypatch.setattr(kv, "_exchange", wait)
     (sequence_id,) = ask(pool, "r", CASES["long answer"])

@@ -7,6 +7,7 @@ memory, and one call copies all of it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -30,8 +31,12 @@ class KVAccess(Protocol):
     @property
     def pins_staging(self) -> bool: ...
 
-    async def gather(self, block_ids: Sequence[int], staging: Staging) -> None:
-        """Copy blocks into ``staging``, which has room for them."""
+    async def gather(self, block_ids: Sequence[int], staging: Staging) -> float:
+        """Copy blocks into ``staging``, which has room for them.
+
+        Returns:
+            the seconds of a core's time that it took, where it took most of it.
+        """
 
     async def scatter(self, block_ids: Sequence[int], staging: Staging) -> None:
         """The inverse of ``gather``, into the blocks named here."""
@@ -49,8 +54,10 @@ class LocalKV:
         self.block_num_bytes = blocks.block_num_bytes
         self.pins_staging = blocks.device.type == "cuda"
 
-    async def gather(self, block_ids: Sequence[int], staging: Staging) -> None:
+    async def gather(self, block_ids: Sequence[int], staging: Staging) -> float:
+        started_s = time.thread_time()
         self.blocks.gather(block_ids, staging.content)
+        return time.thread_time() - started_s
 
     async def scatter(self, block_ids: Sequence[int], staging: Staging) -> None:
         self.blocks.scatter(block_ids, staging.content)

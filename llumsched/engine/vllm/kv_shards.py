@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
@@ -24,7 +25,6 @@ from llumsched.engine.kv_transfer import ReceiveRing, RingOffer, SendRing, Stagi
 from llumsched.engine.vllm.kv import KVBlocks
 
 LENGTH_NUM_BYTES = 4
-GONE = "it is gone"
 
 
 class ShardOpened(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,8 +49,9 @@ class CopyShard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ShardCopied(msgspec.Struct, frozen=True, kw_only=True):
-    """``error`` is empty if all was copied."""
+    """``error`` is empty if all was copied, which took ``core_s`` of a core's time."""
 
+    core_s: float = 0.0
     error: str = ""
 
 
@@ -98,9 +99,9 @@ class ShardedKV:
         self.layout = " | ".join(shard.layout for shard in shards)
         self.block_num_bytes = sum(self._shard_num_bytes)
 
-    async def gather(self, block_ids: Sequence[int], staging: Staging) -> None:
+    async def gather(self, block_ids: Sequence[int], staging: Staging) -> float:
         assert staging.ring is not None, "what is gathered goes into a ring"
-        await self._copy(block_ids, staging.ring, staging.slot, is_scatter=False)
+        return await self._copy(block_ids, staging.ring, staging.slot, is_scatter=False)
 
     async def scatter(self, block_ids: Sequence[int], staging: Staging) -> None:
         if staging.ring is not None:
@@ -130,7 +131,7 @@ class ShardedKV:
 
     async def _copy(
         self, block_ids: Sequence[int], ring: RingOffer, slot: int, *, is_scatter: bool
-    ) -> None:
+    ) -> float:
         commands, start = [], 0
         for shard_num_bytes in self._shard_num_bytes:
             commands.append(
@@ -144,28 +145,29 @@ class ShardedKV:
             )
             start += len(block_ids) * shard_num_bytes
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._exchange, commands)
+        return await loop.run_in_executor(self._thread, self._exchange, commands)
 
-    def _exchange(self, commands: Sequence[CopyShard]) -> None:
+    def _exchange(self, commands: Sequence[CopyShard]) -> float:
         """One command to each worker, and their answers: all of them, for the next ones' sake."""
-        errors: dict[int, str] = {}
+        gone = ShardCopied(error="it is gone")
+        answers: dict[int, ShardCopied] = {}
         for rank, ((to_worker, _), command) in enumerate(zip(self._pipes, commands, strict=True)):
             try:
                 _write(to_worker, command)
             except BrokenPipeError:
-                errors[rank] = GONE
+                answers[rank] = gone
         for rank, (_, from_worker) in enumerate(self._pipes):
-            if rank not in errors:
+            if rank not in answers:
                 frame = _read(from_worker)
-                copied = msgspec.msgpack.decode(frame, type=ShardCopied) if frame else None
-                errors[rank] = copied.error if copied is not None else GONE
+                answers[rank] = msgspec.msgpack.decode(frame, type=ShardCopied) if frame else gone
         failed = [
-            f"the worker of rank {rank} cannot copy its blocks: {error}"
-            for rank, error in errors.items()
-            if error
+            f"the worker of rank {rank} cannot copy its blocks: {answer.error}"
+            for rank, answer in answers.items()
+            if answer.error
         ]
         if failed:
             raise RuntimeError("; ".join(failed))
+        return max(answer.core_s for answer in answers.values())
 
 
 # ---- run inside a worker ----------------------------------------------------------------------
@@ -193,12 +195,13 @@ def _serve(kv: KVBlocks, commands: FileIO, answers: FileIO) -> None:
     with commands, answers:
         while frame := _read(commands):
             command = msgspec.msgpack.decode(frame, type=CopyShard)
+            started_s = time.thread_time()
             try:
                 _copy_shard(kv, command, _mapped(command.ring, rings))
             except Exception as error:  # told to the engine, whose migration ends of it
                 _write(answers, ShardCopied(error=repr(error)))
             else:
-                _write(answers, ShardCopied())
+                _write(answers, ShardCopied(core_s=time.thread_time() - started_s))
 
 
 def _mapped(offer: RingOffer, rings: dict[RingOffer, ReceiveRing]) -> ReceiveRing:
