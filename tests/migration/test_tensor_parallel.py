@@ -16,11 +16,15 @@ import vllm.envs as envs
 
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.kv_shards import CopyShard, ShardedKV
+from tests.campaigns import THOROUGH
 from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES, Case
 from tests.migration.leaving_out import moved
 from tests.migration.pool import PATIENCE_S, Pool
 from tests.migration.ways import answers_of, ask, in_a_circle
+
+# Four more processes of engines to boot: the shards themselves are in tests/engine/test_kv_shards.
+pytestmark = pytest.mark.skipif(not THOROUGH, reason="boots two engines of two workers each")
 
 NUM_WORKERS = 2
 # Of each kind that a worker keeps something for.
