@@ -130,6 +130,7 @@ def test_rings_that_are_gone_do_not_stay_mapped(engines: tuple[Workers, Workers]
 
 def test_nothing_is_left_when_it_is_closed() -> None:
     """The workers end when they notice."""
+    gc.collect()  # what tests before this one have left
     this, earlier = psutil.Process(), set(threading.enumerate())
     num_descriptors = this.num_fds()
     workers = Workers(4)
@@ -137,4 +138,4 @@ def test_nothing_is_left_when_it_is_closed() -> None:
     workers.kv.close()
     for thread in set(threading.enumerate()) - earlier:
         thread.join()
-    assert this.num_fds() == num_descriptors
+    assert this.num_fds() <= num_descriptors
