@@ -17,7 +17,7 @@ from llumsched import trust
 from llumsched.config import Config
 from llumsched.frontend.sockets import FrontendSockets
 from llumsched.runtime.controller import Controller
-from llumsched.runtime.heartbeat import HeartbeatListener
+from llumsched.runtime.heartbeat import BEAT_NUM_BYTES, HeartbeatListener
 from llumsched.trust import Gate, PoolKeys
 from tests.trust import strangers
 
@@ -133,7 +133,7 @@ def test_members_come_in_between_strangers(door: Door) -> None:
     member.linger = 0
     KEYS.connect_with(member)
     member.connect(f"tcp://127.0.0.1:{door.port}")
-    member.send(b"\x01\x02")
+    member.send(bytes(BEAT_NUM_BYTES))
     deadline_s = time.monotonic() + PATIENCE_S
     while not door.has_heard():
         assert time.monotonic() < deadline_s, "a member was not let in"
