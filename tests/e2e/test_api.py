@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.campaigns import THOROUGH
 from tests.e2e.cases import BROKEN, REFUSED, SEVERAL, STREAMED, WHOLE, completion
 from tests.e2e.client import Admin, Whole, differences, in_parallel
 from tests.e2e.plain import PlainAnswers, ask, metric_names
@@ -43,6 +44,7 @@ def test_refuses_as_plain_vllm(pool: Admin, plain: PlainAnswers, name: str) -> N
     assert not differences(list(found), list(plain.refused[name]))
 
 
+@pytest.mark.skipif(not THOROUGH, reason="belongs to test_fuzz")
 @pytest.mark.parametrize("name", BROKEN)
 def test_breaks_where_plain_vllm_does(pool: Admin, plain: PlainAnswers, name: str) -> None:
     found = ask(pool, *BROKEN[name])

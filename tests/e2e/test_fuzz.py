@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Any, cast
@@ -23,28 +22,19 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.schemas import BaseSchema
 
-from tests.campaigns import examples
+from tests.campaigns import THOROUGH, examples
 from tests.e2e.cases import BROKEN, CHAT, COMPLETIONS
 from tests.e2e.client import REQUEST_TIMEOUT_S, Admin
 
-# To make one body for these takes a second and more.
-SLOW = (
-    "/tokenize",
-    "/v1/chat/completions",
-    "/v1/chat/completions/batch",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
-    "/v1/responses",
-)
 # They do what they say; tests/frontend/test_admin_fuzz.py has them without instances.
 DESTRUCTIVE = (
     "/llumsched/scale",
     "/llumsched/instances/{instance_id}/drain",
     "/scale_elastic_ep",
 )
-THOROUGH = os.environ.get("LLUMSCHED_THOROUGH") == "1"
-NUM_EXAMPLES = 50 if THOROUGH else 5
-NUM_BROKEN = 400 if THOROUGH else 40
+pytestmark = pytest.mark.skipif(not THOROUGH, reason="takes minutes; tests/frontend has another")
+NUM_EXAMPLES = 50
+NUM_BROKEN = 400
 
 MAX_TOKENS = 4
 BOUNDS = {"max_tokens": MAX_TOKENS, "max_completion_tokens": MAX_TOKENS, "n": 2, "best_of": 2}
@@ -81,7 +71,7 @@ def operations(schema: BaseSchema) -> Iterator[Any]:
     """What is tried: all that is served, but for what would end the server's instances."""
     for result in schema.get_all_operations():
         operation = cast("Any", result).ok()
-        if operation.path not in DESTRUCTIVE and (THOROUGH or operation.path not in SLOW):
+        if operation.path not in DESTRUCTIVE:
             yield operation
 
 
