@@ -21,7 +21,7 @@ from llumsched.runtime.heartbeat import BEAT_NUM_BYTES, HeartbeatListener
 from llumsched.trust import Gate, PoolKeys
 from tests.trust import strangers
 
-PATIENCE_S = 10
+PATIENCE_S = 30
 # Of the whole process, whatever it does meanwhile; a giant would take gigabytes.
 MAX_GROWTH_NUM_BYTES = 64 << 20
 KEYS = PoolKeys.generate()
