@@ -31,6 +31,7 @@ HANDSHAKE_TIMEOUT_S = 5.0
 # No message but those of the engines and those with KV blocks comes near; one that is longer ends
 # its connection.
 MAX_CONTROL_NUM_BYTES = 16 << 20
+COUNTED_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 # What CURVE adds to a frame, generously.
 _OVERHEAD_NUM_BYTES = 1 << 10
 _DOMAIN = "llumsched"
@@ -78,6 +79,8 @@ class Gate:
     Args:
         sockets: not bound yet, each with the most bytes that a frame to it may have.
         name: of the process, for the log.
+        monitors: whether to count by itself. A socket has one monitor: whoever needs that passes
+            its ``COUNTED_EVENTS`` on to ``count``.
 
     One thread answers who may come in. Close the gate before its sockets.
     """
@@ -88,6 +91,8 @@ class Gate:
         keys: PoolKeys,
         sockets: Sequence[tuple[zmq.Socket[Any], int]],
         name: str,
+        *,
+        monitors: bool = True,
     ) -> None:
         self._context = context
         self._keys = keys
@@ -95,8 +100,10 @@ class Gate:
         self._num_accepted = 0
         self._num_proven = 0
         self._num_told = 0
-        self._sockets = [socket for socket, _ in sockets]
-        self._monitors = [self._guard(socket, num_bytes) for socket, num_bytes in sockets]
+        self._monitored = [socket for socket, _ in sockets] if monitors else []
+        for socket, max_message_num_bytes in sockets:
+            self._guard(socket, max_message_num_bytes)
+        self._monitors = [self._monitor(socket) for socket in self._monitored]
         self._stopping = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = threading.Event()
@@ -110,7 +117,23 @@ class Gate:
     def num_unproven(self) -> int:
         """Connections that have not proved to be a member's since the start; one that is just being
         made is among them until it has."""
-        return self._num_accepted - self._num_proven
+        return max(0, self._num_accepted - self._num_proven)
+
+    def count(self, event: int) -> None:
+        """Something has become of a connection: one of ``COUNTED_EVENTS``."""
+        match event:
+            case zmq.EVENT_ACCEPTED:
+                self._num_accepted += 1
+            case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._num_proven += 1
+            case zmq.EVENT_DISCONNECTED if self.num_unproven >= max(1, 2 * self._num_told):
+                # Told less and less often, for whoever knocks may do so for ever.
+                self._num_told = self.num_unproven
+                logger.warning(
+                    "%s has turned away %d connections that did not hold the pool's keys",
+                    self._name,
+                    self._num_told,
+                )
 
     def callback(self, _domain: str, public_key: bytes) -> bool:
         """Whether the holder of this key is a member; called by pyzmq's authenticator."""
@@ -120,13 +143,13 @@ class Gate:
         """Let nobody in any more; safe to call twice."""
         if self._loop is None or not self._thread.is_alive():
             return
-        for socket in self._sockets:
+        for socket in self._monitored:
             # Else it would wait for somebody to read of its end.
             socket.disable_monitor()
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join()
 
-    def _guard(self, socket: zmq.Socket[Any], max_message_num_bytes: int) -> zmq.Socket[Any]:
+    def _guard(self, socket: zmq.Socket[Any], max_message_num_bytes: int) -> None:
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.binding_public)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.binding_secret)
@@ -135,9 +158,10 @@ class Gate:
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         socket.setsockopt(zmq.HANDSHAKE_IVL, int(1000 * HANDSHAKE_TIMEOUT_S))
         socket.setsockopt(zmq.MAXMSGSIZE, max_message_num_bytes + _OVERHEAD_NUM_BYTES)
+
+    def _monitor(self, socket: zmq.Socket[Any]) -> zmq.Socket[Any]:
         address = f"inproc://gate-{uuid.uuid4()}"
-        events = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        socket.monitor(address, events)
+        socket.monitor(address, COUNTED_EVENTS)
         monitor: zmq.Socket[Any] = self._context.socket(zmq.PAIR, socket_class=zmq.Socket)
         monitor.connect(address)
         return monitor
@@ -153,7 +177,7 @@ class Gate:
         authenticator.configure_curve_callback(_DOMAIN, self)
         authenticator.start()
         self._loop = asyncio.get_running_loop()
-        counting = [asyncio.create_task(self._count(monitor)) for monitor in self._monitors]
+        counting = [asyncio.create_task(self._follow(monitor)) for monitor in self._monitors]
         self._started.set()
         await self._stopping.wait()
         for task in counting:
@@ -163,20 +187,7 @@ class Gate:
         for monitor in self._monitors:
             monitor.close(linger=0)
 
-    async def _count(self, monitor: zmq.Socket[Any]) -> None:
+    async def _follow(self, monitor: zmq.Socket[Any]) -> None:
         events: zmq.asyncio.Socket = zmq.asyncio.Socket.shadow(monitor)
         while True:
-            message = await recv_monitor_message(events)
-            match message["event"]:
-                case zmq.EVENT_ACCEPTED:
-                    self._num_accepted += 1
-                case zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                    self._num_proven += 1
-                case zmq.EVENT_DISCONNECTED if self.num_unproven >= max(1, 2 * self._num_told):
-                    # Told less and less often, for whoever knocks may do so for ever.
-                    self._num_told = self.num_unproven
-                    logger.warning(
-                        "%s has turned away %d connections that did not hold the pool's keys",
-                        self._name,
-                        self._num_told,
-                    )
+            self.count((await recv_monitor_message(events))["event"])

@@ -16,16 +16,25 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
+from llumsched.trust import COUNTED_EVENTS
+
 
 class BrokenConnections:
     """Those of one socket that instances connect to.
 
     Args:
         broken: called with the index of an instance whose connection has broken.
+        count: called with everything that becomes of a connection, of whomever it is.
     """
 
-    def __init__(self, socket: zmq.asyncio.Socket, broken: Callable[[int], None]) -> None:
-        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    def __init__(
+        self,
+        socket: zmq.asyncio.Socket,
+        broken: Callable[[int], None],
+        count: Callable[[int], None],
+    ) -> None:
+        self._monitor = socket.get_monitor_socket(COUNTED_EVENTS)
+        self._count = count
         self._socket = socket
         self._broken = broken
         self._instances: dict[int, int] = {}
@@ -42,8 +51,12 @@ class BrokenConnections:
         try:
             while True:
                 event = await recv_monitor_message(self._monitor)
+                self._count(event["event"])
+                if event["event"] != zmq.EVENT_DISCONNECTED:
+                    continue
                 instance = self._instances.pop(event["value"], None)
                 if instance is not None:
                     self._broken(instance)
         finally:
             self._socket.disable_monitor()
+            self._monitor.close(linger=0)

@@ -85,7 +85,8 @@ class ConnectedInstances(AsyncMPClient):
         self._unheard: set[int] = set()
         self._connection_broke: Callable[[int], None] | None = None
         self._inputs, self._outputs = (
-            BrokenConnections(socket, self._broken) for socket in (sockets.input, sockets.output)
+            BrokenConnections(socket, self._broken, sockets.gate.count)
+            for socket in (sockets.input, sockets.output)
         )
         # AsyncLLM reads these once, for its metrics.
         self.engine_ranks_managed = self.labels.all

@@ -31,7 +31,8 @@ class FrontendSockets:
         self.input = self.context.socket(zmq.ROUTER)
         self.output = self.context.socket(zmq.PULL)
         limits = [(self.input, MAX_READY_NUM_BYTES), (self.output, max_output_num_bytes)]
-        self.gate = Gate(self.context, keys, limits, "the frontend")
+        # They are monitored by ``BrokenConnections``.
+        self.gate = Gate(self.context, keys, limits, "the frontend", monitors=False)
         for socket, _ in limits:
             # vLLM's own have no limit either: requests and tokens are never dropped here.
             socket.set_hwm(0)

@@ -8,6 +8,7 @@ import zmq
 import zmq.asyncio
 
 from llumsched.frontend.broken_connections import BrokenConnections
+from llumsched.trust import Gate, PoolKeys
 from tests.connections import shut_connections_to
 
 TIMEOUT_S = 20.0
@@ -17,13 +18,16 @@ def test_the_instance_whose_connection_breaks_is_told() -> None:
     async def play() -> None:
         context = zmq.asyncio.Context()
         receiver = context.socket(zmq.PULL)
+        keys = PoolKeys.generate()
+        gate = Gate(context, keys, [(receiver, 1024)], "the frontend", monitors=False)
         port = receiver.bind_to_random_port("tcp://127.0.0.1")
         broken: asyncio.Queue[int] = asyncio.Queue()
-        connections = BrokenConnections(receiver, broken.put_nowait)
+        connections = BrokenConnections(receiver, broken.put_nowait, gate.count)
         running = asyncio.create_task(connections.run())
         theirs = zmq.Context()
         senders = [theirs.socket(zmq.PUSH) for _ in range(3)]
         for index, sender in enumerate(senders):
+            keys.connect_with(sender)
             sender.connect(f"tcp://127.0.0.1:{port}")
             sender.send(bytes([index]))
         for _ in senders * 2:
@@ -42,6 +46,8 @@ def test_the_instance_whose_connection_breaks_is_told() -> None:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         theirs.destroy(linger=0)
+        assert gate.num_unproven == 0
+        gate.close()
         context.destroy(linger=0)
 
     asyncio.run(asyncio.wait_for(play(), TIMEOUT_S))

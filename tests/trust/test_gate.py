@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -15,6 +17,7 @@ import zmq.asyncio
 
 from llumsched import trust
 from llumsched.config import Config
+from llumsched.frontend.broken_connections import BrokenConnections
 from llumsched.frontend.sockets import FrontendSockets
 from llumsched.runtime.controller import Controller
 from llumsched.runtime.heartbeat import BEAT_NUM_BYTES, HeartbeatListener
@@ -34,6 +37,8 @@ class Door:
     port: int
     gate: Gate
     has_heard: Callable[[], bool]
+    member: int
+    """The type of socket that members come with."""
 
     def await_unproven(self, count: int) -> None:
         """Wait until so many have been counted."""
@@ -58,7 +63,7 @@ def scheduler() -> Iterator[Door]:
     socket = controller._socket
     assert socket is not None
     assert controller._gate is not None
-    yield Door(port_of(socket), controller._gate, lambda: bool(sync(socket).poll(0)))
+    yield Door(port_of(socket), controller._gate, lambda: bool(sync(socket).poll(0)), zmq.DEALER)
     controller.close()
     context.destroy(linger=0)
 
@@ -66,7 +71,7 @@ def scheduler() -> Iterator[Door]:
 @contextmanager
 def heartbeats() -> Iterator[Door]:
     listener = HeartbeatListener("127.0.0.1", KEYS)
-    yield Door(port_of(listener._socket), listener.gate, lambda: bool(listener.heard()))
+    yield Door(port_of(listener._socket), listener.gate, lambda: bool(listener.heard()), zmq.PUSH)
     listener.close()
 
 
@@ -74,7 +79,16 @@ def heartbeats() -> Iterator[Door]:
 def frontend(which: str) -> Iterator[Door]:
     sockets = FrontendSockets("127.0.0.1", KEYS, 1 << 20)
     socket = getattr(sockets, which)
-    yield Door(port_of(socket), sockets.gate, lambda: bool(sync(socket).poll(0)))
+    loop = asyncio.new_event_loop()
+    connections = BrokenConnections(socket, lambda _: None, sockets.gate.count)
+    counting = loop.create_task(connections.run())
+    thread = threading.Thread(target=loop.run_until_complete, args=(asyncio.wait([counting]),))
+    thread.start()
+    member = zmq.PUSH if which == "output" else zmq.DEALER
+    yield Door(port_of(socket), sockets.gate, lambda: bool(sync(socket).poll(0)), member)
+    loop.call_soon_threadsafe(counting.cancel)
+    thread.join()
+    loop.close()
     sockets.close()
 
 
@@ -127,9 +141,7 @@ def test_members_come_in_between_strangers(door: Door) -> None:
     for _ in range(3):
         strangers.say(door.port, strangers.BYTES["noise"])
     context = zmq.Context()
-    # A DEALER goes with a ROUTER, a PUSH with a PULL; the wrong one is turned away as well.
-    kind = zmq.PUSH if door.port in _pulling(door) else zmq.DEALER
-    member = context.socket(kind)
+    member = context.socket(door.member)
     member.linger = 0
     KEYS.connect_with(member)
     member.connect(f"tcp://127.0.0.1:{door.port}")
@@ -140,10 +152,6 @@ def test_members_come_in_between_strangers(door: Door) -> None:
         time.sleep(0.005)
     door.await_unproven(3)
     context.destroy(linger=0)
-
-
-def _pulling(door: Door) -> set[int]:
-    return {port_of(s) for s in door.gate._sockets if s.socket_type == zmq.PULL}
 
 
 def test_a_message_that_is_too_long_ends_its_connection() -> None:
