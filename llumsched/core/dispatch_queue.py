@@ -28,18 +28,15 @@ class DispatchQueue:
         self._order: list[_Key] = []
         self._deadlines: list[tuple[float, _Key]] = []
         self._num_of_client: Counter[str | None] = Counter()
-        self.num_held = 0
-        """`len`, as a plain number: it is asked for at every event."""
 
     def __len__(self) -> int:
-        return self.num_held
+        return len(self._order)
 
     def push(self, record: RequestRecord, deadline_s: float) -> None:
         """Hold a request until it is removed; `expired` names it after its deadline."""
         key = _key(record)
         record.is_held = True
         self._num_of_client[record.request.client_id] += 1
-        self.num_held += 1
         self._records[key] = (deadline_s, record)
         bisect.insort(self._order, key)
         bisect.insort(self._deadlines, (deadline_s, key))
@@ -48,7 +45,6 @@ class DispatchQueue:
         """Stop holding a request."""
         key = _key(record)
         record.is_held = False
-        self.num_held -= 1
         deadline_s, _ = self._records.pop(key)
         del self._order[bisect.bisect_left(self._order, key)]
         del self._deadlines[bisect.bisect_left(self._deadlines, (deadline_s, key))]

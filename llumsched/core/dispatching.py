@@ -75,7 +75,7 @@ class Dispatcher:
             record.fair_tag = self._turns.tag(request.client_id, request.num_prompt_tokens)
         if has_begun:
             record.redispatch_reason = LOST
-        if not self._queue.num_held or (self._all_let_pass and now < self._next_pass_s):
+        if not len(self._queue) or (self._all_let_pass and now < self._next_pass_s):
             if self._try(record, now, record.redispatch_reason, out) is not None:
                 self._hold(record, now, out)
         else:
@@ -136,7 +136,7 @@ class Dispatcher:
 
     def dispatch_held(self, now: float, out: list[Action]) -> None:
         """Try held requests again, in order, until one must wait and no other may pass it."""
-        if not self._queue.num_held or now < self._next_pass_s:
+        if not len(self._queue) or now < self._next_pass_s:
             return
         limit = self._options.max_queue_attempts
         num_held = len(self._queue)

@@ -47,6 +47,7 @@ def _parts(report: Report) -> dict[str, str]:
         "figure15": report.figure14("15", "threshold", published()["figure15"]),
         "cost": report.cost(),
         "better": report.better(highest),
+        "better_goal": report.better_goal(highest),
         "better_beyond": report.better(list(experiments.beyond())),
     }
 
