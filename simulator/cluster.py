@@ -14,7 +14,7 @@ numbers are worth (`metrics`).
 from __future__ import annotations
 
 import gc
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop
 
@@ -32,7 +32,6 @@ from llumsched.core.events import (
     Event,
     InstanceJoined,
     InstanceLost,
-    LoadReported,
     MigrationFinished,
     RequestArrived,
     RequestFinished,
@@ -41,7 +40,7 @@ from llumsched.core.load import InstanceSpec
 from llumsched.core.types import InstanceRole
 from llumsched.simulator.cluster_instances import Instances
 from llumsched.simulator.cluster_migration import Migrations
-from llumsched.simulator.cluster_report import kv_events, read_load
+from llumsched.simulator.cluster_report import Reports
 from llumsched.simulator.cluster_results import Columns, TimelineRecorder, result_of
 from llumsched.simulator.cluster_scheduler import SchedulerPort
 from llumsched.simulator.cost import copy_ps
@@ -86,12 +85,16 @@ class Cluster:
         self._live: dict[str, LiveRequest] = {}
         self._num_ended = 0
         self._held: set[str] = set()
-        self._report_interval = to_ps(options.report_interval_s)
-        self._report_delay = to_ps(options.report_delay_s)
-        self._reports: deque[tuple[int, Engine]] = deque()
-        self._arriving_reports: deque[tuple[int, Event]] = deque()
         self._counters: Counter[str] = Counter()
         self._timeline = TimelineRecorder() if options.record_timeline else None
+        self._reports = Reports(
+            options,
+            kernel=self._kernel,
+            migrations=self._migrations,
+            timeline=self._timeline,
+            tells_blocks=self._tells_blocks,
+            tells_victim=port.bundle.migration is not None,
+        )
 
     @property
     def engines(self) -> Sequence[Engine]:
@@ -138,9 +141,8 @@ class Cluster:
         for index in range(options.num_instances):
             engine = self._instances.launch(0)
             self._join(engine, None, InstanceRole.MIXED, 0)
-            # Spread over the interval, as reports of independent processes are.
-            first = (index + 1) * self._report_interval // options.num_instances
-            self._reports.append((first, engine))
+            first = self._reports.first_after(index, options.num_instances)
+            self._reports.begin(engine, 0, first)
         for index, time_s in options.failures:
             engine = self._instances.engines[index]
             self._kernel.send(to_ps(time_s), lambda at, engine=engine: self._fail(engine, at))
@@ -152,7 +154,7 @@ class Cluster:
         heap = kernel.heap
         arrivals = self._columns.arrivals
         num_requests = len(arrivals)
-        reports, arriving = self._reports, self._arriving_reports
+        reports, arriving = self._reports.due, self._reports.arriving
         until = NEVER if self._options.until_s is None else to_ps(self._options.until_s)
         next_row = 0
         next_arrival = arrivals[0] if num_requests else NEVER
@@ -188,8 +190,7 @@ class Cluster:
                 next_arrival = arrivals[next_row] if next_row < num_requests else NEVER
             elif source == _REPORT:
                 _, engine = reports.popleft()
-                if engine.is_alive:
-                    self._report(engine, now)
+                self._reports.make(engine, now)
             elif source == _REPORTED:
                 event = arriving.popleft()[1]
                 actions = port.handle(event, now)
@@ -305,6 +306,10 @@ class Cluster:
         if request.migration is not None:
             self._migrations.request_preempted(request, now)
 
+    def load_changed(self, engine: Engine, num_free_blocks: int, now: int) -> None:
+        """It may be worth a report of its own."""
+        self._reports.changed(engine, num_free_blocks, now)
+
     def suspended(self, engine: Engine, request: LiveRequest, now: int) -> None:
         """It is out of the batch for its migration."""
         self._migrations.request_suspended(request, now)
@@ -329,7 +334,7 @@ class Cluster:
 
         def up(at: int) -> None:
             self._join(engine, action.launch_id, action.role, at)
-            self._reports.append((at + self._report_interval, engine))
+            self._reports.begin_later(engine, at)
 
         self._kernel.send(now + to_ps(self._options.effective_boot_s), up)
 
@@ -364,20 +369,6 @@ class Cluster:
             self._tell(event, now)
         self._held.update(r.request_id for r in self._live.values() if r.phase == Phase.AWAY)
         self._tell(InstanceLost(instance_id=engine.instance_id, reason=reason), now)
-
-    # ---- reports --------------------------------------------------------------------------
-
-    def _report(self, engine: Engine, now: int) -> None:
-        self._reports.append((now + self._report_interval, engine))
-        num_in, num_out = self._migrations.counts(engine.index)
-        load = read_load(engine, now, num_in, num_out)
-        if self._timeline is not None:
-            self._timeline.add(now, engine.index, load)
-        at = now + self._report_delay
-        if self._tells_blocks:
-            for event in kv_events(engine, load.num_free_blocks):
-                self._arriving_reports.append((at, event))
-        self._arriving_reports.append((at, LoadReported(load=load)))
 
     # ---- migrations -----------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ migration was asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from llumsched.core import migration as protocol
@@ -104,7 +104,30 @@ class Migrations:
         for command in commands:
             self._carry_out(move, command, now)
 
+    def victim_blocks(self, source: Engine, now: int) -> int | None:
+        """Blocks of the request that would move next; None if there is none."""
+        candidates, _ = self._candidates(source, now)
+        victims = self._ordered(candidates)
+        return victims[0].num_blocks if victims else None
+
     def _choose(self, order: StartMigration, source: Engine, now: int) -> LiveRequest | None:
+        candidates, requests = self._candidates(source, now)
+        chosen = self._ordered(settled(candidates, order.settle_s))
+        return next((requests[c.request_id] for c in chosen if c.request_id in requests), None)
+
+    def _ordered(self, candidates: Sequence[MigrationCandidate]) -> Sequence[MigrationCandidate]:
+        if self._victim is None:
+            return candidates
+        try:
+            return self._victim.choose(candidates)
+        except Exception:
+            # As at a real source: any request may move, and somebody counts it.
+            self.num_victim_failures += 1
+            return candidates
+
+    def _candidates(
+        self, source: Engine, now: int
+    ) -> tuple[list[MigrationCandidate], dict[str, LiveRequest]]:
         progress = source.progress_at(now)
         block_size = source.block_size
         requests: dict[str, LiveRequest] = {}
@@ -124,16 +147,7 @@ class Migrations:
                     since_migration_s=to_s(now - request.moved) if request.moved >= 0 else None,
                 )
             )
-        rested = settled(candidates, order.settle_s)
-        if self._victim is None:
-            return requests[rested[0].request_id] if rested else None
-        try:
-            chosen = self._victim.choose(rested)
-        except Exception:
-            # As at a real source: any request may move, and somebody counts it.
-            self.num_victim_failures += 1
-            chosen = rested
-        return next((requests[c.request_id] for c in chosen if c.request_id in requests), None)
+        return candidates, requests
 
     def _report(
         self,

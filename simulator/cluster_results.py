@@ -25,6 +25,7 @@ from llumsched.simulator.records import (
     MigrationRecord,
     RequestStatus,
     Timeline,
+    TokenGaps,
 )
 from llumsched.simulator.simulation import SimulationOptions, SimulationResult
 from llumsched.simulator.trace import Trace
@@ -220,6 +221,7 @@ def result_of(
         first_token_s=_floats(columns.first_token),
         finished_s=_floats(columns.finished),
         num_output_tokens=_ints(columns.generated),
+        token_gaps=_token_gaps(instances),
         itl_max_s=_floats(columns.itl_max),
         num_preemptions=_ints(columns.num_preemptions),
         preemption_loss_s=_floats(columns.loss),
@@ -236,6 +238,16 @@ def result_of(
         counters=dict(sorted(counters.items())),
         warnings=tuple(_warnings(options, columns, instances)),
         is_complete=is_complete,
+    )
+
+
+def _token_gaps(instances: Instances) -> TokenGaps:
+    runs = np.concatenate([_ints(engine.gap_runs) for engine in instances.engines]).reshape(-1, 4)
+    return TokenGaps(
+        first_s=runs[:, 0] / PS_PER_S,
+        growth_s=runs[:, 1] / PS_PER_S,
+        num_steps=runs[:, 2].copy(),
+        num_tokens=runs[:, 3].copy(),
     )
 
 

@@ -78,12 +78,15 @@ class Engine(Segment, ABC):
         self.prefills: list[tuple[LiveRequest, int]] = []
         self.num_copies = 0
         # What reports and results want.
-        self.num_reports = 0
+        self.num_reports = self.last_report = self.report_due = self.next_victim = 0
+        self.reported_free_blocks = num_blocks
+        self.reported_waiting = False
+        self.victim_blocks: int | None = None
+        self.may_have_changed = False
+        """Somebody came into or left queue or batch, since it was last looked at."""
         self.num_steps = 0
         self.step_time_ps = 0
-        self.most_tokens = 0
-        self.most_requests = 0
-        self.most_kv_tokens = 0
+        self.most_tokens = self.most_requests = self.most_kv_tokens = 0
         self.received_ids: list[str] = []
         self.finished_ids: list[str] = []
 
@@ -105,9 +108,12 @@ class Engine(Segment, ABC):
         self.received_ids.append(request.request_id)
         self._enqueue(request)
         if self.due < 0:
+            self.may_have_changed = True
             self._wake(now)
-        elif self.segment_steps > 1 and len(self.waiting) == 1:
-            self.cut(now)
+        elif len(self.waiting) == 1:
+            self.may_have_changed = True
+            if self.segment_steps > 1:
+                self.cut(now)
 
     def freed(self, now: int) -> None:
         """Blocks came free in the middle of a segment: what is blocked may go on."""
@@ -214,8 +220,12 @@ class Engine(Segment, ABC):
         if self.suspending:
             self._suspend_now(now)
         self._schedule(now)
+        num_free = self.num_blocks - self.num_used - self.num_reserved
         if self.cache is not None:
-            self.cache.shrink(self.num_blocks - self.num_used - self.num_reserved)
+            self.cache.shrink(num_free)
+        if self.may_have_changed:
+            self.may_have_changed = False
+            self.host.load_changed(self, num_free, now)
 
     def _complete(self, now: int) -> None:
         k = self.segment_steps
@@ -235,6 +245,7 @@ class Engine(Segment, ABC):
             if k > 1:
                 last_ps += self.increment_ps * (k - 1)
             self.note_gap(progress, last_ps)
+            self.count_gaps(self.first_gap_ps, self.first_ps, self.increment_ps, k)
             if not prefills:
                 self.step_time_ps = last_ps
             if b > self.most_requests:
@@ -262,7 +273,9 @@ class Engine(Segment, ABC):
             request.first_token = now
         else:
             # It was evicted; the tokens before that are there already.
-            request.itl_max = max(request.itl_max, now - request.last_token)
+            gap = now - request.last_token
+            request.itl_max = max(request.itl_max, gap)
+            self.gap_runs.extend((gap, 0, 1, 1))
         if request.killed >= 0:
             request.loss += max(0, now - request.killed - self.step_time_ps)
             request.killed = -1
@@ -279,6 +292,7 @@ class Engine(Segment, ABC):
             self.num_high_running -= 1
         self.free(request)
         request.phase = ENDED
+        self.may_have_changed = True
         self.finished_ids.append(request.request_id)
         self.host.finished(self, request, now)
 
@@ -306,7 +320,7 @@ class Engine(Segment, ABC):
         self.segment_start = now
         self.segment_steps = num_steps
         self.segment_decodes = decodes
-        self.first_ps = first
+        self.first_ps = self.first_gap_ps = first
         self.increment_ps = increment
         due = now + first
         if num_steps > 1:
@@ -355,6 +369,7 @@ class Engine(Segment, ABC):
         self.num_waiting_tokens -= request.target
         self.num_waiting_blocks -= -(-request.target // self.block_size)
         request.phase = PREFILLING
+        self.may_have_changed = True
         self.running[request] = None
         self.num_high_running += request.execution_priority > 0
         if request.scheduled < 0:
@@ -376,6 +391,7 @@ class Engine(Segment, ABC):
         if request.phase == DECODING:
             self.leave(request)
         self.free(request)
+        self.may_have_changed = True
         request.num_preemptions += 1
         request.killed = now
         self._enqueue(request, in_front=True)

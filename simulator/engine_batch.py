@@ -13,6 +13,7 @@ are free, or time.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from heapq import heappop, heappush
 
@@ -40,6 +41,11 @@ class DecodeBatch:
         self.joiners: list[LiveRequest] = []
         """Requests whose next gap between tokens is not that of the batch."""
         self.last_decode_end = 0
+        self.own_gaps: list[int] = []
+        """Gaps at the step under way of those whose gap is not that of the batch."""
+        self.gap_runs = array("q")
+        """All gaps between tokens: four numbers each of (first gap, what each further one adds,
+        steps, tokens a step)."""
         self.gap_steps: list[int] = []
         self.gaps: list[int] = []
         """Longest gap since each of `gap_steps`: falling, the last the latest."""
@@ -89,9 +95,15 @@ class DecodeBatch:
 
     def greet(self, first_end: int) -> None:
         """Those who have not decoded in this batch yet get their next token at `first_end`."""
-        for request in self.joiners:
-            if request.phase == DECODING and request.join_step == self.progress:
+        # Some left again before their first step: they may decode elsewhere, or be here twice.
+        for request in dict.fromkeys(self.joiners):
+            if (
+                request.place is self
+                and request.phase == DECODING
+                and request.join_step == self.progress
+            ):
                 gap = first_end - request.last_token
+                self.own_gaps.append(gap)
                 if gap > request.itl_max:
                     request.itl_max = gap
                 if request.inbound is not None:
@@ -108,6 +120,21 @@ class DecodeBatch:
             steps.pop()
         gaps.append(gap)
         steps.append(step)
+
+    def count_gaps(self, first_gap: int, first: int, increment: int, num_steps: int) -> None:
+        """Each decode has come on by this many steps; `first_gap` lay before the first of them for
+        all but those with a gap of their own."""
+        b = self.num_decodes
+        own = self.own_gaps
+        if not own and first_gap == first:
+            self.gap_runs.extend((first, increment, num_steps, b))
+            return
+        self.gap_runs.extend((first_gap, 0, 1, b - len(own)))
+        for gap in own:
+            self.gap_runs.extend((gap, 0, 1, 1))
+        own.clear()
+        if num_steps > 1:
+            self.gap_runs.extend((first + increment, increment, num_steps - 1, b))
 
     def steps_to_next_end(self) -> int:
         """Steps until the first of the decodes ends."""

@@ -19,5 +19,8 @@ class EngineHost(Protocol):
     def suspended(self, engine: Engine, request: LiveRequest, now: int) -> None:
         """A request is out of the batch and keeps its blocks, as was asked for."""
 
+    def load_changed(self, engine: Engine, num_free_blocks: int, now: int) -> None:
+        """Somebody came into or left queue or batch; these blocks are free for the coming step."""
+
     def preempted(self, engine: Engine, request: LiveRequest, now: int) -> None:
         """A request has lost its blocks and waits at the front of the queue."""

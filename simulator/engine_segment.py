@@ -28,6 +28,8 @@ class Segment(DecodeBatch):
         self.segment_steps = 0
         self.segment_decodes = False
         self.first_ps = 0
+        self.first_gap_ps = 0
+        """From the tokens before the first step to its own; longer where a prompt came between."""
         self.increment_ps = 0
 
     def cut(self, now: int) -> None:

@@ -40,15 +40,17 @@ class EngineV01(Engine):
                 self._schedule(now)
             return
         first, increment = self._decode_series()
-        if now > self.last_decode_end:
+        first_gap = max(first, now + first - self.last_decode_end)
+        if first_gap > first:
             # Prompts came between: those who decoded before them waited for both.
-            self.note_gap(self.progress + 1, now + first - self.last_decode_end)
+            self.note_gap(self.progress + 1, first_gap)
         num_steps = 1
         if not has_evicted:
             num_free = self.num_blocks - self.num_used - self.num_reserved
             # One block less, for the request in turn; a step that takes the last is seen by itself.
             num_steps = max(1, self.steps_that_fit(self.steps_to_next_end(), num_free - 1))
         self._begin(now, first, increment, num_steps, True)
+        self.first_gap_ps = first_gap
 
     def _batch_prompts(self, now: int) -> None:
         num_free = self.num_blocks - self.num_used - self.num_reserved

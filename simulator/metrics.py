@@ -5,8 +5,8 @@ Definitions are those of `vllm bench serve`, so that the numbers can be laid bes
 * TTFT: from arrival to the first token; TPOT: the rest of the answer by its other tokens, for
   answers of two tokens or more; E2E: from arrival to the last token; percentiles are interpolated
   linearly; goodput counts the finished requests a second that keep every bound of the SLO.
-* ITL: the gap between two tokens. The simulator does not keep every gap: the mean over all gaps is
-  exact, and `itl_max` has the longest gap of each request.
+* ITL: the gaps between two tokens of a request, all of them together, also those of requests that
+  have not finished; `itl_max` is the longest gap of each request.
 * Queueing: from arrival until an engine first schedules the request.
 
 Beyond it: preemption loss is what recomputation cost a request, over all requests; fragmentation is
@@ -25,7 +25,7 @@ import numpy as np
 
 from llumsched.simulator.records import RequestStatus
 from llumsched.simulator.simulation import SimulationResult
-from llumsched.simulator.trace import Bools, Floats
+from llumsched.simulator.trace import Bools, Floats, Ints
 
 PERCENTILES = (50, 90, 95, 99)
 COMMITTED = "committed"
@@ -52,6 +52,22 @@ class Distribution:
             return cls(count=0, mean=nan, p50=nan, p90=nan, p95=nan, p99=nan)
         p50, p90, p95, p99 = np.percentile(known, PERCENTILES).tolist()
         return cls(count=len(known), mean=float(known.mean()), p50=p50, p90=p90, p95=p95, p99=p99)
+
+    @classmethod
+    def of_weighted(cls, values: Floats, counts: Ints) -> Distribution:
+        """The distribution of each of these values as often as its count says."""
+        order = np.argsort(values)
+        values, up_to = values[order], np.cumsum(counts[order])
+        num = int(up_to[-1]) if len(up_to) else 0
+        if not num:
+            return cls.of(np.empty(0))
+        ranks = np.array(PERCENTILES) / 100 * (num - 1)
+        below = np.floor(ranks)
+        low = values[np.searchsorted(up_to, below, side="right")]
+        high = values[np.searchsorted(up_to, np.ceil(ranks), side="right")]
+        p50, p90, p95, p99 = (low + (high - low) * (ranks - below)).tolist()
+        mean = float(np.average(values, weights=counts[order]))
+        return cls(count=num, mean=mean, p50=p50, p90=p90, p95=p95, p99=p99)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +114,7 @@ class Summary:
     """Share of all requests that keep the SLO; NaN without one."""
     ttft_s: Distribution
     tpot_s: Distribution
-    itl_mean_s: float
+    itl_s: Distribution
     itl_max_s: Distribution
     e2e_s: Distribution
     queueing_s: Distribution
@@ -136,8 +152,6 @@ def summarise(result: SimulationResult, slo: Slo | None = None) -> Summary:
     trace, times = result.trace, latencies(result)
     is_finished = result.status == RequestStatus.FINISHED
     duration_s = result.makespan_s
-    gaps = (result.num_output_tokens - 1)[is_finished].sum()
-    decode_s = (result.finished_s - result.first_token_s)[is_finished].sum()
     num_outputs = int(result.num_output_tokens[is_finished].sum())
     num_prompts = int(trace.num_prompt_tokens[is_finished].sum())
     num_kept = _num_keeping(times, is_finished, slo)
@@ -161,7 +175,7 @@ def summarise(result: SimulationResult, slo: Slo | None = None) -> Summary:
         slo_attainment=_ratio(num_kept, len(trace)),
         ttft_s=Distribution.of(times.ttft_s),
         tpot_s=Distribution.of(times.tpot_s),
-        itl_mean_s=_ratio(float(decode_s), float(gaps)),
+        itl_s=Distribution.of_weighted(*result.token_gaps.weighted()),
         itl_max_s=Distribution.of(times.itl_max_s),
         e2e_s=Distribution.of(times.e2e_s),
         queueing_s=Distribution.of(times.queueing_s),

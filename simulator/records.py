@@ -61,6 +61,27 @@ class InstanceLifetime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenGaps:
+    """Every gap between two tokens of a request, in runs of engine steps of one batch.
+
+    Step `i` of a run, from 0, gave `num_tokens` requests a token, each `first_s + i * growth_s`
+    after its last one.
+    """
+
+    first_s: FloatArray
+    growth_s: FloatArray
+    num_steps: IntArray
+    num_tokens: IntArray
+
+    def weighted(self) -> tuple[FloatArray, IntArray]:
+        """Each step's gap, and how many requests had it."""
+        starts = np.cumsum(self.num_steps) - self.num_steps
+        index = np.arange(int(self.num_steps.sum())) - np.repeat(starts, self.num_steps)
+        first_s, growth_s = (np.repeat(x, self.num_steps) for x in (self.first_s, self.growth_s))
+        return first_s + growth_s * index, np.repeat(self.num_tokens, self.num_steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Timeline:
     """Samples of instances, in the order of time; one row a sample, taken at every load report."""
 

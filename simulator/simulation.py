@@ -21,6 +21,7 @@ from llumsched.simulator.records import (
     IntArray,
     MigrationRecord,
     Timeline,
+    TokenGaps,
 )
 from llumsched.simulator.trace import Trace
 
@@ -145,6 +146,7 @@ class SimulationResult:
     finished_s: FloatArray
     num_output_tokens: IntArray
     """Tokens produced; fewer than in the trace if it did not finish, or hit `max_model_len`."""
+    token_gaps: TokenGaps
     itl_max_s: FloatArray
     """Longest gap between two tokens, stalls included; NaN with fewer than two tokens."""
     num_preemptions: IntArray

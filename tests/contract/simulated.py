@@ -121,6 +121,9 @@ class SimulatedInstances:
     def suspended(self, engine: Engine, request: LiveRequest, now: int) -> None:
         self._migrations.request_suspended(request, now)
 
+    def load_changed(self, engine: Engine, num_free_blocks: int, now: int) -> None:
+        pass
+
     def preempted(self, engine: Engine, request: LiveRequest, now: int) -> None:
         if request.migration is not None:
             self._migrations.request_preempted(request, now)

@@ -174,6 +174,8 @@ def assert_same(one: SimulationResult, other: SimulationResult) -> None:
     """Two simulations of one trace had the same history, to the picosecond."""
     for name in REQUEST_COLUMNS:
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+    gaps, other_gaps = (np.sort(np.repeat(*r.token_gaps.weighted())) for r in (one, other))
+    np.testing.assert_allclose(gaps, other_gaps, rtol=1e-9)
     if one.timeline is not None:
         for name in type(one.timeline).__dataclass_fields__:
             np.testing.assert_array_equal(

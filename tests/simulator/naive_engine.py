@@ -37,9 +37,12 @@ class Naive:
         return len(self.token_times) == self.num_output
 
     @property
+    def gaps(self) -> list[int]:
+        return [b - a for a, b in itertools.pairwise(self.token_times)]
+
+    @property
     def longest_gap(self) -> int:
-        times = self.token_times
-        return max((b - a for a, b in itertools.pairwise(times)), default=0)
+        return max(self.gaps, default=0)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from llumsched.simulator.records import (
     MigrationRecord,
     RequestStatus,
     Timeline,
+    TokenGaps,
 )
 from llumsched.simulator.simulation import SimulationOptions, SimulationResult
 from llumsched.simulator.trace import make_trace
@@ -64,6 +65,12 @@ def make_result(**changed: Any) -> SimulationResult:
         "first_token_s": np.array([1.0, 1.5, NAN, 4.0]),
         "finished_s": np.array([3.0, 1.5, NAN, NAN]),
         "num_output_tokens": np.array([11, 1, 0, 10]),
+        "token_gaps": TokenGaps(
+            first_s=np.array([0.1, 0.6]),
+            growth_s=np.array([0.1, 0.0]),
+            num_steps=np.array([2, 1]),
+            num_tokens=np.array([1, 2]),
+        ),
         "itl_max_s": np.array([0.6, NAN, NAN, 0.2]),
         "num_preemptions": np.array([1, 0, 0, 2]),
         "preemption_loss_s": np.array([0.4, 0.0, 0.0, 0.9]),

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from llumsched.simulator.cluster import Cluster
 from llumsched.simulator.cost import StepCost
-from llumsched.simulator.kernel import PS_PER_S, to_ps
+from llumsched.simulator.engine_batch import DecodeBatch
+from llumsched.simulator.engine_request import LiveRequest
+from llumsched.simulator.kernel import PS_PER_S, Kernel, to_ps
 from llumsched.simulator.simulation import simulate
 from llumsched.simulator.trace import Trace
 from tests.campaigns import examples
@@ -69,6 +71,9 @@ def test_every_time_is_that_of_a_walk_over_all_tokens(data: st.DataObject) -> No
     assert result.num_steps == naive.num_steps
     gaps = [r.longest_gap / PS_PER_S if len(r.token_times) > 1 else np.nan for r in requests]
     np.testing.assert_array_equal(result.itl_max_s, gaps)
+    every_gap = [gap for r in requests for gap in seconds(r.gaps)]
+    found = np.repeat(*result.token_gaps.weighted())
+    np.testing.assert_allclose(np.sort(found), np.sort(every_gap), rtol=1e-9)
 
 
 def run(trace: Trace, **changes: Any) -> list[list[float]]:
@@ -152,3 +157,27 @@ def test_a_dead_engine_begins_no_step_whoever_still_writes_to_it() -> None:
     engine.freed(engine.kernel.now)
     assert engine.due < 0
     assert engine.num_steps == num_steps
+
+
+def test_one_that_was_evicted_before_its_first_step_and_came_again_has_one_gap() -> None:
+    batch = DecodeBatch(Kernel(), BLOCK_SIZE, has_skew=False)
+    request = LiveRequest(0, "r0", 8, 4, 0, 0, ())
+    request.computed, request.generated, request.last_token = 8, 1, 5
+    request.place = batch
+    batch.join(request)
+    batch.joiners += [request, request]
+    batch.greet(12)
+    assert batch.own_gaps == [7]
+
+
+def test_one_that_moved_away_before_its_first_step_has_no_gap_where_it_was() -> None:
+    # It decodes elsewhere, at the step at which it would have begun here.
+    here, there = (DecodeBatch(Kernel(), BLOCK_SIZE, has_skew=False) for _ in range(2))
+    request = LiveRequest(0, "r0", 8, 4, 0, 0, ())
+    request.computed, request.generated, request.last_token = 8, 1, 5
+    request.place = there
+    there.join(request)
+    here.joiners.append(request)
+    here.greet(12)
+    assert not here.own_gaps
+    assert not request.itl_max

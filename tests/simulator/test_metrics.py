@@ -30,7 +30,11 @@ def test_the_summary_of_four_requests() -> None:
     assert summary.output_throughput_tps == pytest.approx(12 / 5)
     assert summary.total_throughput_tps == pytest.approx(312 / 5)
     assert summary.ttft_s.mean == pytest.approx(0.75)
-    assert summary.itl_mean_s == pytest.approx(0.2)
+    # One step of 0.1, one of 0.2, and one of 0.6 that gave two requests a token.
+    assert summary.itl_s.count == 4
+    assert summary.itl_s.mean == pytest.approx(0.375)
+    assert summary.itl_s.p50 == pytest.approx(0.4)
+    assert summary.itl_s.p99 == pytest.approx(np.percentile([0.1, 0.2, 0.6, 0.6], 99))
     assert summary.num_preemptions == 3
     assert summary.preemption_loss_s.mean == pytest.approx(0.2)
     assert summary.num_migrations == 1

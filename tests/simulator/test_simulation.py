@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from llumsched.config import Config, PartConfig
+from llumsched.simulator.cluster import Cluster
+from llumsched.simulator.kernel import to_ps
 from llumsched.simulator.records import RequestStatus
 from llumsched.simulator.simulation import SimulationError, simulate
 from tests.simulator.clusters import make_hardware, make_options, make_requests
@@ -153,3 +155,33 @@ def test_an_empty_trace_has_an_empty_result() -> None:
 def test_options_that_make_no_sense_name_the_fix(changes: dict[str, object], message: str) -> None:
     with pytest.raises(SimulationError, match=message):
         make_options(**changes)
+
+
+def test_a_large_change_is_reported_at_once_and_the_next_report_an_interval_later() -> None:
+    trace = make_requests((0.25, 4, 400), (1.25, 400, 400))
+    result = simulate(trace, make_options(report_interval_s=0.5, record_timeline=True))
+    assert result.timeline is not None
+    times = result.timeline.time_s
+    first = int(np.argmax(result.timeline.num_used_blocks >= 100))
+    # Not at 1.5 s; the small request before it waited for its turn.
+    assert result.scheduled_s[1] <= times[first] < result.scheduled_s[1] + 0.001
+    assert times[first + 1] == pytest.approx(times[first] + 0.5)
+    assert times[:first].tolist() == pytest.approx([0.5, 1.0])
+
+
+def test_the_size_of_what_would_move_next_is_looked_up_twice_a_second() -> None:
+    trace = make_requests((0.0, 40, 200), (0.0, 8, 200))
+    cluster = Cluster(trace, make_options(config=MOVING, until_s=1.05))
+    cluster.run()
+    (engine,) = cluster.engines
+    # The shorter of the two; 20 tokens a second, of 4 a block.
+    short = next(request for request in engine.running if request.num_prompt == 8)
+    num_tokens = 8 + short.num_output - (short.finish_step - engine.progress_at(to_ps(1.05)))
+    assert engine.victim_blocks is not None
+    assert num_tokens / 4 - 4 <= engine.victim_blocks <= num_tokens / 4 + 1
+
+
+def test_without_migration_nobody_asks_what_would_move_next() -> None:
+    cluster = Cluster(make_requests((0.0, 40, 20)), make_options())
+    cluster.run()
+    assert cluster.engines[0].victim_blocks is None
