@@ -7,11 +7,15 @@ request by the authors of LLMServingSim, on an RTX 4090 (saturated, preempting a
 an RTX PRO 6000. The simulated engine gets the arrivals, lengths and shared prefixes of the run, the
 block count that vLLM printed (of the RTX PRO 6000 there is none; its cache never fills), and the
 operator profile of the same card
-(`configs/hardware/*-llama-3.1-8b.yaml`). Nothing is fitted to the runs.
+(`configs/hardware/*-llama-3.1-8b.yaml`). Besides, fixed-length points of Qwen3-32B under vLLM
+0.12.0 on 2 to 8 H100s from aiconfigurator's silicon sample, simulated with steps fitted to its
+operator tables. Nothing is fitted to the runs or the points.
 
 DATA (or `LLUMSCHED_DATA`) is a folder with `bench/examples/` of casys-kaist/LLMServingSim as
 `traces/measured/llmservingsim/<GPU>/Llama-3.1-8B/requests.jsonl.gz`, and its prompts, reduced to
-lengths and block hashes, as `sharegpt-llama-3.1-8b-300-sps10.mooncake16.jsonl.gz` beside them.
+lengths and block hashes, as `sharegpt-llama-3.1-8b-300-sps10.mooncake16.jsonl.gz` beside them;
+for the points `traces/measured/aiconfigurator_silicon_sample.csv.gz` of ai-dynamo/aiconfigurator
+and the folder `profiles` that `scripts/fit_hardware.py` takes.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import _report
+from benchmarks import _report, _silicon
 from benchmarks._report import Figure, Report, Table
 from llumsched.config import Config
 from llumsched.simulator.hardware import load_hardware
@@ -164,6 +168,66 @@ def compare(run: MeasuredRun, data: Path) -> tuple[list[Figure], Table, str]:
     return figures, table, f"{run.gpu}: the simulated engine preempted {num_preemptions} times."
 
 
+def compare_points(data: Path) -> tuple[list[Figure], list[Table], list[str]]:
+    """Mean errors of the fixed-length points in percent, every point, and notes."""
+    if not ((data / _silicon.POINTS).is_file() and (data / _silicon.PROFILES).is_dir()):
+        return [], [], ["The fixed-length points, or their profiles, are not in DATA."]
+    found, notes = _silicon.compared(data)
+    rows = []
+    errors: dict[str, list[float]] = {"TTFT": [], "TPOT": []}
+    for point, ttft_s, tpot_s in found:
+        ttft, tpot = 100 * (ttft_s / point.ttft_s - 1), 100 * (tpot_s / point.tpot_s - 1)
+        errors["TTFT"].append(ttft)
+        errors["TPOT"].append(tpot)
+        rows.append(
+            (
+                str(point.num_gpus),
+                f"{point.num_prompt_tokens} / {point.num_output_tokens}",
+                str(point.concurrency),
+                f"{1e3 * point.ttft_s:.0f} ms",
+                f"{1e3 * ttft_s:.0f} ms",
+                f"{ttft:+.0f} %",
+                f"{1e3 * point.tpot_s:.1f} ms",
+                f"{1e3 * tpot_s:.1f} ms",
+                f"{tpot:+.0f} %",
+            )
+        )
+    figures = [
+        Figure(
+            name=f"H100, Qwen3-32B, {len(rows)} fixed-length points: {name}, {what}",
+            value=float(value),
+            unit="%",
+        )
+        for name, values in errors.items()
+        for what, value in (
+            ("mean error", np.mean(values)),
+            ("mean absolute error", np.mean(np.abs(values))),
+        )
+    ]
+    table = Table(
+        title="H100, Qwen3-32B, fixed lengths",
+        columns=(
+            "GPUs",
+            "prompt / output",
+            "clients",
+            "TTFT measured",
+            "simulated",
+            "difference",
+            "TPOT measured",
+            "simulated",
+            "difference",
+        ),
+        rows=rows,
+    )
+    notes.append(
+        "The fixed-length points are simulated from kernel times alone: no time of the host, which"
+        " a server of vLLM 0.12 adds to a step; prompts in chunks of"
+        f" {_silicon.MAX_BATCHED_TOKENS:,} tokens, vLLM's default on this card, continue the table"
+        " beyond its last point."
+    )
+    return figures, [table], notes
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare every run, or say what is missing."""
     options = list(sys.argv[1:] if argv is None else argv)
@@ -179,10 +243,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run(_quick: bool) -> Report:
         compared = [compare(run, data) for run in RUNS]
+        figures, tables, notes = compare_points(data)
         return Report(
-            figures=[figure for figures, _, _ in compared for figure in figures],
-            tables=[table for _, table, _ in compared],
-            notes=[note for _, _, note in compared],
+            figures=[*(figure for figures, _, _ in compared for figure in figures), *figures],
+            tables=[*(table for _, table, _ in compared), *tables],
+            notes=[*(note for _, _, note in compared), *notes],
         )
 
     return _report.main(run, options)

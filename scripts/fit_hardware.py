@@ -27,7 +27,8 @@ import numpy as np
 import yaml
 
 from llumsched.simulator.kv_shape import attention_kv_bytes
-from scripts.hardware.profiles import Profile, a800_llama_2_7b, h100_llama_3_1_8b, llmservingsim
+from scripts.hardware.h100 import h100_llama_3_1_8b
+from scripts.hardware.profiles import Profile, a800_llama_2_7b, llmservingsim
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "hardware"
 # Between two points of the table a straight line is off by at most this share.

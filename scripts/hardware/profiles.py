@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Table = Mapping[int, float]
-_US, _MS = 1e-6, 1e-3
+US, MS = 1e-6, 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,21 +72,21 @@ def llmservingsim(folder: Path) -> Profile:
     """LLMServingSim's profile of Llama-3.1-8B: microseconds, of one layer."""
     num_layers = 32
     layers: dict[str, dict[int, float]] = defaultdict(dict)
-    for row in _rows(folder / "dense.csv.gz"):
-        layers[row["layer"]][int(row["tokens"])] = float(row["time_us"]) * _US
+    for row in rows(folder / "dense.csv.gz"):
+        layers[row["layer"]][int(row["tokens"])] = float(row["time_us"]) * US
     once = ("embedding", "final_layernorm")
     times = dict.fromkeys(layers, num_layers) | dict.fromkeys(once, 1)
     times["layernorm"] = 2 * num_layers
     heads: dict[str, dict[int, float]] = defaultdict(dict)
-    for row in _rows(folder / "per_sequence.csv.gz"):
-        heads[row["layer"]][int(row["sequences"])] = float(row["time_us"]) * _US
+    for row in rows(folder / "per_sequence.csv.gz"):
+        heads[row["layer"]][int(row["sequences"])] = float(row["time_us"]) * US
     steps = []
-    for row in _rows(folder / "attention.csv.gz"):
+    for row in rows(folder / "attention.csv.gz"):
         chunk, context = float(row["prefill_chunk"]), float(row["kv_prefill"])
         num_decodes = float(row["n_decode"])
         steps.append(
             (
-                num_layers * float(row["time_us"]) * _US,
+                num_layers * float(row["time_us"]) * US,
                 chunk,
                 context,
                 chunk * context + chunk * (chunk + 1) / 2,
@@ -95,10 +95,10 @@ def llmservingsim(folder: Path) -> Profile:
             )
         )
     attention = AttentionSteps.of(steps)
-    skews = [row for row in _rows(folder / "skew_fit.csv.gz") if row["pc"] == "0"]
-    head_s, head_request_s = _line(_sum(heads, dict.fromkeys(heads, 1)))
+    skews = [row for row in rows(folder / "skew_fit.csv.gz") if row["pc"] == "0"]
+    head_s, head_request_s = line(_sum(heads, dict.fromkeys(heads, 1)))
     return Profile(
-        dense=_arrays(_sum(layers, times)),
+        dense=arrays(_sum(layers, times)),
         head_s=head_s,
         head_request_s=head_request_s,
         decode=attention[attention.num_prefill_tokens == 0],
@@ -121,7 +121,7 @@ def a800_llama_2_7b(data: Path) -> Profile:
     num_layers, hidden, vocabulary = 32, 4096, 32_000
     folder = data / "frontier"
     decode, prefill = [], []
-    for row in _rows(folder / "a800_llama-2-7b_attention.csv.gz"):
+    for row in rows(folder / "a800_llama-2-7b_attention.csv.gz"):
         save = _median(row, "attn_kv_cache_save")
         chunk, context = float(row["prefill_chunk_size"]), float(row["kv_cache_size"])
         size = float(row["batch_size"])
@@ -133,66 +133,9 @@ def a800_llama_2_7b(data: Path) -> Profile:
             seconds = num_layers * (_median(row, "attn_decode") + save)
             decode.append((seconds, 0.0, 0.0, 0.0, size, size * context))
     gemm = Gemm(data / "aiconfigurator" / "a100_sxm_gemm_bf16.csv.gz")
-    head_s, head_request_s = _line(gemm.table(vocabulary, hidden, at_most=128))
+    head_s, head_request_s = line(gemm.table(vocabulary, hidden, at_most=128))
     return Profile(
-        dense=_arrays(_vidur_dense(folder / "a800_llama-2-7b_mlp.csv.gz", num_layers)),
-        head_s=head_s,
-        head_request_s=head_request_s,
-        decode=AttentionSteps.of(decode),
-        prefill=AttentionSteps.of(prefill),
-    )
-
-
-def h100_llama_3_1_8b(data: Path) -> Profile:
-    """Llama-3.1-8B on an H100, from aiconfigurator's tables: milliseconds, of one layer.
-
-    The element-wise operators are Vidur's of Llama-2-7B, which has the same hidden size; its
-    activation is scaled to this model's wider MLP.
-    """
-    num_layers, hidden, mlp, vocabulary = 32, 4096, 14_336, 128_256
-    folder = data / "aiconfigurator"
-    gemm = Gemm(folder / "h100_sxm_gemm_bf16.csv.gz")
-    elementwise = _vidur_elementwise(data / "vidur" / "h100_llama-2-7b_mlp.csv.gz", mlp / 11_008)
-    tokens = [m for m in gemm.tokens if m <= max(elementwise)]
-    small = _arrays(elementwise)
-    dense = {
-        m: num_layers
-        * (
-            gemm.time_s(m, hidden + 2 * 1024, hidden)
-            + gemm.time_s(m, hidden, hidden)
-            + gemm.time_s(m, 2 * mlp, hidden)
-            + gemm.time_s(m, hidden, mlp)
-            + float(np.interp(m, *small))
-        )
-        for m in tokens
-    }
-    decode = [
-        (
-            num_layers * float(row["latency"]) * _MS,
-            0.0,
-            0.0,
-            0.0,
-            float(row["batch_size"]),
-            float(row["batch_size"]) * (float(row["isl"]) + float(row["step"])),
-        )
-        for row in _rows(folder / "h100_sxm_generation_attention_bf16.csv.gz")
-        if _is_llama_3_8b(row) and int(row["batch_size"]) <= 256
-    ]
-    prefill = [
-        (
-            num_layers * float(row["latency"]) * _MS,
-            float(row["batch_size"]) * float(row["isl"]),
-            0.0,
-            float(row["batch_size"]) * float(row["isl"]) * (float(row["isl"]) + 1) / 2,
-            0.0,
-            0.0,
-        )
-        for row in _rows(folder / "h100_sxm_context_attention_bf16.csv.gz")
-        if _is_llama_3_8b(row) and float(row["batch_size"]) * float(row["isl"]) <= max(tokens)
-    ]
-    head_s, head_request_s = _line(gemm.table(vocabulary, hidden, at_most=256))
-    return Profile(
-        dense=_arrays(dense),
+        dense=arrays(_vidur_dense(folder / "a800_llama-2-7b_mlp.csv.gz", num_layers)),
         head_s=head_s,
         head_request_s=head_request_s,
         decode=AttentionSteps.of(decode),
@@ -205,9 +148,9 @@ class Gemm:
 
     def __init__(self, path: Path) -> None:
         self._times: dict[tuple[int, int, int], float] = {}
-        for row in _rows(path):
+        for row in rows(path):
             key = (int(row["m"]), int(row["n"]), int(row["k"]))
-            self._times[key] = float(row["latency"]) * _MS
+            self._times[key] = float(row["latency"]) * MS
         self.tokens = sorted({m for m, _, _ in self._times})
         self._n = sorted({n for _, n, _ in self._times})
         self._k = sorted({k for _, _, k in self._times})
@@ -229,45 +172,36 @@ class Gemm:
         return float(np.interp(n, known, [self._times[m, x, k] for x in known]))
 
 
-def _is_llama_3_8b(row: Mapping[str, str]) -> bool:
-    return (row["num_heads"], row["num_key_value_heads"], row["head_dim"]) == ("32", "8", "128")
-
-
 def _vidur_dense(path: Path, num_layers: int) -> Table:
     """Tokens -> seconds of all layers and the embedding, from a table in Vidur's columns."""
     gemms = ("attn_pre_proj", "attn_post_proj", "mlp_up_proj", "mlp_down_proj")
     dense: dict[int, list[float]] = defaultdict(list)
-    for row in _rows(path):
+    for row in rows(path):
         if row["num_tensor_parallel_workers"] == "1":
-            layer = sum(_median(row, name) for name in gemms) + _elementwise(row, 1.0)
+            layer = sum(_median(row, name) for name in gemms) + elementwise(row)
             dense[int(row["num_tokens"])].append(num_layers * layer + _median(row, "emb"))
     return {tokens: float(np.median(values)) for tokens, values in dense.items()}
 
 
-def _vidur_elementwise(path: Path, activation: float) -> Table:
-    """Tokens -> seconds of the element-wise operators of one layer."""
-    found: dict[int, list[float]] = defaultdict(list)
-    for row in _rows(path):
-        if row["num_tensor_parallel_workers"] == "1":
-            found[int(row["num_tokens"])].append(_elementwise(row, activation))
-    return {tokens: float(np.median(values)) for tokens, values in found.items()}
-
-
-def _elementwise(row: Mapping[str, str], activation: float) -> float:
+def elementwise(
+    row: Mapping[str, str], *, hidden: float = 1.0, rope: float = 1.0, activation: float = 1.0
+) -> float:
+    """Seconds of the element-wise operators of one layer, of a row in Vidur's columns; the factors
+    are by how much the model is larger than the one that was profiled."""
     return (
-        _median(row, "input_layernorm")
-        + _median(row, "post_attention_layernorm")
-        + _median(row, "attn_rope")
+        hidden * _median(row, "input_layernorm")
+        + hidden * _median(row, "post_attention_layernorm")
+        + rope * _median(row, "attn_rope")
         + activation * _median(row, "mlp_act")
-        + 2 * _median(row, "add")
+        + hidden * 2 * _median(row, "add")
     )
 
 
 def _median(row: Mapping[str, str], operator: str) -> float:
-    return float(row[f"time_stats.{operator}.median"] or 0.0) * _MS
+    return float(row[f"time_stats.{operator}.median"] or 0.0) * MS
 
 
-def _rows(path: Path) -> Iterable[dict[str, str]]:
+def rows(path: Path) -> Iterable[dict[str, str]]:
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
         yield from csv.DictReader(file)
 
@@ -280,12 +214,12 @@ def _sum(layers: Mapping[str, Table], times: Mapping[str, int]) -> Table:
     }
 
 
-def _arrays(table: Table) -> tuple[Floats, Floats]:
+def arrays(table: Table) -> tuple[Floats, Floats]:
     keys: Any = sorted(table)
     return np.array(keys, dtype=np.float64), np.array([table[key] for key in keys])
 
 
-def _line(table: Table) -> tuple[float, float]:
+def line(table: Table) -> tuple[float, float]:
     """(constant, slope) of the least-squares line."""
-    slope, constant = np.polyfit(*_arrays(table), 1)
+    slope, constant = np.polyfit(*arrays(table), 1)
     return float(constant), max(0.0, float(slope))
