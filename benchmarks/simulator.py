@@ -3,8 +3,9 @@
 A trace of chats (ShareGPT's published lengths, Poisson arrivals) runs through a cluster of
 instances of an 8B model on an H100. The KV cache is cut down so that it is two thirds full, and one
 request in five hundred is of high priority, so that others move out of its way. Every case runs
-alone, in a process of its own: seconds are those of `simulate` on one core, memory is the most that
-the process ever held.
+alone, in a process of its own; what is held to goals is the processor time of `simulate`, which is
+what one core needs for it, whoever else is on the machine. Memory is the most that the process
+ever held. Vidur, where it can be had from the package index, simulates a smaller trace beside it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import _vidur
 from benchmarks._report import Figure, Report, Table, main
 from llumsched.config import Config
 from llumsched.simulator.generators import GeneratorOptions, generate
@@ -44,6 +46,7 @@ MEGABYTES_GOAL = 2000.0
 # Published for the offline replay of NVIDIA Dynamo: a laptop core, 8 workers, no migration.
 DYNAMO_RPS = 9800.0
 DYNAMO_WORKERS = 8
+VIDUR_REQUESTS = 2000
 
 NOTE = (
     f"Arrivals are {RATE_PER_INSTANCE_RPS:g} a second for each instance; loads are reported ten"
@@ -77,7 +80,7 @@ class Measured:
     @property
     def requests_per_s(self) -> float:
         """Requests simulated in a second."""
-        return self.case.num_requests / self.seconds
+        return self.case.num_requests / self.processor_s
 
 
 def measure(case: Case) -> Measured:
@@ -139,18 +142,19 @@ def run(quick: bool) -> Report:
         )
         for policy in NOT_MIGRATING
     ]
-    numbers = [n // scale for n in (50_000, 100_000, 200_000, 400_000)]
+    numbers = [n // scale for n in (25_000, 50_000, 100_000, 200_000)]
     by_requests = [measure_alone(Case(num_requests=n, num_instances=16)) for n in numbers]
     instances = [4, 8] if quick else [4, 16, 64, 256]
     by_instances = [
-        measure_alone(Case(num_requests=6400 * n // scale, num_instances=n)) for n in instances
+        measure_alone(Case(num_requests=3200 * n // scale, num_instances=n)) for n in instances
     ]
 
+    vidur_figures, vidur_notes = _beside_vidur(quick)
     requests, many = goal.case.num_requests, goal.case.num_instances
     figures = [
         Figure(
             name=f"{requests:,} requests on {many} instances, migration on",
-            value=goal.seconds,
+            value=goal.processor_s,
             unit="s",
             at_most=SECONDS_GOAL,
         ),
@@ -179,6 +183,7 @@ def run(quick: bool) -> Report:
             value=exponent(instances, [m.processor_s / m.case.num_requests for m in by_instances]),
             unit="",
         ),
+        *vidur_figures,
     ]
     tables = [
         Table(title="Every case", columns=_COLUMNS, rows=[_row(m) for m in (goal, *at_mark)]),
@@ -193,7 +198,37 @@ def run(quick: bool) -> Report:
             rows=[_row(m) for m in by_instances],
         ),
     ]
-    return Report(figures=figures, tables=tables, notes=[NOTE])
+    return Report(figures=figures, tables=tables, notes=[NOTE, *vidur_notes])
+
+
+def _beside_vidur(quick: bool) -> tuple[list[Figure], list[str]]:
+    if quick:
+        return [], ["Vidur is not installed for a quick run."]
+    trace = generate(
+        TRACE,
+        GeneratorOptions(
+            num_requests=VIDUR_REQUESTS, rate_rps=RATE_PER_INSTANCE_RPS * _vidur.NUM_INSTANCES
+        ),
+    )
+    try:
+        both = _vidur.beside(trace, load_hardware(HARDWARE), NUM_KV_BLOCKS)
+    except _vidur.VidurMissing as error:
+        return [], [f"Vidur from the package index could not be run here: {error}"]
+    figures = [
+        Figure(
+            name=f"Vidur {both.version}, {both.num_requests:,} requests, processor time by ours",
+            value=both.vidur_s / both.ours_s,
+            unit="x",
+        )
+    ]
+    note = (
+        f"Vidur {both.version}: {both.num_requests:,} requests on {_vidur.NUM_INSTANCES} instances"
+        " in turn, both without prefix caches or migration, both with steps of a line in requests"
+        f" and context: {both.vidur_s:.1f} s of a processor for Vidur, {both.ours_s:.2f} s for"
+        f" ours; the last request ended at {both.vidur_makespan_s:.1f} s and"
+        f" {both.ours_makespan_s:.1f} s."
+    )
+    return figures, [note]
 
 
 _COLUMNS = [
@@ -218,7 +253,7 @@ def _row(measured: Measured) -> list[str | float]:
         f"{case.num_instances:,}",
         measured.seconds,
         measured.processor_s,
-        measured.seconds / case.num_requests * 1e6,
+        measured.processor_s / case.num_requests * 1e6,
         measured.megabytes,
         f"{measured.num_steps:,}",
         f"{measured.num_migrations:,}",
