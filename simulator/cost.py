@@ -13,6 +13,7 @@ same steps one by one. This module does not know batches (`engine_base`) or file
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from typing import Protocol
 
 from llumsched.simulator.hardware import CopyCoefficients, StepCoefficients
@@ -80,7 +81,7 @@ def tokens_s(coefficients: StepCoefficients, num_tokens: int) -> float:
     table = coefficients.table
     if not table:
         return max(coefficients.floor_s, coefficients.token_s * num_tokens)
-    following = next((i for i, point in enumerate(table) if point[0] >= num_tokens), len(table) - 1)
+    following = min(bisect_left(table, (num_tokens,)), len(table) - 1)
     (x0, y0), (x1, y1) = table[max(0, following - 1)], table[max(1, following)]
     if num_tokens <= x0:
         return y0
