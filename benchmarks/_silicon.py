@@ -5,7 +5,8 @@ ended, all with prompts and outputs of one length. In a trace arrivals are given
 closed by repetition: the k-th end of a run is the arrival of request k + clients in the next run,
 until no arrival changes, which is after as many runs as a client sends requests at the latest.
 The clients begin evenly spread over the time of one request: without noise, those that began at
-once would stay together for ever, and all prompts would come in one batch.
+once would stay together for ever, and all prompts would come in one batch. This was chosen after a
+first comparison in which they stayed together; no number of the simulation was.
 
 This module does not know what is a good result (`fidelity`).
 """

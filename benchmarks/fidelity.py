@@ -223,7 +223,8 @@ def compare_points(data: Path) -> tuple[list[Figure], list[Table], list[str]]:
         "The fixed-length points are simulated from kernel times alone: no time of the host, which"
         " a server of vLLM 0.12 adds to a step; prompts in chunks of"
         f" {_silicon.MAX_BATCHED_TOKENS:,} tokens, vLLM's default on this card, continue the table"
-        " beyond its last point."
+        " beyond its last point. The clients of a point begin evenly spread over the time of one"
+        " request, which was decided after a first comparison, in which they stayed in step."
     )
     return figures, [table], notes
 
