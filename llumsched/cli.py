@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "policies": "list the scheduling policies that are installed, with their parameters",
         "simulate": "simulate a trace under one policy or several, on modelled hardware",
         "sweep": "simulate a grid of settings over all cores",
+        "hardware": "list the hardware that the simulator has, or scale it to another model",
         "profile": "measure a vLLM engine and write a hardware file for the simulator",
         "config": "check a configuration file, or print the whole configuration in force",
         "replay": "feed a decision log to the scheduler again and compare its decisions",

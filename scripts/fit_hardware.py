@@ -17,6 +17,7 @@ are what the fit is tested against.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from llumsched.simulator.kv_shape import attention_kv_bytes
+from llumsched.simulator.hardware_text import plain_text
+from llumsched.simulator.model_shape import ModelShape, shape_of
 from scripts.hardware.h100 import h100_llama_3_1_8b
 from scripts.hardware.profiles import Profile, a800_llama_2_7b, llmservingsim
 
@@ -38,8 +39,27 @@ _MIN_CHUNK = 256
 # Requests that share a prefix read more context in a step than the cache holds.
 _SHARING = 4
 _BLOCK_SIZE = 16
-_LLAMA_3_8B_KV_BYTES = attention_kv_bytes(num_layers=32, num_kv_heads=8, head_size=128)
-_LLAMA_2_7B_KV_BYTES = attention_kv_bytes(num_layers=32, num_kv_heads=32, head_size=128)
+_LLAMA_3_1_8B = shape_of(
+    {
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+    },
+    source="Llama-3.1-8B",
+)
+_LLAMA_2_7B = shape_of(
+    {
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "vocab_size": 32_000,
+    },
+    source="Llama-2-7B",
+)
 # Llumnix (OSDI '24) measured 1.5 to 3 %; no profile has it.
 _COPY_SLOWDOWN = 0.02
 _NOT_MEASURED = (
@@ -60,7 +80,7 @@ class Target:
     accelerator: str
     source: str
     num_blocks: int
-    kv_bytes: int
+    shape: ModelShape
     copy_bytes_per_s: float
     copy_base_s: float
     copy_note: str
@@ -170,22 +190,6 @@ def _thinned(
     return [(int(tokens[i]), float(f"{seconds[i]:.5g}")) for i in kept]
 
 
-class _Point(list[float]):
-    """A point of the table: written on one line."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Block style, but for points."""
-
-
-_Dumper.add_representer(
-    _Point,
-    lambda dumper, point: dumper.represent_sequence(
-        "tag:yaml.org,2002:seq", point, flow_style=True
-    ),
-)
-
-
 def as_plain(target: Target, profile: Profile, fitted: Fit) -> dict[str, Any]:
     """The content of the hardware file."""
 
@@ -215,7 +219,7 @@ def as_plain(target: Target, profile: Profile, fitted: Fit) -> dict[str, Any]:
         "kv": {
             "num_blocks": target.num_blocks,
             "block_size": _BLOCK_SIZE,
-            "bytes_per_token": target.kv_bytes,
+            "bytes_per_token": target.shape.kv_bytes_per_token,
         },
         "step": {
             "request_s": float(f"{fitted.request_s:.4g}"),
@@ -223,17 +227,18 @@ def as_plain(target: Target, profile: Profile, fitted: Fit) -> dict[str, Any]:
             "skew_token_s": float(f"{fitted.skew_token_s:.4g}"),
             "prefill_pair_s": float(f"{fitted.prefill_pair_s:.4g}"),
             "copy_slowdown": _COPY_SLOWDOWN,
-            "table": [_Point(point) for point in fitted.table],
+            "table": [list(point) for point in fitted.table],
         },
         "copy": {
             "base_s": target.copy_base_s,
-            "token_s": float(f"{target.kv_bytes / target.copy_bytes_per_s:.4g}"),
+            "token_s": float(f"{target.shape.kv_bytes_per_token / target.copy_bytes_per_s:.4g}"),
         },
         "measured": {
             "batch_tokens": int(profile.dense[0][-1]),
             "requests": int(profile.decode.num_decodes.max()),
             "kv_tokens": fitted.max_kv_tokens,
         },
+        "shape": dataclasses.asdict(target.shape.compute),
         "notes": [
             fit_note,
             skew_note,
@@ -247,7 +252,7 @@ def as_plain(target: Target, profile: Profile, fitted: Fit) -> dict[str, Any]:
 def as_text(content: Mapping[str, Any]) -> str:
     """The hardware file as YAML."""
     header = "# Written by `python -m scripts.fit_hardware`; change the script, not this file.\n"
-    return header + yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=98)
+    return header + plain_text(content)
 
 
 _PCIE_NOTE = "assumed are 12 GB/s over PCIe 4.0 by way of host memory, and 5 ms to begin."
@@ -269,7 +274,7 @@ TARGETS: Mapping[str, Target] = {
             accelerator="NVIDIA GeForce RTX 4090 24 GB",
             source=_LLMSERVINGSIM.format(gpu="RTX4090"),
             num_blocks=2588,
-            kv_bytes=_LLAMA_3_8B_KV_BYTES,
+            shape=_LLAMA_3_1_8B,
             copy_bytes_per_s=12e9,
             copy_base_s=5e-3,
             copy_note=_PCIE_NOTE,
@@ -282,7 +287,7 @@ TARGETS: Mapping[str, Target] = {
             accelerator="NVIDIA RTX PRO 6000 Blackwell 96 GB",
             source=_LLMSERVINGSIM.format(gpu="RTXPRO6000"),
             num_blocks=34_000,
-            kv_bytes=_LLAMA_3_8B_KV_BYTES,
+            shape=_LLAMA_3_1_8B,
             copy_bytes_per_s=24e9,
             copy_base_s=5e-3,
             copy_note=(
@@ -306,7 +311,7 @@ TARGETS: Mapping[str, Target] = {
                 " table of ai-dynamo/aiconfigurator (commit 095f58a, Apache-2.0) for the A100 SXM."
             ),
             num_blocks=7449,
-            kv_bytes=_LLAMA_2_7B_KV_BYTES,
+            shape=_LLAMA_2_7B,
             copy_bytes_per_s=17.8e9,
             copy_base_s=0.4e-3,
             copy_note=_RDMA_NOTE,
@@ -328,7 +333,7 @@ TARGETS: Mapping[str, Target] = {
                 " (commit 7d47513, MIT), H100, Llama-2-7B, the same hidden size."
             ),
             num_blocks=27_793,
-            kv_bytes=_LLAMA_3_8B_KV_BYTES,
+            shape=_LLAMA_3_1_8B,
             copy_bytes_per_s=17.8e9,
             copy_base_s=0.4e-3,
             copy_note=_RDMA_NOTE,

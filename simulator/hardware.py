@@ -92,6 +92,24 @@ class KvCapacity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ComputeShape:
+    """What the model computes, on all its accelerators together; `rescale` goes by it."""
+
+    activated_parameters: int = param(
+        1,
+        "Parameters that compute one token: of routed experts only those that it is sent to, of the"
+        " embeddings only the language-model head.",
+        at_least=1,
+    )
+    attention_width: int = param(
+        1, "Sum over layers and heads of the mean size of a key and a value.", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        check_params(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredRange:
     """Largest values at which the coefficients were measured; beyond them they extrapolate."""
 
@@ -117,6 +135,7 @@ class Hardware:
     step: StepCoefficients
     copy: CopyCoefficients
     measured: MeasuredRange
+    shape: ComputeShape | None = None
     boot_s: float = 60.0
     """Seconds from the launch of an instance until it serves."""
     notes: tuple[str, ...] = ()
@@ -133,6 +152,7 @@ _SECTIONS: Mapping[str, type] = {
     "step": StepCoefficients,
     "copy": CopyCoefficients,
     "measured": MeasuredRange,
+    "shape": ComputeShape,
 }
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from llumsched.commands import CommandError
 from llumsched.simulator.hardware import hardware_from_plain
+from llumsched.simulator.hardware_text import plain_text
+from llumsched.simulator.model_shape import ShapeError, shape_of
 from llumsched.simulator.residual_plot import residual_plot
 from llumsched.simulator.step_fit import FitError, StepFit, fit_steps
 
@@ -74,10 +76,7 @@ def main(argv: Sequence[str]) -> int:
         raise CommandError(str(error)) from error
     content = _content(arguments, profile, fitted)
     hardware_from_plain(content, str(arguments.out))
-    arguments.out.write_text(
-        yaml.safe_dump(content, sort_keys=False, width=98, default_flow_style=None),
-        encoding="utf-8",
-    )
+    arguments.out.write_text(plain_text(content), encoding="utf-8")
     plot = arguments.out.with_suffix(".residuals.svg")
     plot.write_text(
         residual_plot(
@@ -127,8 +126,18 @@ def _content(arguments: argparse.Namespace, profile: Any, fitted: StepFit) -> di
             "requests": max(s.num_decodes for s in profile.steps),
             "kv_tokens": max(1, max(s.num_kv_tokens for s in profile.steps)),
         },
+        **_shape(profile),
         "notes": [
             _HOST_NOTE,
             f"KV copies were not measured; --copy-gb-per-s said {arguments.copy_gb_per_s:g} GB/s.",
         ],
     }
+
+
+def _shape(profile: Any) -> dict[str, Any]:
+    """By which `llumsched hardware` scales to another model; nothing for shapes it cannot read."""
+    try:
+        shape = shape_of(profile.model_config, source=profile.model)
+    except ShapeError:
+        return {}
+    return {"shape": dataclasses.asdict(shape.compute)}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +41,8 @@ class EngineProfile:
     kv_bytes_per_token: int
     boot_s: float
     model: str
+    model_config: Mapping[str, Any]
+    """What its `config.json` says of the part that decodes."""
     dtype: str
     device: str
 
@@ -147,6 +149,7 @@ def profile_engine(
         kv_bytes_per_token=sum(t.size for t in kv.kv_cache_tensors) // kv.num_blocks // block_size,
         boot_s=boot_s,
         model=config.model_config.model,
+        model_config=config.model_config.hf_text_config.to_dict(),
         dtype=str(config.model_config.dtype).removeprefix("torch."),
         device=config.device_config.device_type,
     )
