@@ -271,6 +271,8 @@ def _warnings(options: SimulationOptions, columns: Columns, instances: Instances
     found = []
     hardware = options.hardware
     measured = hardware.measured
+    if math.isnan(hardware.fit_error):
+        found.append(f"NOT MEASURED: {hardware.name}: {' '.join(hardware.notes[:1])}")
     for what, most, limit in (
         ("tokens in a step", max(e.most_tokens for e in instances.engines), measured.batch_tokens),
         ("requests in a step", max(e.most_requests for e in instances.engines), measured.requests),

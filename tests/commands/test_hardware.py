@@ -35,6 +35,7 @@ def test_another_model_is_simulated_on_scaled_hardware(
     assert "Scaled from h100-llama-3.1-8b" in capsys.readouterr().out
     few = ["example", "--requests", "20", "--quiet", "--hardware", str(out)]
     assert main(["simulate", *few]) == 0
+    assert "NOT MEASURED: deepseek: Scaled from" in capsys.readouterr().err
     assert "DeepSeek-V3" in out.read_text()
 
 
