@@ -4,7 +4,8 @@ Invariant: the average is over requests: the blocks that all instances have free
 for them, by the requests of all. (A mean of the instances' own freeness would be little more than
 that of an empty one: whichever has just booted would be drained at once.) It is that of a
 normal-priority request, without the headroom of others; an instance that boots counts with all its
-blocks, as help is on its way. How long a wish must last, and the cool-downs, are the scheduler's.
+blocks, as help is on its way. An instance that is the last and idle is not needed, whatever its
+freeness. How long a wish must last, the cool-downs, and how many must stay are the scheduler's.
 """
 
 import math
@@ -37,6 +38,8 @@ class FreenessRange:
             return (
                 ScaleUp(num_instances=1, reason=f"{waiting} held, none serves") if waiting else None
             )
+        if len(rows) == 1 and not c.num_requests.any() and not cluster.held():
+            return ScaleDown(instance_id=cluster.instance_ids[rows[0]], reason="nothing runs")
         # An instance with nothing on it, as those that boot will be.
         num_blocks = float(c.num_total_blocks[rows].mean())
         free = float((c.num_free_blocks[rows] - c.num_waiting_blocks[rows]).sum())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from llumsched.config import Config
+from llumsched.plugins import build_bundle
 from llumsched.simulator.hardware import Hardware
 from llumsched.simulator.records import (
     FloatArray,
@@ -86,8 +87,13 @@ class SimulationOptions:
             raise SimulationError(
                 f"unknown engine {self.engine!r}; there are: {', '.join(ENGINES)}"
             )
-        if self.num_instances < 1:
-            raise SimulationError(f"num_instances={self.num_instances}; at least 1 is needed")
+        if self.num_instances < 0:
+            raise SimulationError(f"num_instances={self.num_instances} must be at least 0")
+        if not self.num_instances and not build_bundle(self.config).options.max_instances:
+            raise SimulationError(
+                "num_instances=0; at least 1 is needed unless the scheduler may launch some: set "
+                "max_instances, and min_instances to 0, in the configuration"
+            )
         if self.report_interval_s <= 0:
             raise SimulationError(f"report_interval_s={self.report_interval_s} must be above 0")
         if self.message_delay_s <= 0:

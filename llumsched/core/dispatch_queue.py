@@ -53,6 +53,12 @@ class DispatchQueue:
         if not self._num_of_client[client_id]:
             del self._num_of_client[client_id]
 
+    def postpone(self, deadline_s: float) -> None:
+        """Let nothing that is held expire before this time."""
+        for key, (before_s, record) in self._records.items():
+            self._records[key] = (max(before_s, deadline_s), record)
+        self._deadlines = sorted((at_s, key) for key, (at_s, _) in self._records.items())
+
     def num_of_client(self, client_id: str | None) -> int:
         """How many requests of a client are held."""
         return self._num_of_client[client_id]

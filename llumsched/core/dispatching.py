@@ -153,16 +153,43 @@ class Dispatcher:
 
     def next_deadline(self) -> float | None:
         """When held requests expire, or should be tried again."""
-        expires = self._queue.next_deadline()
-        if expires is None or self._next_pass_s <= self._cluster.snapshot.now:
+        expires = None if self._awaits_a_boot() else self._queue.next_deadline()
+        if not len(self._queue) or self._next_pass_s <= self._cluster.snapshot.now:
             return expires
-        return min(expires, self._next_pass_s)
+        return self._next_pass_s if expires is None else min(expires, self._next_pass_s)
 
-    def expire(self, now: float, out: list[Action]) -> None:
-        """Reject what was held for too long."""
+    def instance_joins(self, now: float) -> None:
+        """One is about to serve: what was held for it has been waiting for nothing else."""
+        if self._awaits_a_boot():
+            self._queue.postpone(now + self._options.queue_timeout_s)
+
+    def expire(self, now: float, launch_failure: str, out: list[Action]) -> None:
+        """Reject what was held for too long; `launch_failure` says why none came, if one failed."""
+        if self._awaits_a_boot():
+            return
+        reason = ""
         for record in self._queue.expired(now):
-            reason = f"no instance took the request within {self._options.queue_timeout_s:g} s"
+            reason = reason or self._why_expired(launch_failure)
             self._reject(record, reason, OVERLOAD_RETRY_S, out)
+
+    def _awaits_a_boot(self) -> bool:
+        """Whether nothing serves, and something boots; how long that may take is its own limit."""
+        return bool(self._cluster.num_booting) and not self._any_serves()
+
+    def _any_serves(self) -> bool:
+        records = self._cluster.records.values()
+        return any(record.state is InstanceState.SERVING for record in records)
+
+    def _why_expired(self, launch_failure: str) -> str:
+        options = self._options
+        reason = f"none took it within queue_timeout_s={options.queue_timeout_s:g} s"
+        if self._any_serves():
+            return reason
+        if launch_failure:
+            return f"{reason}; none serves, and the last launch failed: {launch_failure}"
+        if not options.max_instances:
+            return f"{reason}; none serves, and with max_instances=0 none is launched for it"
+        return f"{reason}; none serves"
 
     def _hold(self, record: RequestRecord, now: float, out: list[Action]) -> None:
         limit = self._options.max_queued_requests

@@ -5,7 +5,7 @@ Invariant: each field's default is the default everywhere.
 
 from dataclasses import dataclass
 
-from llumsched.core.params import check_params, param
+from llumsched.core.params import ParamError, check_params, param
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,12 @@ class SchedulerOptions:
         False,
         "Held requests go in turns of their clients, by tokens; else first come, first served.",
     )
-    queue_timeout_s: float = param(60.0, "A request held longer than this is rejected.", above=0)
+    queue_timeout_s: float = param(
+        60.0,
+        "A request held longer than this is rejected. While no instance serves and one boots, it "
+        "waits for that instead; then the time starts anew.",
+        above=0,
+    )
     stale_after_s: float = param(
         3.0, "An instance silent for longer is not dispatched to and takes no migration.", above=0
     )
@@ -56,7 +61,12 @@ class SchedulerOptions:
     drain_timeout_s: float = param(
         600.0, "A draining instance leaves after this long, empty or not.", above=0
     )
-    min_instances: int = param(1, "Scaling never goes below this.", at_least=0)
+    min_instances: int = param(
+        1,
+        "Scaling never goes below this. At 0 the last instance leaves when nothing has run for "
+        "scale_down_after_s, and a request that finds none has one launched at once.",
+        at_least=0,
+    )
     max_instances: int = param(
         0, "Scaling never goes above this; 0 leaves automatic scaling off.", at_least=0
     )
@@ -70,7 +80,9 @@ class SchedulerOptions:
     scale_up_cooldown_s: float = param(10.0, "Pause after growing.", at_least=0)
     scale_down_cooldown_s: float = param(60.0, "Pause after any scaling.", at_least=0)
     boot_timeout_s: float = param(
-        900.0, "A launch not answered for this long is given up.", above=0
+        900.0,
+        "A launch not answered for this long is given up, and with it what was held for it.",
+        above=0,
     )
     step_base_s: float = param(
         0.0432,
@@ -95,3 +107,9 @@ class SchedulerOptions:
 
     def __post_init__(self) -> None:
         check_params(self)
+        if 0 < self.max_instances < self.min_instances:
+            raise ParamError(
+                "min_instances",
+                f"min_instances ({self.min_instances}) must not be above max_instances "
+                f"({self.max_instances})",
+            )

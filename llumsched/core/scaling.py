@@ -4,8 +4,10 @@
                          \\-- LaunchFailed, or no answer within boot_timeout_s
 
 Invariants: a wish is acted on only when it lasted and no cool-down runs; booting and serving
-instances together stay within [min_instances, max_instances]; an operator's number is carried out
-at once and needs no wish. This module does not know how a drain ends (`scheduler`).
+instances together stay within [min_instances, max_instances]; the last instance goes only when no
+request has lived for `scale_down_after_s`; what is held while none serves or boots is reason enough
+to launch one, at once and whatever the policy wishes; an operator's number is carried out at once
+and needs no wish. This module does not know how a drain ends (`scheduler`).
 """
 
 from collections.abc import Callable, Mapping
@@ -31,36 +33,65 @@ class Scaling:
         options: SchedulerOptions,
         cluster: Cluster,
         drain: Drain,
+        num_live: Callable[[], int],
+        num_held: Callable[[], int],
     ) -> None:
-        self._policy = policy if options.max_instances else None
+        """`num_live` counts the requests that have not ended, `num_held` those held of them."""
+        self._policy = policy
         self._options = options
         self._cluster = cluster
         self._drain = drain
+        self._num_live = num_live
+        self._num_held = num_held
         self._num_launched = 0
         self._booting: dict[str, float] = {}
         self._wish: type | None = None
         self._wish_since_s = 0.0
         self._up_rests_until_s = 0.0
         self._down_rests_until_s = 0.0
+        self._retry_s = 0.0
+        self._worked_s = 0.0
         self._next_s: float | None = None
+        self.last_failure = ""
+        """Why the latest launch that failed did; empty once an instance came."""
 
     # What happened.
 
     def joined(self, launch_id: str | None, now: float) -> None:
         """An instance came; if it answers a launch, that launch is over."""
         self._forget_launch(launch_id)
-        self.wake(now)
+        self.last_failure = ""
+        self._worked_s = now
+        self._wake(now)
 
-    def wake(self, now: float) -> None:
+    def request_changed(self, now: float) -> None:
+        """A request arrived or ended: the cluster is not idle."""
+        self._worked_s = now
+        self._wake(now)
+
+    def _wake(self, now: float) -> None:
         """Decisions are periodic from the first instance, or the first request, on."""
-        if self._policy is not None and self._next_s is None:
+        if self._options.max_instances and self._next_s is None:
             self._next_s = now + self._options.scaling_interval_s
 
-    def launch_failed(self, launch_id: str) -> None:
-        """A launch will not lead to an instance; growing may be tried again at once."""
+    def launch_for_held(self, now: float, out: list[Action]) -> None:
+        """With no instance that serves or boots, do not wait for a wish to last."""
+        if (
+            self._options.max_instances
+            and self._num_held()
+            and now >= self._retry_s
+            and not self._num_instances()
+        ):
+            self._launch("no instance serves what is held", now, out)
+            self._rest(now)
+
+    def launch_failed(self, launch_id: str, reason: str, now: float) -> None:
+        """A launch will not lead to an instance; growing may be tried again at the next tick."""
         if launch_id in self._booting:
             self._forget_launch(launch_id)
+            self.last_failure = reason
             self._up_rests_until_s = 0.0
+            self._retry_s = now + self._options.scaling_interval_s
 
     def requested(self, num_instances: int, now: float, out: list[Action]) -> None:
         """Carry out an operator's number: launch what is missing, drain what is too much."""
@@ -86,16 +117,21 @@ class Scaling:
     def tick(self, now: float, out: list[Action]) -> None:
         """Give up launches that take too long; decide, if it is time."""
         for launch_id in [i for i, by_s in self._booting.items() if by_s <= now]:
-            self.launch_failed(launch_id)
-        if self._policy is None or self._next_s is None or now < self._next_s:
+            limit_s = self._options.boot_timeout_s
+            self.launch_failed(launch_id, f"it was not up within boot_timeout_s={limit_s:g} s", now)
+        if self._next_s is None or now < self._next_s:
             return
         self._next_s = now + self._options.scaling_interval_s
+        if self._num_live():
+            self._worked_s = now
         missing = self._options.min_instances - self._num_instances()
         if missing > 0:
             for _ in range(missing):
                 self._launch(f"fewer than min_instances={self._options.min_instances}", now, out)
             return
-        self._decide(self._policy, now, out)
+        self.launch_for_held(now, out)
+        if self._policy is not None:
+            self._decide(self._policy, now, out)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -106,7 +142,10 @@ class Scaling:
             "wish_since_s": self._wish_since_s,
             "up_rests_until_s": self._up_rests_until_s,
             "down_rests_until_s": self._down_rests_until_s,
+            "retry_s": self._retry_s,
+            "worked_s": self._worked_s,
             "next_s": self._next_s,
+            "last_failure": self.last_failure,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -117,7 +156,10 @@ class Scaling:
         self._wish_since_s = state["wish_since_s"]
         self._up_rests_until_s = state["up_rests_until_s"]
         self._down_rests_until_s = state["down_rests_until_s"]
-        self._next_s = state["next_s"] if self._policy is not None else None
+        self._retry_s = state["retry_s"]
+        self._worked_s = state["worked_s"]
+        self._next_s = state["next_s"] if self._options.max_instances else None
+        self.last_failure = state["last_failure"]
         self._cluster.set_num_booting(len(self._booting))
 
     def _decide(self, policy: ScalingPolicy, now: float, out: list[Action]) -> None:
@@ -155,6 +197,7 @@ class Scaling:
                 and self._num_instances() > self._options.min_instances
                 # What boots was wanted a moment ago.
                 and not self._booting
+                and (len(self._serving()) > 1 or self._has_been_idle(now))
             ):
                 self._drain(wish.instance_id, now, out)
                 self._rest(now)
@@ -181,6 +224,10 @@ class Scaling:
         self._wish_since_s = now
         self._up_rests_until_s = now + self._options.scale_up_cooldown_s
         self._down_rests_until_s = now + self._options.scale_down_cooldown_s
+
+    def _has_been_idle(self, now: float) -> bool:
+        """Whether no request has lived for as long as a wish to shrink must last."""
+        return not self._num_live() and now - self._worked_s >= self._options.scale_down_after_s
 
     def _serving(self) -> list[str]:
         return [

@@ -108,6 +108,8 @@ class GlobalScheduler:
             options=options,
             cluster=self._cluster,
             drain=lambda instance_id, now, out: self._instances.drain(instance_id, None, now, out),
+            num_live=lambda: len(self._ledger.requests),
+            num_held=lambda: len(self._queue),
         )
         self._handlers: dict[type, Callable[[Any, float, list[Action]], None]] = {
             InstanceJoined: self._joined,
@@ -234,8 +236,9 @@ class GlobalScheduler:
     # Requests.
 
     def _arrived(self, event: RequestArrived, now: float, out: list[Action]) -> None:
-        self._scaling.wake(now)
+        self._scaling.request_changed(now)
         self._dispatcher.arrive(event.request, now, out, has_begun=event.has_begun)
+        self._scaling.launch_for_held(now, out)
 
     def _finished(self, event: RequestFinished, now: float, out: list[Action]) -> None:
         self._end(event.request_id, event.num_output_tokens, now, out)
@@ -251,6 +254,7 @@ class GlobalScheduler:
             self._dispatcher.dispatch_held(now, out)
             return
         instance_id = record.instance_id
+        self._scaling.request_changed(now)
         self._dispatcher.end(record, num_output_tokens, out)
         self._dispatcher.dispatch_held(now, out)
         if instance_id is not None:
@@ -259,6 +263,7 @@ class GlobalScheduler:
     # Instances.
 
     def _joined(self, event: InstanceJoined, now: float, out: list[Action]) -> None:
+        self._dispatcher.instance_joins(now)
         self._instances.join(event, now)
         self._scaling.joined(event.launch_id, now)
         self._dispatcher.dispatch_held(now, out)
@@ -266,6 +271,7 @@ class GlobalScheduler:
     def _lost(self, event: InstanceLost, now: float, out: list[Action]) -> None:
         self._instances.lose(event.instance_id, now)
         self._dispatcher.dispatch_held(now, out)
+        self._scaling.launch_for_held(now, out)
 
     def _load_reported(self, event: LoadReported, now: float, out: list[Action]) -> None:
         self._instances.report(event.load, now, out)
@@ -275,7 +281,7 @@ class GlobalScheduler:
         self._instances.drain(event.instance_id, event.deadline_s, now, out)
 
     def _launch_failed(self, event: LaunchFailed, now: float, out: list[Action]) -> None:
-        self._scaling.launch_failed(event.launch_id)
+        self._scaling.launch_failed(event.launch_id, event.reason, now)
 
     def _scale_requested(self, event: ScaleRequested, now: float, out: list[Action]) -> None:
         self._scaling.requested(event.num_instances, now, out)
@@ -310,7 +316,7 @@ class GlobalScheduler:
     # Time.
 
     def _ticked(self, event: Ticked, now: float, out: list[Action]) -> None:
-        self._dispatcher.expire(now, out)
+        self._dispatcher.expire(now, self._scaling.last_failure, out)
         self._instances.tick(now, out)
         self._scaling.tick(now, out)
         self._rebalancer.tick(now, out)

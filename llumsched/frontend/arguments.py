@@ -6,7 +6,7 @@ import argparse
 import ipaddress
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -52,8 +52,12 @@ class ServeOptions:
     @property
     def most_instances(self) -> int:
         """Labels are made for so many, and no more are started."""
-        scheduler_options = build_bundle(self.config).options
-        return max(FEWEST_MOST_INSTANCES, 2 * self.num_instances, scheduler_options.max_instances)
+        return max(FEWEST_MOST_INSTANCES, 2 * self.num_instances, self.planned_instances)
+
+    @property
+    def planned_instances(self) -> int:
+        """So many are to share this machine: those that are started, or that scaling may add."""
+        return max(self.num_instances, build_bundle(self.config).options.max_instances)
 
     @property
     def wants_prefix_blocks(self) -> bool:
@@ -72,7 +76,26 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
     )
     group = parser.add_argument_group("llumsched", "The pool of instances and its scheduler.")
     group.add_argument(
-        "--instances", type=int, default=1, metavar="N", help="Number of vLLM instances."
+        "--instances",
+        type=int,
+        default=1,
+        metavar="N",
+        help="vLLM instances to start with. With 0, which --min-instances 0 and --max-instances "
+        "make possible, the first request has one started, and waits for it. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--min-instances",
+        type=int,
+        metavar="N",
+        help="Scaling never goes below this; at 0 the last instance leaves when it has been idle. "
+        "Default: min_instances of the scheduler's configuration, which is 1.",
+    )
+    group.add_argument(
+        "--max-instances",
+        type=int,
+        metavar="N",
+        help="Scale by itself, by the policy's rule, up to this many. Default: max_instances of "
+        "the scheduler's configuration, which is 0: no scaling.",
     )
     group.add_argument(
         "--policy",
@@ -137,9 +160,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
     _refuse_what_cannot_work(args)
+    config = _scheduler_config(args, config_path)
+    if args.instances == 0:
+        _check_that_it_starts_some(config)
     return args, ServeOptions(
         num_instances=args.instances,
-        config=_scheduler_config(args.policy, config_path),
+        config=config,
         ray_address=args.ray_address,
         admin_api=_admin_api(args),
         decision_log=Path(args.decision_log).absolute() if args.decision_log else None,
@@ -150,8 +176,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
 
 
 def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
-    if args.instances < 1:
-        raise UsageError(f"--instances {args.instances}: at least 1 instance is needed.")
+    if args.instances < 0:
+        raise UsageError(f"--instances {args.instances}: a number of instances is needed.")
     for name in ("heartbeat_timeout", "step_timeout"):
         if getattr(args, name) <= 0:
             flag = "--" + name.replace("_", "-")
@@ -169,6 +195,15 @@ def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
             )
     if args.api_server_count not in (None, 1):
         raise UsageError("--api-server-count: one frontend is supported; leave it out.")
+
+
+def _check_that_it_starts_some(config: Config) -> None:
+    options = build_bundle(config).options
+    if options.min_instances or not options.max_instances:
+        raise UsageError(
+            "--instances 0: a request has an instance started only if the scheduler may scale from "
+            "0. Add --min-instances 0 --max-instances N, or set both in its configuration."
+        )
 
 
 def _take_scheduler_config(argv: list[str]) -> tuple[list[str], Path | None]:
@@ -208,11 +243,15 @@ def _is_scheduler_config(path: Path) -> bool:
     return isinstance(document, dict) and bool(SCHEDULER_KEYS & document.keys())
 
 
-def _scheduler_config(policy: str | None, path: Path | None) -> Config:
+def _scheduler_config(args: argparse.Namespace, path: Path | None) -> Config:
+    policy: str | None = args.policy
+    given = {"min_instances": args.min_instances, "max_instances": args.max_instances}
+    limits = {name: number for name, number in given.items() if number is not None}
     if policy is not None and path is not None:
         raise UsageError(f"Give --policy or --config {path}, not both.")
     try:
         config = load(path) if path is not None else Config.default(policy or DEFAULT_POLICY)
+        config = replace(config, scheduler={**config.scheduler, **limits})
         build_bundle(config)  # an unknown policy is an error now, not in an actor later
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error

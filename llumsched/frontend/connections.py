@@ -10,11 +10,13 @@ import asyncio
 import logging
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
+from http import HTTPStatus
 from typing import Any, cast
 
 import zmq
 import zmq.asyncio
 from vllm.config import VllmConfig
+from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
 from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, EngineIdentity
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
@@ -27,13 +29,20 @@ from llumsched.frontend.sockets import FrontendSockets, engine_identity
 logger = logging.getLogger(__name__)
 
 
+class NoInstance(GracefulHTTPError, ConnectionError):
+    """There is nobody to ask; vLLM's server answers with 503 and the reason."""
+
+    def __init__(self) -> None:
+        super().__init__("No instance is up.", HTTPStatus.SERVICE_UNAVAILABLE)
+
+
 class ConnectedInstances(AsyncMPClient):
     """An ``AsyncMPClient`` over many engines that its own frontend did not start.
 
     Args:
         vllm_config: the configuration every instance shares.
         sockets: bound already; every instance must have been told their addresses.
-        engine_indices: the instances to wait for, each once.
+        engine_indices: the instances to wait for, each once; there may be none.
         num_labels: labels of instances in vLLM's metrics.
         ready_timeout_s: how long to wait for an instance's first message.
 
@@ -120,11 +129,14 @@ class ConnectedInstances(AsyncMPClient):
     async def _receive_ready(self) -> None:
         while True:
             received = cast(Any, self.input_socket.recv_multipart(copy=False))
-            identity, _ = cast("list[zmq.Frame]", await received)
+            identity, response = cast("list[zmq.Frame]", await received)
             index = int.from_bytes(identity.bytes, "little")
             self._inputs.heard(index, identity)
             if index not in self._gone and not self.is_up(index):
                 logger.info("Instance %d is up", index)
+                if not self._effective_attention_block_sizes:
+                    # The first of all: what it found out on booting is true of each.
+                    self._apply_ready_response(response.bytes)
                 self._joined(index)
 
     def _joined(self, instance: int) -> None:
@@ -214,7 +226,11 @@ class ConnectedInstances(AsyncMPClient):
         return (await self.call_utility_all_async(method, *args))[0]
 
     async def call_utility_all_async(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every instance's engine core; those that die meanwhile are left out."""
+        """Call a method of every instance's engine core; those that die meanwhile are left out.
+
+        Raises:
+            NoInstance: if there is none, or all die.
+        """
         results = await asyncio.gather(
             *(self._ask(instance, method, *args) for instance in self.instances),
             return_exceptions=True,
@@ -224,7 +240,7 @@ class ConnectedInstances(AsyncMPClient):
             if isinstance(answer, BaseException):
                 raise answer
         if not answers:
-            raise ConnectionError("no instance is up")
+            raise NoInstance()
         return answers
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import vllm.envs as envs
 from vllm.config import VllmConfig
+from vllm.tasks import SupportedTask
 
 from llumsched.engine.vllm.prefix_blocks import SEEDED_ALGORITHMS
 from llumsched.frontend.arguments import UsageError
@@ -23,6 +24,8 @@ PROCESS_NUM_BYTES = int(0.9 * GIB)
 # On CPU, where the flag that limits memory is meant for one engine a machine.
 DEFAULT_CPU_KV_NUM_BYTES = 2 * GIB
 SHARE_OF_AVAILABLE_MEMORY = 0.9
+# What a model can do that `check_tasks` lets pass; once one is up, an instance says so itself.
+TASKS_UNASKED: tuple[SupportedTask, ...] = ("generate",)
 
 
 def check_model(model: str) -> None:
@@ -49,6 +52,25 @@ def check_serialization() -> None:
         raise UsageError(
             "VLLM_ALLOW_INSECURE_SERIALIZATION is set: vLLM would unpickle what arrives on its "
             "sockets. Unset it; nothing here needs it."
+        )
+
+
+def check_tasks(vllm_config: VllmConfig) -> None:
+    """Refuse to start without an instance where only an instance knows what can be asked of it.
+
+    Raises:
+        UsageError: naming the way out.
+    """
+    model = vllm_config.model_config
+    names, registry = model.architectures, model.registry
+    if (
+        model.runner_type != "generate"
+        or not registry.is_text_generation_model(names, model)
+        or registry.is_transcription_model(names, model)
+    ):
+        raise UsageError(
+            "--instances 0: which requests this model serves is known to a running instance only. "
+            "Start with --instances 1; with min_instances 0 it leaves when it is idle."
         )
 
 
@@ -97,7 +119,7 @@ def plan_cpu_memory(
             f"{num_instances} instances need about {needed / GIB:.1f} GiB "
             f"({weights / GIB:.1f} of weights, {kv * num_workers / GIB:.1f} of KV cache and "
             f"{processes / GIB:.1f} of process each); {available / GIB:.1f} GiB are "
-            "available. Lower --instances or --kv-cache-memory-bytes."
+            "available. Lower --instances, max_instances or --kv-cache-memory-bytes."
         )
     return chosen
 

@@ -30,6 +30,7 @@ from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.exceptions import GracefulHTTPError
 from vllm.platforms import current_platform
+from vllm.tasks import SupportedTask
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine import async_llm as async_llm_module
@@ -43,15 +44,18 @@ from llumsched.frontend.access import guard, has_key
 from llumsched.frontend.admin import admin_router
 from llumsched.frontend.arguments import ServeOptions, UsageError, is_local, parse
 from llumsched.frontend.client import RoutingEngineClient
+from llumsched.frontend.connections import NoInstance
 from llumsched.frontend.exposition import expose
 from llumsched.frontend.hints import HintsMiddleware
 from llumsched.frontend.link import SchedulerLink
 from llumsched.frontend.overload import RetryAfterMiddleware
 from llumsched.frontend.pool_metrics import PoolMetrics
 from llumsched.frontend.preflight import (
+    TASKS_UNASKED,
     check_model,
     check_prefix_hashes,
     check_serialization,
+    check_tasks,
     cpu_threads_per_worker,
     plan_cpu_memory,
 )
@@ -73,7 +77,13 @@ CLOSING_TIMEOUT_S = 3
 
 
 class Engine(AsyncLLM):
-    """vLLM's frontend; its requests end when it does."""
+    """vLLM's frontend; its requests end when it does, and it serves also while nothing is up."""
+
+    async def get_supported_tasks(self) -> tuple[SupportedTask, ...]:
+        try:
+            return await super().get_supported_tasks()
+        except NoInstance:
+            return TASKS_UNASKED
 
     def shutdown(self, timeout: float | None = None) -> None:
         # AsyncLLM leaves them waiting for outputs, and their clients for the connection to break.
@@ -90,11 +100,13 @@ def main(argv: Sequence[str]) -> int:
         check_model(args.model)
         vllm_config = _engine_config(args)
         check_serialization()
+        if not options.num_instances:
+            check_tasks(vllm_config)
         if options.wants_prefix_blocks:
             check_prefix_hashes(vllm_config, os.environ)
             record_kv_events(vllm_config)
         if current_platform.is_cpu():
-            kv_bytes = plan_cpu_memory(vllm_config, options.num_instances, os.environ)
+            kv_bytes = plan_cpu_memory(vllm_config, options.planned_instances, os.environ)
             if kv_bytes is not None:
                 vllm_config.cache_config.kv_cache_memory_bytes = kv_bytes
         listen_address, sock = _bind(args)
@@ -154,6 +166,7 @@ async def _serve(
     with Pool(
         ray_address=options.ray_address,
         num_instances=options.num_instances,
+        max_instances=options.most_instances,
         keys=sockets.keys,
         progress=_progress,
     ) as pool:
@@ -162,7 +175,7 @@ async def _serve(
         make_plan = _planner(options, vllm_config, sockets, pool, host, log_stats)
         pool.start_instances(
             make_plan,
-            _resources(vllm_config, options.num_instances),
+            _resources(vllm_config, options.planned_instances),
             timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S,
         )
         link_holder: list[SchedulerLink] = []
@@ -193,7 +206,8 @@ async def _serve(
         gates = (sockets.gate, pool.heartbeat_gate)
         following = asyncio.create_task(PoolMetrics(gates).follow(link))
         try:
-            await engine.reset_mm_cache()
+            if options.num_instances:
+                await engine.reset_mm_cache()
             closing = await _serve_http(
                 args, options, engine, link, supervisor, listen_address, sock
             )

@@ -23,6 +23,7 @@ import zmq.asyncio
 from llumsched.config import Config
 from llumsched.core.actions import (
     Action,
+    LaunchInstance,
     RefuseMigration,
     StartMigration,
 )
@@ -79,12 +80,16 @@ from llumsched.trust import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 logger = logging.getLogger(__name__)
 
+# By then the instances that there are have registered, also with one that was started again.
+LEARNING_S = 2.0
+
 
 class Controller:
     """Args:
     config: the policy bundle and the scheduler's options.
     clock: seconds that only ever grow; handed to the core as ``now``.
     decision_log: a folder to keep ``(now, event, actions)`` in, for ``llumsched replay``.
+    learning_s: for so long from now on nothing is launched, since it may be there already.
     """
 
     def __init__(
@@ -92,10 +97,12 @@ class Controller:
         config: Config,
         clock: Callable[[], float] = time.monotonic,
         decision_log: Path | None = None,
+        learning_s: float = LEARNING_S,
     ) -> None:
         self._id = uuid.uuid4().hex
         self._config = config
         self._clock = clock
+        self._learns_until_s = clock() + learning_s
         bundle = build_bundle(config)
         self._policy = bundle.name
         self._scheduler = GlobalScheduler(bundle, bundle.options, seed=config.seed)
@@ -193,10 +200,8 @@ class Controller:
             case InstanceLeaves():
                 self._orders.tell_supervisor(OrderReplacement(instance_id=message.instance_id))
                 self._handle(DrainRequested(instance_id=message.instance_id))
-            case DrainInstance() | ScalePool() if self._orders.supervisor is None:
-                # Just started, perhaps in the place of another: what there is is being told. The
-                # operator's frontend asks again.
-                pass
+            case DrainInstance() | ScalePool() if self._is_learning():
+                pass  # The operator's frontend asks again.
             case DrainInstance():
                 self._drain(identity, message)
             case ScalePool():
@@ -338,8 +343,17 @@ class Controller:
         if self._notes is not None:
             self._notes.note(now_s, event, actions)
         for action in actions:
-            self._orders.carry_out(action)
+            if isinstance(action, LaunchInstance) and self._is_learning():
+                reason = "the scheduler has just started, and learns what there is"
+                self._handle(LaunchFailed(launch_id=action.launch_id, reason=reason))
+            else:
+                self._orders.carry_out(action)
         return actions
+
+    def _is_learning(self) -> bool:
+        """Whether it has just started, perhaps in the place of another: what there is is being
+        told, and would be launched once more beside it."""
+        return self._orders.supervisor is None or self._clock() < self._learns_until_s
 
     async def _flush(self) -> None:
         assert self._socket is not None

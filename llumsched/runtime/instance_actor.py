@@ -45,15 +45,28 @@ class InstanceResources:
         return bundle
 
 
+class Likeness:
+    """What the instances of a pool have in common: the first to boot says it for all."""
+
+    def __init__(self) -> None:
+        self.fingerprint: str | None = None
+
+    def differences(self, fingerprint: str) -> str:
+        """How an instance that has booted differs from them, in words; empty if it does not."""
+        if self.fingerprint is None:
+            self.fingerprint = fingerprint
+        return differences(self.fingerprint, fingerprint)
+
+
 class InstanceActor:
     """Implements ``supervisor.RunningInstance``.
 
     Args:
-        like: the fingerprint that this instance must have, if there are others already.
+        like: what this instance must be like, if that is to be seen before it serves.
     """
 
     def __init__(
-        self, plan: InstancePlan, resources: InstanceResources, like: str | None = None
+        self, plan: InstancePlan, resources: InstanceResources, like: Likeness | None = None
     ) -> None:
         self._like = like
         self.instance_id = plan.instance_id
@@ -88,7 +101,7 @@ class InstanceActor:
             return cause(error)
         if self._like is None:
             return ""
-        differing = differences(self._like, ray.get(self.actor.fingerprint.remote()))
+        differing = self._like.differences(ray.get(self.actor.fingerprint.remote()))
         return f"it is not like the others: {differing}" if differing else ""
 
     @property

@@ -33,6 +33,7 @@ from llumsched.runtime.instance_actor import (
     A_SHARE,
     InstanceActor,
     InstanceResources,
+    Likeness,
     this_node,
 )
 from llumsched.runtime.supervisor import TICK_S, Supervisor
@@ -108,6 +109,8 @@ class Pool:
     """The running processes. Use as a context manager: leaving it ends all of them.
 
     Args:
+        num_instances: how many are started at first; there may be none.
+        max_instances: no more will run at a time, which a local Ray must have room for.
         keys: with which its processes prove themselves to each other.
         progress: called with one sentence at each step, for a person to read.
     """
@@ -117,12 +120,15 @@ class Pool:
         *,
         ray_address: str | None,
         num_instances: int,
+        max_instances: int,
         keys: PoolKeys,
         progress: Callable[[str], None],
     ) -> None:
         self._progress = progress
         self._keys = keys
         self._num_instances = num_instances
+        self._max_instances = max_instances
+        self._likeness = Likeness()
         self._ray_address = ray_address
         self._actors: dict[int, InstanceActor] = {}
         self._controller: Any = None
@@ -145,7 +151,7 @@ class Pool:
         """Start Ray, if need be, and the global scheduler, which Ray starts again if it dies."""
         started_s = time.monotonic()
         self._owns_ray = start_ray(
-            self._ray_address, num_cpus=max(os.cpu_count() or 1, self._num_instances + 1)
+            self._ray_address, num_cpus=max(os.cpu_count() or 1, self._max_instances + 1)
         )
         how = "started a local Ray" if self._owns_ray else "attached to the Ray cluster"
         self._progress(f"{how} in {time.monotonic() - started_s:.1f} s")
@@ -178,6 +184,9 @@ class Pool:
             LaunchError: if one cannot be placed, fails, or takes longer than ``timeout_s``.
         """
         self._make_plan, self._resources = make_plan, resources
+        if not self._num_instances:
+            self._progress("no instance is started before a request comes")
+            return
         started_s = time.monotonic()
         for index in range(self._num_instances):
             self._actors[index] = InstanceActor(make_plan(index, None), resources)
@@ -228,7 +237,7 @@ class Pool:
         differing = differences_in_pool(fingerprints)
         if differing:
             raise LaunchError(differing)
-        self._fingerprint: str = found[0]
+        self._likeness.fingerprint = found[0]
 
     def supervise(self, listener: PoolListener, **limits: Any) -> Supervisor:
         """Look after instances and scheduler, on threads of their own, until ``stop``.
@@ -265,9 +274,9 @@ class Pool:
             thread.join(timeout=1.0)
 
     def start_one(self, engine_index: int, launch_id: str | None) -> InstanceActor:
-        """Begin to start another instance, which must be like the first."""
+        """Begin to start another instance, which must be like those before."""
         plan = self._make_plan(engine_index, launch_id)
-        actor = InstanceActor(plan, self._resources, like=self._fingerprint)
+        actor = InstanceActor(plan, self._resources, like=self._likeness)
         self._actors[engine_index] = actor
         return actor
 

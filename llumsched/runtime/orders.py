@@ -20,7 +20,7 @@ from llumsched.core.actions import (
     StartMigration,
     TerminateInstance,
 )
-from llumsched.core.events import Event, LaunchFailed, MigrationFinished, MigrationOutcome
+from llumsched.core.events import Event, MigrationFinished, MigrationOutcome
 from llumsched.runtime.known_instances import KnownInstances
 from llumsched.runtime.messages import (
     Message,
@@ -103,7 +103,9 @@ class Orders:
             case RefuseMigration():
                 pass  # answered by whoever asked
             case LaunchInstance():
-                self._order_launch(action)
+                # Not decided before there is a supervisor.
+                order_launch = OrderLaunch(launch_id=action.launch_id, reason=action.reason)
+                self.tell_supervisor(order_launch)
             case TerminateInstance():
                 logger.info("Instance %s may leave: %s", action.instance_id, action.reason)
                 order = OrderTermination(instance_id=action.instance_id, reason=action.reason)
@@ -120,14 +122,6 @@ class Orders:
             logger.warning("No frontend waits for the placement of %s", answer.request_id)
             return
         self.send(identity, answer)
-
-    def _order_launch(self, action: LaunchInstance) -> None:
-        if self.supervisor is None:
-            reason = "nobody who starts instances is connected"
-            self._handle(LaunchFailed(launch_id=action.launch_id, reason=reason))
-            return
-        order = OrderLaunch(launch_id=action.launch_id, reason=action.reason)
-        self.send(self.supervisor, order)
 
     def _order_migration(self, action: StartMigration) -> None:
         source = self._instances.identities.get(action.source)

@@ -13,14 +13,19 @@ from llumsched.core.actions import (
     TerminateInstance,
 )
 from llumsched.core.events import (
+    DrainRequested,
     InstanceJoined,
     InstanceLost,
     LaunchFailed,
+    RequestFinished,
     ScaleRequested,
     Ticked,
 )
-from llumsched.core.policy import PolicyBundle, ScaleDown, ScaleUp
+from llumsched.core.options import SchedulerOptions
+from llumsched.core.params import ParamError
+from llumsched.core.policy import Placement, PolicyBundle, ScaleDown, ScaleUp
 from llumsched.core.snapshot import ClusterSnapshot
+from llumsched.core.types import InstanceState, SchedulingRequest
 from llumsched.policies.freeness import Freeness
 from tests.core.builders import Driver, make_spec
 
@@ -135,16 +140,185 @@ def test_instances_that_are_lost_are_replaced_up_to_the_minimum() -> None:
     assert tick(driver) == ()
 
 
-def test_a_request_held_by_an_empty_cluster_wakes_scaling() -> None:
-    bundle = PolicyBundle(name="test", dispatch=Freeness(), scaling=Wish(UP))
-    driver = Driver(bundle, min_instances=0, max_instances=1, scale_up_after_s=0.0)
+# From zero, and to it.
+
+
+def make_empty(wish: Any = None, **options: Any) -> tuple[Driver, Wish]:
+    policy = Wish(wish)
+    bundle = PolicyBundle(name="test", dispatch=Freeness(), scaling=policy)
+    return Driver(bundle, **{"min_instances": 0, "max_instances": 2} | options), policy
+
+
+def launches(actions: tuple[Any, ...]) -> list[str]:
+    return [action.launch_id for action in actions if isinstance(action, LaunchInstance)]
+
+
+def test_a_request_that_finds_no_instance_has_one_launched_at_once() -> None:
+    """No wish has to last, no pause to pass, and one will do."""
+    driver, _ = make_empty(scale_up_after_s=100.0)
     assert driver.scheduler.next_deadline() is None
+    (action,) = driver.arrive("r1")
+    assert action == LaunchInstance(launch_id="l1", reason="no instance serves what is held")
+    assert driver.arrive("r2") == ()
+    joined = driver.handle(InstanceJoined(spec=make_spec("a"), launch_id="l1"))
+    assert [(a.request_id, a.instance_id) for a in joined] == [("r1", "a"), ("r2", "a")]  # type: ignore[union-attr]
+
+
+def test_without_a_scaling_policy_too() -> None:
+    bundle = PolicyBundle(name="test", dispatch=Freeness())
+    driver = Driver(bundle, min_instances=0, max_instances=1)
+    assert launches(driver.arrive("r")) == ["l1"]
+
+
+def test_nothing_is_launched_for_what_is_held_beside_an_instance() -> None:
+    driver, _ = make_empty()
+    driver.join("a")
+    assert driver.arrive("r", num_blocks=1)
+    driver.handle(DrainRequested(instance_id="a"))
+    assert launches(driver.arrive("late")) == ["l1"], "one that drains takes nothing"
+    driver, _ = make_empty(max_waiting_per_instance=1)
+    driver.join("a")
+    driver.report("a", num_used_blocks=90, num_waiting=1)
+    assert driver.arrive("r") == ()
+
+
+def test_when_the_last_instance_dies_another_is_launched_for_what_it_ran() -> None:
+    driver, _ = make_empty()
+    driver.join("a")
+    driver.arrive("r")
+    assert launches(driver.handle(InstanceLost(instance_id="a"))) == ["l1"]
+
+
+def test_a_held_request_waits_for_the_instance_that_boots_and_not_for_the_queues_limit() -> None:
+    driver, _ = make_empty(queue_timeout_s=5.0, boot_timeout_s=100.0)
+    driver.arrive("r1")
+    deadlines = []
+    for now in (5.0, 50.0, 99.0):
+        driver.now = now
+        assert driver.handle(Ticked()) == ()
+        deadlines.append(driver.scheduler.next_deadline())
+    assert deadlines == [6.0, 51.0, 100.0], "not that of the queue, which has long passed"
+    driver.handle(InstanceJoined(spec=make_spec("a"), launch_id="l1"))
+    assert driver.scheduler.request_instance("r1") == "a"
+
+
+def test_what_is_still_held_when_the_instance_is_up_has_its_time_anew() -> None:
+    class Never:
+        def dispatch(
+            self, request: SchedulingRequest, cluster: ClusterSnapshot
+        ) -> Placement | None:
+            return None
+
+    bundle = PolicyBundle(name="test", dispatch=Never())
+    driver = Driver(bundle, min_instances=0, max_instances=1, queue_timeout_s=5.0)
+    driver.arrive("r")
+    driver.now = 50.0
+    assert driver.handle(InstanceJoined(spec=make_spec("a"), launch_id="l1")) == ()
+    driver.now = 54.0
+    assert driver.report("a") == ()
+    driver.now = 55.0
+    (rejected,) = driver.handle(Ticked())
+    assert isinstance(rejected, RejectRequest)
+    assert rejected.reason == "none took it within queue_timeout_s=5 s"
+
+
+def test_a_boot_that_fails_ends_the_wait_and_the_rejection_says_why() -> None:
+    driver, _ = make_empty(queue_timeout_s=5.0, scaling_interval_s=1.0)
+    driver.arrive("early")
+    driver.now = 4.5
+    driver.arrive("late")
+    driver.now = 8.0
+    driver.handle(LaunchFailed(launch_id="l1", reason="no machine"))
+    assert driver.scheduler.next_deadline() == 1.0, "overdue: at once"
+    (rejected,) = driver.handle(Ticked())
+    assert isinstance(rejected, RejectRequest)
+    assert rejected.request_id == "early"
+    assert rejected.reason == (
+        "none took it within queue_timeout_s=5 s; none serves, and the last launch failed: "
+        "no machine"
+    )
+    assert rejected.retry_after_s
+    driver.now = 9.0
+    assert launches(driver.handle(Ticked())) == ["l2"], "for the one that came later"
+
+
+def test_a_launch_that_fails_is_not_tried_again_at_every_event() -> None:
+    """Whoever carries it out may refuse it at once, as while an instance boots unasked."""
+    driver, _ = make_empty(scaling_interval_s=1.0)
+    driver.arrive("r1")
+    driver.handle(LaunchFailed(launch_id="l1", reason="one is booting in the place of another"))
+    assert driver.arrive("r2") == ()
+    driver.now = 1.0
+    assert launches(driver.handle(Ticked())) == ["l2"]
+
+
+def test_a_boot_that_is_never_answered_ends_the_wait() -> None:
+    driver, _ = make_empty(queue_timeout_s=5.0, boot_timeout_s=20.0)
+    driver.arrive("r")
+    driver.now = 20.0
+    driver.handle(Ticked())
+    (rejected,) = driver.handle(Ticked())
+    assert isinstance(rejected, RejectRequest)
+    assert "it was not up within boot_timeout_s=20 s" in rejected.reason
+
+
+def test_with_scaling_off_the_rejection_names_the_option() -> None:
+    driver, _ = make_empty(queue_timeout_s=5.0, max_instances=0)
+    assert driver.arrive("r") == ()
+    driver.now = 5.0
+    (rejected,) = driver.handle(Ticked())
+    assert isinstance(rejected, RejectRequest)
+    assert rejected.reason.endswith("none serves, and with max_instances=0 none is launched for it")
+
+
+def test_the_last_instance_leaves_only_when_no_request_has_lived_for_a_while() -> None:
+    """Whatever the policy has been wishing, and also for requests that fit between two looks."""
+    driver, _ = make_empty(
+        ScaleDown(instance_id="a", reason="idle"),
+        scale_down_after_s=10.0,
+        scale_down_cooldown_s=0.0,
+    )
+    driver.join("a")
+
+    def pass_time(seconds: int) -> tuple[Any, ...]:
+        actions: tuple[Any, ...] = ()
+        for _ in range(seconds):
+            driver.now += 1.0
+            driver.report("a")
+            actions += driver.handle(Ticked())
+        return actions
+
+    assert pass_time(9) == ()
+    driver.arrive("r1")
+    assert pass_time(30) == (), "it lives"
+    driver.handle(RequestFinished(request_id="r1"))
+    assert pass_time(8) == ()
+    driver.now += 0.1
+    driver.arrive("r2")
+    driver.handle(RequestFinished(request_id="r2"))
+    driver.now += 0.9
+    assert pass_time(8) == ()
+    assert pass_time(2) == (TerminateInstance(instance_id="a", reason="drained"),)
+    driver.handle(InstanceLost(instance_id="a"))
+    assert launches(driver.arrive("r3")) == ["l1"]
+
+
+def test_one_of_two_does_not_have_to_be_idle_first() -> None:
+    driver, _ = make_empty(ScaleDown(instance_id="b", reason="free"), scale_down_after_s=0.0)
+    driver.join("a", "b")
     driver.arrive("r")
     driver.now = 1.0
-    assert driver.scheduler.next_deadline() == 1.0
-    assert driver.handle(Ticked()) == (LaunchInstance(launch_id="l1", reason="full"),)
-    driver.now = 100.0
-    assert isinstance(driver.handle(Ticked())[0], RejectRequest)
+    driver.report("a", num_used_blocks=1)
+    driver.report("b")
+    assert driver.cluster["b"].state is InstanceState.SERVING
+    driver.handle(Ticked())
+    assert driver.cluster["b"].state is not InstanceState.SERVING
+
+
+def test_limits_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ParamError, match=r"min_instances \(3\) must not be above max_instances"):
+        SchedulerOptions(min_instances=3, max_instances=2)
+    assert SchedulerOptions(min_instances=3).max_instances == 0
 
 
 def test_scaling_is_off_without_a_maximum() -> None:

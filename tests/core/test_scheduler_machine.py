@@ -59,7 +59,7 @@ class Chaos:
         return cluster.rng.choice([*cluster.instance_ids, "nobody"])
 
 
-def make_bundle(name: str, *, is_fair: bool = False) -> PolicyBundle:
+def make_bundle(name: str, *, is_fair: bool = False, min_instances: int = 1) -> PolicyBundle:
     bundle = (
         PolicyBundle(name=CHAOS, dispatch=Chaos(), migration=Chaos())
         if name == CHAOS
@@ -70,6 +70,7 @@ def make_bundle(name: str, *, is_fair: bool = False) -> PolicyBundle:
         max_queued_requests=5,
         queue_timeout_s=20.0,
         drain_timeout_s=30.0,
+        min_instances=min_instances,
         max_instances=5,
         scale_up_after_s=0.5,
         scale_down_after_s=2.0,
@@ -91,10 +92,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         seed=st.integers(0, 3),
         num_instances=st.integers(0, 4),
         is_fair=st.booleans(),
+        min_instances=st.integers(0, 1),
     )
-    def start(self, name: st.DataObject, seed: int, num_instances: int, is_fair: bool) -> None:
+    def start(
+        self,
+        name: st.DataObject,
+        seed: int,
+        num_instances: int,
+        is_fair: bool,
+        min_instances: int,
+    ) -> None:
         chosen = name.draw(st.sampled_from(self.names))
-        self.world = World(lambda: make_bundle(chosen, is_fair=is_fair), seed)
+        self.world = World(
+            lambda: make_bundle(chosen, is_fair=is_fair, min_instances=min_instances), seed
+        )
         self.num_requests = 0
         for _ in range(num_instances):
             self.world.join()

@@ -54,6 +54,20 @@ def test_our_flags() -> None:
     assert options.allow_other_vllm
 
 
+def test_limits_of_scaling_are_flags_and_go_before_the_configuration(tmp_path: Path) -> None:
+    text = "scheduler: {min_instances: 2, max_instances: 6, scaling_interval_s: 0.5}\n"
+    path = write(tmp_path, "scheduler.yaml", text)
+    argv = ["m/m", f"--config={path}", "--instances=0", "--min-instances=0", "--max-instances=12"]
+    _, options = parse(argv)
+    assert options.num_instances == 0
+    assert options.config.scheduler == {
+        "min_instances": 0,
+        "max_instances": 12,
+        "scaling_interval_s": 0.5,
+    }
+    assert options.planned_instances == options.most_instances == 12
+
+
 def test_spelling_mistake_is_told_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse(["m/m", "--instancs", "3"])
@@ -64,8 +78,12 @@ def test_spelling_mistake_is_told_by_the_parser(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--instances=0"], "at least 1 instance"),
-        (["--instances=-2"], "at least 1 instance"),
+        (["--instances=0"], "Add --min-instances 0 --max-instances N"),
+        (["--instances=0", "--max-instances=2"], "Add --min-instances 0 --max-instances N"),
+        (["--instances=0", "--min-instances=0"], "Add --min-instances 0 --max-instances N"),
+        (["--instances=-2"], "a number of instances"),
+        (["--min-instances=3", "--max-instances=2"], "must not be above max_instances (2)"),
+        (["--max-instances=-1"], "max_instances"),
         (["--policy=freenes"], "freenes"),
         (["--data-parallel-size=2"], "--data-parallel-size is not supported; --instances N"),
         (["--pipeline-parallel-size=2"], "--pipeline-parallel-size is not supported"),

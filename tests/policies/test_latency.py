@@ -213,8 +213,22 @@ def test_scaling_looks_at_the_freeness_of_normal_priority() -> None:
     assert FreenessRange().scale(driver.cluster) is None
 
 
-def test_the_last_instance_stays_and_an_empty_cluster_grows_only_for_requests() -> None:
-    assert FreenessRange().scale(make_driver("latency", {"a": {}}).cluster) is None
+def test_the_last_instance_is_not_needed_while_nothing_runs() -> None:
+    """Whether it may go is the scheduler's to say, so few blocks that it is never free to spare."""
+    policy = FreenessRange(low=10, high=60)
+    unneeded = ScaleDown(instance_id="a", reason="nothing runs")
+    for num_blocks in (5, 30, 1000):
+        idle = Driver()
+        idle.join("a", num_total_blocks=num_blocks)
+        assert policy.scale(idle.cluster) == unneeded
+    busy = make_driver("latency", {"a": {"num_used_blocks": 1}})
+    assert policy.scale(busy.cluster) is None
+    driver = make_driver("latency", {"a": {}, "b": {"num_used_blocks": 1}})
+    driver.handle(DrainRequested(instance_id="b"))
+    assert policy.scale(driver.cluster) is None, "what drains may still need its place"
+
+
+def test_an_empty_cluster_grows_only_for_requests() -> None:
     empty = Driver()
     assert FreenessRange().scale(empty.cluster) is None
     empty.arrive("r")

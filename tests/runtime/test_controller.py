@@ -120,9 +120,13 @@ def run(
     *,
     config: Config | None = None,
     decision_log: Path | None = None,
+    learning_s: float = 0.0,
 ) -> None:
     async def play() -> None:
-        stage = Stage(Controller(config or Config.default("latency"), decision_log=decision_log))
+        controller = Controller(
+            config or Config.default("latency"), decision_log=decision_log, learning_s=learning_s
+        )
+        stage = Stage(controller)
         serving = asyncio.create_task(stage.controller.serve())
         try:
             await asyncio.wait_for(scenario(stage), TIMEOUT_S)
@@ -538,6 +542,34 @@ def test_nobody_is_drained_nor_scaled_before_it_is_known_what_there_is() -> None
         assert await state_of(frontend, "a") == "serving", "asked again in a second"
 
     run(scenario)
+
+
+def test_a_scheduler_that_has_just_started_launches_nothing_that_may_be_there_already() -> None:
+    """A request that it is asked to place anew comes before the instances have registered."""
+
+    async def scenario(stage: Stage) -> None:
+        frontend = await supervisor(stage)
+        await frontend.say(place("r1"))
+        await frontend.say(ScalePool(call_id=1, num_instances=2))
+        await stage.instance("a")
+        assert (await frontend.hear()).instance_id == "a", "no order, no word of the operator's"
+
+    config = Config(policy="latency", scheduler={"max_instances": 2, "min_instances": 0})
+    run(scenario, config=config, learning_s=TIMEOUT_S)
+
+
+def test_a_request_that_finds_no_instance_has_one_ordered() -> None:
+    async def scenario(stage: Stage) -> None:
+        frontend = await supervisor(stage)
+        await frontend.say(place("r1"))
+        order = await frontend.hear()
+        assert isinstance(order, OrderLaunch)
+        a = stage.peer()
+        await a.say(replace_struct(registration("a"), launch_id=order.launch_id))
+        assert (await frontend.hear()).instance_id == "a"
+
+    config = Config(policy="latency", scheduler={"max_instances": 2, "min_instances": 0})
+    run(scenario, config=config)
 
 
 def test_instances_are_ordered_until_there_are_as_many_as_asked_for() -> None:

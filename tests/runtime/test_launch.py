@@ -58,7 +58,11 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
     monkeypatch.setattr(ray, "wait", lambda found, **_: (found, []))
     monkeypatch.setattr(ray, "get", lambda found, **_: found)
     return Pool(
-        ray_address=None, num_instances=3, keys=PoolKeys.generate(), progress=lambda _: None
+        ray_address=None,
+        num_instances=3,
+        max_instances=3,
+        keys=PoolKeys.generate(),
+        progress=lambda _: None,
     )
 
 

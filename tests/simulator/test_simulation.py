@@ -185,3 +185,23 @@ def test_without_migration_nobody_asks_what_would_move_next() -> None:
     cluster = Cluster(make_requests((0.0, 40, 20)), make_options())
     cluster.run()
     assert cluster.engines[0].victim_blocks is None
+
+
+def test_scaling_from_and_to_zero_holds_what_comes_while_an_instance_boots() -> None:
+    scheduler = {
+        "min_instances": 0,
+        "max_instances": 2,
+        "queue_timeout_s": 1.0,
+        "scale_down_after_s": 5.0,
+        "scale_down_cooldown_s": 5.0,
+    }
+    config = Config(policy="latency", scheduler=scheduler)
+    # Ten seconds before anybody comes, a burst, a silence in which all is let go, and one more.
+    trace = make_requests((10.0, 20, 20), (11.0, 20, 20), (60.0, 20, 20))
+    result = simulate(trace, make_options(num_instances=0, config=config, boot_s=3.0))
+    assert (result.status == RequestStatus.FINISHED).all()
+    first, second = result.instances
+    assert (first.launched_s, second.launched_s) == pytest.approx((10.0, 60.0))
+    assert result.dispatched_s.tolist() == pytest.approx([13.0, 13.0, 63.0])
+    idle_s = float(result.finished_s[1])
+    assert idle_s + 5.0 <= first.gone_s < idle_s + 8.0
