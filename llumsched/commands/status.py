@@ -72,6 +72,8 @@ def summary(cluster: Mapping[str, Any]) -> str:
 
 def instance_table(instances: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of a table with one row an instance."""
+    if not instances:
+        return ["no instance serves"]
     return _table(INSTANCE_COLUMNS, [_instance_row(instance) for instance in instances], text=2)
 
 

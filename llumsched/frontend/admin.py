@@ -78,7 +78,8 @@ def admin_router(link: SchedulerLink, routes: Routes, berths: Berths) -> APIRout
         except SchedulerUnavailable as error:
             return _error(503, str(error))
         described = msgspec.to_builtins(cluster)
-        answer = {key: described[key] for key in ("policy", "instances", "migrations")}
+        told = ("policy", "scheduler_age_s", "instances", "migrations")
+        answer = {key: described[key] for key in told}
         answer["berths"] = [asdict(berth) for berth in berths.describe()]
         return JSONResponse(answer)
 

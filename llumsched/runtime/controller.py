@@ -102,7 +102,8 @@ class Controller:
         self._id = uuid.uuid4().hex
         self._config = config
         self._clock = clock
-        self._learns_until_s = clock() + learning_s
+        self._started_s = clock()
+        self._learning_s = learning_s
         bundle = build_bundle(config)
         self._policy = bundle.name
         self._scheduler = GlobalScheduler(bundle, bundle.options, seed=config.seed)
@@ -321,6 +322,7 @@ class Controller:
         return ClusterDescription(
             call_id=call_id,
             policy=self._policy,
+            scheduler_age_s=self._age_s(),
             instances=self._instances.describe(self._scheduler.snapshot(self._clock())),
             migrations=dict(self._outcomes),
             migration_causes=dict(self._causes),
@@ -350,10 +352,13 @@ class Controller:
                 self._orders.carry_out(action)
         return actions
 
+    def _age_s(self) -> float:
+        return self._clock() - self._started_s
+
     def _is_learning(self) -> bool:
         """Whether it has just started, perhaps in the place of another: what there is is being
         told, and would be launched once more beside it."""
-        return self._orders.supervisor is None or self._clock() < self._learns_until_s
+        return self._orders.supervisor is None or self._age_s() < self._learning_s
 
     async def _flush(self) -> None:
         assert self._socket is not None

@@ -287,10 +287,12 @@ class ClusterDescription(Message, frozen=True, kw_only=True):
     """``migrations`` counts ended migrations by outcome, ``migration_causes`` those that moved
     nothing by their cause, ``policy_failures`` the decisions in which a policy raised or answered
     nonsense, ``queued`` the requests held by the scheduler, by the name of their priority class,
-    ``unproven`` the connections that did not hold the pool's keys, by process."""
+    ``unproven`` the connections that did not hold the pool's keys, by process.
+    ``scheduler_age_s`` is the time since this scheduler was started."""
 
     call_id: int
     policy: str
+    scheduler_age_s: float = 0.0
     instances: list[InstanceDescription]
     migrations: dict[str, int]
     migration_causes: dict[str, int] = {}

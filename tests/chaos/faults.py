@@ -56,6 +56,25 @@ class FaultyPool(Admin):
             assert time.monotonic() < deadline_s, f"still not {num_instances} instances"
             time.sleep(POLL_INTERVAL_S)
 
+    def await_rebuilt(self, instance_ids: list[str]) -> float:
+        """Wait until a scheduler that was started again knows these, and what is on each.
+
+        Returns:
+            how old it was when it was first seen to, in seconds.
+        """
+        deadline_s = time.monotonic() + SERVING_TIMEOUT_S
+        while True:
+            answer = self.get("/llumsched/instances")
+            if answer.status == 200:
+                found = {i["instance_id"]: i for i in answer.body["instances"]}
+                if all(
+                    i in found and found[i]["state"] == "serving" and found[i]["load"]
+                    for i in instance_ids
+                ):
+                    return float(answer.body["scheduler_age_s"])
+            assert time.monotonic() < deadline_s, f"it does not know {instance_ids}: {answer}"
+            time.sleep(POLL_INTERVAL_S)
+
     def pid(self, instance_id: str) -> int:
         """The process of an instance."""
         (pid,) = (b["pid"] for b in self.berths() if b["instance_id"] == instance_id)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -107,10 +108,16 @@ def test_an_end_of_a_migration_is_killed(
 def test_the_scheduler_is_killed(pool: FaultyPool, references: References) -> None:
     def fault(progress: Progress) -> None:
         progress.when_all_have(BEGUN)
+        before = pool.serving()
         pool.kill_scheduler()
+        killed_s = time.monotonic()
         # Requests are taken while there is none.
         assert pool.whole("/v1/completions", {"prompt": "The sea", "max_tokens": 4}).text
-        pool.await_serving(2)
+        age_s = pool.await_rebuilt(before)
+        outage_s = time.monotonic() - killed_s
+        sys.stdout.write(
+            f"its view was whole {age_s:.2f} s after it was up, {outage_s:.1f} s after the kill\n"
+        )
         # It knows what runs, though nobody has asked it to place it.
         request_id = next(r["request_id"] for r in pool.requests() if r["num_output_tokens"])
         answer = pool.migrate(request_id)

@@ -48,6 +48,19 @@ def answers(
     return {"/llumsched/instances": (200, cluster), "/llumsched/requests": (200, requests)}
 
 
+def test_a_pool_without_an_instance_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    empty = {"policy": "latency", "instances": [], "migrations": {}, "berths": []}
+    with serving(answers(empty, {"requests": []})) as stub:
+        assert cli.main(["status", "--url", stub.url]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "policy latency; migrations: none yet",
+        "",
+        "no instance serves",
+        "",
+        "no unfinished request",
+    ]
+
+
 def test_instances_and_requests_are_two_tables(capsys: pytest.CaptureFixture[str]) -> None:
     with serving(answers()) as stub:
         assert cli.main(["status", "--url", stub.url]) == 0
