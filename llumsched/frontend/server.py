@@ -166,7 +166,7 @@ async def _serve(
     with Pool(
         ray_address=options.ray_address,
         num_instances=options.num_instances,
-        max_instances=options.most_instances,
+        planned_instances=options.planned_instances,
         keys=sockets.keys,
         progress=_progress,
     ) as pool:

@@ -110,7 +110,7 @@ class Pool:
 
     Args:
         num_instances: how many are started at first; there may be none.
-        max_instances: no more will run at a time, which a local Ray must have room for.
+        planned_instances: so many may come to run, and a local Ray has room for them.
         keys: with which its processes prove themselves to each other.
         progress: called with one sentence at each step, for a person to read.
     """
@@ -120,14 +120,14 @@ class Pool:
         *,
         ray_address: str | None,
         num_instances: int,
-        max_instances: int,
+        planned_instances: int,
         keys: PoolKeys,
         progress: Callable[[str], None],
     ) -> None:
         self._progress = progress
         self._keys = keys
         self._num_instances = num_instances
-        self._max_instances = max_instances
+        self._planned_instances = planned_instances
         self._likeness = Likeness()
         self._ray_address = ray_address
         self._actors: dict[int, InstanceActor] = {}
@@ -151,7 +151,7 @@ class Pool:
         """Start Ray, if need be, and the global scheduler, which Ray starts again if it dies."""
         started_s = time.monotonic()
         self._owns_ray = start_ray(
-            self._ray_address, num_cpus=max(os.cpu_count() or 1, self._max_instances + 1)
+            self._ray_address, num_cpus=max(os.cpu_count() or 1, self._planned_instances + 1)
         )
         how = "started a local Ray" if self._owns_ray else "attached to the Ray cluster"
         self._progress(f"{how} in {time.monotonic() - started_s:.1f} s")

@@ -60,7 +60,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
     return Pool(
         ray_address=None,
         num_instances=3,
-        max_instances=3,
+        planned_instances=3,
         keys=PoolKeys.generate(),
         progress=lambda _: None,
     )
