@@ -13,24 +13,7 @@ from llumsched.engine.compatibility import (
     differences_in_pool,
     fingerprint_of,
 )
-
-HERE = Compatibility(
-    protocol=2,
-    vllm="0.32.0",
-    model="m",
-    revision="",
-    quantization="",
-    dtype="float32",
-    max_model_len=1024,
-    block_size=32,
-    kv_dtype="auto",
-    kv_spec=("full attention",),
-    kv_layout="30x[(3, 32, 128)]",
-    tensor_parallel=1,
-    pipeline_parallel=1,
-    model_runner=1,
-    lora=False,
-)
+from tests.engine.fingerprints import HERE
 
 
 def test_alike() -> None:

@@ -14,24 +14,7 @@ from llumsched.runtime import launch
 from llumsched.runtime.instance_actor import InstanceResources
 from llumsched.runtime.launch import LaunchError, Pool
 from llumsched.trust import PoolKeys
-
-COMMON = Compatibility(
-    protocol=2,
-    vllm="0.32.0",
-    model="m",
-    revision="",
-    quantization="",
-    dtype="float32",
-    max_model_len=1024,
-    block_size=32,
-    kv_dtype="auto",
-    kv_spec=("full attention",),
-    kv_layout="30x[(3, 32, 128)]",
-    tensor_parallel=1,
-    pipeline_parallel=1,
-    model_runner=1,
-    lora=False,
-)
+from tests.engine.fingerprints import HERE
 
 
 class Booted:
@@ -76,15 +59,15 @@ def start(pool: Pool, *kinds: Compatibility) -> None:
 
 
 def test_instances_that_are_alike_serve(pool: Pool) -> None:
-    start(pool, COMMON, COMMON, COMMON)
+    start(pool, HERE, HERE, HERE)
     assert [actor.has_served for actor in pool._actors.values()] == [True] * 3  # type: ignore[attr-defined]
 
 
 def test_a_pool_with_one_of_another_kind_does_not_start(pool: Pool) -> None:
     """None serves, and the refusal names the two, what differs, and what to do."""
-    odd = msgspec.structs.replace(COMMON, dtype="bfloat16", tensor_parallel=2)
+    odd = msgspec.structs.replace(HERE, dtype="bfloat16", tensor_parallel=2)
     with pytest.raises(LaunchError) as refusal:
-        start(pool, COMMON, COMMON, odd)
+        start(pool, HERE, HERE, odd)
     assert str(refusal.value) == (
         "Instances instance-0 and instance-2 cannot exchange requests: dtype is 'float32' here and "
         "'bfloat16' there, tensor_parallel is 1 here and 2 there (here: instance-0). Give every "

@@ -1,0 +1,23 @@
+"""What an instance of the tests says of itself before another may send it KV."""
+
+from __future__ import annotations
+
+from llumsched.engine.compatibility import Compatibility
+
+HERE = Compatibility(
+    protocol=2,
+    vllm="0.32.0",
+    model="m",
+    revision="",
+    quantization="",
+    dtype="float32",
+    max_model_len=1024,
+    block_size=32,
+    kv_dtype="auto",
+    kv_spec=("full attention",),
+    kv_layout="30x[(3, 32, 128)]",
+    tensor_parallel=1,
+    pipeline_parallel=1,
+    model_runner=1,
+    lora=False,
+)
