@@ -11,3 +11,6 @@ settings.register_profile(
     "llumsched", deadline=None, derandomize="LLUMSCHED_EXAMPLES" not in os.environ
 )
 settings.load_profile("llumsched")
+
+# Otherwise the first request with logprobs waits for a compiler, in every engine.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -203,8 +203,6 @@ def server_environment(**variables: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "PYTHONUNBUFFERED": "1",
-        # The first request with logprobs would wait while a function of vLLM's is compiled.
-        "TORCHDYNAMO_DISABLE": "1",
         **variables,
     }
     environment.pop("RAY_ADDRESS", None)
