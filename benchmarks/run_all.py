@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -86,8 +85,9 @@ def run(benchmark: Benchmark, *, quick: bool, timeout_s: float) -> dict[str, Any
 
 
 def _interrupt(process: subprocess.Popen[bytes]) -> None:
-    """As Ctrl-C does, so that a benchmark stops the servers it has started."""
-    process.send_signal(signal.SIGINT)
+    """So that a benchmark stops the servers it has started. Not by SIGINT: whoever runs in the
+    background may be deaf to it."""
+    process.terminate()
     try:
         process.wait(GRACE_S)
     except subprocess.TimeoutExpired:

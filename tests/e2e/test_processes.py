@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.campaigns import THOROUGH
 from tests.e2e.servers import CHECKOUT, ENGINE_FLAGS, Server, llumsched, server_environment
 
 REFUSAL_TIMEOUT_S = 240
@@ -100,7 +101,16 @@ def booting(model: str, folder: Path) -> Iterator[Server]:
         server.end()
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "signal_number",
+    [
+        signal.SIGTERM,
+        pytest.param(
+            signal.SIGINT,
+            marks=pytest.mark.skipif(not THOROUGH, reason="the test below interrupts a boot"),
+        ),
+    ],
+)
 def test_signal_while_ray_starts(model: str, tmp_path: Path, signal_number: signal.Signals) -> None:
     with booting(model, tmp_path) as server:
         server.await_process("raylet")
