@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from scripts.prepare_model import prepare_model
 
 BOOT_TIMEOUT_S = 300.0
@@ -43,6 +45,13 @@ class Server:
     url: str
     model: str
     pid: int
+
+
+def scheduler_of(server: Server) -> psutil.Process:
+    """The process of a pool's global scheduler; there is one, unless it is being started."""
+    processes = psutil.Process(server.pid).children(recursive=True)
+    (found,) = (p for p in processes if p.name().startswith("ray::Controller"))
+    return found
 
 
 @contextmanager

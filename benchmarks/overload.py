@@ -28,7 +28,7 @@ import aiohttp
 import psutil
 
 from benchmarks._report import Figure, Report, Table, main
-from benchmarks._servers import ENGINE_FLAGS, Server, llumsched
+from benchmarks._servers import ENGINE_FLAGS, Server, llumsched, scheduler_of
 from benchmarks._streams import clients, prompt_of
 
 BENCHMARK = "Overload"
@@ -50,7 +50,6 @@ NUM_CLIENTS = 8
 SAMPLE_INTERVAL_S = 0.5
 SECONDS = 120.0
 QUICK_SECONDS = 8.0
-SCHEDULER = "ray::ControllerActor"
 SEED = 5
 
 
@@ -178,8 +177,7 @@ async def _ask(
 async def _sampled(server: Server, phase: Phase) -> AsyncIterator[None]:
     """While this lasts, the memory of frontend and scheduler is noted."""
     frontend = psutil.Process(server.pid)
-    children = frontend.children(recursive=True)
-    (scheduler,) = (p for p in children if p.name().startswith(SCHEDULER[:15]))
+    scheduler = scheduler_of(server)
 
     async def sample() -> None:
         while True:

@@ -11,7 +11,7 @@ import ray
 
 from llumsched.engine.compatibility import Compatibility, fingerprint_of
 from llumsched.runtime import launch
-from llumsched.runtime.instance_actor import InstanceResources
+from llumsched.runtime.instance_actor import InstanceResources, Likeness
 from llumsched.runtime.launch import LaunchError, Pool
 from llumsched.trust import PoolKeys
 from tests.engine.fingerprints import HERE
@@ -74,3 +74,23 @@ def test_a_pool_with_one_of_another_kind_does_not_start(pool: Pool) -> None:
         "instance the same model, flags and vLLM."
     )
     assert not any(actor.has_served for actor in pool._actors.values())  # type: ignore[attr-defined]
+
+
+def test_a_pool_may_start_with_no_instance() -> None:
+    pool = Pool(
+        ray_address=None,
+        num_instances=0,
+        planned_instances=2,
+        keys=PoolKeys.generate(),
+        progress=lambda _: None,
+    )
+    start(pool)
+    assert not pool._actors
+
+
+def test_the_first_instance_says_what_the_others_must_be_like() -> None:
+    like = Likeness()
+    assert not like.differences(fingerprint_of(COMMON))
+    assert not like.differences(fingerprint_of(COMMON))
+    other = fingerprint_of(msgspec.structs.replace(COMMON, dtype="bfloat16"))
+    assert "dtype" in like.differences(other)
