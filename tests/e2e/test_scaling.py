@@ -149,7 +149,7 @@ def assert_is_empty_and_well(pool: FaultyPool) -> None:
 
 def test_if_no_instance_comes_the_client_is_told_why(model: str, log_folder: Path) -> None:
     config = "scheduler: {queue_timeout_s: 3.0}\n"
-    too_small = "--kv-cache-memory-bytes=1000000"
+    too_small = "--num-gpu-blocks-override=2"  # for a single request of the longest kind
     with scaling_server(model, log_folder, config, "no-boot", too_small) as server:
         for extra in ({}, {"stream": True}):
             body = {"model": model, "prompt": STORY, **extra}
