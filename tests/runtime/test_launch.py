@@ -90,7 +90,7 @@ def test_a_pool_may_start_with_no_instance() -> None:
 
 def test_the_first_instance_says_what_the_others_must_be_like() -> None:
     like = Likeness()
-    assert not like.differences(fingerprint_of(COMMON))
-    assert not like.differences(fingerprint_of(COMMON))
-    other = fingerprint_of(msgspec.structs.replace(COMMON, dtype="bfloat16"))
+    assert not like.differences(fingerprint_of(HERE))
+    assert not like.differences(fingerprint_of(HERE))
+    other = fingerprint_of(msgspec.structs.replace(HERE, dtype="bfloat16"))
     assert "dtype" in like.differences(other)
