@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(instance_table(cluster["instances"])))
     for line in berth_lines(cluster["berths"]):
         print(line)
+    for line in frontend_lines(cluster["frontends"]):
+        print(line)
     print()
     print("\n".join(request_table(requests)) if requests else "no unfinished request")
     return 0
@@ -90,6 +92,21 @@ def berth_lines(berths: Sequence[Mapping[str, Any]]) -> list[str]:
             parts.append(f"another is started in {berth['retry_in_s']:.0f} s")
         if parts:
             lines.append(f"{berth['instance_id']}: {'; '.join(parts)}")
+    return lines
+
+
+def frontend_lines(frontends: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is to be said of places where frontends boot, or have died."""
+    lines = []
+    for frontend in frontends:
+        parts = []
+        if frontend["state"] != "serving":
+            parts.append(frontend["state"])
+        if frontend["num_deaths"]:
+            died = f"{frontend['num_deaths']} died in this place ({frontend['last_failure']})"
+            parts.append(died)
+        if parts:
+            lines.append(f"{frontend['frontend_id']}: {'; '.join(parts)}")
     return lines
 
 

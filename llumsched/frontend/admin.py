@@ -7,7 +7,7 @@ either.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -18,13 +18,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from llumsched.core.events import MigrationOutcome
+from llumsched.frontend.launcher_messages import RequestStatus
 from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
 from llumsched.frontend.routes import Routes
+from llumsched.runtime.frontends import FrontendStatus, frontend_id
 from llumsched.runtime.instance_names import instance_name
 from llumsched.runtime.supervisor import BerthStatus
 
 MIGRATION_TIMEOUT_S = 120.0
 DESCRIBE_TIMEOUT_S = 5.0
+OTHERS_SILENT = "Another frontend did not say in time which requests it has."
 
 
 class MigrationBody(BaseModel):
@@ -66,8 +69,55 @@ class Berths(Protocol):
     def limit(self, num_instances: int) -> None: ...
 
 
-def admin_router(link: SchedulerLink, routes: Routes, berths: Berths) -> APIRouter:
-    """The routes."""
+class OtherFrontends(Protocol):
+    """Those that share the instances with this one."""
+
+    def frontends(self) -> Sequence[FrontendStatus]:
+        """Every place of a frontend, this one's too; none if there is but one."""
+
+    async def requests(self) -> Sequence[RequestStatus]:
+        """Their unfinished requests; raises ``TimeoutError`` if one does not answer."""
+
+
+class Alone:
+    """There are no others."""
+
+    def frontends(self) -> Sequence[FrontendStatus]:
+        return ()
+
+    async def requests(self) -> Sequence[RequestStatus]:
+        return ()
+
+
+def requests_of(routes: Routes, frontend: str) -> Iterator[RequestStatus]:
+    """The unfinished requests of one frontend."""
+    for request_id, route in routes:
+        yield RequestStatus(
+            request_id=request_id,
+            external_id=route.external_id,
+            frontend_id=frontend,
+            instance_id=instance_name(route.instance) if route.instance is not None else None,
+            num_output_tokens=route.num_tokens,
+            num_moves=route.num_moves,
+            num_resumptions=route.num_resumptions,
+        )
+
+
+def admin_router(
+    link: SchedulerLink,
+    routes: Routes,
+    berths: Berths,
+    others: OtherFrontends | None = None,
+    frontend: str = frontend_id(0),
+) -> APIRouter:
+    """The routes.
+
+    Args:
+        routes: the requests of this frontend.
+        others: those beside it, if there are several.
+        frontend: this one's name.
+    """
+    others = others or Alone()
     router = APIRouter(prefix="/llumsched", tags=["llumsched"])
 
     @router.get("/instances", responses=_errors(503))
@@ -81,6 +131,7 @@ def admin_router(link: SchedulerLink, routes: Routes, berths: Berths) -> APIRout
         told = ("policy", "scheduler_age_s", "instances", "migrations")
         answer = {key: described[key] for key in told}
         answer["berths"] = [asdict(berth) for berth in berths.describe()]
+        answer["frontends"] = [asdict(status) for status in others.frontends()]
         return JSONResponse(answer)
 
     @router.post(
@@ -120,35 +171,30 @@ def admin_router(link: SchedulerLink, routes: Routes, berths: Berths) -> APIRout
         berths.limit(body.num_instances)
         return JSONResponse({"num_instances": body.num_instances}, 202)
 
-    @router.get("/requests")
+    async def all_requests() -> list[RequestStatus]:
+        return [*requests_of(routes, frontend), *await others.requests()]
+
+    @router.get("/requests", responses=_errors(503))
     async def list_requests() -> JSONResponse:
-        """Every unfinished request of this frontend and the instance that runs it now."""
-        return JSONResponse(
-            {
-                "requests": [
-                    {
-                        "request_id": request_id,
-                        "external_id": route.external_id,
-                        "instance_id": instance_name(route.instance)
-                        if route.instance is not None
-                        else None,
-                        "num_output_tokens": route.num_tokens,
-                        "num_moves": route.num_moves,
-                        "num_resumptions": route.num_resumptions,
-                    }
-                    for request_id, route in routes
-                ]
-            }
-        )
+        """Every unfinished request, and the frontend and the instance that have it now."""
+        try:
+            found = await all_requests()
+        except TimeoutError:
+            return _error(503, OTHERS_SILENT)
+        return JSONResponse({"requests": msgspec.to_builtins(found)})
 
     @router.post("/migrations", responses=_errors(400, 404, 409, 503))
     async def migrate(body: MigrationBody) -> JSONResponse:
         """Move a running request; answers when it has moved, with what it took."""
+        try:
+            found = await all_requests()
+        except TimeoutError:
+            return _error(503, OTHERS_SILENT)
         matches = [
-            request_id
-            for request_id, route in routes
-            if body.request_id in (request_id, route.external_id)
-            or route.external_id.startswith(f"{body.request_id}-")
+            request.request_id
+            for request in found
+            if body.request_id in (request.request_id, request.external_id)
+            or request.external_id.startswith(f"{body.request_id}-")
         ]
         if not matches:
             return _error(

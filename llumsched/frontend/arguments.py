@@ -41,6 +41,7 @@ class ServeOptions:
     """What the flags of ours say."""
 
     num_instances: int
+    num_frontends: int
     config: Config
     ray_address: str | None
     admin_api: bool
@@ -96,6 +97,15 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         metavar="N",
         help="Scale by itself, by the policy's rule, up to this many. Default: max_instances of "
         "the scheduler's configuration, which is 0: no scaling.",
+    )
+    group.add_argument(
+        "--frontends",
+        type=int,
+        default=1,
+        metavar="K",
+        help="Processes with vLLM's HTTP server, all at the one port, in front of the same "
+        "instances. If one dies, its requests end, the others go on, and another takes its place. "
+        "Default: %(default)s.",
     )
     group.add_argument(
         "--policy",
@@ -165,6 +175,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         _check_that_it_starts_some(config)
     return args, ServeOptions(
         num_instances=args.instances,
+        num_frontends=args.frontends,
         config=config,
         ray_address=args.ray_address,
         admin_api=_admin_api(args),
@@ -178,6 +189,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
 def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
     if args.instances < 0:
         raise UsageError(f"--instances {args.instances}: a number of instances is needed.")
+    if args.frontends < 1:
+        raise UsageError(f"--frontends {args.frontends}: at least 1 frontend is needed.")
     for name in ("heartbeat_timeout", "step_timeout"):
         if getattr(args, name) <= 0:
             flag = "--" + name.replace("_", "-")
@@ -194,7 +207,7 @@ def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
                 f"{name} is not supported; --instances N runs N independent engines instead."
             )
     if args.api_server_count not in (None, 1):
-        raise UsageError("--api-server-count: one frontend is supported; leave it out.")
+        raise UsageError("--api-server-count is not supported; --frontends K runs K processes.")
 
 
 def _check_that_it_starts_some(config: Config) -> None:

@@ -58,5 +58,6 @@ class BrokenConnections:
                 if instance is not None:
                     self._broken(instance)
         finally:
-            self._socket.disable_monitor()
+            if not self._socket.closed:
+                self._socket.disable_monitor()
             self._monitor.close(linger=0)

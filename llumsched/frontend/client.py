@@ -31,7 +31,7 @@ from llumsched.core.types import priority_class, vllm_priority
 from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID
 from llumsched.frontend import resumer
 from llumsched.frontend.audit import Auditor
-from llumsched.frontend.connections import ConnectedInstances
+from llumsched.frontend.connections import ConnectedInstances, Roster
 from llumsched.frontend.hints import current
 from llumsched.frontend.metrics import FrontendMetrics
 from llumsched.frontend.resumer import Resumer
@@ -58,6 +58,7 @@ class RoutingEngineClient(ConnectedInstances):
         sockets: bound already; every instance must have been told their addresses.
         engine_indices: the instances to wait for, each once.
         placer: chooses the instance of every new request.
+        roster: as for ``ConnectedInstances``.
         num_labels: labels of instances in vLLM's metrics.
         ready_timeout_s: how long to wait for an instance's first message.
 
@@ -75,6 +76,7 @@ class RoutingEngineClient(ConnectedInstances):
         renderer: Any = None,
         client_index: int = 0,
         client_count: int = 1,
+        roster: Roster | None = None,
         num_labels: int = 1,
         ready_timeout_s: float = 60.0,
         metrics: FrontendMetrics | None = None,
@@ -90,6 +92,7 @@ class RoutingEngineClient(ConnectedInstances):
             renderer=renderer,
             client_index=client_index,
             client_count=client_count,
+            roster=roster,
             num_labels=num_labels,
             ready_timeout_s=ready_timeout_s,
         )
@@ -206,6 +209,8 @@ class RoutingEngineClient(ConnectedInstances):
             receive_outputs(), name="EngineCoreOutputQueueTask"
         )
         self._spawn(self._receive_ready())
+        if self._roster is not None:
+            self._spawn(self._greet())
         self._spawn(self._inputs.run())
         self._spawn(self._outputs.run())
         self._spawn(Auditor(self.routes, self, self._found_missing).run())
@@ -218,8 +223,9 @@ class RoutingEngineClient(ConnectedInstances):
             if utility.call_id == HAND_OVER_CALL_ID:
                 assert utility.result is not None
                 self._take_in_hand_over(outputs.engine_index, utility.result.result)
-            else:
+            elif utility.call_id in self.utility_results:
                 _process_utility_output(utility, self.utility_results)
+            # Else it was asked by a frontend that died in this one's place.
             return
         instance = outputs.engine_index
         label = self.labels.of(instance)
@@ -264,12 +270,28 @@ class RoutingEngineClient(ConnectedInstances):
 
     # ---- instances ------------------------------------------------------------------------
 
-    def instance_lost(self, instance: int, *, expected: bool = False) -> None:
-        """An instance is dead, or was ended: what it had goes on elsewhere."""
+    async def begin_anew(self) -> None:
+        """End whatever the frontend that was here before has left at the instances."""
+        for request_ids in await self.call_utility_all_async("abort_client", self.client_index):
+            for request_id in request_ids:
+                self._placer.ended(request_id, aborted=True)
+
+    def least_loaded(self) -> int | None:
+        """The instance that has the fewest of this frontend's own requests."""
+        return min(self.instances, key=self.routes.num_requests, default=None)
+
+    def instance_lost(
+        self, instance: int, *, expected: bool = False, is_counted: bool = True
+    ) -> None:
+        """An instance is dead, or was ended: what it had goes on elsewhere.
+
+        Args:
+            is_counted: whether it is counted here, and not by another frontend.
+        """
         if not self._disconnect(instance):
             return
         lost = self.routes.lose(instance)
-        if not expected:
+        if is_counted and not expected:
             self._metrics.lost_instances.inc()
         if lost or not expected:
             logger.error("Instance %d is gone; %d requests go on elsewhere", instance, len(lost))

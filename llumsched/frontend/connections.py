@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import zmq
 import zmq.asyncio
@@ -21,12 +22,22 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreReque
 from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, EngineIdentity
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from llumsched.engine.vllm.introductions import GREETING
 from llumsched.frontend.broken_connections import BrokenConnections
 from llumsched.frontend.calls import CallsByInstance
 from llumsched.frontend.labels import EngineLabels
 from llumsched.frontend.sockets import FrontendSockets, engine_identity
 
 logger = logging.getLogger(__name__)
+
+GREETING_INTERVAL_S = 0.1
+
+
+class Roster(Protocol):
+    """Which instances there are, as whoever starts them says."""
+
+    def labels(self) -> Mapping[int, int]:
+        """Those that serve, each with its label in vLLM's metrics; from any thread."""
 
 
 class NoInstance(GracefulHTTPError, ConnectionError):
@@ -43,6 +54,8 @@ class ConnectedInstances(AsyncMPClient):
         vllm_config: the configuration every instance shares.
         sockets: bound already; every instance must have been told their addresses.
         engine_indices: the instances to wait for, each once; there may be none.
+        roster: the instances there are, where this frontend may have been started after them: it
+            makes itself known to them, and takes nobody else for an instance.
         num_labels: labels of instances in vLLM's metrics.
         ready_timeout_s: how long to wait for an instance's first message.
 
@@ -59,6 +72,7 @@ class ConnectedInstances(AsyncMPClient):
         renderer: Any,
         client_index: int,
         client_count: int,
+        roster: Roster | None,
         num_labels: int,
         ready_timeout_s: float,
     ) -> None:
@@ -89,6 +103,7 @@ class ConnectedInstances(AsyncMPClient):
 
         self._tasks: set[asyncio.Future[None]] = set()
         self._gone: set[int] = set()
+        self._roster = roster
         self.labels = EngineLabels(max(num_labels, len(engine_indices)))
         self._calls = CallsByInstance()
         self._unheard: set[int] = set()
@@ -101,9 +116,7 @@ class ConnectedInstances(AsyncMPClient):
         self.engine_ranks_managed = self.labels.all
         self.core_engines: list[EngineIdentity] = []
         self._start_mm_warmup()
-        self._await_ready({engine_identity(index) for index in engine_indices}, ready_timeout_s)
-        for index in engine_indices:
-            self._joined(index)
+        self._await_ready(set(engine_indices), ready_timeout_s)
 
     def shutdown(self, timeout: float | None = None) -> None:
         for task in self._tasks:
@@ -113,35 +126,63 @@ class ConnectedInstances(AsyncMPClient):
 
     # ---- coming and going -----------------------------------------------------------------
 
-    def _await_ready(self, identities: set[bytes], timeout_s: float) -> None:
+    def _await_ready(self, expected: set[int], timeout_s: float) -> None:
         socket: zmq.Socket[bytes] = zmq.Socket.shadow(self.input_socket)
-        while identities:
-            if not socket.poll(timeout=int(timeout_s * 1000)):
-                missing = sorted(int.from_bytes(identity, "little") for identity in identities)
+        deadline_s = time.monotonic() + timeout_s
+        while missing := self._missing(expected):
+            if time.monotonic() > deadline_s:
                 raise TimeoutError(
-                    f"Instances {missing} did not reach the frontend within {timeout_s:.0f} s."
+                    f"Instances {sorted(missing)} did not reach the frontend within "
+                    f"{timeout_s:.0f} s."
                 )
-            frames = socket.recv_multipart(copy=False)
-            identities.discard(frames[0].bytes)
-            self._inputs.heard(int.from_bytes(frames[0].bytes, "little"), frames[0])
-            self._apply_ready_response(frames[1].bytes)
+            if self._roster is not None:
+                for index in missing:
+                    socket.send_multipart([engine_identity(index), GREETING])
+            if socket.poll(timeout=int(1000 * GREETING_INTERVAL_S)):
+                identity, payload = socket.recv_multipart(copy=False)
+                if self._heard_ready(identity):
+                    self._apply_ready_response(payload.bytes)
 
     async def _receive_ready(self) -> None:
         while True:
             received = cast(Any, self.input_socket.recv_multipart(copy=False))
             identity, response = cast("list[zmq.Frame]", await received)
-            index = int.from_bytes(identity.bytes, "little")
-            self._inputs.heard(index, identity)
-            if index not in self._gone and not self.is_up(index):
-                logger.info("Instance %d is up", index)
+            if self._heard_ready(identity):
+                logger.info("Instance %d is up", int.from_bytes(identity.bytes, "little"))
                 if not self._effective_attention_block_sizes:
                     # The first of all: what it found out on booting is true of each.
                     self._apply_ready_response(response.bytes)
-                self._joined(index)
 
-    def _joined(self, instance: int) -> None:
-        self.labels.take(instance)
+    async def _greet(self) -> None:
+        """Make this frontend known to instances that have not heard of it, until cancelled."""
+        while True:
+            for index in self._missing(set()):
+                await cast(
+                    Any, self.input_socket.send_multipart([engine_identity(index), GREETING])
+                )
+            await asyncio.sleep(GREETING_INTERVAL_S)
+
+    def _missing(self, expected: set[int]) -> set[int]:
+        """Of those that are expected, or on the roster, the ones that have not come."""
+        if self._roster is not None:
+            expected = set(self._roster.labels())
+        return expected - set(self.instances) - self._gone
+
+    def _heard_ready(self, identity: zmq.Frame) -> bool:
+        """Take in that an instance is ready; whether it has come by that."""
+        index = int.from_bytes(identity.bytes, "little")
+        self._inputs.heard(index, identity)
+        if index in self._gone or self.is_up(index):
+            return False
+        if self._roster is None:
+            self.labels.take(index)
+        else:
+            label = self._roster.labels().get(index)
+            if label is None:
+                return False  # it is greeted once it is on the roster
+            self.labels.take(index, label)
         self._list_engines()
+        return True
 
     def _list_engines(self) -> None:
         self.core_engines = [engine_identity(index) for index in self.instances]

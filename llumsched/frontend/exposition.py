@@ -13,57 +13,53 @@ from typing import Protocol
 from fastapi import FastAPI
 from prometheus_client import Metric, make_asgi_app
 from starlette.routing import Mount
-from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from llumsched.frontend.labels import EngineLabels
 
 PATH = "/metrics"
 
 
-class Collector(Protocol):
+class Registry(Protocol):
     """Whoever has metrics."""
 
     def collect(self) -> Iterable[Metric]: ...
 
 
-class Registry(Collector, Protocol):
-    """What ``prometheus_client`` makes a page of."""
-
-    def restricted_registry(self, names: Iterable[str]) -> Collector:
-        """The samples of these names only."""
-
-
 class ShownMetrics:
-    """Metrics without the samples of labels that are not shown."""
+    """A registry without the samples of labels that are not shown.
 
-    def __init__(self, metrics: Collector, labels: EngineLabels) -> None:
-        self._metrics = metrics
+    Args:
+        names: of the samples that are shown; by default all are.
+    """
+
+    def __init__(
+        self, registry: Registry, labels: EngineLabels, names: frozenset[str] | None = None
+    ) -> None:
+        self._registry = registry
         self._labels = labels
+        self._names = names
 
     def collect(self) -> Iterator[Metric]:
-        for metric in self._metrics.collect():
+        for metric in self._registry.collect():
             hidden = self._labels.hidden(gauges=metric.type == "gauge")
             shown = Metric(metric.name, metric.documentation, metric.type, metric.unit)
-            shown.samples = [s for s in metric.samples if s.labels.get("engine") not in hidden]
-            yield shown
-
-
-class ShownRegistry(ShownMetrics):
-    """A registry of such metrics."""
-
-    def __init__(self, registry: Registry, labels: EngineLabels) -> None:
-        super().__init__(registry, labels)
-        self._registry = registry
+            shown.samples = [
+                s
+                for s in metric.samples
+                if s.labels.get("engine") not in hidden
+                and (self._names is None or s.name in self._names)
+            ]
+            if shown.samples or self._names is None:
+                yield shown
 
     def restricted_registry(self, names: Iterable[str]) -> ShownMetrics:
         """The samples of these names only."""
-        return ShownMetrics(self._registry.restricted_registry(names), self._labels)
+        return ShownMetrics(self._registry, self._labels, frozenset(names))
 
 
-def expose(app: FastAPI, labels: EngineLabels) -> None:
+def expose(app: FastAPI, labels: EngineLabels, registry: Registry) -> None:
     """Answer ``GET /metrics`` in place of vLLM's own route."""
-    registry = ShownRegistry(get_prometheus_registry(), labels)
-    route = Mount(PATH, make_asgi_app(registry=registry))
+    route = Mount(PATH, make_asgi_app(registry=ShownMetrics(registry, labels)))
     # As vLLM has it: without a redirect to PATH/.
     route.path_regex = re.compile(f"^{PATH}(?P<path>.*)$")
     app.router.routes.insert(0, route)

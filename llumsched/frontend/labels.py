@@ -18,7 +18,7 @@ class EngineLabels:
     def __init__(self, num_labels: int) -> None:
         self._num_labels = num_labels
         self._labels: dict[int, int] = {}
-        self._ever_taken: set[int] = set()
+        self._num_ever_taken = 0
 
     @property
     def all(self) -> list[int]:
@@ -29,12 +29,33 @@ class EngineLabels:
         """Those that are up."""
         return list(self._labels)
 
-    def take(self, instance: int) -> None:
-        """An instance has come: it gets the lowest label that is free."""
-        taken = set(self._labels.values())
-        free = (label for label in range(self._num_labels) if label not in taken)
-        self._labels[instance] = next(free, instance % self._num_labels)
-        self._ever_taken.add(self._labels[instance])
+    @property
+    def by_instance(self) -> dict[int, int]:
+        """The label of each instance that is up."""
+        return dict(self._labels)
+
+    def take(self, instance: int, label: int | None = None) -> None:
+        """An instance has come.
+
+        Args:
+            label: what others call it; by default the lowest that is free.
+        """
+        if label is None:
+            taken = set(self._labels.values())
+            free = (label for label in range(self._num_labels) if label not in taken)
+            label = next(free, instance % self._num_labels)
+        self._labels[instance] = label
+        # The lowest that was free: whatever is below has been taken before.
+        self._num_ever_taken = max(self._num_ever_taken, label + 1)
+
+    def were_used(self, num_labels: int) -> None:
+        """So many have been in use, some of them before anybody here could know."""
+        self._num_ever_taken = max(self._num_ever_taken, num_labels)
+
+    @property
+    def num_ever_taken(self) -> int:
+        """The first so many labels are, or have been, in use."""
+        return self._num_ever_taken
 
     def give_back(self, instance: int) -> None:
         """An instance has gone."""
@@ -46,5 +67,5 @@ class EngineLabels:
 
     def hidden(self, *, gauges: bool) -> set[str]:
         """Labels, as metrics have them, of which gauges, or counts, are not shown."""
-        shown = set(self._labels.values()) if gauges else self._ever_taken
+        shown = set(self._labels.values()) if gauges else set(range(self._num_ever_taken))
         return {str(label) for label in self.all if label not in shown}

@@ -82,6 +82,8 @@ class SchedulerLink:
     keys: the pool's.
     least_loaded: chooses an instance when the scheduler is silent; ``None`` while there is none.
     prefix_hashes: names the blocks of a prompt, where the scheduler's policies want them.
+    frontend_id: by which the scheduler knows this process; of two that run at a time no two are
+        the same.
     """
 
     def __init__(
@@ -90,7 +92,9 @@ class SchedulerLink:
         keys: PoolKeys,
         least_loaded: Callable[[], int | None],
         prefix_hashes: Callable[[EngineCoreRequest], tuple[int, ...]] | None = None,
+        frontend_id: str = "frontend-0",
     ) -> None:
+        self._frontend_id = frontend_id
         self._least_loaded = least_loaded
         self._prefix_hashes = prefix_hashes
         self._supervisor: Supervisor | None = None
@@ -260,7 +264,7 @@ class SchedulerLink:
             await self._socket.send(
                 encode(
                     RegisterFrontend(
-                        frontend_id="frontend-0",
+                        frontend_id=self._frontend_id,
                         supervises=self._supervisor is not None,
                         draining=tuple(sorted(self._draining)),
                     )

@@ -8,14 +8,13 @@ every few seconds; a scrape never waits for it. While the scheduler is silent
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
 from llumsched.runtime.messages import ClusterDescription, InstanceDescription
-from llumsched.trust import Gate
 
 REFRESH_INTERVAL_S = 2.0
 REFRESH_TIMEOUT_S = 2.0
@@ -25,11 +24,16 @@ class PoolMetrics:
     """A collector of ``prometheus_client``; ``follow`` keeps it up to date.
 
     Args:
-        gates: those of this process.
+        unproven: counts what the gates of processes have turned away, by process; of those that
+            the scheduler does not hear of.
     """
 
-    def __init__(self, gates: Sequence[Gate] = (), registry: CollectorRegistry = REGISTRY) -> None:
-        self._gates = gates
+    def __init__(
+        self,
+        unproven: Callable[[], Mapping[str, int]],
+        registry: CollectorRegistry = REGISTRY,
+    ) -> None:
+        self._unproven = unproven
         self._registry = registry
         self._last: ClusterDescription | None = None
         registry.register(self)
@@ -49,8 +53,8 @@ class PoolMetrics:
     def collect(self) -> Iterator[Metric]:
         """The metrics of this moment; called by the registry."""
         cluster = self._last
-        unproven = {"frontend": sum(gate.num_unproven for gate in self._gates)}
-        yield _unproven(unproven | (cluster.unproven if cluster is not None else {}))
+        known = cluster.unproven if cluster is not None else {}
+        yield _unproven({**self._unproven(), **known})
         yield GaugeMetricFamily(
             "llumsched_scheduler_up",
             "1 while the global scheduler answers.",

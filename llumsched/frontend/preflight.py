@@ -74,6 +74,35 @@ def check_tasks(vllm_config: VllmConfig) -> None:
         )
 
 
+def check_several_frontends(num_frontends: int) -> None:
+    """Refuse settings of vLLM's that one process of several cannot keep for the others.
+
+    Raises:
+        UsageError: naming the setting.
+    """
+    if num_frontends == 1:
+        return
+    for name, is_set, why in (
+        (
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+            envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING,
+            "an adapter would be known to the frontend alone that was asked to load it",
+        ),
+        (
+            "VLLM_ENABLE_RESPONSES_API_STORE",
+            envs.VLLM_ENABLE_RESPONSES_API_STORE,
+            "a response would be known to the frontend alone that gave it",
+        ),
+        (
+            "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
+            envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION,
+            "two frontends could have requests of one id",
+        ),
+    ):
+        if is_set:
+            raise UsageError(f"{name} is set, and --frontends {num_frontends}: {why}. Unset it.")
+
+
 def check_prefix_hashes(vllm_config: VllmConfig, environment: Mapping[str, str]) -> None:
     """Refuse to match prefixes that the processes would name differently.
 

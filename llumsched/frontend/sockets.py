@@ -16,15 +16,22 @@ MAX_READY_NUM_BYTES = 1 << 20
 
 
 class FrontendSockets:
-    """The two sockets all instances connect to; bound before any instance starts.
+    """The two sockets all instances connect to.
 
     Args:
         host: address to bind, loopback unless instances run on other machines.
         keys: the pool's.
         max_output_num_bytes: of one frame of an instance's outputs.
+        ports: to listen at, for requests and for outputs; those that are 0 the system chooses.
     """
 
-    def __init__(self, host: str, keys: PoolKeys, max_output_num_bytes: int) -> None:
+    def __init__(
+        self,
+        host: str,
+        keys: PoolKeys,
+        max_output_num_bytes: int,
+        ports: tuple[int, int] = (0, 0),
+    ) -> None:
         self.keys = keys
         self.sync_context = zmq.Context(io_threads=2)
         self.context = zmq.asyncio.Context(self.sync_context)
@@ -33,11 +40,10 @@ class FrontendSockets:
         limits = [(self.input, MAX_READY_NUM_BYTES), (self.output, max_output_num_bytes)]
         # They are monitored by ``BrokenConnections``.
         self.gate = Gate(self.context, keys, limits, "the frontend", monitors=False)
-        for socket, _ in limits:
+        for (socket, _), port in zip(limits, ports, strict=True):
             # vLLM's own have no limit either: requests and tokens are never dropped here.
             socket.set_hwm(0)
-            # A port of 0 is chosen by the system.
-            socket.bind(f"tcp://{host}:0")
+            socket.bind(f"tcp://{host}:{port}")
 
     def addresses(self) -> EngineZmqAddresses:
         return EngineZmqAddresses(

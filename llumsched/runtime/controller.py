@@ -13,7 +13,7 @@ import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -48,6 +48,7 @@ from llumsched.core.types import InstanceState, PriorityClass
 from llumsched.decision_log import DecisionLog
 from llumsched.plugins import build_bundle
 from llumsched.runtime.decision_notes import DecisionNotes
+from llumsched.runtime.known_frontends import KnownFrontends
 from llumsched.runtime.known_instances import KnownInstances
 from llumsched.runtime.messages import (
     Accepted,
@@ -113,7 +114,8 @@ class Controller:
             else None
         )
         self._instances = KnownInstances()
-        self._orders = Orders(self._instances, self._handle)
+        self._frontends = KnownFrontends()
+        self._orders = Orders(self._instances, self._frontends, self._handle)
         self._operator_calls = OperatorCalls()
         self._outcomes: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
@@ -158,6 +160,16 @@ class Controller:
             self._orders.send(identity, InstanceGone(instance_id=instance_id))
         self._orders.outbox.extend(self._operator_calls.source_lost(instance_id))
 
+    def frontend_lost(self, frontend_id: str, request_ids: Sequence[str]) -> None:
+        """The process of a frontend ended, and with it its clients' connections.
+
+        Args:
+            request_ids: what instances had of it; it may have more that waits here, and a scheduler
+                that was started again may not know whose those are.
+        """
+        for request_id in dict.fromkeys((*self._frontends.lose(frontend_id), *request_ids)):
+            self._handle(RequestAborted(request_id=request_id))
+
     def close(self) -> None:
         """Write out the decision log, and let nobody in any more."""
         if self._gate is not None:
@@ -167,7 +179,7 @@ class Controller:
             self._notes = None
 
     async def flush(self) -> None:
-        """Send what ``instance_lost`` has to tell; ``serve`` does so by itself."""
+        """Send what came of the last loss; ``serve`` does so by itself."""
         await self._flush()
 
     # ---- messages -------------------------------------------------------------------------
@@ -178,6 +190,8 @@ class Controller:
             message = decode_control(payload)
         except (ValueError, msgspec.DecodeError) as error:
             logger.warning("Dropped a malformed control message: %s", error)
+            return
+        if self._frontends.is_dead(identity):
             return
         match message:
             case RegisterInstance():
@@ -194,7 +208,7 @@ class Controller:
             case PlaceRequest():
                 self._place(identity, message)
             case RequestEnded():
-                self._orders.frontend_of.pop(message.request_id, None)
+                self._frontends.ended(message.request_id)
                 self._handle(_end_of(message))
             case MigrateRequest():
                 self._migrate(identity, message)
@@ -230,6 +244,7 @@ class Controller:
         self._orders.send(identity, Welcomed(scheduler_id=self._id))
 
     def _register_frontend(self, identity: bytes, message: RegisterFrontend) -> None:
+        self._frontends.register(identity, message.frontend_id)
         if message.supervises:
             self._orders.supervised_by(identity)
         for instance_id in message.draining:
@@ -240,7 +255,7 @@ class Controller:
 
     def _place(self, identity: bytes, message: PlaceRequest) -> None:
         request = message.request
-        self._orders.frontend_of[request.request_id] = identity
+        self._frontends.asked(request.request_id, identity)
         placed_at = self._scheduler.request_instance(request.request_id)
         if placed_at is None or placed_at not in self._instances:
             self._handle(RequestArrived(request=request, has_begun=message.has_begun))

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,10 @@ class ControllerActor:
     async def close(self) -> None:
         """Write out the decision log; the actor may be killed afterwards."""
         self._controller.close()
+
+    async def frontend_lost(self, frontend_id: str, request_ids: Sequence[str]) -> None:
+        self._controller.frontend_lost(frontend_id, request_ids)
+        await self._controller.flush()
 
     async def instance_lost(self, instance_id: str, reason: str) -> None:
         self._controller.instance_lost(instance_id, reason)

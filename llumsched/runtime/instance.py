@@ -103,6 +103,10 @@ class Instance:
         finally:
             self._port.close()
 
+    def abort_client(self, client_index: int) -> list[str]:
+        """End every request of a frontend that is gone; which they were, once it is done."""
+        return self._engine.call(lambda: self._engine.abort_client(client_index)).result()
+
     def stop(self) -> None:
         """Ask the engine to end; ``run`` returns soon after."""
         self._stopping.set()

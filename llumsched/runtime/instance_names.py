@@ -6,7 +6,14 @@ is started again is another instance, and nothing that was meant for the first r
 
 from __future__ import annotations
 
+_PREFIX = "instance-"
+
 
 def instance_name(engine_index: int) -> str:
     """The id of the instance with this engine."""
-    return f"instance-{engine_index}"
+    return f"{_PREFIX}{engine_index}"
+
+
+def engine_index(instance_id: str) -> int:
+    """The engine of an instance of this name."""
+    return int(instance_id.removeprefix(_PREFIX))

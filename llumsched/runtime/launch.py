@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import socket
 import threading
 import time
@@ -27,6 +26,8 @@ import ray
 from llumsched.config import Config
 from llumsched.engine.compatibility import differences_in_pool
 from llumsched.runtime.controller_actor import ACTOR_NAME, ControllerActor, SchedulerWatch
+from llumsched.runtime.frontend_loss import FrontendLoss
+from llumsched.runtime.frontends import frontend_id
 from llumsched.runtime.heartbeat import HeartbeatListener
 from llumsched.runtime.instance import InstancePlan
 from llumsched.runtime.instance_actor import (
@@ -36,6 +37,7 @@ from llumsched.runtime.instance_actor import (
     Likeness,
     this_node,
 )
+from llumsched.runtime.ray_cluster import LaunchError, cluster_resources, in_words, start_ray
 from llumsched.runtime.supervisor import TICK_S, Supervisor
 from llumsched.trust import Gate, PoolKeys
 
@@ -45,64 +47,6 @@ PLACEMENT_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 1.5
 END_TIMEOUT_S = 1.0
 TELL_TIMEOUT_S = 0.5
-
-
-class LaunchError(Exception):
-    """The pool cannot be started; the message says why and what to change."""
-
-
-def start_ray(address: str | None, *, num_cpus: int) -> bool:
-    """Attach to a Ray cluster, or start a local one.
-
-    Args:
-        address: as ``ray.init`` takes it; ``None`` attaches to the cluster that ``RAY_ADDRESS``
-            or this machine's latest ``ray start`` names, and else starts one.
-        num_cpus: logical CPUs of a cluster that is started.
-
-    Returns:
-        whether a local one was started, which ends with this process.
-
-    Raises:
-        LaunchError: if there is no cluster at ``address``.
-    """
-    # Ray's own warning about GPU masks does not concern a CPU actor.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray starts its workers at low priority, meant for machines that also serve people.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    quiet: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-    named = address or os.environ.get("RAY_ADDRESS")
-    found = named or _latest_ray_start()
-    if found is not None:
-        try:
-            ray.init(address=found, **quiet)
-            return False
-        except ConnectionError as error:
-            if named is not None:
-                raise LaunchError(
-                    f"There is no Ray cluster at {named}. Start one with 'ray start --head', or "
-                    "leave --ray-address and RAY_ADDRESS out to have a local one started."
-                ) from error
-            logger.warning("The Ray cluster last started, at %s, is gone.", found)
-    # Ray asks for a token whoever connects to a local cluster, and else takes one that it keeps in
-    # a file for all clusters of this user.
-    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
-    return True
-
-
-def _latest_ray_start() -> str | None:
-    """The address that the last ``ray start`` on this machine wrote down, if any.
-
-    Not Ray's "auto", which also finds the private clusters of other programs and would end
-    with them.
-    """
-    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    path = Path(folder) / "ray" / "ray_current_cluster"
-    try:
-        return path.read_text().strip() or None
-    except OSError:
-        return None
 
 
 class Pool:
@@ -125,7 +69,7 @@ class Pool:
         progress: Callable[[str], None],
     ) -> None:
         self._progress = progress
-        self._keys = keys
+        self.keys = keys
         self._num_instances = num_instances
         self._planned_instances = planned_instances
         self._likeness = Likeness()
@@ -162,8 +106,8 @@ class Pool:
             max_restarts=-1,
             resources={this_node(): A_SHARE},
         )
-        self._controller = actor.remote(config, self._keys, host, _free_port(host), decision_log)
-        self._heartbeats = HeartbeatListener(host, self._keys)
+        self._controller = actor.remote(config, self.keys, host, _free_port(host), decision_log)
+        self._heartbeats = HeartbeatListener(host, self.keys)
         self.heartbeat_endpoint = self._heartbeats.endpoint
         self.scheduler_endpoint = ray.get(self._controller.endpoint.remote(), timeout=60)
         self._progress("the global scheduler is up")
@@ -226,8 +170,8 @@ class Pool:
         if waiting:
             raise LaunchError(
                 f"The Ray cluster has room for {len(placed)} of {len(groups)} instances: each "
-                f"needs {_in_words(self._resources.bundle())} on this machine; the cluster has "
-                f"{_in_words(_cluster_resources())} in all. Lower --instances."
+                f"needs {in_words(self._resources.bundle())} on this machine; the cluster has "
+                f"{in_words(cluster_resources())} in all. Lower --instances."
             )
 
     def _check_alike(self) -> None:
@@ -272,6 +216,12 @@ class Pool:
         self._ending.set()
         for thread in self._threads:
             thread.join(timeout=1.0)
+
+    def forget_frontend(self, client_index: int) -> Callable[[], bool]:
+        """Have everything ended that a dead frontend has left; as ``frontends.Host.forget``."""
+        serving = [actor.actor for actor in list(self._actors.values()) if actor.run is not None]
+        name = frontend_id(client_index)
+        return FrontendLoss(serving, self._controller, client_index, name).is_settled
 
     def start_one(self, engine_index: int, launch_id: str | None) -> InstanceActor:
         """Begin to start another instance, which must be like those before."""
@@ -393,16 +343,6 @@ def _end(processes: Sequence[psutil.Process]) -> None:
             alive += process.children()  # started since
             process.kill()
     psutil.wait_procs(alive, timeout=END_TIMEOUT_S)
-
-
-def _cluster_resources() -> Mapping[str, float]:
-    resources: Mapping[str, float] = ray.cluster_resources()
-    return resources
-
-
-def _in_words(resources: Mapping[str, float]) -> str:
-    named = {name: resources[name] for name in ("CPU", "GPU") if name in resources}
-    return " and ".join(f"{amount:g} {name}" for name, amount in named.items()) or "nothing"
 
 
 def _free_port(host: str) -> int:

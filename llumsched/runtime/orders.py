@@ -21,6 +21,7 @@ from llumsched.core.actions import (
     TerminateInstance,
 )
 from llumsched.core.events import Event, MigrationFinished, MigrationOutcome
+from llumsched.runtime.known_frontends import KnownFrontends
 from llumsched.runtime.known_instances import KnownInstances
 from llumsched.runtime.messages import (
     Message,
@@ -36,17 +37,22 @@ logger = logging.getLogger(__name__)
 class Orders:
     """Args:
     instances: those that can be told something.
+    frontends: those that wait for placements.
     handle: tells the core of an event.
 
-    ``frontend_of`` has the connection that asked for the placement of each unfinished request;
-    ``supervisor`` is that of whoever starts and ends instances, once it is there.
+    ``supervisor`` is the connection of whoever starts and ends instances, once it is there.
     """
 
-    def __init__(self, instances: KnownInstances, handle: Callable[[Event], object]) -> None:
+    def __init__(
+        self,
+        instances: KnownInstances,
+        frontends: KnownFrontends,
+        handle: Callable[[Event], object],
+    ) -> None:
         self._instances = instances
+        self._frontends = frontends
         self._handle = handle
         self._terminations: dict[str, OrderTermination] = {}
-        self.frontend_of: dict[str, bytes] = {}
         self.supervisor: bytes | None = None
         self.policy_failures: Counter[str] = Counter()
         self.outbox: list[tuple[bytes, Message]] = []
@@ -117,7 +123,7 @@ class Orders:
 
     def answer_placement(self, answer: Placed) -> None:
         """Tell the frontend that asked."""
-        identity = self.frontend_of.get(answer.request_id)
+        identity = self._frontends.of(answer.request_id)
         if identity is None:
             logger.warning("No frontend waits for the placement of %s", answer.request_id)
             return

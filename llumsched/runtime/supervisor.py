@@ -19,19 +19,16 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from llumsched.runtime.back_off import BackOff, pause_s
 from llumsched.runtime.instance_names import instance_name
 from llumsched.runtime.vital_signs import Limits, VitalSigns, Watched
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.05
-FIRST_BACK_OFF_S = 1.0
-MAX_BACK_OFF_S = 60.0
-# One that has lived for so long did not die young.
-GROWN_UP_S = 60.0
 
 
 class RunningInstance(Watched, Protocol):
@@ -103,10 +100,8 @@ class _Berth:
     is_replaced: bool = False
     is_claimed: bool = False
     """An order of the scheduler's counts on what comes here."""
-    num_deaths: int = 0
-    num_young_deaths: int = 0
-    last_failure: str = ""
     retry_at_s: float = 0.0
+    back_off: BackOff = field(default_factory=BackOff)
 
     @property
     def comes_unasked(self) -> bool:
@@ -270,19 +265,15 @@ class Supervisor:
 
     def _back_off(self, berth: _Berth, failure: str) -> None:
         now_s = self._clock()
-        died_young = not berth.is_running or now_s - berth.since_s < GROWN_UP_S
-        berth.num_deaths += 1
-        berth.num_young_deaths = berth.num_young_deaths + 1 if died_young else 0
-        pause_s = _pause_s(berth.num_young_deaths)
-        berth.last_failure = failure
+        wait_s = berth.back_off.died(failure, now_s - berth.since_s if berth.is_running else 0.0)
         berth.instance = None
         berth.is_running = False
-        berth.retry_at_s = now_s + pause_s
+        berth.retry_at_s = now_s + wait_s
         logger.warning(
             "Another instance takes the place of %s in %.0f s; %d have died here",
             instance_name(berth.engine_index),
-            pause_s,
-            berth.num_deaths,
+            wait_s,
+            berth.back_off.num_deaths,
         )
 
     def _start(self, berth: _Berth) -> None:
@@ -308,7 +299,7 @@ class Supervisor:
             return
         # What failed to boot a moment ago is not tried again at once, whoever asks.
         now_s = self._clock()
-        retry_at_s = now_s + _pause_s(self._num_failed_boots)
+        retry_at_s = now_s + pause_s(self._num_failed_boots)
         self._berths.append(
             _Berth(
                 engine_index=self._take_index(),
@@ -380,12 +371,7 @@ class Supervisor:
             instance_id=instance_name(berth.engine_index),
             pid=berth.instance.pid if berth.instance is not None else None,
             state="backing off" if waits else "running" if berth.is_running else "booting",
-            num_deaths=berth.num_deaths,
-            last_failure=berth.last_failure,
+            num_deaths=berth.back_off.num_deaths,
+            last_failure=berth.back_off.last_failure,
             retry_in_s=max(0.0, berth.retry_at_s - now_s) if waits else None,
         )
-
-
-def _pause_s(num_failures: int) -> float:
-    """How long to wait after so many failures in a row."""
-    return min(MAX_BACK_OFF_S, FIRST_BACK_OFF_S * 2 ** (num_failures - 1)) if num_failures else 0.0

@@ -21,6 +21,7 @@ CLUSTER = {
     "instances": [BUSY, make_instance("instance-1", make_load())],
     "migrations": {"refused": 1, "committed": 3},
     "berths": [make_berth("instance-0"), make_berth("instance-1")],
+    "frontends": [],
 }
 REQUESTS = {
     "requests": [
@@ -49,7 +50,7 @@ def answers(
 
 
 def test_a_pool_without_an_instance_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    empty = {"policy": "latency", "instances": [], "migrations": {}, "berths": []}
+    empty = CLUSTER | {"instances": [], "migrations": {}, "berths": []}
     with serving(answers(empty, {"requests": []})) as stub:
         assert cli.main(["status", "--url", stub.url]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -78,7 +79,7 @@ def test_instances_and_requests_are_two_tables(capsys: pytest.CaptureFixture[str
 
 
 def test_an_idle_pool_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    cluster = {"policy": "latency", "instances": [], "migrations": {}, "berths": []}
+    cluster = CLUSTER | {"instances": [], "migrations": {}, "berths": []}
     with serving(answers(cluster, {"requests": []})) as stub:
         assert cli.main(["status", "--url", stub.url]) == 0
     printed = capsys.readouterr().out
@@ -127,3 +128,24 @@ def test_a_crash_loop_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out.splitlines()
     assert "instance-4: 5 died in this place (out of memory); another is started in 16 s" in printed
     assert "instance-5: booting" in printed
+
+
+def test_frontends_that_have_died_are_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    serving_one = {
+        "frontend_id": "frontend-0",
+        "pid": 1,
+        "state": "serving",
+        "num_deaths": 0,
+        "last_failure": "",
+    }
+    dead = serving_one | {
+        "frontend_id": "frontend-1",
+        "state": "backing off",
+        "num_deaths": 2,
+        "last_failure": "killed",
+    }
+    with serving(answers(CLUSTER | {"frontends": [serving_one, dead]})) as stub:
+        assert cli.main(["status", "--url", stub.url]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "frontend-1: backing off; 2 died in this place (killed)" in printed
+    assert not any(line.startswith("frontend-0") for line in printed)

@@ -28,7 +28,7 @@ def test_defaults() -> None:
     args, options = parse(["some/model"])
     assert args.model == "some/model"
     assert args.host == "127.0.0.1"
-    assert options.num_instances == 1
+    assert (options.num_instances, options.num_frontends) == (1, 1)
     assert options.config.policy == DEFAULT_POLICY
     assert options.ray_address is None
     assert options.admin_api
@@ -46,9 +46,9 @@ def test_flags_of_vllm_keep_their_meaning() -> None:
 
 
 def test_our_flags() -> None:
-    flags = "--instances 3 --policy=round_robin --ray-address auto --allow-other-vllm"
+    flags = "--instances 3 --frontends 2 --policy=round_robin --ray-address auto --allow-other-vllm"
     _, options = parse(["m/m", *flags.split()])
-    assert options.num_instances == 3
+    assert (options.num_instances, options.num_frontends) == (3, 2)
     assert options.config.policy == "round_robin"
     assert options.ray_address == "auto"
     assert options.allow_other_vllm
@@ -84,11 +84,12 @@ def test_spelling_mistake_is_told_by_the_parser(capsys: pytest.CaptureFixture[st
         (["--instances=-2"], "a number of instances"),
         (["--min-instances=3", "--max-instances=2"], "must not be above max_instances (2)"),
         (["--max-instances=-1"], "max_instances"),
+        (["--frontends=0"], "at least 1 frontend"),
         (["--policy=freenes"], "freenes"),
         (["--data-parallel-size=2"], "--data-parallel-size is not supported; --instances N"),
         (["--pipeline-parallel-size=2"], "--pipeline-parallel-size is not supported"),
         (["--headless"], "--headless is not supported"),
-        (["--api-server-count=2"], "one frontend is supported"),
+        (["--api-server-count=2"], "--frontends K"),
         (["--enable-auto-tool-choice"], "--tool-call-parser"),
     ],
 )

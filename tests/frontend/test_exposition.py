@@ -7,13 +7,12 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from starlette.testclient import TestClient
 
-from llumsched.frontend import exposition
 from llumsched.frontend.exposition import expose
 from llumsched.frontend.labels import EngineLabels
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> CollectorRegistry:
+def registry() -> CollectorRegistry:
     """As vLLM's is: the series of all labels are made at once."""
     registry = CollectorRegistry()
     running = Gauge("vllm:running", "now", ("model", "engine"), registry=registry)
@@ -22,7 +21,6 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> CollectorRegistry:
         running.labels("m", str(label)).set(label)
         finished.labels("m", str(label)).inc(label)
     Gauge("python", "without engines", registry=registry).set(7)
-    monkeypatch.setattr(exposition, "get_prometheus_registry", lambda: registry)
     return registry
 
 
@@ -36,14 +34,14 @@ def labels(registry: CollectorRegistry) -> EngineLabels:
     return labels
 
 
-def scrape(labels: EngineLabels, path: str) -> str:
+def scrape(registry: CollectorRegistry, labels: EngineLabels, path: str) -> str:
     app = FastAPI()
 
     @app.get("/metrics")
     def theirs() -> str:
         return "vLLM's own page"
 
-    expose(app, labels)
+    expose(app, labels, registry)
     response = TestClient(app).get(path, follow_redirects=False)
     assert response.status_code == 200
     return response.text
@@ -54,8 +52,10 @@ def samples(page: str) -> set[str]:
     return {line for line in lines if not line.startswith("#") and "_created" not in line}
 
 
-def test_gauges_are_those_of_instances_that_are_up(labels: EngineLabels) -> None:
-    assert samples(scrape(labels, "/metrics")) == {
+def test_gauges_are_those_of_instances_that_are_up(
+    registry: CollectorRegistry, labels: EngineLabels
+) -> None:
+    assert samples(scrape(registry, labels, "/metrics")) == {
         'vllm:running{engine="0",model="m"} 0.0',
         'vllm:finished_total{engine="0",model="m"} 0.0',
         'vllm:finished_total{engine="1",model="m"} 1.0',
@@ -63,11 +63,13 @@ def test_gauges_are_those_of_instances_that_are_up(labels: EngineLabels) -> None
     }
 
 
-def test_so_are_those_that_are_asked_for_by_name(labels: EngineLabels) -> None:
-    assert samples(scrape(labels, "/metrics?name[]=vllm:running")) == {
+def test_so_are_those_that_are_asked_for_by_name(
+    registry: CollectorRegistry, labels: EngineLabels
+) -> None:
+    assert samples(scrape(registry, labels, "/metrics?name[]=vllm:running")) == {
         'vllm:running{engine="0",model="m"} 0.0'
     }
 
 
 def test_a_metric_is_described_though_nothing_of_it_is_shown(registry: CollectorRegistry) -> None:
-    assert "# TYPE vllm:running gauge" in scrape(EngineLabels(4), "/metrics")
+    assert "# TYPE vllm:running gauge" in scrape(registry, EngineLabels(4), "/metrics")

@@ -30,3 +30,12 @@ def test_a_label_that_no_instance_has_had_is_hidden() -> None:
     labels.give_back(1)
     assert labels.hidden(gauges=True) == {"1", "2"}
     assert labels.hidden(gauges=False) == {"2"}, "what the instance counted has happened"
+
+
+def test_a_frontend_that_comes_later_uses_the_labels_of_the_others() -> None:
+    labels = EngineLabels(4)
+    labels.were_used(2)
+    labels.take(5, label=1)
+    assert labels.by_instance == {5: 1}
+    assert labels.hidden(gauges=True) == {"0", "2", "3"}
+    assert labels.hidden(gauges=False) == {"2", "3"}, "what was counted under label 0 has happened"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -15,7 +14,6 @@ from llumsched.frontend import pool_metrics
 from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
 from llumsched.frontend.pool_metrics import PoolMetrics
 from llumsched.runtime.messages import ClusterDescription, InstanceDescription
-from llumsched.trust import Gate
 
 
 def description(**changes: Any) -> ClusterDescription:
@@ -66,7 +64,7 @@ def scraped(monkeypatch: pytest.MonkeyPatch, *answers: ClusterDescription | None
     registry = CollectorRegistry()
 
     async def follow() -> dict[tuple[str, tuple[str, ...]], float]:
-        metrics = PoolMetrics([cast("Gate", SimpleNamespace(num_unproven=2))], registry)
+        metrics = PoolMetrics(lambda: {"frontend": 2}, registry)
         link = Link(answers)
         following = asyncio.create_task(metrics.follow(cast("SchedulerLink", link)))
         await asyncio.wait_for(link.done.wait(), 5)

@@ -16,6 +16,7 @@ from llumsched.frontend.preflight import (
     GIB,
     check_model,
     check_prefix_hashes,
+    check_several_frontends,
     cpu_threads_per_worker,
     plan_cpu_memory,
     weight_num_bytes,
@@ -149,3 +150,21 @@ def test_cores_are_shared_out(
 
 def test_threads_that_the_environment_names_are_left_alone() -> None:
     assert cpu_threads_per_worker(4, {"OMP_NUM_THREADS": "3"}) == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+        "VLLM_ENABLE_RESPONSES_API_STORE",
+        "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
+    ],
+)
+def test_what_one_frontend_of_several_cannot_keep_for_the_others(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    check_several_frontends(2)
+    monkeypatch.setenv(name, "1")
+    check_several_frontends(1)
+    with pytest.raises(UsageError, match=name):
+        check_several_frontends(2)

@@ -638,3 +638,61 @@ def test_the_scaling_policy_orders_instances() -> None:
         scheduler={"max_instances": 2, "scaling_interval_s": 0.01, "scale_up_after_s": 0.0},
     )
     run(scenario, config=config)
+
+
+def test_a_frontend_that_dies_is_forgotten_with_all_it_has() -> None:
+    """What runs, and what it had sent though nobody had read it yet."""
+
+    async def scenario(stage: Stage) -> None:
+        await stage.instance("a")
+        dying, other = stage.peer(), stage.peer()
+        for peer, name in ((dying, "frontend-0"), (other, "frontend-1")):
+            await peer.say(RegisterFrontend(frontend_id=name))
+            assert isinstance(await peer.hear(), Welcomed)
+            await peer.say(place(f"of {name}"))
+            assert isinstance(await peer.hear(), Placed)
+        stage.controller.frontend_lost("frontend-0", [])
+        await dying.say(place("sent before it died"))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(dying.socket.recv(), 0.2)
+        known = [await is_known(other, name) for name in ("of frontend-0", "sent before it died")]
+        assert known == [False, False]
+        assert await is_known(other, "of frontend-1")
+
+    run(scenario)
+
+
+def test_a_scheduler_that_was_started_again_learns_from_instances_whose_requests_end() -> None:
+    async def scenario(stage: Stage) -> None:
+        instance, frontend = stage.peer(), stage.peer()
+        await instance.say(replace_struct(registration("a"), request_ids=("r",)))
+        assert isinstance(await instance.hear(), Welcomed)
+        assert await is_known(frontend, "r")
+        stage.controller.frontend_lost("frontend-0", ["r"])
+        assert not await is_known(frontend, "r")
+
+    run(scenario)
+
+
+async def is_known(frontend: Peer, request_id: str) -> bool:
+    """Whether the scheduler has the request: one that it has not cannot be moved for that."""
+    await frontend.say(MigrateRequest(call_id=1, request_id=request_id, destination="nowhere"))
+    answer = await frontend.hear()
+    assert isinstance(answer, MigrateAnswer)
+    assert answer.refused is not None
+    return "nowhere" in answer.refused
+
+
+def test_a_frontend_in_the_place_of_a_dead_one_is_served() -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.instance("a")
+        first, second = stage.peer(), stage.peer()
+        await first.say(RegisterFrontend(frontend_id="frontend-0"))
+        assert isinstance(await first.hear(), Welcomed)
+        stage.controller.frontend_lost("frontend-0", [])
+        await second.say(RegisterFrontend(frontend_id="frontend-0"))
+        assert isinstance(await second.hear(), Welcomed)
+        await second.say(place("r"))
+        assert isinstance(await second.hear(), Placed)
+
+    run(scenario)

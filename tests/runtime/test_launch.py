@@ -12,7 +12,8 @@ import ray
 from llumsched.engine.compatibility import Compatibility, fingerprint_of
 from llumsched.runtime import launch
 from llumsched.runtime.instance_actor import InstanceResources, Likeness
-from llumsched.runtime.launch import LaunchError, Pool
+from llumsched.runtime.launch import Pool
+from llumsched.runtime.ray_cluster import LaunchError
 from llumsched.trust import PoolKeys
 from tests.engine.fingerprints import HERE
 

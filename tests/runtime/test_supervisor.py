@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from llumsched.runtime.back_off import MAX_BACK_OFF_S
 from llumsched.runtime.heartbeat import HeartbeatListener, Silence, start_beating
 from llumsched.runtime.process_work import Work
-from llumsched.runtime.supervisor import MAX_BACK_OFF_S, TICK_S, Supervisor
+from llumsched.runtime.supervisor import TICK_S, Supervisor
 from llumsched.runtime.vital_signs import Limits
 from llumsched.trust import PoolKeys
 

@@ -27,6 +27,7 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 
+from llumsched.engine.vllm.introductions import IntroducingSocket
 from llumsched.trust import PoolKeys
 
 T = TypeVar("T")
@@ -71,7 +72,8 @@ class FrontendCalls(Protocol):
 
 
 def prove_membership(keys: PoolKeys) -> None:
-    """Have the engines of this process hold the pool's keys where they connect to a frontend.
+    """Have the engines of this process hold the pool's keys where they connect to a frontend, and
+    answer its greetings.
 
     Their two threads offer no parameter for it, so the function that they open sockets with is
     replaced.
@@ -81,6 +83,8 @@ def prove_membership(keys: PoolKeys) -> None:
 
     def make_zmq_socket(context: zmq.Context[Any], *args: Any, **kwargs: Any) -> Any:
         keys.connect_with(context, max_message_num_bytes=MAX_REQUEST_NUM_BYTES)
+        opening: Any = context
+        opening._socket_class = IntroducingSocket
         return original(context, *args, **kwargs)
 
     module.make_zmq_socket = make_zmq_socket
@@ -148,6 +152,13 @@ class LlumschedEngineCore(EngineCoreProc):
             self.shutdown()  # type: ignore[no-untyped-call]
 
     # vLLM's utility calls find a method by its name.
+
+    def abort_client(self, client_index: int) -> list[str]:
+        """End every request of a frontend that is gone; which they were. On the loop thread."""
+        requests = self.scheduler.requests.values()
+        request_ids = [r.request_id for r in requests if r.client_index == client_index]
+        self.abort_requests(request_ids)
+        return request_ids
 
     def resume_request(self, state: bytes) -> Future[str | None]:
         return self._frontend_calls().resume(state)

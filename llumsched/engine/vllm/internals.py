@@ -303,6 +303,20 @@ INTERNALS: tuple[Internal, ...] = (
         Internal(_CLIENT, name, "set by our client", on_instances=True)
         for name in ("client_count", "client_index", "outputs_queue", "_engine_status")
     ),
+    Internal(
+        "vllm.transformers_utils.config",
+        "maybe_register_config_serialize_by_value",
+        "tell other processes the configuration",
+    ),
+    Internal(
+        "vllm.utils.system_utils", "decorate_logs", "say which frontend logs", ("process_name",)
+    ),
+    Internal(
+        "vllm.engine.arg_utils:AsyncEngineArgs",
+        "_api_process_count",
+        "let no frontend rely on what instances have kept of its inputs",
+    ),
+    Internal("vllm.config:ParallelConfig", "_api_process_rank", "tell which frontend a process is"),
     Internal("vllm.v1.engine.core_client", "BackgroundResources", "own the sockets", ("ctx",)),
     Internal(
         "vllm.v1.engine.core_client",
@@ -332,7 +346,9 @@ INTERNALS: tuple[Internal, ...] = (
     Internal(
         "vllm.entrypoints.launchers.launcher", "setup_server", "bind early", ("args", "reuse_port")
     ),
-    Internal("vllm.entrypoints.launchers.launcher", "serve_http", "serve", ("app", "sock")),
+    Internal(
+        "vllm.entrypoints.launchers.launcher", "serve_http", "serve", ("app", "sock", "peer_loads")
+    ),
     Internal(
         "vllm.entrypoints.launchers.app",
         "build_app",

@@ -1,0 +1,93 @@
+"""vLLM's OpenAI app with the admin API, served."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import socket
+from collections.abc import Callable, MutableSequence
+from typing import Any
+
+import vllm.envs as envs
+from fastapi import APIRouter
+from prometheus_client import CollectorRegistry
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.launcher import serve_http
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+
+from llumsched.frontend.access import guard, has_key
+from llumsched.frontend.arguments import is_local
+from llumsched.frontend.engine import Engine
+from llumsched.frontend.exposition import expose
+from llumsched.frontend.hints import HintsMiddleware
+from llumsched.frontend.overload import RetryAfterMiddleware
+
+logger = logging.getLogger(__name__)
+
+# How long connections may take to close once their requests have ended.
+CLOSING_TIMEOUT_S = 3
+
+
+async def serve_app(
+    args: argparse.Namespace,
+    engine: Engine,
+    admin: APIRouter | None,
+    registry: CollectorRegistry,
+    listen_address: str,
+    sock: socket.socket,
+    begins: Callable[[], None],
+    peer_loads: tuple[MutableSequence[int], int] | None = None,
+) -> Any:
+    """vLLM's ``build_and_serve``, with the admin routes added to its app, until a signal ends it.
+
+    Args:
+        admin: the admin API, if it is served.
+        registry: of the metrics that are shown.
+        begins: called when all is ready.
+        peer_loads: connections of all frontends at this socket, and this one's index: the next
+            connection is for the one that has the fewest.
+
+    Returns:
+        what is to be awaited for the connections to close.
+    """
+    supported_tasks = await engine.get_supported_tasks()
+    # Its flag for middleware: once built, the app takes no more.
+    args.middleware = [
+        *args.middleware,
+        *(f"{m.__module__}.{m.__name__}" for m in (HintsMiddleware, RetryAfterMiddleware)),
+    ]
+    app = build_app(args, supported_tasks, engine.model_config)
+    expose(app, engine.engine_core.labels, registry)
+    if admin is not None:
+        app.include_router(admin)
+    guard(app)
+    if admin is not None and not has_key(args) and not is_local(args):
+        logger.warning(
+            "Whoever reaches %s may move requests and end instances: give --api-key as well.",
+            listen_address,
+        )
+    await init_app_state(engine, app.state, args, supported_tasks)
+    log_config = get_uvicorn_log_config(args)
+    uvicorn_options: dict[str, Any] = {} if log_config is None else {"log_config": log_config}
+    begins()
+    return await serve_http(
+        app,
+        sock=sock,
+        enable_ssl_refresh=args.enable_ssl_refresh,
+        peer_loads=peer_loads,
+        host=args.host,
+        port=args.port,
+        log_level=args.uvicorn_log_level,
+        access_log=not args.disable_uvicorn_access_log,
+        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        timeout_graceful_shutdown=engine.vllm_config.shutdown_timeout + CLOSING_TIMEOUT_S,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        ssl_ciphers=args.ssl_ciphers,
+        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+        h11_max_header_count=args.h11_max_header_count,
+        **uvicorn_options,
+    )

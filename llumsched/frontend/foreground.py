@@ -1,0 +1,27 @@
+"""What ``llumsched serve`` does as a program in the foreground: it says how far it is, and Ctrl-C
+and SIGTERM end it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+
+
+def on_signals(handler: Callable[..., None] | signal.Handlers) -> None:
+    """What Ctrl-C and SIGTERM do. While vLLM's server runs, they are its own."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def interrupt(*_: object) -> None:
+    """While booting: unwind at once, though the loop is blocked; a second signal must not
+    interrupt what ends the processes."""
+    on_signals(signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def progress(sentence: str) -> None:
+    """Print a sentence for whoever waits."""
+    sys.stdout.write(f"llumsched: {sentence}\n")
+    sys.stdout.flush()

@@ -1,0 +1,214 @@
+"""``llumsched serve --frontends K``: this process starts everything, and serves nothing itself.
+
+    llumsched serve (this) --+-- frontend-0 ... frontend-K-1: vLLM's server, each a process
+                             +-- Ray: the global scheduler and the instances
+
+Only what is in a frontend ends with it: its clients' connections and their requests. So what looks
+after the instances is here, and there is nothing here that a request could end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import math
+import signal
+import socket
+from dataclasses import replace
+
+import vllm.envs as envs
+from vllm.config import VllmConfig
+
+from llumsched.frontend.app import CLOSING_TIMEOUT_S
+from llumsched.frontend.arguments import ServeOptions
+from llumsched.frontend.children import Children
+from llumsched.frontend.departures import Departures
+from llumsched.frontend.foreground import interrupt, on_signals, progress
+from llumsched.frontend.hub import Hub
+from llumsched.frontend.labels import EngineLabels
+from llumsched.frontend.launcher_messages import PoolStatus
+from llumsched.frontend.link import SchedulerLink
+from llumsched.frontend.member import FrontendPlan
+from llumsched.frontend.plans import limits_of, planner, resources_of
+from llumsched.frontend.ports import FrontendPorts
+from llumsched.runtime.frontends import Frontends
+from llumsched.runtime.instance_names import engine_index
+from llumsched.runtime.launch import Pool
+from llumsched.runtime.ray_cluster import LaunchError
+from llumsched.runtime.supervisor import TICK_S, BerthStatus, Supervisor
+from llumsched.trust import PoolKeys
+
+# Beyond what vLLM takes to close connections.
+END_MARGIN_S = 2.0
+INTERRUPTED = 130
+
+
+async def serve(
+    args: argparse.Namespace,
+    options: ServeOptions,
+    vllm_config: VllmConfig,
+    listen_address: str,
+    sock: socket.socket,
+) -> int:
+    """Serve until a signal comes; the process's exit status.
+
+    Raises:
+        LaunchError: if an instance or a frontend cannot be started.
+    """
+    on_signals(interrupt)
+    host = "127.0.0.1"
+    keys = PoolKeys.generate()
+    with (
+        FrontendPorts(host, options.num_frontends) as ports,
+        Pool(
+            ray_address=options.ray_address,
+            num_instances=options.num_instances,
+            planned_instances=options.planned_instances,
+            keys=keys,
+            progress=progress,
+        ) as pool,
+    ):
+        pool.start_scheduler(options.config, host, options.decision_log)
+        on_signals(interrupt)  # Ray has put its own handler there
+        pool.start_instances(
+            planner(
+                options,
+                vllm_config,
+                ports.addresses(),
+                pool,
+                host,
+                log_stats=not args.disable_log_stats,
+            ),
+            resources_of(vllm_config, options.planned_instances),
+            timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S,
+        )
+        stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stopping.set)
+        link = SchedulerLink(
+            pool.scheduler_endpoint, keys, least_loaded=lambda: None, frontend_id="launcher"
+        )
+        hub = Hub()
+        supervisor = pool.supervise(
+            Departures(loop, hub, link),
+            max_instances=options.most_instances,
+            boot_timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S,
+            limits=limits_of(options),
+        )
+        link.supervise_with(supervisor)
+        hub.supervise_with(supervisor)
+
+        def plan(listener: int, loads: int) -> FrontendPlan:
+            return FrontendPlan(
+                args=args,
+                options=options,
+                vllm_config=vllm_config,
+                keys=keys,
+                host=host,
+                ports=tuple(ports.of(index) for index in range(options.num_frontends)),
+                scheduler_endpoint=pool.scheduler_endpoint,
+                listen_address=listen_address,
+                listener=listener,
+                loads=loads,
+            )
+
+        try:
+            async with Children(
+                plan,
+                options.num_frontends,
+                sock,
+                hub,
+                pool,
+                closing_timeout_s=vllm_config.shutdown_timeout + CLOSING_TIMEOUT_S + END_MARGIN_S,
+            ) as children:
+                progress(f"starting {options.num_frontends} frontends")
+                frontends = Frontends(
+                    children,
+                    options.num_frontends,
+                    boot_timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S,
+                )
+                reporter = _Reporter(options, pool, supervisor, frontends, hub)
+                status = await _look_after(
+                    frontends,
+                    reporter,
+                    stopping,
+                    f"{args.model} on {listen_address}",
+                )
+                progress("stopping")
+        finally:
+            pool.stop_supervising()
+            link.close()
+            pool.stop()
+    return status
+
+
+async def _look_after(
+    frontends: Frontends, reporter: _Reporter, stopping: asyncio.Event, what: str
+) -> int:
+    """Until a signal comes; the process's exit status."""
+    serving = False
+    while not stopping.is_set():
+        frontends.tick()
+        reporter.report()
+        statuses = frontends.describe()
+        if not serving and all(status.state == "serving" for status in statuses):
+            serving = True
+            progress(f"serving {what}, with {len(statuses)} frontends")
+        for status in statuses:
+            if not serving and status.num_deaths:
+                raise LaunchError(
+                    f"{status.frontend_id} failed to start: {status.last_failure}. What it said "
+                    "is above."
+                )
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), TICK_S)
+    return 0 if serving else INTERRUPTED
+
+
+class _Reporter:
+    """Tells the frontends how everything is that this process has started."""
+
+    def __init__(
+        self,
+        options: ServeOptions,
+        pool: Pool,
+        supervisor: Supervisor,
+        frontends: Frontends,
+        hub: Hub,
+    ) -> None:
+        self._pool = pool
+        self._supervisor = supervisor
+        self._frontends = frontends
+        self._hub = hub
+        self._labels = EngineLabels(options.most_instances)
+
+    def report(self) -> None:
+        """Nothing, if nothing has changed."""
+        berths = self._supervisor.describe()
+        running = {engine_index(b.instance_id) for b in berths if b.state == "running"}
+        known = set(self._labels.instances)
+        for index in known - running:
+            self._labels.give_back(index)
+        for index in sorted(running - known):
+            self._labels.take(index)
+        self._hub.tell(
+            PoolStatus(
+                berths=tuple(_in_whole_seconds(berth) for berth in berths),
+                frontends=tuple(self._frontends.describe()),
+                labels=self._labels.by_instance,
+                num_labels_used=self._labels.num_ever_taken,
+                unproven={
+                    **self._hub.unproven(),
+                    "supervisor": self._pool.heartbeat_gate.num_unproven,
+                },
+            )
+        )
+
+
+def _in_whole_seconds(berth: BerthStatus) -> BerthStatus:
+    """So that it does not change all the time."""
+    if berth.retry_in_s is None:
+        return berth
+    return replace(berth, retry_in_s=float(math.ceil(berth.retry_in_s)))

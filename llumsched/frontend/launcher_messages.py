@@ -1,0 +1,120 @@
+"""What launcher and frontends say to each other, by a pair of sockets that each is born with.
+
+As with the scheduler's (``llumsched.runtime.messages``), decoding checks types and runs no code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from llumsched.runtime.frontends import FrontendStatus
+from llumsched.runtime.messages import Message
+from llumsched.runtime.supervisor import BerthStatus
+
+
+class RequestStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """An unfinished request, as ``GET /llumsched/requests`` shows it."""
+
+    request_id: str
+    external_id: str
+    frontend_id: str
+    instance_id: str | None
+    num_output_tokens: int
+    num_moves: int
+    num_resumptions: int
+
+
+# ---- launcher -> frontend -----------------------------------------------------------------------
+
+
+class PoolStatus(Message, frozen=True, kw_only=True):
+    """How everything that the launcher has started is; told whenever it changes.
+
+    ``labels`` are those that the serving instances have in vLLM's metrics, by engine index; the
+    first ``num_labels_used`` have ever been in use. ``unproven`` counts what the gates of frontends
+    and launcher have turned away.
+    """
+
+    berths: tuple[BerthStatus, ...]
+    frontends: tuple[FrontendStatus, ...]
+    labels: Mapping[int, int]
+    num_labels_used: int
+    unproven: Mapping[str, int]
+
+
+class InstanceLeft(Message, frozen=True, kw_only=True):
+    """An instance is gone; the scheduler knows. Of all frontends one counts it."""
+
+    engine_index: int
+    expected: bool
+    is_counted: bool
+
+
+class ListRequests(Message, frozen=True, kw_only=True):
+    """Asks a frontend for its requests, for another."""
+
+    call_id: int
+
+
+# ---- frontend -> launcher -----------------------------------------------------------------------
+
+
+class FrontendServes(Message, frozen=True, kw_only=True):
+    """It takes requests from now on."""
+
+
+class ConnectionBroke(Message, frozen=True, kw_only=True):
+    """What an instance has sent to this frontend may be lost."""
+
+    instance_id: str
+
+
+class ReplaceInstance(Message, frozen=True, kw_only=True):
+    """An operator wants another instance in the place of this one, when it has ended."""
+
+    instance_id: str
+
+
+class LimitInstances(Message, frozen=True, kw_only=True):
+    """An operator wants no more instances than this."""
+
+    num_instances: int
+
+
+class CountUnproven(Message, frozen=True, kw_only=True):
+    """How many connections this frontend's gate has turned away."""
+
+    num_unproven: int
+
+
+class AskOthers(Message, frozen=True, kw_only=True):
+    """Asks the launcher for the requests of all other frontends."""
+
+    call_id: int
+
+
+# ---- both ways ----------------------------------------------------------------------------------
+
+
+class Requests(Message, frozen=True, kw_only=True):
+    """Answers ``ListRequests`` and ``AskOthers``."""
+
+    call_id: int
+    requests: tuple[RequestStatus, ...]
+
+
+LauncherMessage = PoolStatus | InstanceLeft | ListRequests | Requests
+FrontendMessage = (
+    FrontendServes
+    | ConnectionBroke
+    | ReplaceInstance
+    | LimitInstances
+    | CountUnproven
+    | AskOthers
+    | Requests
+)
+
+decode_from_launcher = msgspec.msgpack.Decoder(LauncherMessage).decode
+decode_from_frontend = msgspec.msgpack.Decoder(FrontendMessage).decode

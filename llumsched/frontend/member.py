@@ -1,0 +1,127 @@
+"""One of several frontends: vLLM's ``AsyncLLM`` and app, over instances that it did not start."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import mmap
+import socket
+from collections.abc import MutableSequence
+from dataclasses import dataclass
+from typing import cast
+
+from vllm.config import VllmConfig
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
+from vllm.utils.system_utils import decorate_logs
+from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+from llumsched.engine.vllm.prefix_blocks import prefix_hasher
+from llumsched.frontend.admin import admin_router
+from llumsched.frontend.app import serve_app
+from llumsched.frontend.arguments import ServeOptions
+from llumsched.frontend.channel import Channel
+from llumsched.frontend.departures import Departures
+from llumsched.frontend.engine import Surroundings, build_engine
+from llumsched.frontend.pool_metrics import PoolMetrics
+from llumsched.frontend.preflight import check_tasks
+from llumsched.frontend.sockets import FrontendSockets, max_output_num_bytes
+from llumsched.frontend.supervision import Supervision
+from llumsched.runtime.frontends import frontend_id
+from llumsched.trust import PoolKeys
+
+# A number of connections is an int of four bytes.
+LOAD_NUM_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontendPlan:
+    """Everything that frontends are told; of each it is the same but for its place.
+
+    ``ports`` are those of every place. ``listener`` and ``loads`` are file descriptors that they
+    inherit: the socket that all of them take connections from, and how many each of them has.
+    """
+
+    args: argparse.Namespace
+    options: ServeOptions
+    vllm_config: VllmConfig
+    keys: PoolKeys
+    host: str
+    ports: tuple[tuple[int, int], ...]
+    scheduler_endpoint: str
+    listen_address: str
+    listener: int
+    loads: int
+
+
+def connections_of_all(descriptor: int, num_frontends: int) -> MutableSequence[int]:
+    """How many connections each frontend has, in memory that all of them share."""
+    shared = memoryview(mmap.mmap(descriptor, LOAD_NUM_BYTES * num_frontends))
+    return cast("MutableSequence[int]", shared.cast("i"))
+
+
+async def serve(plan: FrontendPlan, index: int, channel: Channel) -> None:
+    """Serve in this place until a signal, or the end of the launcher, ends it."""
+    name = frontend_id(index)
+    decorate_logs(name)
+    supervision = Supervision(channel, name, plan.options.most_instances)
+    supervision.await_status()
+    args, vllm_config = plan.args, plan.vllm_config
+    if not supervision.labels():
+        check_tasks(vllm_config)
+    vllm_config.parallel_config._api_process_rank = index
+    _import_plugins(args)
+    sockets = FrontendSockets(
+        plan.host, plan.keys, max_output_num_bytes(vllm_config), plan.ports[index]
+    )
+    engine, link = build_engine(
+        args,
+        vllm_config,
+        Surroundings(
+            sockets=sockets,
+            scheduler_endpoint=plan.scheduler_endpoint,
+            prefix_hashes=prefix_hasher(vllm_config) if plan.options.wants_prefix_blocks else None,
+            num_labels=plan.options.most_instances,
+            roster=supervision,
+            client_index=index,
+            client_count=plan.options.num_frontends,
+        ),
+    )
+    client = engine.engine_core
+    registry = get_prometheus_registry()
+    metrics = PoolMetrics(supervision.unproven, registry)
+    following = [
+        asyncio.create_task(metrics.follow(link)),
+        asyncio.create_task(supervision.count(sockets.gate)),
+    ]
+    try:
+        supervision.follow(client, Departures(asyncio.get_running_loop(), client, link))
+        if client.instances:
+            await client.begin_anew()
+            await engine.reset_mm_cache()
+        closing = await serve_app(
+            args,
+            engine,
+            admin_router(link, client.routes, supervision, supervision, name)
+            if plan.options.admin_api
+            else None,
+            registry,
+            plan.listen_address,
+            socket.socket(fileno=plan.listener),
+            begins=supervision.serves,
+            peer_loads=(connections_of_all(plan.loads, plan.options.num_frontends), index),
+        )
+        await closing
+    finally:
+        engine.shutdown(timeout=0)
+        for task in following:
+            task.cancel()
+        link.close()
+
+
+def _import_plugins(args: argparse.Namespace) -> None:
+    """What vLLM has imported into the launcher when it checked the arguments."""
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)

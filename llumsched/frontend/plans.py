@@ -1,0 +1,96 @@
+"""What an instance of this server is told, and what Ray sets aside for it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.engine.utils import EngineZmqAddresses
+
+from llumsched.core.policy import VictimPolicy
+from llumsched.engine.vllm.core import EngineSettings
+from llumsched.frontend.arguments import ServeOptions
+from llumsched.frontend.preflight import cpu_threads_per_worker
+from llumsched.plugins import build_bundle
+from llumsched.policies.low_priority_short import LowPriorityShort
+from llumsched.runtime.instance import InstancePlan
+from llumsched.runtime.instance_actor import InstanceResources
+from llumsched.runtime.instance_names import instance_name
+from llumsched.runtime.launch import Pool
+from llumsched.runtime.vital_signs import Limits
+
+
+def planner(
+    options: ServeOptions,
+    vllm_config: VllmConfig,
+    frontend_addresses: EngineZmqAddresses,
+    pool: Pool,
+    host: str,
+    *,
+    log_stats: bool,
+) -> Callable[[int, str | None], InstancePlan]:
+    """What an instance is told, by its engine index and the scheduler's order that it answers.
+
+    Args:
+        frontend_addresses: of every frontend, in the order of their client indices.
+        pool: its scheduler has been started.
+    """
+    victim: VictimPolicy = build_bundle(options.config).victim or LowPriorityShort()
+    # The frontend's own is changed by what the first instances say of themselves.
+    untouched = copy.deepcopy(vllm_config)
+
+    def plan(index: int, launch_id: str | None) -> InstancePlan:
+        return InstancePlan(
+            instance_id=instance_name(index),
+            engine=EngineSettings(
+                vllm_config=untouched,
+                frontend_addresses=frontend_addresses,
+                engine_index=index,
+                log_stats=log_stats,
+            ),
+            keys=pool.keys,
+            scheduler_endpoint=pool.scheduler_endpoint,
+            heartbeat_endpoint=pool.heartbeat_endpoint,
+            host=host,
+            victim=victim,
+            migration=options.config.migration_options,
+            transfer=options.config.transfer_options,
+            reports_prefix_blocks=options.wants_prefix_blocks,
+            launch_id=launch_id,
+        )
+
+    return plan
+
+
+def limits_of(options: ServeOptions) -> Limits:
+    """Beyond which an instance that does not end by itself is dead."""
+    return Limits(
+        heartbeat_s=options.heartbeat_timeout_s,
+        step_s=options.step_timeout_s,
+        loop_uses_cpu=current_platform.is_cpu(),
+    )
+
+
+def resources_of(vllm_config: VllmConfig, num_instances: int) -> InstanceResources:
+    """What one of so many instances needs, and its environment."""
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # The workers of an engine are on one machine; gloo asks nobody who connects for a proof.
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+    }
+    num_workers = vllm_config.parallel_config.world_size
+    if not current_platform.is_cpu():
+        return InstanceResources(num_cpus=1, num_gpus=num_workers, environment=environment)
+    num_threads = cpu_threads_per_worker(num_instances * num_workers, os.environ)
+    environment["OMP_NUM_THREADS"] = str(num_threads)
+    if num_workers > 1:
+        # By itself vLLM wants a NUMA node for each worker, and binds all instances to the same.
+        bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = bound
+    if os.environ.get("LD_PRELOAD"):
+        # vLLM's CPU platform has set it, for the OpenMP library that torch brings.
+        environment["LD_PRELOAD"] = os.environ["LD_PRELOAD"]
+    return InstanceResources(num_cpus=1, num_gpus=0, environment=environment)

@@ -1,0 +1,207 @@
+"""A frontend's side of the channel to its launcher: how the pool is, and what is wanted of it.
+
+A thread receives, also while the frontend is still being built; what happens to instances meanwhile
+is kept for when there is somebody to tell. Without its launcher a frontend ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+from llumsched.frontend.admin import requests_of
+from llumsched.frontend.channel import Channel, ChannelClosed
+from llumsched.frontend.client import RoutingEngineClient
+from llumsched.frontend.departures import Departures
+from llumsched.frontend.launcher_messages import (
+    AskOthers,
+    ConnectionBroke,
+    CountUnproven,
+    FrontendServes,
+    InstanceLeft,
+    LimitInstances,
+    ListRequests,
+    PoolStatus,
+    ReplaceInstance,
+    Requests,
+    RequestStatus,
+    decode_from_launcher,
+)
+from llumsched.runtime.frontends import FrontendStatus
+from llumsched.runtime.instance_names import instance_name
+from llumsched.runtime.messages import Message, encode
+from llumsched.runtime.supervisor import BerthStatus
+from llumsched.trust import Gate
+
+logger = logging.getLogger(__name__)
+
+COUNT_INTERVAL_S = 1.0
+OTHERS_TIMEOUT_S = 5.0
+
+
+def end_this_process() -> None:
+    """As if it had been told to."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Supervision:
+    """Implements ``connections.Roster``, ``admin.Berths`` and ``admin.OtherFrontends``.
+
+    Args:
+        max_instances: no more are started than this, whoever asks.
+        launcher_lost: called, on another thread, when the launcher is gone.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        frontend_id: str,
+        max_instances: int,
+        launcher_lost: Callable[[], None] = end_this_process,
+    ) -> None:
+        self.max_instances = max_instances
+        self._channel = channel
+        self._frontend_id = frontend_id
+        self._launcher_lost = launcher_lost
+        self._lock = threading.Lock()
+        self._status: PoolStatus | None = None
+        self._is_told = threading.Event()
+        self._left: list[InstanceLeft] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._departures: Departures | None = None
+        self._client: RoutingEngineClient | None = None
+        self._calls: dict[int, asyncio.Future[tuple[RequestStatus, ...]]] = {}
+        self._call_ids = itertools.count(1)
+        threading.Thread(target=self._receive, name="launcher", daemon=True).start()
+
+    def await_status(self) -> None:
+        """Wait until it is known how the pool is; the end of the launcher ends this process."""
+        self._is_told.wait()
+
+    def follow(self, client: RoutingEngineClient, departures: Departures) -> None:
+        """From now on these hear what becomes of instances; call on the loop."""
+        with self._lock:
+            self._loop = asyncio.get_running_loop()
+            self._client, self._departures = client, departures
+            left, self._left = self._left, []
+            status = self._status
+        for message in left:
+            self._tell_left(departures, message)
+        if status is not None:
+            client.labels.were_used(status.num_labels_used)
+        client.tell_of_breaks(
+            lambda index: self._say(ConnectionBroke(instance_id=instance_name(index)))
+        )
+
+    def serves(self) -> None:
+        """This frontend takes requests from now on."""
+        self._say(FrontendServes())
+
+    async def count(self, gate: Gate) -> None:
+        """Tell how many strangers have knocked, until cancelled."""
+        told = 0
+        while True:
+            if gate.num_unproven != told:
+                told = gate.num_unproven
+                self._say(CountUnproven(num_unproven=told))
+            await asyncio.sleep(COUNT_INTERVAL_S)
+
+    # ---- how the pool is ------------------------------------------------------------------------
+
+    def labels(self) -> Mapping[int, int]:
+        """The instances that serve, with their labels."""
+        return self._status.labels if self._status is not None else {}
+
+    def describe(self) -> Sequence[BerthStatus]:
+        """Every berth of an instance."""
+        return self._status.berths if self._status is not None else ()
+
+    def frontends(self) -> Sequence[FrontendStatus]:
+        """Every place of a frontend."""
+        return self._status.frontends if self._status is not None else ()
+
+    def unproven(self) -> Mapping[str, int]:
+        """What the gates of launcher and frontends have turned away."""
+        return self._status.unproven if self._status is not None else {}
+
+    async def requests(self) -> Sequence[RequestStatus]:
+        """Those of all other frontends.
+
+        Raises:
+            TimeoutError: if one of them does not answer.
+        """
+        call_id = next(self._call_ids)
+        answer: asyncio.Future[tuple[RequestStatus, ...]]
+        answer = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = answer
+        try:
+            self._say(AskOthers(call_id=call_id))
+            async with asyncio.timeout(OTHERS_TIMEOUT_S):
+                return await answer
+        finally:
+            del self._calls[call_id]
+
+    # ---- what is wanted -------------------------------------------------------------------------
+
+    def replace(self, instance_id: str) -> None:
+        """When this instance has ended, start another."""
+        self._say(ReplaceInstance(instance_id=instance_id))
+
+    def limit(self, num_instances: int) -> None:
+        """No more instances than this."""
+        self._say(LimitInstances(num_instances=num_instances))
+
+    # ---- the channel ----------------------------------------------------------------------------
+
+    def _say(self, message: Message) -> None:
+        try:
+            self._channel.send(encode(message))
+        except ChannelClosed:
+            return  # the thread that receives hears of it as well
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                self._take_in(decode_from_launcher(self._channel.receive()))
+        except ChannelClosed:
+            logger.info("The launcher is gone")
+        finally:
+            self._launcher_lost()
+
+    def _take_in(self, message: Message) -> None:
+        with self._lock:
+            loop, client, departures = self._loop, self._client, self._departures
+            match message:
+                case PoolStatus():
+                    self._status = message
+                    self._is_told.set()
+                case InstanceLeft() if departures is None:
+                    self._left.append(message)
+        if loop is None or client is None or departures is None:
+            return
+        match message:
+            case PoolStatus():
+                loop.call_soon_threadsafe(client.labels.were_used, message.num_labels_used)
+            case InstanceLeft():
+                self._tell_left(departures, message)
+            case ListRequests():
+                loop.call_soon_threadsafe(self._list_requests, client, message.call_id)
+            case Requests():
+                loop.call_soon_threadsafe(self._told, message)
+
+    def _tell_left(self, departures: Departures, left: InstanceLeft) -> None:
+        departures.gone(left.engine_index, expected=left.expected, is_counted=left.is_counted)
+
+    def _list_requests(self, client: RoutingEngineClient, call_id: int) -> None:
+        requests = tuple(requests_of(client.routes, self._frontend_id))
+        self._say(Requests(call_id=call_id, requests=requests))
+
+    def _told(self, message: Requests) -> None:
+        call = self._calls.get(message.call_id)
+        if call is not None and not call.done():
+            call.set_result(message.requests)

@@ -1,0 +1,84 @@
+"""The Ray cluster of a pool: one that runs already, or a local one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+logger = logging.getLogger(__name__)
+
+
+class LaunchError(Exception):
+    """The pool cannot be started; the message says why and what to change."""
+
+
+def start_ray(address: str | None, *, num_cpus: int) -> bool:
+    """Attach to a Ray cluster, or start a local one.
+
+    Args:
+        address: as ``ray.init`` takes it; ``None`` attaches to the cluster that ``RAY_ADDRESS``
+            or this machine's latest ``ray start`` names, and else starts one.
+        num_cpus: logical CPUs of a cluster that is started.
+
+    Returns:
+        whether a local one was started, which ends with this process.
+
+    Raises:
+        LaunchError: if there is no cluster at ``address``.
+    """
+    # Ray's own warning about GPU masks does not concern a CPU actor.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray starts its workers at low priority, meant for machines that also serve people.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    quiet: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
+    named = address or os.environ.get("RAY_ADDRESS")
+    found = named or _latest_ray_start()
+    if found is not None:
+        try:
+            ray.init(address=found, **quiet)
+            return False
+        except ConnectionError as error:
+            if named is not None:
+                raise LaunchError(
+                    f"There is no Ray cluster at {named}. Start one with 'ray start --head', or "
+                    "leave --ray-address and RAY_ADDRESS out to have a local one started."
+                ) from error
+            logger.warning("The Ray cluster last started, at %s, is gone.", found)
+    # Ray asks for a token whoever connects to a local cluster, and else takes one that it keeps in
+    # a file for all clusters of this user.
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+    return True
+
+
+def _latest_ray_start() -> str | None:
+    """The address that the last ``ray start`` on this machine wrote down, if any.
+
+    Not Ray's "auto", which also finds the private clusters of other programs and would end
+    with them.
+    """
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    path = Path(folder) / "ray" / "ray_current_cluster"
+    try:
+        return path.read_text().strip() or None
+    except OSError:
+        return None
+
+
+def cluster_resources() -> Mapping[str, float]:
+    """All that the cluster has, by Ray's name of the resource."""
+    resources: Mapping[str, float] = ray.cluster_resources()
+    return resources
+
+
+def in_words(resources: Mapping[str, float]) -> str:
+    """CPUs and GPUs, for a sentence."""
+    named = {name: resources[name] for name in ("CPU", "GPU") if name in resources}
+    return " and ".join(f"{amount:g} {name}" for name, amount in named.items()) or "nothing"

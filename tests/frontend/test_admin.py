@@ -1,0 +1,106 @@
+"""The admin API of one frontend of several: all requests of the pool can be seen and moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from llumsched.frontend.admin import OtherFrontends, admin_router
+from llumsched.frontend.launcher_messages import RequestStatus
+from llumsched.frontend.link import SchedulerLink
+from llumsched.frontend.routes import Routes
+from llumsched.runtime.frontends import FrontendStatus
+from llumsched.runtime.messages import MigrateAnswer, ReportMigration
+from llumsched.runtime.supervisor import BerthStatus
+
+
+class Berths:
+    """No instance."""
+
+    max_instances = 8
+
+    def describe(self) -> Sequence[BerthStatus]:
+        return ()
+
+    def replace(self, instance_id: str) -> None: ...
+
+    def limit(self, num_instances: int) -> None: ...
+
+
+class Others:
+    """One other frontend, with one request; or one that does not answer."""
+
+    def __init__(self, *, answers: bool = True) -> None:
+        self._answers = answers
+
+    def frontends(self) -> Sequence[FrontendStatus]:
+        return ()
+
+    async def requests(self) -> Sequence[RequestStatus]:
+        if not self._answers:
+            raise TimeoutError
+        theirs = RequestStatus(
+            request_id="cmpl-2-0-abcd",
+            external_id="cmpl-2-0",
+            frontend_id="frontend-1",
+            instance_id="instance-1",
+            num_output_tokens=5,
+            num_moves=1,
+            num_resumptions=0,
+        )
+        return [theirs]
+
+
+class Link:
+    """Moves whatever it is told to move."""
+
+    async def migrate(self, request_id: str, destination: str | None, _: float) -> MigrateAnswer:
+        report = ReportMigration(
+            migration_id="m",
+            request_id=request_id,
+            source="instance-1",
+            destination=destination or "instance-0",
+            outcome="committed",
+            reason="",
+        )
+        return MigrateAnswer(call_id=1, report=report)
+
+
+def client(others: OtherFrontends | None) -> TestClient:
+    routes = Routes()
+    routes.open("cmpl-1-0-efgh", "cmpl-1-0").instance = 0
+    app = FastAPI()
+    app.include_router(admin_router(cast(SchedulerLink, Link()), routes, Berths(), others))
+    return TestClient(app)
+
+
+def test_requests_of_all_frontends_are_listed() -> None:
+    found = client(Others()).get("/llumsched/requests").json()["requests"]
+    assert [(r["external_id"], r["frontend_id"], r["instance_id"]) for r in found] == [
+        ("cmpl-1-0", "frontend-0", "instance-0"),
+        ("cmpl-2-0", "frontend-1", "instance-1"),
+    ]
+
+
+def test_a_request_of_another_frontend_is_moved() -> None:
+    answer = client(Others()).post("/llumsched/migrations", json={"request_id": "cmpl-2"})
+    assert answer.status_code == 200
+    assert answer.json()["request_id"] == "cmpl-2-0-abcd"
+
+
+def test_a_request_is_not_said_to_be_nowhere_while_a_frontend_is_silent() -> None:
+    silent = client(Others(answers=False))
+    answers = [
+        silent.get("/llumsched/requests"),
+        silent.post("/llumsched/migrations", json={"request_id": "cmpl-2"}),
+    ]
+    assert [answer.status_code for answer in answers] == [503, 503]
+
+
+def test_one_frontend_has_no_others() -> None:
+    alone = client(None)
+    assert len(alone.get("/llumsched/requests").json()["requests"]) == 1
+    assert alone.post("/llumsched/migrations", json={"request_id": "x"}).status_code == 404

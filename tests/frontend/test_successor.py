@@ -1,0 +1,216 @@
+"""A frontend in the place of one that died, over real sockets, with an engine played by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import zmq
+from prometheus_client import CollectorRegistry
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    EngineCoreRequestType,
+    UtilityOutput,
+)
+from vllm.v1.engine import core as engine_core_module
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
+
+from llumsched.engine.vllm.core import prove_membership
+from llumsched.frontend.client import RoutingEngineClient
+from llumsched.frontend.metrics import FrontendMetrics
+from llumsched.frontend.ports import FrontendPorts
+from llumsched.frontend.sockets import FrontendSockets, engine_identity
+from llumsched.trust import PoolKeys
+
+PATIENCE_S = 20.0
+HOST = "127.0.0.1"
+KEYS = PoolKeys.generate()
+INSTANCE = 3
+PLACE = 1
+
+
+class Placer:
+    """All requests go to the one instance."""
+
+    def __init__(self) -> None:
+        self.ended_ids: list[str] = []
+
+    async def place(self, request: EngineCoreRequest, **_: Any) -> int:
+        return INSTANCE
+
+    def ended(self, request_id: str, **_: Any) -> None:
+        self.ended_ids.append(request_id)
+
+
+class Roster:
+    def labels(self) -> dict[int, int]:
+        return {INSTANCE: 2}
+
+
+class Engine:
+    """The two sockets of vLLM's engine core, opened as it opens them."""
+
+    def __init__(self, ports: FrontendPorts) -> None:
+        addresses = ports.addresses()
+        self._context = zmq.Context()
+        module: Any = engine_core_module
+        self.input: zmq.Socket[bytes] = module.make_zmq_socket(
+            self._context,
+            addresses.inputs[PLACE],
+            zmq.DEALER,
+            identity=engine_identity(INSTANCE),
+            bind=False,
+        )
+        self.output: zmq.Socket[bytes] = module.make_zmq_socket(
+            self._context, addresses.outputs[PLACE], zmq.PUSH, linger=0
+        )
+        self.input.send(b"")  # vLLM takes an empty payload for an engine with nothing to say
+        self._heard: queue.SimpleQueue[tuple[EngineCoreRequestType, Any]] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        """As vLLM's input thread does; aborts of no request are nothing."""
+        while not self._closing.is_set():
+            if not self.input.poll(10):
+                continue
+            type_frame, *frames = self.input.recv_multipart(copy=False)
+            request_type = EngineCoreRequestType(bytes(type_frame.buffer))
+            is_add = request_type is EngineCoreRequestType.ADD
+            decoder = MsgpackDecoder(EngineCoreRequest) if is_add else MsgpackDecoder()
+            request = decoder.decode(frames)
+            if request:
+                self._heard.put((request_type, request))
+
+    def say(self, outputs: EngineCoreOutputs) -> None:
+        outputs.engine_index = INSTANCE
+        self.output.send_multipart(MsgpackEncoder().encode(outputs))
+
+    async def hear(self) -> tuple[EngineCoreRequestType, Any]:
+        """The next request."""
+        return await asyncio.to_thread(self._heard.get, timeout=PATIENCE_S)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+        self._context.destroy(linger=0)
+
+
+@pytest.fixture
+def ports(monkeypatch: pytest.MonkeyPatch) -> Iterator[FrontendPorts]:
+    module: Any = engine_core_module
+    monkeypatch.setattr(module, "make_zmq_socket", module.make_zmq_socket)
+    prove_membership(KEYS)
+    with FrontendPorts(HOST, PLACE + 1) as ports:
+        yield ports
+
+
+@asynccontextmanager
+async def frontend(ports: FrontendPorts, placer: Placer) -> AsyncIterator[RoutingEngineClient]:
+    """Nothing of it is left afterwards, as of a process that has ended."""
+    sockets = FrontendSockets(HOST, KEYS, 1 << 20, ports.of(PLACE))
+    config = SimpleNamespace(cache_config=SimpleNamespace())
+    client = RoutingEngineClient(
+        cast(VllmConfig, config),
+        sockets=sockets,
+        engine_indices=(),
+        placer=placer,
+        client_index=PLACE,
+        client_count=PLACE + 1,
+        roster=Roster(),
+        num_labels=4,
+        ready_timeout_s=PATIENCE_S,
+        metrics=FrontendMetrics(CollectorRegistry()),
+    )
+    try:
+        yield client
+    finally:
+        client.shutdown()
+        await asyncio.gather(*client._tasks, return_exceptions=True)
+        sockets.close()
+
+
+def request(request_id: str) -> EngineCoreRequest:
+    return EngineCoreRequest(
+        request_id=request_id,
+        prompt_token_ids=[1, 2, 3],
+        mm_features=None,
+        sampling_params=SamplingParams(max_tokens=5),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+
+
+def tokens(request_id: str, *token_ids: int) -> EngineCoreOutputs:
+    output = EngineCoreOutput(request_id=request_id, new_token_ids=list(token_ids))
+    return EngineCoreOutputs(outputs=[output])
+
+
+def play(ports: FrontendPorts, scenario: Callable[[Engine], Awaitable[None]]) -> None:
+    async def playing() -> None:
+        engine = Engine(ports)
+        try:
+            await scenario(engine)
+        finally:
+            engine.close()
+
+    asyncio.run(playing())
+
+
+def test_instances_are_known_to_it_though_they_came_before(ports: FrontendPorts) -> None:
+    async def scenario(engine: Engine) -> None:
+        for name in ("of the first", "of the second"):
+            async with frontend(ports, Placer()) as client:
+                assert client.labels.by_instance == {INSTANCE: 2}
+                await client.add_request_async(request(name))
+                request_type, heard = await engine.hear()
+                assert (request_type, heard.request_id) == (EngineCoreRequestType.ADD, name)
+                assert heard.client_index == PLACE
+
+    play(ports, scenario)
+
+
+def test_what_was_meant_for_the_one_before_is_not_taken_in(ports: FrontendPorts) -> None:
+    async def scenario(engine: Engine) -> None:
+        async with frontend(ports, Placer()) as client:
+            engine.say(tokens("of the one before", 7))
+            late = UtilityOutput(call_id=12345, result=UtilityResult(None))
+            engine.say(EngineCoreOutputs(utility_output=late))
+            await client.add_request_async(request("mine"))
+            await engine.hear()
+            engine.say(tokens("mine", 8))
+            async with asyncio.timeout(PATIENCE_S):
+                outputs = await client.get_output_async()
+            assert [(o.request_id, o.new_token_ids) for o in outputs.outputs] == [("mine", [8])]
+
+    play(ports, scenario)
+
+
+def test_whatever_it_finds_of_the_one_before_ends(ports: FrontendPorts) -> None:
+    async def scenario(engine: Engine) -> None:
+        placer = Placer()
+        async with frontend(ports, placer) as client:
+            beginning = asyncio.create_task(client.begin_anew())
+            request_type, (index, call_id, method, args) = await engine.hear()
+            assert request_type is EngineCoreRequestType.UTILITY
+            assert (index, method, list(args)) == (PLACE, "abort_client", [PLACE])
+            answer = UtilityOutput(call_id=call_id, result=UtilityResult(["a", "b"]))
+            engine.say(EngineCoreOutputs(utility_output=answer))
+            await beginning
+            assert placer.ended_ids == ["a", "b"]
+
+    play(ports, scenario)
