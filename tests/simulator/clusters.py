@@ -148,7 +148,6 @@ def clusters(draw: st.DrawFn) -> tuple[Trace, SimulationOptions]:
         config = replace(config, params={"source_below": 100.0, "destination_above": 100.0})
         if draw(st.booleans()):
             scaling = {
-                "min_instances": draw(st.integers(0, 1)),
                 "max_instances": 5,
                 "scale_up_after_s": 1.0,
                 "scale_down_after_s": 2.0,
