@@ -56,7 +56,7 @@ class FrontendLoss:
         for answer in answered:
             try:
                 self._untold += ray.get(answer)
-            except ray.exceptions.RayError:
+            except ray.exceptions.RayActorError:
                 continue  # it is dead, and its requests with it
 
     def _take_word(self, telling: Any, num_told: int) -> None:
@@ -66,7 +66,7 @@ class FrontendLoss:
         self._telling = None
         try:
             ray.get(telling)
-        except ray.exceptions.RayError:
+        except ray.exceptions.RayActorError:
             return  # the scheduler died, and is told again
         self._is_told = True
         del self._untold[:num_told]

@@ -14,6 +14,8 @@ import signal
 import threading
 from dataclasses import dataclass
 
+import ray
+
 from llumsched.core.migration import MigrationOptions
 from llumsched.core.policy import VictimPolicy
 from llumsched.core.transfer_options import TransferOptions
@@ -26,6 +28,10 @@ from llumsched.runtime.signals import act_on
 from llumsched.trust import PoolKeys
 
 logger = logging.getLogger(__name__)
+
+# The calls that are answered meanwhile. A class with a coroutine is an asyncio actor to Ray, whose
+# other calls share one thread, which `run` holds.
+WHILE_SERVING = "while serving"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +109,12 @@ class Instance:
         finally:
             self._port.close()
 
+    @ray.method(concurrency_group=WHILE_SERVING)
     def abort_client(self, client_index: int) -> list[str]:
         """End every request of a frontend that is gone; which they were, once it is done."""
         return self._engine.call(lambda: self._engine.abort_client(client_index)).result()
 
+    @ray.method(concurrency_group=WHILE_SERVING)
     def stop(self) -> None:
         """Ask the engine to end; ``run`` returns soon after."""
         self._stopping.set()

@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from llumsched.engine.compatibility import differences
-from llumsched.runtime.instance import Instance, InstancePlan
+from llumsched.runtime.instance import WHILE_SERVING, Instance, InstancePlan
 from llumsched.runtime.process_work import Work, work_of
 
 # Environment variables that instances on other machines need as well.
@@ -76,10 +76,10 @@ class InstanceActor:
             for name, value in os.environ.items()
             if name.startswith(FORWARDED_PREFIXES) and name not in NOT_FORWARDED
         } | dict(resources.environment)
-        options: Any = ray.remote(Instance).options(
+        remote: Any = ray.remote  # its types know no concurrency groups
+        options = remote(concurrency_groups={WHILE_SERVING: 1})(Instance).options(
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
-            max_concurrency=4,
             runtime_env={"env_vars": environment},
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=self.group),
         )
