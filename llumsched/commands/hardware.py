@@ -66,12 +66,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(names: tuple[str, ...]) -> None:
+    every = [load_hardware(name) for name in names]
     print(_ROW.format("NAME", "MODEL", "BLOCKS", "ACCELERATOR"))
-    for name in names:
-        hardware = load_hardware(name)
-        print(
-            _ROW.format(hardware.name, hardware.model, hardware.kv.num_blocks, hardware.accelerator)
-        )
+    for found in every:
+        print(_ROW.format(found.name, found.model, found.kv.num_blocks, found.accelerator))
 
 
 def _write(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ It passes on to all what they must know of the pool, to the supervisor what they
 one what another wants to know. A frontend that leaves answers no more: whoever waits for it is told
 what the others have said.
 
-This module starts no processes (``frontend_process``), and serves nothing itself.
+This module starts no processes (``children``), and serves nothing itself.
 """
 
 from __future__ import annotations

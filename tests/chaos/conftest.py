@@ -22,20 +22,14 @@ from tests.e2e.servers import llumsched
 
 @pytest.fixture(scope="package")
 def faulty_pool(model: str, log_folder: Path) -> Iterator[FaultyPool]:  # noqa: F811
-    """Two instances, ended by the tests only. No process of it may outlive it."""
+    """Two instances, ended by the tests only."""
     config = log_folder / "chaos.yaml"
     config.write_text(saboteur.CONFIG)
     flags = ("--instances=2", f"--config={config}", "--max-num-seqs=16")
     env = {saboteur.FOLDER: str(log_folder)}
     server = llumsched(model, log_folder, *flags, name="chaos", **env)
-    try:
-        server.await_health()
-        pool = FaultyPool(server, model, log_folder)
+    with FaultyPool.until_its_end(server, model, log_folder, server.await_health) as pool:
         yield pool
-        pool.close()
-    finally:
-        ending = server.end()
-    assert not ending.left, f"left after SIGTERM: {ending.left}\n{server.log()[-4000:]}"
 
 
 @pytest.fixture

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -26,6 +28,21 @@ class FaultyPool(Admin):
         super().__init__(server.url, model)
         self.server = server
         self._folder = folder
+
+    @classmethod
+    @contextmanager
+    def until_its_end(
+        cls, server: Server, model: str, folder: Path, await_boot: Callable[[], None]
+    ) -> Iterator[Self]:
+        """The pool of a server, which ends after it. No process of it may outlive it."""
+        try:
+            await_boot()
+            pool = cls(server, model, folder)
+            yield pool
+            pool.close()
+        finally:
+            ending = server.end()
+        assert not ending.left, f"left after SIGTERM: {ending.left}\n{server.log()[-4000:]}"
 
     def berths(self) -> list[dict[str, Any]]:
         answer = self.get("/llumsched/instances")

@@ -64,17 +64,15 @@ class SharedPool(FaultyPool):
 
 @pytest.fixture(scope="module")
 def server_pool(model: str, log_folder: Path) -> Iterator[SharedPool]:
-    """Requests move only when told. No process of it may outlive it."""
+    """Requests move only when told."""
     flags = ("--instances=2", "--frontends=2", "--policy=round_robin")
     server = llumsched(model, log_folder, *flags, name="frontends")
-    try:
+
+    def await_boot() -> None:
         server.await_line(", with 2 frontends")
-        pool = SharedPool(server, model, log_folder)
+
+    with SharedPool.until_its_end(server, model, log_folder, await_boot) as pool:
         yield pool
-        pool.close()
-    finally:
-        ending = server.end()
-    assert not ending.left, f"left after SIGTERM: {ending.left}\n{server.log()[-4000:]}"
 
 
 @pytest.fixture

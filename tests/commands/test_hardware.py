@@ -69,6 +69,8 @@ def test_a_mistake_is_one_line_that_names_it(
     arguments: list[str], message: str, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["hardware", *(str(config) if a == "CONFIG" else a for a in arguments)]) == 1
-    error = capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert not printed.out
+    error = printed.err
     assert message in error
     assert error.count("\n") == 1
