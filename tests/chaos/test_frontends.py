@@ -249,7 +249,7 @@ def test_both_frontends_are_killed(pool: SharedPool) -> None:
     answers: list[str] = []
 
     def ask() -> None:
-        answers.append(pool.whole(COMPLETIONS, completion(prompt="The sea", max_tokens=4)).text)
+        answers.append(retried(pool).text)
 
     asking = threading.Thread(target=ask)
     asking.start()
