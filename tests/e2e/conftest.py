@@ -29,7 +29,7 @@ transfer: {transport: tcp, checksum: true}
 _log_sizes = pytest.StashKey[dict[str, int]]()
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def servers_end_with_the_tests() -> Iterator[None]:
     """When a time limit's SIGTERM ends these tests as well, as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -37,17 +37,17 @@ def servers_end_with_the_tests() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def model() -> str:
     return prepare_model()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def log_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("logs")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def llumsched_server(model: str, log_folder: Path) -> Iterator[Server]:
     """Two instances that move requests only when told; it may still be booting."""
     server = llumsched(model, log_folder, "--instances=2", "--policy=round_robin")
@@ -58,7 +58,7 @@ def llumsched_server(model: str, log_folder: Path) -> Iterator[Server]:
     assert not ending.left, f"left after SIGTERM: {ending.left}\n{server.log()[-4000:]}"
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def plain(llumsched_server: Server, model: str, log_folder: Path) -> PlainAnswers:
     """What plain vLLM says to every case. Its server boots beside llumsched's, and ends here."""
     server = plain_vllm(model, log_folder)
@@ -69,7 +69,7 @@ def plain(llumsched_server: Server, model: str, log_folder: Path) -> PlainAnswer
         server.end()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def booted(llumsched_server: Server, model: str) -> Iterator[Admin]:
     llumsched_server.await_health()
     client = Admin(llumsched_server.url, model)
@@ -77,7 +77,7 @@ def booted(llumsched_server: Server, model: str) -> Iterator[Admin]:
     client.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def server_apart(model: str, log_folder: Path) -> Iterator[Server]:
     """Two instances that share no memory, under policies that look at prefixes and lengths, behind
     an API key. The last of its tests ends it by Ctrl-C."""

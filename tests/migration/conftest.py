@@ -13,23 +13,23 @@ from tests.migration.ways import answers_of
 from tests.models import fewer_layers, random_weights
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return fewer_layers(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return random_weights(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def engines(model: str) -> Iterator[Pool]:
     with Pool(model, num_instances=3) as pool:
         yield pool
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def unmoved(engines: Pool) -> dict[str, Any]:
     """Every answer without a move, all asked at once of one instance."""
     return answers_of(engines, CASES)
