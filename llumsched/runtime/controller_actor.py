@@ -35,6 +35,7 @@ class ControllerActor:
     """The Ray actor around ``Controller``; its methods are coroutines of one event loop.
 
     Ray starts it again if it dies: at the same ``port``, so that everybody's connection finds it.
+    It serves at once; that somebody calls it first would take its time.
     """
 
     def __init__(
@@ -43,23 +44,25 @@ class ControllerActor:
         self._controller = Controller(config, decision_log=decision_log)
         self._context = zmq.asyncio.Context()
         self._endpoint = self._controller.bind(self._context, host, keys, port)
-        self._serving: asyncio.Task[None] | None = None
+        # Ray calls this in the event loop of the actor, since that has coroutines.
+        self._serving = asyncio.create_task(self._controller.serve())
+        self._serving.add_done_callback(_log_end)
 
     async def pid(self) -> int:
-        """The id of its process, which lives; sees to it that it serves."""
-        await self.endpoint()
+        """The id of its process, which lives."""
         return os.getpid()
 
     async def endpoint(self) -> str:
-        """Where frontends and instances connect; starts to serve."""
-        if self._serving is None:
-            self._serving = asyncio.create_task(self._controller.serve())
-            self._serving.add_done_callback(_log_end)
+        """Where frontends and instances connect."""
         return self._endpoint
 
     async def close(self) -> None:
-        """Write out the decision log; the actor may be killed afterwards."""
+        """Stop serving, and write out the decision log; the actor may be killed afterwards."""
+        self._serving.cancel()
+        await asyncio.gather(self._serving, return_exceptions=True)
         self._controller.close()
+        # Left to the garbage collector it may block for ever: that closes a context before sockets.
+        self._context.destroy(linger=0)
 
     async def frontend_lost(self, frontend_id: str, request_ids: Sequence[str]) -> None:
         self._controller.frontend_lost(frontend_id, request_ids)
@@ -76,7 +79,7 @@ def _log_end(task: asyncio.Task[Any]) -> None:
 
 
 class SchedulerWatch:
-    """Sees to it that the global scheduler serves: Ray starts it again, this makes it begin."""
+    """Ends a global scheduler that does not answer: Ray starts one again that has died."""
 
     def __init__(self, controller: Any) -> None:
         self._controller = controller
