@@ -163,9 +163,15 @@ class Dispatcher:
         if self._awaits_a_boot():
             self._queue.postpone(now + self._options.queue_timeout_s)
 
-    def expire(self, now: float, launch_failure: str, out: list[Action]) -> None:
-        """Reject what was held for too long; `launch_failure` says why none came, if one failed."""
-        if self._awaits_a_boot():
+    def expire(
+        self, now: float, launch_failure: str, out: list[Action], *, has_failed: bool = False
+    ) -> None:
+        """Reject what was held for too long; `launch_failure` says why none came, if one failed.
+
+        One that fails right now (`has_failed`) ends the wait for those that still boot as well:
+        where each launch fails, and another takes its place, something boots for ever.
+        """
+        if self._awaits_a_boot() and not has_failed:
             return
         reason = ""
         for record in self._queue.expired(now):

@@ -30,7 +30,7 @@ class SchedulerOptions:
     queue_timeout_s: float = param(
         60.0,
         "A request held longer than this is rejected. While no instance serves and one boots, it "
-        "waits for that instead; then the time starts anew.",
+        "waits for that instead, until it is up and the time starts anew, or until a launch fails.",
         above=0,
     )
     stale_after_s: float = param(

@@ -85,13 +85,18 @@ class Scaling:
             self._launch("no instance serves what is held", now, out)
             self._rest(now)
 
-    def launch_failed(self, launch_id: str, reason: str, now: float) -> None:
-        """A launch will not lead to an instance; growing may be tried again at the next tick."""
-        if launch_id in self._booting:
-            self._forget_launch(launch_id)
-            self.last_failure = reason
-            self._up_rests_until_s = 0.0
-            self._retry_s = now + self._options.scaling_interval_s
+    def launch_failed(self, launch_id: str, reason: str, now: float) -> bool:
+        """A launch will not lead to an instance; growing may be tried again at the next tick.
+
+        Returns whether it was awaited.
+        """
+        if launch_id not in self._booting:
+            return False
+        self._forget_launch(launch_id)
+        self.last_failure = reason
+        self._up_rests_until_s = 0.0
+        self._retry_s = now + self._options.scaling_interval_s
+        return True
 
     def requested(self, num_instances: int, now: float, out: list[Action]) -> None:
         """Carry out an operator's number: launch what is missing, drain what is too much."""
@@ -114,11 +119,16 @@ class Scaling:
             deadlines.append(self._next_s)
         return min(deadlines, default=None)
 
-    def tick(self, now: float, out: list[Action]) -> None:
-        """Give up launches that take too long; decide, if it is time."""
-        for launch_id in [i for i, by_s in self._booting.items() if by_s <= now]:
-            limit_s = self._options.boot_timeout_s
+    def give_up_launches(self, now: float) -> bool:
+        """Those that take too long have failed; whether there are any."""
+        overdue = [launch_id for launch_id, by_s in self._booting.items() if by_s <= now]
+        limit_s = self._options.boot_timeout_s
+        for launch_id in overdue:
             self.launch_failed(launch_id, f"it was not up within boot_timeout_s={limit_s:g} s", now)
+        return bool(overdue)
+
+    def tick(self, now: float, out: list[Action]) -> None:
+        """Decide, if it is time."""
         if self._next_s is None or now < self._next_s:
             return
         self._next_s = now + self._options.scaling_interval_s

@@ -281,7 +281,8 @@ class GlobalScheduler:
         self._instances.drain(event.instance_id, event.deadline_s, now, out)
 
     def _launch_failed(self, event: LaunchFailed, now: float, out: list[Action]) -> None:
-        self._scaling.launch_failed(event.launch_id, event.reason, now)
+        if self._scaling.launch_failed(event.launch_id, event.reason, now):
+            self._dispatcher.expire(now, event.reason, out, has_failed=True)
 
     def _scale_requested(self, event: ScaleRequested, now: float, out: list[Action]) -> None:
         self._scaling.requested(event.num_instances, now, out)
@@ -316,7 +317,8 @@ class GlobalScheduler:
     # Time.
 
     def _ticked(self, event: Ticked, now: float, out: list[Action]) -> None:
-        self._dispatcher.expire(now, self._scaling.last_failure, out)
+        has_failed = self._scaling.give_up_launches(now)
+        self._dispatcher.expire(now, self._scaling.last_failure, out, has_failed=has_failed)
         self._instances.tick(now, out)
         self._scaling.tick(now, out)
         self._rebalancer.tick(now, out)

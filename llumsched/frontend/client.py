@@ -29,7 +29,7 @@ from vllm.v1.engine.core_client import (
 
 from llumsched.core.types import priority_class, vllm_priority
 from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID
-from llumsched.frontend import resumer
+from llumsched.frontend import overload, resumer
 from llumsched.frontend.audit import Auditor
 from llumsched.frontend.connections import ConnectedInstances, Roster
 from llumsched.frontend.hints import current
@@ -126,6 +126,7 @@ class RoutingEngineClient(ConnectedInstances):
         except BaseException:
             self._end(request_id, "aborted")
             raise
+        overload.placed()
         self._metrics.placement_s.observe(time.monotonic() - route.opened_s)
         if self.routes.get(request_id) is not route:
             return  # aborted while the scheduler was choosing

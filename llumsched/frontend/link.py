@@ -55,6 +55,9 @@ logger = logging.getLogger(__name__)
 PLACEMENT_TIMEOUT_S = 1.0
 PROBE_TIMEOUT_S = 1.0
 REGISTER_INTERVAL_S = 1.0
+# Another is up within seconds of its death. Without it and without an instance nobody decides how
+# long a request may wait.
+SILENT_TIMEOUT_S = 30.0
 # What is sent while a scheduler dies is lost.
 ASK_AGAIN_INTERVAL_S = 1.0
 
@@ -126,9 +129,11 @@ class SchedulerLink:
             num_output_tokens: what its client has of it, so that its stream is finished if it can.
 
         Raises:
-            Rejected: by the scheduler; the message says why.
+            Rejected: by the scheduler, or because neither it nor an instance is there; the message
+                says why.
         """
-        future: asyncio.Future[Placed] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Placed] = loop.create_future()
         self._placements[request.request_id] = future
         try:
             prefix_hashes = self._prefix_hashes(request) if self._prefix_hashes else ()
@@ -138,6 +143,7 @@ class SchedulerLink:
                 lost=instance_name(lost) if lost is not None else None,
                 has_begun=num_output_tokens > 0,
             )
+            heard_s = loop.time()
             while True:
                 await self._socket.send(encode(asked))
                 try:
@@ -146,6 +152,7 @@ class SchedulerLink:
                 except TimeoutError:
                     # A scheduler that was started again has never heard of the request.
                     if await self._is_alive():
+                        heard_s = loop.time()
                         continue
                 instance = self._least_loaded()
                 if instance is not None:
@@ -155,6 +162,8 @@ class SchedulerLink:
                         instance,
                     )
                     return instance
+                if loop.time() - heard_s > SILENT_TIMEOUT_S:
+                    raise Rejected("the global scheduler is silent, and no instance is up", None)
         finally:
             self._placements.pop(request.request_id, None)
         if placed.instance_id is None or placed.engine_index is None:

@@ -3,15 +3,24 @@
 A rejection is vLLM's own kind of error, so it has OpenAI's shape; this adds the ``Retry-After``
 header, which vLLM's handlers have no place for. The middleware and whoever rejects meet in a
 context variable, for a server may turn a request away deep inside vLLM's own code.
+
+vLLM begins a streamed answer before its engine has seen the request, so a rejection would be an
+event in a stream of status 200, which no client tries again and no proxy counts. Here the head of a
+streamed answer is held until the request has its instance, or is rejected. Once it has one, the
+head goes out as it does from plain vLLM: before the first token.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 from contextvars import ContextVar
 from http import HTTPStatus
 
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import GracefulHTTPError
 
 from llumsched.core.actions import Rejection
@@ -19,7 +28,7 @@ from llumsched.core.actions import Rejection
 DEFAULT_RETRY_AFTER_S = 1.0
 
 _TURNED_AWAY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
-_retry_after_s: ContextVar[list[float] | None] = ContextVar("retry_after_s", default=None)
+_answering: ContextVar[_Answering | None] = ContextVar("answering", default=None)
 
 
 STATUS = {
@@ -40,13 +49,21 @@ class Rejected(GracefulHTTPError):
     ) -> None:
         hint = f" Try again in {math.ceil(retry_after_s)} s." if retry_after_s else ""
         super().__init__(f"No instance can take the request: {reason}.{hint}", STATUS[rejection])
-        told = _retry_after_s.get()
-        if told is not None and retry_after_s:
-            told.append(retry_after_s)
+        answering = _answering.get()
+        if answering is not None:
+            answering.rejected(self, retry_after_s)
+
+
+def placed() -> None:
+    """The request that this is called for has its instance: its stream may begin."""
+    answering = _answering.get()
+    if answering is not None:
+        answering.settled.set()
 
 
 class RetryAfterMiddleware:
-    """Says in a header when a client that was turned away should come back, in whole seconds."""
+    """Answers a streamed request that is turned away as any other, and says in a header when its
+    client should come back, in whole seconds."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -55,15 +72,84 @@ class RetryAfterMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        told: list[float] = []
-        _retry_after_s.set(told)
+        answering = _Answering(scope, receive, send)
+        _answering.set(answering)
+        try:
+            await self._app(scope, receive, answering.send)
+        finally:
+            answering.close()
 
-        async def send_with_header(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] in _TURNED_AWAY:
-                headers = list(message.get("headers", ()))
-                if all(name.lower() != b"retry-after" for name, _ in headers):
-                    seconds = math.ceil(max(told, default=DEFAULT_RETRY_AFTER_S))
-                    message["headers"] = [*headers, (b"retry-after", str(seconds).encode())]
-            await send(message)
 
-        await self._app(scope, receive, send_with_header)
+class _Answering:
+    """One answer on its way out. A request may be of several sequences; the first that has its
+    instance, or is rejected, settles how the answer begins."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.settled = asyncio.Event()
+        self._scope, self._receive, self._send = scope, receive, send
+        self._rejection: Rejected | None = None
+        self._retry_after_s: list[float] = []
+        self._held: Message | None = None
+        self._releasing: asyncio.Task[None] | None = None
+        self._is_replaced = False
+        self._sending = asyncio.Lock()
+
+    def rejected(self, rejection: Rejected, retry_after_s: float | None) -> None:
+        if retry_after_s:
+            self._retry_after_s.append(retry_after_s)
+        if not self.settled.is_set():
+            self._rejection = rejection
+            self.settled.set()
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            if _is_event_stream(message) and not self.settled.is_set():
+                self._held = message
+                self._releasing = asyncio.create_task(self._release_when_settled())
+                return
+            self._add_header(message)
+        elif self._releasing is not None:
+            await self._release()
+            if self._is_replaced:
+                return  # the rejection as an event, and the end of the stream
+        await self._send(message)
+
+    def close(self) -> None:
+        if self._releasing is not None:
+            self._releasing.cancel()
+
+    async def _release_when_settled(self) -> None:
+        await self.settled.wait()
+        await self._release()
+
+    async def _release(self) -> None:
+        """Send the head that is held, or all of a rejection in its place."""
+        async with self._sending:
+            held, self._held = self._held, None
+            if held is None:
+                return
+            if self._rejection is None:
+                await self._send(held)
+                return
+            self._is_replaced = True
+            error = create_error_response(self._rejection)
+            response = JSONResponse(error.model_dump(), self._rejection.http_status)
+            await response(self._scope, self._receive, self._send_with_header)
+
+    async def _send_with_header(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._add_header(message)
+        await self._send(message)
+
+    def _add_header(self, message: Message) -> None:
+        if message["status"] not in _TURNED_AWAY:
+            return
+        headers = list(message.get("headers", ()))
+        if all(name.lower() != b"retry-after" for name, _ in headers):
+            seconds = math.ceil(max(self._retry_after_s, default=DEFAULT_RETRY_AFTER_S))
+            message["headers"] = [*headers, (b"retry-after", str(seconds).encode())]
+
+
+def _is_event_stream(message: Message) -> bool:
+    content_type = Headers(raw=list(message.get("headers", ()))).get("content-type", "")
+    return message["status"] == HTTPStatus.OK and content_type.startswith("text/event-stream")

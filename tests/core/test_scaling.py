@@ -228,9 +228,7 @@ def test_a_boot_that_fails_ends_the_wait_and_the_rejection_says_why() -> None:
     driver.now = 4.5
     driver.arrive("late")
     driver.now = 8.0
-    driver.handle(LaunchFailed(launch_id="l1", reason="no machine"))
-    assert driver.scheduler.next_deadline() == 1.0, "overdue: at once"
-    (rejected,) = driver.handle(Ticked())
+    (rejected,) = driver.handle(LaunchFailed(launch_id="l1", reason="no machine"))
     assert isinstance(rejected, RejectRequest)
     assert rejected.request_id == "early"
     assert rejected.reason == (
@@ -240,6 +238,22 @@ def test_a_boot_that_fails_ends_the_wait_and_the_rejection_says_why() -> None:
     assert rejected.retry_after_s
     driver.now = 9.0
     assert launches(driver.handle(Ticked())) == ["l2"], "for the one that came later"
+
+
+@pytest.mark.parametrize("how", ["told", "overdue"])
+def test_a_boot_that_fails_ends_the_wait_while_another_boots(how: str) -> None:
+    """Else launches that all fail, one begun before the other has, would keep it waiting."""
+    driver, _ = make_empty(UP, queue_timeout_s=5.0, boot_timeout_s=20.0, scale_up_after_s=0.0)
+    driver.arrive("r")
+    driver.now = 10.0
+    assert launches(driver.handle(Ticked())) == ["l2"]
+    driver.now = 20.0
+    is_told = how == "told"
+    event = LaunchFailed(launch_id="l1", reason="no machine") if is_told else Ticked()
+    rejected = driver.handle(event)[0]
+    assert isinstance(rejected, RejectRequest)
+    assert ("no machine" if is_told else "boot_timeout_s=20 s") in rejected.reason
+    assert driver.cluster.num_booting
 
 
 def test_a_launch_that_fails_is_not_tried_again_at_every_event() -> None:
@@ -256,7 +270,6 @@ def test_a_boot_that_is_never_answered_ends_the_wait() -> None:
     driver, _ = make_empty(queue_timeout_s=5.0, boot_timeout_s=20.0)
     driver.arrive("r")
     driver.now = 20.0
-    driver.handle(Ticked())
     (rejected,) = driver.handle(Ticked())
     assert isinstance(rejected, RejectRequest)
     assert "it was not up within boot_timeout_s=20 s" in rejected.reason

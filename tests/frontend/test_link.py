@@ -59,6 +59,7 @@ def run(
     answer: Answer,
     scenario: Callable[[SchedulerLink], Awaitable[None]],
     prefix_hashes: Callable[[EngineCoreRequest], tuple[int, ...]] | None = None,
+    least_loaded: int | None = 1,
 ) -> None:
     """Play ``scenario`` against a scheduler that answers each message with ``answer``."""
 
@@ -78,7 +79,7 @@ def run(
 
         serving = asyncio.create_task(serve())
         endpoint = socket.get_string(zmq.LAST_ENDPOINT)
-        link = SchedulerLink(endpoint, keys, lambda: 1, prefix_hashes)
+        link = SchedulerLink(endpoint, keys, lambda: least_loaded, prefix_hashes)
         try:
             await asyncio.wait_for(scenario(link), TIMEOUT_S)
         finally:
@@ -181,6 +182,19 @@ def test_a_silent_scheduler_does_not_stop_serving() -> None:
         assert await link.place(request()) == 1  # the least loaded
 
     run(lambda _: None, scenario)
+
+
+def test_without_scheduler_and_instance_a_request_does_not_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link_module, "SILENT_TIMEOUT_S", 0.5)
+
+    async def scenario(link: SchedulerLink) -> None:
+        with pytest.raises(Rejected, match="silent, and no instance is up") as caught:
+            await link.place(request())
+        assert caught.value.http_status == 503
+
+    run(lambda _: None, scenario, least_loaded=None)
 
 
 def test_a_held_request_waits_as_long_as_the_scheduler_lives() -> None:

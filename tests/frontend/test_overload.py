@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
+from starlette.types import Message
 
 from llumsched.core.actions import Rejection
-from llumsched.frontend.overload import Rejected, RetryAfterMiddleware
+from llumsched.frontend.overload import Rejected, RetryAfterMiddleware, placed
 
 
 def answer(status: int, retry_after_s: float | None, headers: dict[str, str]) -> Response:
@@ -50,3 +54,134 @@ def test_rejections_do_not_disturb_each_other() -> None:
 def test_whose_fault_it_is() -> None:
     assert Rejected("too many of yours", 1.0, Rejection.CLIENT_LIMIT).http_status == 429
     assert Rejected("too long", None, Rejection.TOO_LONG).http_status == 400
+
+
+# ---- streams -------------------------------------------------------------------------------
+
+SCOPE = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}
+
+
+def as_vllm_streams(place: Callable[[], Awaitable[None]], num_tokens: int = 2) -> Response:
+    """Begins before the request is placed; what goes wrong later is an event."""
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            await place()
+            for token in range(num_tokens):
+                yield f"data: {token}\n\n"
+        except Rejected as error:
+            yield f"data: {error}\n\n"
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
+def served(response: Callable[[], Response]) -> RetryAfterMiddleware:
+    async def endpoint(_: Request) -> Response:
+        return response()
+
+    return RetryAfterMiddleware(Starlette(routes=[Route("/", endpoint, methods=["POST"])]))
+
+
+async def is_placed() -> None:
+    placed()
+
+
+async def is_rejected() -> None:
+    raise Rejected("the queue is full", 2.3)
+
+
+@pytest.mark.parametrize("num_rejections", [1, 2])
+def test_a_stream_that_is_turned_away_is_answered_as_any_other_request(num_rejections: int) -> None:
+    async def place() -> None:
+        for _ in range(num_rejections - 1):
+            Rejected("as full for the other sequence", 1.0)
+        await is_rejected()
+
+    answer = TestClient(served(lambda: as_vllm_streams(place))).post("/")
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "3"
+    assert answer.headers["content-type"] == "application/json"
+    error = answer.json()["error"]
+    assert (error["code"], error["type"]) == (503, "Service Unavailable")
+    assert "full" in error["message"]
+
+
+def test_a_stream_that_is_placed_is_untouched() -> None:
+    answer = TestClient(served(lambda: as_vllm_streams(is_placed))).post("/")
+    assert answer.status_code == 200
+    assert answer.text == "data: 0\n\ndata: 1\n\ndata: [DONE]\n\n"
+
+
+def test_a_rejection_of_a_later_sequence_is_an_event() -> None:
+    async def place() -> None:
+        placed()
+        await is_rejected()
+
+    answer = TestClient(served(lambda: as_vllm_streams(place))).post("/")
+    assert answer.status_code == 200
+    assert "the queue is full" in answer.text
+
+
+def test_a_stream_without_a_request_begins_with_its_first_event() -> None:
+    async def place() -> None:
+        pass
+
+    answer = TestClient(served(lambda: as_vllm_streams(place))).post("/")
+    assert answer.status_code == 200
+    assert answer.text == "data: 0\n\ndata: 1\n\ndata: [DONE]\n\n"
+
+
+def test_a_stream_begins_when_it_is_placed_and_not_before() -> None:
+    async def scenario() -> None:
+        may_place, may_compute = asyncio.Event(), asyncio.Event()
+        sent: asyncio.Queue[Message] = asyncio.Queue()
+
+        async def place() -> None:
+            await may_place.wait()
+            placed()
+            await may_compute.wait()
+
+        async def receive() -> Message:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        app = served(lambda: as_vllm_streams(place, num_tokens=1))
+        answering = asyncio.create_task(app(dict(SCOPE), receive, sent.put))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert sent.empty()
+        may_place.set()
+        head = await asyncio.wait_for(sent.get(), 10.0)
+        assert (head["type"], head["status"]) == ("http.response.start", 200)
+        assert sent.empty()
+        may_compute.set()
+        await asyncio.wait_for(answering, 10.0)
+        bodies = [sent.get_nowait() for _ in range(sent.qsize())]
+        assert b"".join(m["body"] for m in bodies) == b"data: 0\n\ndata: [DONE]\n\n"
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_leaves_before_leaves_nothing_behind() -> None:
+    async def scenario() -> None:
+        async def place() -> None:
+            await asyncio.Event().wait()
+
+        sent: asyncio.Queue[Message] = asyncio.Queue()
+        messages: list[Message] = [
+            {"type": "http.request", "body": b"", "more_body": False},
+            {"type": "http.disconnect"},
+        ]
+
+        async def receive() -> Message:
+            await asyncio.sleep(0.01)
+            return messages.pop(0) if len(messages) > 1 else messages[0]
+
+        app = served(lambda: as_vllm_streams(place))
+        await asyncio.wait_for(app(dict(SCOPE), receive, sent.put), 10.0)
+        await asyncio.sleep(0)
+        assert sent.empty()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(scenario())
