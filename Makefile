@@ -100,7 +100,7 @@ bench: $(INSTALLED) ## run the benchmarks and write docs/benchmarks (BENCH_ARGS=
 
 soak: $(INSTALLED) ## faults of every kind on real instances under load, for SOAK_S seconds
 	@$(PY) -m scripts.prepare_model >/dev/null
-	LLUMSCHED_SOAK_S=$(SOAK_S) $(PY) -m pytest -s tests/chaos/test_soak.py $(PYTEST_ARGS)
+	LLUMSCHED_SOAK_S=$(SOAK_S) $(PY) -m pytest -s -o faulthandler_timeout=0 tests/chaos/test_soak.py $(PYTEST_ARGS)
 
 docs: $(INSTALLED) ## write again the parts of docs/ that come from the code
 	$(PY) -m scripts.generate_docs

@@ -31,7 +31,7 @@ def replay(server: Server, trace: Trace, *, salt: int) -> Latencies:
 
 async def _replay(server: Server, trace: Trace, salt: int) -> Latencies:
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         began_s = time.perf_counter()
 

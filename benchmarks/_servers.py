@@ -34,8 +34,8 @@ ENGINE_FLAGS = (
     "4096",
     "--kv-cache-memory-bytes",
     str(1 << 30),
-    "--disable-uvicorn-access-log",
 )
+FRONTEND_FLAGS = ("--disable-uvicorn-access-log",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,7 @@ def llumsched(instances: int, flags: Sequence[str] = ENGINE_FLAGS) -> Iterator[S
 def _server(name: str, command: list[str], flags: Sequence[str]) -> Iterator[Server]:
     model = prepare_model()
     port = _free_port()
-    arguments = [sys.executable, *command, model, *flags, "--host", "127.0.0.1"]
+    arguments = [sys.executable, *command, model, *flags, *FRONTEND_FLAGS, "--host", "127.0.0.1"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     environment.pop("RAY_ADDRESS", None)
     with tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False) as log:

@@ -40,7 +40,7 @@ class Stream:
 async def clients() -> AsyncIterator[aiohttp.ClientSession]:
     """As many connections as there are questions."""
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         yield session
 

@@ -35,7 +35,9 @@ NUM_INSTANCES = 2
 NUM_CLIENTS = 6
 NUM_PROMPT_TOKENS = 128
 NUM_OUTPUT_TOKENS = 512
+QUICK_NUM_OUTPUT_TOKENS = 64
 AT_REST_S = 60.0
+QUICK_AT_REST_S = 5.0
 POLL_INTERVAL_S = 0.1
 RESTART_TIMEOUT_S = 900.0
 PLOTS = Path(__file__).parents[1] / "docs" / "benchmarks"
@@ -77,27 +79,28 @@ def run(quick: bool) -> Report:
             config.write_text(text, encoding="utf-8")
             flags = (*ENGINE_FLAGS, "--config", str(config))
             with llumsched(NUM_INSTANCES, flags) as server:
-                found[name] = asyncio.run(_measure(server, 5.0 if quick else AT_REST_S))
+                found[name] = asyncio.run(_measure(server, quick))
     if not quick:
         _draw(found)
     plots = [f"![{what}](rolling-restart-{what.lower()}.svg)" for what in ("ITL", "TTFT")]
     return Report(figures=_figures(found), tables=[_latencies(found)], notes=[] if quick else plots)
 
 
-async def _measure(server: Server, at_rest_s: float) -> Measured:
+async def _measure(server: Server, quick: bool) -> Measured:
     measured = Measured()
+    num_tokens = QUICK_NUM_OUTPUT_TOKENS if quick else NUM_OUTPUT_TOKENS
     numbers = itertools.count()
     stopping = asyncio.Event()
     async with clients() as session:
 
         async def ask_again_and_again() -> None:
             while not stopping.is_set():
-                await _ask(session, server, next(numbers), measured)
+                await _ask(session, server, next(numbers), num_tokens, measured)
 
-        await _ask(session, server, next(numbers), measured)  # warm-up
+        await _ask(session, server, next(numbers), num_tokens, measured)  # warm-up
         measured.streams.clear()
         asking = [asyncio.create_task(ask_again_and_again()) for _ in range(NUM_CLIENTS)]
-        await asyncio.sleep(at_rest_s)
+        await asyncio.sleep(QUICK_AT_REST_S if quick else AT_REST_S)
         watching = asyncio.create_task(_watch(session, server, measured))
         measured.began_s = time.perf_counter()
         await _restart(server)
@@ -112,16 +115,20 @@ async def _measure(server: Server, at_rest_s: float) -> Measured:
 
 
 async def _ask(
-    session: aiohttp.ClientSession, server: Server, number: int, measured: Measured
+    session: aiohttp.ClientSession,
+    server: Server,
+    number: int,
+    num_tokens: int,
+    measured: Measured,
 ) -> None:
     stream = Stream()
     try:
         prompt = prompt_of(number, NUM_PROMPT_TOKENS)
-        await read(session, server, prompt, stream, NUM_OUTPUT_TOKENS)
+        await read(session, server, prompt, stream, num_tokens)
     except (aiohttp.ClientError, AnswerBroken, TimeoutError) as error:
         measured.failures.append(repr(error))
     else:
-        if len(stream.token_ids) != NUM_OUTPUT_TOKENS:
+        if len(stream.token_ids) != num_tokens:
             measured.failures.append(f"{len(stream.token_ids)} tokens")
     measured.streams.append(stream)
 

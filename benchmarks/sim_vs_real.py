@@ -42,6 +42,9 @@ MAX_NUM_SEQS = 16
 MAX_BATCHED_TOKENS = 512
 FLAGS = (
     *ENGINE_FLAGS,
+    "--max-model-len",
+    # A request of this length must fit into the KV memory.
+    "1024",
     "--num-gpu-blocks-override",
     # vLLM keeps a block that no request may have.
     str(NUM_BLOCKS + 1),

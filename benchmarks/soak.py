@@ -63,7 +63,7 @@ def _soak(seconds: float) -> dict[str, Any]:
         }
         # A failure is reported by its figures; one before there are any ends this.
         subprocess.run(
-            [sys.executable, "-m", "pytest", "-s", TEST],
+            [sys.executable, "-m", "pytest", "-s", "-o", "faulthandler_timeout=0", TEST],
             cwd=Path(__file__).parents[1],
             env=environment,
             check=False,
