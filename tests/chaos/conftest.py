@@ -20,7 +20,7 @@ from tests.e2e.conftest import (  # noqa: F401
 from tests.e2e.servers import llumsched
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def faulty_pool(model: str, log_folder: Path) -> Iterator[FaultyPool]:  # noqa: F811
     """Two instances, ended by the tests only; not kept for what other folders test."""
     config = log_folder / "chaos.yaml"
@@ -42,7 +42,7 @@ def pool(faulty_pool: FaultyPool) -> Iterator[FaultyPool]:
     faulty_pool.await_idle()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def references(faulty_pool: FaultyPool) -> References:
     """What the pool answers while nothing happens to it."""
     return References.of(faulty_pool)

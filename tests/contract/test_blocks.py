@@ -15,15 +15,17 @@ from tests.contract.subjects import BLOCK_SIZE, MOST_RESERVED_AHEAD, NUM_BLOCKS,
 
 
 @pytest.fixture(scope="module", params=["simulated", "vllm"])
-def instances(request: pytest.FixtureRequest) -> Iterator[TwoInstances]:
+def instances(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TwoInstances]:
     if request.param == "simulated":
         yield SimulatedInstances()
         return
     pytest.importorskip("vllm", reason="the real engine is in the extras cpu and gpu")
-    from scripts.prepare_model import prepare_model
     from tests.contract.real import RealInstances
+    from tests.models import random_weights
 
-    with RealInstances.boot(str(prepare_model())) as pool:
+    with RealInstances.boot(random_weights(tmp_path_factory.mktemp("tiny"))) as pool:
         yield RealInstances(pool)
 
 

@@ -1,4 +1,7 @@
-"""The servers of the end-to-end tests, each booted once, and what plain vLLM answers."""
+"""The servers of the end-to-end tests, each booted once, and what plain vLLM answers.
+
+They end with this package, and do not take their share of the processor while others are tested.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def log_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("logs")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def llumsched_server(model: str, log_folder: Path) -> Iterator[Server]:
     """Two instances that move requests only when told; it may still be booting."""
     server = llumsched(model, log_folder, "--instances=2", "--policy=round_robin")
@@ -58,7 +61,7 @@ def llumsched_server(model: str, log_folder: Path) -> Iterator[Server]:
     assert not ending.left, f"left after SIGTERM: {ending.left}\n{server.log()[-4000:]}"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def plain(llumsched_server: Server, model: str, log_folder: Path) -> PlainAnswers:
     """What plain vLLM says to every case. Its server boots beside llumsched's, and ends here."""
     server = plain_vllm(model, log_folder)
@@ -69,7 +72,7 @@ def plain(llumsched_server: Server, model: str, log_folder: Path) -> PlainAnswer
         server.end()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def booted(llumsched_server: Server, model: str) -> Iterator[Admin]:
     llumsched_server.await_health()
     client = Admin(llumsched_server.url, model)
@@ -77,7 +80,7 @@ def booted(llumsched_server: Server, model: str) -> Iterator[Admin]:
     client.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server_apart(model: str, log_folder: Path) -> Iterator[Server]:
     """Two instances that share no memory, under policies that look at prefixes and lengths, behind
     an API key. The last of its tests ends it by Ctrl-C."""

@@ -6,7 +6,7 @@ import pytest
 
 from tests.campaigns import THOROUGH
 from tests.e2e.cases import BROKEN, REFUSED, SEVERAL, STREAMED, WHOLE, completion
-from tests.e2e.client import Admin, Whole, differences, in_parallel
+from tests.e2e.client import Admin, Answer, Whole, differences, in_parallel
 from tests.e2e.plain import PlainAnswers, ask, metric_names
 
 
@@ -30,9 +30,24 @@ def test_streams_what_plain_vllm_streams(
     assert not differences(answers[name].as_dict(), plain.streamed[name].as_dict())
 
 
+@pytest.fixture(scope="module")
+def whole_answers(booted: Admin, plain: PlainAnswers) -> dict[str, Answer]:
+    """All that are not streamed, likewise."""
+    booted.await_idle()
+    found: dict[str, Answer] = {}
+
+    def ask_whole(name: str) -> None:
+        found[name] = ask(booted, *WHOLE[name])
+
+    in_parallel(*(lambda name=name: ask_whole(name) for name in WHOLE))
+    return found
+
+
 @pytest.mark.parametrize("name", WHOLE)
-def test_answers_in_one_piece_as_plain_vllm(pool: Admin, plain: PlainAnswers, name: str) -> None:
-    found = ask(pool, *WHOLE[name])
+def test_answers_in_one_piece_as_plain_vllm(
+    whole_answers: dict[str, Answer], plain: PlainAnswers, name: str
+) -> None:
+    found = whole_answers[name]
     assert found.status == 200, found
     assert not differences(list(found), list(plain.whole[name]))
 

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from tests.campaigns import THOROUGH
 from tests.e2e.cases import COMPLETIONS, SEVERAL, SINGLE, completion
 from tests.e2e.client import Admin, Chunk, Whole, belongs, differences, in_parallel
 from tests.e2e.moving import Mover, move
@@ -111,7 +112,7 @@ def text_after(booted: Admin) -> dict[int, str]:
     return texts
 
 
-@pytest.mark.parametrize("num_tokens_on_the_way", range(0, 12, 2))
+@pytest.mark.parametrize("num_tokens_on_the_way", range(0, 12, 1 if THOROUGH else 4))
 def test_stop_string_found_while_moving(
     pool: Admin, text_after: dict[int, str], num_tokens_on_the_way: int
 ) -> None:

@@ -151,11 +151,13 @@ def test_if_no_instance_comes_the_client_is_told_why(model: str, log_folder: Pat
     config = "scheduler: {queue_timeout_s: 3.0}\n"
     too_small = "--num-gpu-blocks-override=2"  # for a single request of the longest kind
     with scaling_server(model, log_folder, config, "no-boot", too_small) as server:
-        body = {"model": model, "prompt": STORY}
-        answer = httpx.post(f"{server.url}{COMPLETIONS}", json=body, timeout=REQUEST_TIMEOUT_S)
-    assert answer.status_code == 503, answer.text
-    assert int(answer.headers["retry-after"]) >= 1
-    error = answer.json()["error"]
-    assert error["code"] == 503
-    assert "queue_timeout_s=3 s" in error["message"]
-    assert "none serves, and the last launch failed: " in error["message"]
+        url, body = f"{server.url}{COMPLETIONS}", {"model": model, "prompt": STORY}
+        whole = httpx.post(url, json=body, timeout=REQUEST_TIMEOUT_S)
+        streamed = httpx.post(url, json=body | {"stream": True}, timeout=REQUEST_TIMEOUT_S)
+    for answer in (whole, streamed):
+        assert answer.status_code == 503, answer.text
+        assert int(answer.headers["retry-after"]) >= 1
+        error = answer.json()["error"]
+        assert error["code"] == 503
+        assert "queue_timeout_s=3 s" in error["message"]
+        assert "none serves, and the last launch failed: " in error["message"]
