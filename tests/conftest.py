@@ -19,24 +19,22 @@ settings.load_profile("llumsched")
 # Otherwise the first request with logprobs waits for a compiler, in every engine.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
+# `Context.__del__` finds its sockets by weak references. In a cycle of garbage these are gone by
+# then, so it would wait for them for ever, in whichever test the collector runs.
+_left_contexts: list[str] = []
+
+
+def _leave(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    if not context._shadow and not context.closed:
+        _left_contexts.append(repr(context))
+
+
+zmq.Context.__del__ = _leave  # type: ignore[method-assign]
+
 
 @pytest.fixture(autouse=True, scope="module")
 def no_context_is_left_to_the_collector() -> Iterator[None]:
-    """One that is garbage with its sockets blocks whichever test the collector runs in, for ever:
-    ``Context.__del__`` finds its sockets by weak references, which are gone by then."""
-    before = {id(context) for context in _open_contexts()}
     yield
-    left = [context for context in _open_contexts() if id(context) not in before]
-    for context in left:
-        context.destroy(linger=0)
+    gc.collect()
+    left, _left_contexts[:] = list(_left_contexts), []
     assert not left, "close each ZMQ context, and what it belongs to"
-
-
-def _open_contexts() -> list[zmq.Context[zmq.Socket[bytes]]]:
-    return [
-        thing
-        for thing in gc.get_objects()
-        if type(thing).__module__.startswith("zmq")
-        and isinstance(thing, zmq.Context)
-        and not thing.closed
-    ]
