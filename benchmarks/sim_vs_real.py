@@ -1,14 +1,15 @@
 """The simulator beside two real instances on this machine, with and without migration.
 
-One engine of the model is profiled (`llumsched profile`), two instances of it are served, and a
+Two engines of the model are profiled at the same time (`llumsched profile`), as they will serve:
+the cores, their caches and the memory's bandwidth are shared. Then two instances are served, and a
 trace is sent to them once for each policy, on the clock; the same trace and policies are simulated
-on the hardware file that the profile gave. KV memory is small, so that requests queue and are
-preempted.
+on the hardware file that the profile of the first gave. KV memory is small, so that requests queue
+and are preempted.
 
-Instances, frontend and client share the cores of this machine, and the profile is of an engine that
-has them for itself. So each engine computes with one thread, in the profile as in service; what the
-others take from it besides is in the difference that is reported. The first requests of each server
-warm it up and are not in the trace.
+Each engine computes with one thread, in the profile as in service. Frontend and client share the
+cores with them as well; what these take is in the difference that is reported, and so is what an
+instance gains while the other has nothing to do. The first requests of each server warm it up and
+are not in the trace.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from scripts.prepare_model import prepare_model
 
 BENCHMARK = "The simulator beside real instances"
 
+NUM_INSTANCES = 2
+PROFILE_TIMEOUT_S = 900.0
 NUM_BLOCKS = 64
 MAX_NUM_SEQS = 16
 MAX_BATCHED_TOKENS = 512
@@ -79,7 +82,7 @@ def run(quick: bool) -> Report:
         for salt, (name, text) in enumerate(POLICIES.items()):
             config = Path(folder) / f"{name}.yaml"
             config.write_text(text, encoding="utf-8")
-            with llumsched(2, (*FLAGS, "--config", str(config))) as server:
+            with llumsched(NUM_INSTANCES, (*FLAGS, "--config", str(config))) as server:
                 replay(server, _warm_up(), salt=2 * salt)
                 real = replay(server, trace, salt=2 * salt + 1)
             simulated = _simulated(trace, hardware, config)
@@ -123,17 +126,29 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
 
 
 def _profiled(folder: Path, *, seconds: int) -> Hardware:
-    path = folder / "here.yaml"
+    """What the first of `NUM_INSTANCES` engines measured while the others did the same."""
+    paths = [folder / f"engine-{number}.yaml" for number in range(NUM_INSTANCES)]
     command = [sys.executable, "-m", "llumsched", "profile", prepare_model(), *FLAGS]
-    command += ["--out", str(path), "--accelerator", "this machine", "--seconds", str(seconds)]
-    subprocess.run(command, check=True, stdout=sys.stderr, timeout=900)
-    return load_hardware(str(path))
+    command += ["--accelerator", "this machine", "--seconds", str(seconds)]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for path in paths:
+            arguments = [*command, "--out", str(path)]
+            processes.append(subprocess.Popen(arguments, stdout=sys.stderr))
+        for process in processes:
+            if process.wait(timeout=PROFILE_TIMEOUT_S):
+                raise RuntimeError(f"llumsched profile ended with {process.returncode}")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return load_hardware(str(paths[0]))
 
 
 def _simulated(trace: Trace, hardware: Hardware, config: Path) -> Latencies:
     options = SimulationOptions(
         hardware=hardware,
-        num_instances=2,
+        num_instances=NUM_INSTANCES,
         config=load(config),
         max_num_seqs=MAX_NUM_SEQS,
         max_num_batched_tokens=MAX_BATCHED_TOKENS,
