@@ -80,10 +80,13 @@ def instance_table(instances: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def berth_lines(berths: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is to be said of places where instances boot, or have died."""
+    """What is to be said of places where instances boot, have died, or are on several machines."""
     lines = []
+    nodes = {berth["node"] for berth in berths} - {None}
     for berth in berths:
         parts = []
+        if len(nodes) > 1 and berth["node"] is not None:
+            parts.append(f"on {berth['node']}")
         if berth["state"] == "booting":
             parts.append("booting")
         if berth["num_deaths"]:

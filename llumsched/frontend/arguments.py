@@ -44,6 +44,7 @@ class ServeOptions:
     num_frontends: int
     config: Config
     ray_address: str | None
+    any_node: bool
     admin_api: bool
     decision_log: Path | None
     allow_other_vllm: bool
@@ -121,6 +122,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         "a local one is started and ended with the server.",
     )
     group.add_argument(
+        "--any-node",
+        action="store_true",
+        help="Let instances be on any machine of the Ray cluster; its autoscaler adds machines for "
+        "those that find no room. Each machine needs the same llumsched, vLLM and model. Instances "
+        "and frontends then listen at their machines' addresses in the cluster, to holders of the "
+        "pool's keys only. Default: all instances are on this machine, and listen on loopback.",
+    )
+    group.add_argument(
         "--admin-api",
         choices=("auto", "on", "off"),
         default="auto",
@@ -178,6 +187,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         num_frontends=args.frontends,
         config=config,
         ray_address=args.ray_address,
+        any_node=args.any_node,
         admin_api=_admin_api(args),
         decision_log=Path(args.decision_log).absolute() if args.decision_log else None,
         allow_other_vllm=args.allow_other_vllm,

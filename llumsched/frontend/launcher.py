@@ -57,18 +57,20 @@ async def serve(
         LaunchError: if an instance or a frontend cannot be started.
     """
     on_signals(interrupt)
-    host = "127.0.0.1"
     keys = PoolKeys.generate()
-    with (
-        FrontendPorts(host, options.num_frontends) as ports,
-        Pool(
-            ray_address=options.ray_address,
-            num_instances=options.num_instances,
-            planned_instances=options.planned_instances,
-            keys=keys,
-            progress=progress,
-        ) as pool,
-    ):
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(
+            Pool(
+                ray_address=options.ray_address,
+                num_instances=options.num_instances,
+                planned_instances=options.planned_instances,
+                keys=keys,
+                progress=progress,
+                any_node=options.any_node,
+            )
+        )
+        host = pool.connect()
+        ports = stack.enter_context(FrontendPorts(host, options.num_frontends))
         pool.start_scheduler(options.config, host, options.decision_log)
         on_signals(interrupt)  # Ray has put its own handler there
         pool.start_instances(
@@ -77,7 +79,6 @@ async def serve(
                 vllm_config,
                 ports.addresses(),
                 pool,
-                host,
                 log_stats=not args.disable_log_stats,
             ),
             resources_of(vllm_config, options.planned_instances),

@@ -28,7 +28,6 @@ def planner(
     vllm_config: VllmConfig,
     frontend_addresses: EngineZmqAddresses,
     pool: Pool,
-    host: str,
     *,
     log_stats: bool,
 ) -> Callable[[int, str | None], InstancePlan]:
@@ -54,7 +53,7 @@ def planner(
             keys=pool.keys,
             scheduler_endpoint=pool.scheduler_endpoint,
             heartbeat_endpoint=pool.heartbeat_endpoint,
-            host=host,
+            host=pool.instances_host,
             victim=victim,
             migration=options.config.migration_options,
             transfer=options.config.transfer_options,

@@ -124,15 +124,16 @@ async def _serve(
     sock: socket.socket,
 ) -> int:
     on_signals(interrupt)
-    host = "127.0.0.1"
-    sockets = FrontendSockets(host, PoolKeys.generate(), max_output_num_bytes(vllm_config))
     with Pool(
         ray_address=options.ray_address,
         num_instances=options.num_instances,
         planned_instances=options.planned_instances,
-        keys=sockets.keys,
+        keys=PoolKeys.generate(),
         progress=progress,
+        any_node=options.any_node,
     ) as pool:
+        host = pool.connect()
+        sockets = FrontendSockets(host, pool.keys, max_output_num_bytes(vllm_config))
         pool.start_scheduler(options.config, host, options.decision_log)
         on_signals(interrupt)  # Ray has put its own handler there
         pool.start_instances(
@@ -141,7 +142,6 @@ async def _serve(
                 vllm_config,
                 sockets.addresses(),
                 pool,
-                host,
                 log_stats=not args.disable_log_stats,
             ),
             resources_of(vllm_config, options.planned_instances),

@@ -37,7 +37,7 @@ WHILE_SERVING = "while serving"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstancePlan:
     """Everything an instance has to be told. ``keys`` are the pool's; ``host`` is the address its
-    sockets bind to.
+    sockets bind to, without one that of its machine in the Ray cluster.
     ``reports_prefix_blocks`` needs an engine that records KV events. ``launch_id`` is the
     scheduler's order that it answers, if any."""
 
@@ -46,7 +46,7 @@ class InstancePlan:
     keys: PoolKeys
     scheduler_endpoint: str
     heartbeat_endpoint: str
-    host: str
+    host: str | None
     victim: VictimPolicy
     migration: MigrationOptions
     transfer: TransferOptions
@@ -80,9 +80,10 @@ class Instance:
         num_blocks: int = self._engine.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
         return num_blocks
 
-    def pid(self) -> int:
-        """The id of its process."""
-        return os.getpid()
+    def whereabouts(self) -> tuple[str, str, int]:
+        """Ray's id of its machine, that one's address in the cluster, and the id of its process."""
+        node_id: str = ray.get_runtime_context().get_node_id()
+        return node_id, ray.util.get_node_ip_address(), os.getpid()
 
     def _leave(self) -> None:
         self._ready.wait()
@@ -130,7 +131,7 @@ class Instance:
             victim=plan.victim,
             scheduler_endpoint=plan.scheduler_endpoint,
             keys=plan.keys,
-            host=plan.host,
+            host=plan.host or ray.util.get_node_ip_address(),
             options=plan.migration,
             transfer=plan.transfer,
             launch_id=plan.launch_id,

@@ -19,7 +19,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from llumsched.engine.compatibility import differences
 from llumsched.runtime.instance import WHILE_SERVING, Instance, InstancePlan
-from llumsched.runtime.process_work import Work, work_of
+from llumsched.runtime.instance_process import (
+    InstanceProcess,
+    LocalProcess,
+    NodeWatches,
+    RemoteProcess,
+)
+from llumsched.runtime.process_work import Work
 
 # Environment variables that instances on other machines need as well.
 FORWARDED_PREFIXES = ("VLLM_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "LLUMSCHED_", "TOKENIZERS_")
@@ -27,19 +33,26 @@ FORWARDED_PREFIXES = ("VLLM_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "LLUMSCH
 NOT_FORWARDED = frozenset({"VLLM_API_KEY"})
 PID_TIMEOUT_S = 5.0
 A_SHARE = 0.001  # of a resource that only says where
+NO_WORK = Work(cpu_s=0.0, is_ready=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceResources:
-    """What Ray sets aside for one instance. ``environment`` is set in its process."""
+    """What Ray sets aside for one instance. ``environment`` is set in its process.
+
+    ``node`` is the resource of the machine that it must be on, if it must be on one.
+    """
 
     num_cpus: float
     num_gpus: float
     environment: Mapping[str, str] = field(default_factory=dict)
+    node: str | None = None
 
     def bundle(self) -> dict[str, float]:
-        """What the placement group asks for, on this machine."""
-        bundle = {"CPU": self.num_cpus, this_node(): A_SHARE}
+        """What the placement group asks for."""
+        bundle = {"CPU": self.num_cpus}
+        if self.node is not None:
+            bundle[self.node] = A_SHARE
         if self.num_gpus:
             bundle["GPU"] = self.num_gpus
         return bundle
@@ -62,13 +75,20 @@ class InstanceActor:
     """Implements ``supervisor.RunningInstance``.
 
     Args:
+        watches: those of the machines of the pool.
         like: what this instance must be like, if that is to be seen before it serves.
     """
 
     def __init__(
-        self, plan: InstancePlan, resources: InstanceResources, like: Likeness | None = None
+        self,
+        plan: InstancePlan,
+        resources: InstanceResources,
+        watches: NodeWatches,
+        like: Likeness | None = None,
     ) -> None:
         self._like = like
+        self._watches = watches
+        self.node: str | None = None
         self.instance_id = plan.instance_id
         self.group: PlacementGroup = placement_group([resources.bundle()])
         environment = {
@@ -86,7 +106,7 @@ class InstanceActor:
         self.actor: Any = options.remote(plan)
         self.booted: Any = self.actor.wait_for_init.remote()
         self.run: Any = None
-        self._process: psutil.Process | None = None
+        self._process: InstanceProcess | None = None
 
     def boot_failure(self) -> str | None:
         """``None`` while it boots, empty when it has, else why it will not."""
@@ -94,7 +114,7 @@ class InstanceActor:
             return None
         try:
             ray.get(self.booted)
-            self._process = psutil.Process(ray.get(self.actor.pid.remote(), timeout=PID_TIMEOUT_S))
+            self._find_process(ray.get(self.actor.whereabouts.remote(), timeout=PID_TIMEOUT_S))
         except ray.exceptions.GetTimeoutError:
             return None
         except (ray.exceptions.RayError, psutil.NoSuchProcess) as error:
@@ -103,6 +123,13 @@ class InstanceActor:
             return ""
         differing = self._like.differences(ray.get(self.actor.fingerprint.remote()))
         return f"it is not like the others: {differing}" if differing else ""
+
+    def _find_process(self, whereabouts: tuple[str, str, int]) -> None:
+        node_id, self.node, pid = whereabouts
+        if node_id == ray.get_runtime_context().get_node_id():
+            self._process = LocalProcess(pid)
+        else:
+            self._process = RemoteProcess(self._watches.of(node_id), pid)
 
     @property
     def pid(self) -> int | None:
@@ -125,37 +152,25 @@ class InstanceActor:
 
     def is_stopped(self) -> bool:
         """Whether its process is held by the system, as by SIGSTOP."""
-        try:
-            return self._process is not None and self._process.status() == psutil.STATUS_STOPPED
-        except psutil.NoSuchProcess:
-            return False  # Ray will say so, and why
+        return self._process is not None and self._process.is_stopped()
 
     def work(self) -> Work:
         """What its process has done so far."""
-        return work_of([self._process] if self._process is not None else [])
+        return self._process.work() if self._process is not None else NO_WORK
 
     def has_descendants(self) -> bool:
         """Whether its process has started others."""
-        return bool(self._descendants())
+        return self._process is not None and self._process.has_descendants()
 
     def descendants_work(self) -> Work:
         """What those have done so far."""
-        return work_of(self._descendants())
-
-    def _descendants(self) -> list[psutil.Process]:
-        if self._process is None:
-            return []
-        try:
-            return self._process.children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
+        return self._process.descendants_work() if self._process is not None else NO_WORK
 
     def kill(self) -> None:
         """End its process at once, also one that hangs, and give back its place."""
         if self._process is not None:
             # Ray asks a process to end; one that was stopped would not hear it.
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self._process.kill()
+            self._process.kill()
         with contextlib.suppress(Exception):  # it, or Ray itself, is gone already
             ray.kill(self.actor)
         with contextlib.suppress(Exception):

@@ -4,8 +4,9 @@
 one, and ends a local one with itself. Once the first instances serve, its supervisor looks after
 them: it replaces those that die, and starts and ends others as it is told.
 
-All processes run on this machine, also in a cluster of several: their sockets are bound to
-loopback.
+All processes run on this machine, also in a cluster of several, and their sockets are bound to
+loopback; unless instances may be on any node, and then all sockets to the addresses that their
+machines have in the cluster. The global scheduler is beside the frontend in any case.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,12 +39,15 @@ from llumsched.runtime.instance_actor import (
     Likeness,
     this_node,
 )
+from llumsched.runtime.instance_process import NodeWatches
 from llumsched.runtime.ray_cluster import LaunchError, cluster_resources, in_words, start_ray
 from llumsched.runtime.supervisor import TICK_S, Supervisor
 from llumsched.trust import Gate, PoolKeys
 
 logger = logging.getLogger(__name__)
 
+LOOPBACK = "127.0.0.1"
+# Whoever may add machines to a cluster takes longer.
 PLACEMENT_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 1.5
 END_TIMEOUT_S = 1.0
@@ -56,6 +61,7 @@ class Pool:
         num_instances: how many are started at first; there may be none.
         planned_instances: so many may come to run, and a local Ray has room for them.
         keys: with which its processes prove themselves to each other.
+        any_node: whether instances may be on other machines of the Ray cluster.
         progress: called with one sentence at each step, for a person to read.
     """
 
@@ -67,12 +73,15 @@ class Pool:
         planned_instances: int,
         keys: PoolKeys,
         progress: Callable[[str], None],
+        any_node: bool = False,
     ) -> None:
         self._progress = progress
         self.keys = keys
         self._num_instances = num_instances
         self._planned_instances = planned_instances
+        self._any_node = any_node
         self._likeness = Likeness()
+        self._watches = NodeWatches()
         self._ray_address = ray_address
         self._actors: dict[int, InstanceActor] = {}
         self._controller: Any = None
@@ -84,6 +93,7 @@ class Pool:
         self._heartbeats: HeartbeatListener | None = None
         self.heartbeat_endpoint = ""
         self.scheduler_endpoint = ""
+        self.instances_host: str | None = LOOPBACK
 
     def __enter__(self) -> Pool:
         return self
@@ -91,14 +101,26 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start_scheduler(self, config: Config, host: str, decision_log: Path | None) -> None:
-        """Start Ray, if need be, and the global scheduler, which Ray starts again if it dies."""
+    def connect(self) -> str:
+        """Start Ray, if need be.
+
+        Returns:
+            the address that the sockets of this machine bind to.
+        """
         started_s = time.monotonic()
         self._owns_ray = start_ray(
             self._ray_address, num_cpus=max(os.cpu_count() or 1, self._planned_instances + 1)
         )
         how = "started a local Ray" if self._owns_ray else "attached to the Ray cluster"
         self._progress(f"{how} in {time.monotonic() - started_s:.1f} s")
+        if self._owns_ray or not self._any_node:
+            return LOOPBACK
+        self.instances_host = None
+        address: str = ray.util.get_node_ip_address()
+        return address
+
+    def start_scheduler(self, config: Config, host: str, decision_log: Path | None) -> None:
+        """Start the global scheduler, which Ray starts again if it dies."""
         actor = ray.remote(ControllerActor).options(
             name=f"{ACTOR_NAME}-{os.getpid()}",
             num_cpus=0,
@@ -127,14 +149,16 @@ class Pool:
         Raises:
             LaunchError: if one cannot be placed, fails, or takes longer than ``timeout_s``.
         """
+        if not self._any_node:
+            resources = replace(resources, node=this_node())
         self._make_plan, self._resources = make_plan, resources
         if not self._num_instances:
             self._progress("no instance is started before a request comes")
             return
-        started_s = time.monotonic()
         for index in range(self._num_instances):
-            self._actors[index] = InstanceActor(make_plan(index, None), resources)
-        self._await_places()
+            self._actors[index] = InstanceActor(make_plan(index, None), resources, self._watches)
+        self._await_places(timeout_s if self._any_node else PLACEMENT_TIMEOUT_S)
+        started_s = time.monotonic()
         self._progress(f"booting {self._num_instances} instances (each loads the model)")
         pending = {actor.booted: actor for actor in self._actors.values()}
         while pending:
@@ -160,19 +184,26 @@ class Pool:
         for actor in self._actors.values():
             actor.serve()
 
-    def _await_places(self) -> None:
+    def _await_places(self, timeout_s: float) -> None:
         groups = [actor.group for actor in self._actors.values()]
-        placed, waiting = ray.wait(
-            [group.ready() for group in groups],
-            num_returns=len(groups),
-            timeout=PLACEMENT_TIMEOUT_S,
-        )
+        ready = [group.ready() for group in groups]
+        at_once_s = min(timeout_s, PLACEMENT_TIMEOUT_S)
+        placed, waiting = ray.wait(ready, num_returns=len(ready), timeout=at_once_s)
+        if waiting and timeout_s > at_once_s:
+            self._progress(f"waiting for machines: {self._too_little(len(placed), len(groups))}")
+            left_s = timeout_s - at_once_s
+            placed, waiting = ray.wait(ready, num_returns=len(ready), timeout=left_s)
         if waiting:
-            raise LaunchError(
-                f"The Ray cluster has room for {len(placed)} of {len(groups)} instances: each "
-                f"needs {in_words(self._resources.bundle())} on this machine; the cluster has "
-                f"{in_words(cluster_resources())} in all. Lower --instances."
-            )
+            room = self._too_little(len(placed), len(groups))
+            raise LaunchError(f"{room[0].upper()}{room[1:]}. Lower --instances.")
+
+    def _too_little(self, num_placed: int, num_wanted: int) -> str:
+        where = "" if self._any_node else " on this machine"
+        return (
+            f"the Ray cluster has room for {num_placed} of {num_wanted} instances: each needs "
+            f"{in_words(self._resources.bundle())}{where}; the cluster has "
+            f"{in_words(cluster_resources())} in all"
+        )
 
     def _check_alike(self) -> None:
         actors = list(self._actors.values())
@@ -226,7 +257,7 @@ class Pool:
     def start_one(self, engine_index: int, launch_id: str | None) -> InstanceActor:
         """Begin to start another instance, which must be like those before."""
         plan = self._make_plan(engine_index, launch_id)
-        actor = InstanceActor(plan, self._resources, like=self._likeness)
+        actor = InstanceActor(plan, self._resources, self._watches, like=self._likeness)
         self._actors[engine_index] = actor
         return actor
 

@@ -50,6 +50,10 @@ class RunningInstance(Watched, Protocol):
     def pid(self) -> int | None:
         """Its process, once it has booted."""
 
+    @property
+    def node(self) -> str | None:
+        """The address of its machine, once it has booted."""
+
 
 class Pool(Protocol):
     """What the supervisor acts on."""
@@ -73,7 +77,8 @@ class Pool(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BerthStatus:
-    """``pid`` is that of its process, once it has booted.
+    """``pid`` is that of its process and ``node`` the address of its machine in the Ray cluster,
+    once it has booted.
 
     ``state`` is ``booting``, ``running`` or ``backing off``; ``num_deaths`` counts instances
     that ended here without being told to, ``last_failure`` says how the latest did.
@@ -85,6 +90,7 @@ class BerthStatus:
     num_deaths: int
     last_failure: str
     retry_in_s: float | None
+    node: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -374,4 +380,5 @@ class Supervisor:
             num_deaths=berth.back_off.num_deaths,
             last_failure=berth.back_off.last_failure,
             retry_in_s=max(0.0, berth.retry_at_s - now_s) if waits else None,
+            node=berth.instance.node if berth.instance is not None else None,
         )

@@ -47,6 +47,7 @@ def make_berth(instance_id: str, **fields: Any) -> dict[str, Any]:
         "num_deaths": 0,
         "last_failure": "",
         "retry_in_s": None,
+        "node": "10.0.0.1",
     }
     return berth | fields
 

@@ -130,6 +130,21 @@ def test_a_crash_loop_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
     assert "instance-5: booting" in printed
 
 
+def test_the_machines_of_instances_are_seen_if_there_are_several(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    far = make_berth("instance-1", node="10.0.0.2")
+    near, booting = make_berth("instance-0"), make_berth("instance-2", state="booting", node=None)
+    for berths, lines in (
+        ([near, far], ["instance-0: on 10.0.0.1", "instance-1: on 10.0.0.2"]),
+        ([near, booting], ["instance-2: booting"]),
+    ):
+        with serving(answers(CLUSTER | {"berths": berths})) as stub:
+            assert cli.main(["status", "--url", stub.url]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert [line for line in printed if line.startswith("instance-") and ": " in line] == lines
+
+
 def test_frontends_that_have_died_are_seen(capsys: pytest.CaptureFixture[str]) -> None:
     serving_one = {
         "frontend_id": "frontend-0",

@@ -12,6 +12,7 @@ import ray
 from llumsched.engine.compatibility import Compatibility, fingerprint_of
 from llumsched.runtime import launch
 from llumsched.runtime.instance_actor import InstanceResources, Likeness
+from llumsched.runtime.instance_process import NodeWatches
 from llumsched.runtime.launch import Pool
 from llumsched.runtime.ray_cluster import LaunchError
 from llumsched.trust import PoolKeys
@@ -21,7 +22,7 @@ from tests.engine.fingerprints import HERE
 class Booted:
     """An instance that has loaded its model."""
 
-    def __init__(self, plan: Any, _resources: InstanceResources) -> None:
+    def __init__(self, plan: Any, _resources: InstanceResources, _watches: NodeWatches) -> None:
         self.instance_id = plan.instance_id
         self.group = SimpleNamespace(ready=lambda: "placed")
         self.booted = plan.instance_id
@@ -41,6 +42,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
     monkeypatch.setattr(launch, "InstanceActor", Booted)
     monkeypatch.setattr(ray, "wait", lambda found, **_: (found, []))
     monkeypatch.setattr(ray, "get", lambda found, **_: found)
+    monkeypatch.setattr(launch, "this_node", lambda: "node:10.0.0.1")
     return Pool(
         ray_address=None,
         num_instances=3,
@@ -77,7 +79,8 @@ def test_a_pool_with_one_of_another_kind_does_not_start(pool: Pool) -> None:
     assert not any(actor.has_served for actor in pool._actors.values())  # type: ignore[attr-defined]
 
 
-def test_a_pool_may_start_with_no_instance() -> None:
+def test_a_pool_may_start_with_no_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "this_node", lambda: "node:10.0.0.1")
     pool = Pool(
         ray_address=None,
         num_instances=0,

@@ -29,6 +29,7 @@ class Process:
     has_served: bool = False
     was_killed: bool = False
     pid: int | None = 1
+    node: str | None = "10.0.0.1"
 
     def boot_failure(self) -> str | None:
         return "it was killed" if self.was_killed else self.boot

@@ -1,0 +1,94 @@
+"""A Ray cluster of several nodes on this machine, each with an address of its own on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from tests.e2e.servers import POLL_INTERVAL_S, free_port, server_environment
+
+START_TIMEOUT_S = 60.0
+
+
+class Nodes:
+    """Use as a context manager: all processes of all nodes end with it.
+
+    Attributes:
+        address: of the cluster.
+        environment: what whoever attaches to it needs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # Ray's sockets have long names: their folder must not.
+        self._ray_folder = tempfile.mkdtemp(prefix="llumsched-")
+        self.address = f"127.0.0.1:{free_port()}"
+        self.environment = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_TMPDIR": self._ray_folder,
+        }
+        self._sessions: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number in reversed(range(len(self._sessions))):
+            self.end(number)
+        shutil.rmtree(self._ray_folder, ignore_errors=True)
+
+    def add(self, *, num_cpus: int) -> str:
+        """Start a node; its address. The first is the head."""
+        number = len(self._sessions)
+        ip = f"127.0.0.{number + 1}"
+        if number == 0:
+            port = self.address.rpartition(":")[2]
+            where = ["--head", f"--port={port}", "--include-dashboard=false"]
+        else:
+            where = [f"--address={self.address}"]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *where, "--block"]
+        command += [f"--node-ip-address={ip}", f"--num-cpus={num_cpus}", "--disable-usage-stats"]
+        path = self._folder / f"ray-node-{number}.log"
+        with path.open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=server_environment(**self.environment),
+                start_new_session=True,
+            )
+        self._sessions.append(process)
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while "Ray runtime started" not in path.read_text():
+            assert process.poll() is None, path.read_text()
+            assert time.monotonic() < deadline_s, path.read_text()
+            time.sleep(POLL_INTERVAL_S)
+        return ip
+
+    def end(self, number: int) -> None:
+        """End every process of a node at once, as when its machine loses power."""
+        session = self._sessions[number].pid
+        for process in psutil.process_iter():
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getsid(process.pid) == session:
+                    os.kill(process.pid, signal.SIGKILL)
+        self._sessions[number].wait(START_TIMEOUT_S)

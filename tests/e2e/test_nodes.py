@@ -1,0 +1,125 @@
+"""Instances on several nodes of a Ray cluster, and one that waits for a node to be added."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.chaos.faults import FaultyPool
+from tests.e2e.cases import COMPLETIONS, SINGLE, completion
+from tests.e2e.client import Chunk, Whole, differences
+from tests.e2e.moving import Mover
+from tests.e2e.nodes import Nodes
+from tests.e2e.servers import llumsched
+
+GREEDY = completion(max_tokens=160)
+
+
+@dataclass
+class Spread:
+    """A pool whose instances have a node each."""
+
+    nodes: Nodes
+    pool: FaultyPool
+
+    def machines(self) -> dict[str, str]:
+        """Where each instance runs."""
+        return {b["instance_id"]: b["node"] for b in self.pool.berths() if b["state"] == "running"}
+
+
+@pytest.fixture(scope="module")
+def spread(model: str, log_folder: Path) -> Iterator[Spread]:
+    """There is room for one instance on each node."""
+    with Nodes(log_folder) as nodes:
+        for _ in range(2):
+            nodes.add(num_cpus=1)
+        server = llumsched(
+            model,
+            log_folder,
+            "--instances=2",
+            "--any-node",
+            f"--ray-address={nodes.address}",
+            "--policy=round_robin",
+            "--max-num-seqs=16",
+            name="spread",
+            **nodes.environment,
+        )
+        with FaultyPool.until_its_end(server, model, log_folder, server.await_health) as pool:
+            yield Spread(nodes, pool)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(spread: Spread) -> Whole:
+    return spread.pool.whole(COMPLETIONS, GREEDY)
+
+
+def test_each_is_on_a_node_of_its_own_and_listens_there(spread: Spread) -> None:
+    assert sorted(spread.machines().values()) == ["127.0.0.1", "127.0.0.2"]
+    for instance_id, ip in spread.machines().items():
+        process = psutil.Process(spread.pool.pid(instance_id))
+        peers = [c.laddr for c in process.net_connections("tcp") if c.status == "LISTEN"]
+        assert any(address.ip == ip for address in peers), peers
+
+
+@pytest.mark.parametrize("name", ["penalties, seeded", "chat with logprobs"])
+def test_there_and_back_again(spread: Spread, name: str) -> None:
+    expected = spread.pool.whole(*SINGLE[name])
+    mover = Mover(spread.pool, at=(2, 12))
+    found = spread.pool.whole(*SINGLE[name], on_chunk=mover)
+    assert len(mover.reports) == 2
+    assert not differences(found.as_dict(), expected.as_dict())
+
+
+class Fault:
+    """Befalls the instance of another machine once a request streams there."""
+
+    def __init__(self, spread: Spread, number: signal.Signals) -> None:
+        self._pool, self._number = spread.pool, number
+        (self.victim,) = (i for i, ip in spread.machines().items() if ip != "127.0.0.1")
+        self._num_chunks = 0
+
+    def __call__(self, _number: int, _chunk: Chunk) -> None:
+        self._num_chunks += 1
+        if self._num_chunks == 8:
+            (request,) = self._pool.requests()
+            if request["instance_id"] != self.victim:
+                assert self._pool.migrate(request["request_id"], self.victim).status == 200
+            self._pool.signal(self.victim, self._number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_an_instance_of_another_machine_dies(
+    spread: Spread, undisturbed: Whole, number: signal.Signals
+) -> None:
+    """Its stream goes on, it is ended there, and another takes its place."""
+    spread.pool.await_serving(2)
+    fault = Fault(spread, number)
+    pid = spread.pool.pid(fault.victim)
+    found = spread.pool.whole(COMPLETIONS, GREEDY, on_chunk=fault)
+    assert not differences(found.as_dict(), undisturbed.as_dict())
+    spread.pool.server.await_that(lambda: not psutil.pid_exists(pid), "it has ended")
+    spread.pool.await_serving(2)
+    assert fault.victim not in spread.machines()
+
+
+def test_one_that_finds_no_room_waits_for_a_machine(spread: Spread, undisturbed: Whole) -> None:
+    """Ray's autoscaler adds a machine for what waits; here the test does."""
+    spread.pool.await_serving(2)
+    assert spread.pool.post("/llumsched/scale", {"num_instances": 3}).status == 202
+    spread.pool.server.await_that(
+        lambda: any(b["state"] == "booting" for b in spread.pool.berths()), "one waits"
+    )
+    ip = spread.nodes.add(num_cpus=1)
+    spread.pool.await_serving(3)
+    assert ip in spread.machines().values()
+    assert not differences(spread.pool.whole(COMPLETIONS, GREEDY).as_dict(), undisturbed.as_dict())
+    spread.nodes.end(2)
+    spread.pool.server.await_that(
+        lambda: ip not in spread.machines().values(), "its end was noticed"
+    )
+    assert spread.pool.whole(COMPLETIONS, GREEDY).choices == undisturbed.choices
