@@ -329,6 +329,8 @@ class Migrator:
         self, identity: bytes, message: PeerMessage, payload: memoryview | None
     ) -> None:
         async def reply(answer: PeerMessage) -> None:
+            if self._router.closed:
+                return  # this instance ends, and the other learns that from the link
             await self._router.send_multipart([identity, encode(answer)])
 
         match message:

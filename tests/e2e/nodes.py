@@ -38,7 +38,6 @@ class Nodes:
         self.environment = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_TMPDIR": self._ray_folder,
         }
         self._sessions: list[subprocess.Popen[bytes]] = []
 
@@ -73,7 +72,7 @@ class Nodes:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(**self.environment),
+                env=server_environment(RAY_TMPDIR=self._ray_folder, **self.environment),
                 start_new_session=True,
             )
         self._sessions.append(process)

@@ -14,6 +14,7 @@ import pytest
 
 from llumsched.core.migration import Migration, MigrationOptions, MigrationState
 from llumsched.core.transfer_options import TransferOptions
+from llumsched.engine.kv_transfer import RingOffer
 from llumsched.runtime import migrator, outgoing, peer_link
 from llumsched.runtime.migrator import Migrator
 from llumsched.runtime.peer_link import Link
@@ -318,3 +319,14 @@ def test_closing_is_asked_for_again(pool: Pool, monkeypatch: pytest.MonkeyPatch)
     assert lost
     assert pool.move(sequence_id, 2).outcome == "committed"
     pool.finish(CASE)
+
+
+def test_who_ends_has_nobody_to_answer(pool: Pool) -> None:
+    """What was being worked on when its sockets were closed ends quietly."""
+    ended = pool.instances[DESTINATION].migrator
+    pool.configure()
+    ring = RingOffer(boot_id="", pid=0, fd=0, inode=0, num_slots=1, slot_num_bytes=1)
+    hello = Hello(
+        instance_id="instance-0", fingerprint=ended._fingerprint, transport="gloo", ring=ring
+    )
+    pool.on_loop(ended._handle(b"instance-0", hello, None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -117,8 +118,13 @@ def test_a_request_that_decodes_faster_than_the_link_is_left_alone(
     )
     real = peer_link.Link.send_blocks
 
+    def decode_much() -> None:
+        enough = min(pool.num_tokens("fast") + 70, 400)
+        while pool.num_tokens("fast") < enough:
+            time.sleep(0.005)
+
     async def slowly(link: peer_link.Link, *arguments: Any, **keywords: Any) -> None:
-        await asyncio.sleep(60 * pool.instances[0].core.step_time_s)
+        await asyncio.to_thread(decode_much)
         await real(link, *arguments, **keywords)
 
     monkeypatch.setattr(peer_link.Link, "send_blocks", slowly)
