@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import dataclasses
+import time
 from collections.abc import Iterator
 from typing import Any
 
