@@ -34,7 +34,7 @@ class Nodes:
         self._folder = folder
         # Ray's sockets have long names: their folder must not.
         self._ray_folder = tempfile.mkdtemp(prefix="llumsched-")
-        self.address = f"127.0.0.1:{free_port()}"
+        self.address = f"{address_of(0)}:{free_port()}"
         self.environment = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -57,7 +57,7 @@ class Nodes:
     def add(self, *, num_cpus: int) -> str:
         """Start a node; its address. The first is the head."""
         number = len(self._sessions)
-        ip = f"127.0.0.{number + 1}"
+        ip = address_of(number)
         if number == 0:
             port = self.address.rpartition(":")[2]
             where = ["--head", f"--port={port}", "--include-dashboard=false"]
@@ -91,3 +91,8 @@ class Nodes:
                 if os.getsid(process.pid) == session:
                     os.kill(process.pid, signal.SIGKILL)
         self._sessions[number].wait(START_TIMEOUT_S)
+
+
+def address_of(number: int) -> str:
+    """The address of a node. Ray takes 127.0.0.1 for no address, and looks for another."""
+    return f"127.0.0.{number + 2}"

@@ -14,7 +14,7 @@ from tests.chaos.faults import FaultyPool
 from tests.e2e.cases import COMPLETIONS, SINGLE, completion
 from tests.e2e.client import Chunk, Whole, differences
 from tests.e2e.moving import Mover
-from tests.e2e.nodes import Nodes
+from tests.e2e.nodes import Nodes, address_of
 from tests.e2e.servers import llumsched
 
 GREEDY = completion(max_tokens=160)
@@ -59,7 +59,7 @@ def undisturbed(spread: Spread) -> Whole:
 
 
 def test_each_is_on_a_node_of_its_own_and_listens_there(spread: Spread) -> None:
-    assert sorted(spread.machines().values()) == ["127.0.0.1", "127.0.0.2"]
+    assert sorted(spread.machines().values()) == [address_of(0), address_of(1)]
     for instance_id, ip in spread.machines().items():
         process = psutil.Process(spread.pool.pid(instance_id))
         peers = [c.laddr for c in process.net_connections("tcp") if c.status == "LISTEN"]
@@ -80,7 +80,7 @@ class Fault:
 
     def __init__(self, spread: Spread, number: signal.Signals) -> None:
         self._pool, self._number = spread.pool, number
-        (self.victim,) = (i for i, ip in spread.machines().items() if ip != "127.0.0.1")
+        (self.victim,) = (i for i, ip in spread.machines().items() if ip != address_of(0))
         self._num_chunks = 0
 
     def __call__(self, _number: int, _chunk: Chunk) -> None:
