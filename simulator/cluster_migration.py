@@ -106,13 +106,12 @@ class Migrations:
 
     def victim_blocks(self, source: Engine, now: int) -> int | None:
         """Blocks of the request that would move next; None if there is none."""
-        candidates, _ = self._candidates(source, now)
-        victims = self._ordered(candidates)
+        victims = self._ordered(self._candidates(source, now))
         return victims[0].num_blocks if victims else None
 
     def _choose(self, order: StartMigration, source: Engine, now: int) -> LiveRequest | None:
-        candidates, requests = self._candidates(source, now)
-        chosen = self._ordered(settled(candidates, order.settle_s))
+        requests = {r.request_id: r for r in source.running if _is_movable(r, source)}
+        chosen = self._ordered(settled(self._candidates(source, now), order.settle_s))
         return next((requests[c.request_id] for c in chosen if c.request_id in requests), None)
 
     def _ordered(self, candidates: Sequence[MigrationCandidate]) -> Sequence[MigrationCandidate]:
@@ -125,18 +124,19 @@ class Migrations:
             self.num_victim_failures += 1
             return candidates
 
-    def _candidates(
-        self, source: Engine, now: int
-    ) -> tuple[list[MigrationCandidate], dict[str, LiveRequest]]:
-        progress = source.progress_at(now)
+    def _candidates(self, source: Engine, now: int) -> list[MigrationCandidate]:
+        """What `_is_movable` at a source; looked at of all that run, for every other report."""
+        next_token = source.progress_at(now) + 1
         block_size = source.block_size
-        requests: dict[str, LiveRequest] = {}
         candidates = []
         for request in source.running:
-            if request.phase != DECODING or not _is_movable(request, source):
+            if (
+                request.phase != DECODING
+                or request.migration is not None
+                or request.inbound is not None
+            ):
                 continue
-            num_tokens = progress + request.offset + 1
-            requests[request.request_id] = request
+            num_tokens = next_token + request.offset
             candidates.append(
                 MigrationCandidate(
                     request_id=request.request_id,
@@ -147,7 +147,7 @@ class Migrations:
                     since_migration_s=to_s(now - request.moved) if request.moved >= 0 else None,
                 )
             )
-        return candidates, requests
+        return candidates
 
     def _report(
         self,
