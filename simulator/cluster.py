@@ -45,7 +45,7 @@ from llumsched.simulator.cluster_results import Columns, TimelineRecorder, resul
 from llumsched.simulator.cluster_scheduler import SchedulerPort
 from llumsched.simulator.cost import copy_ps
 from llumsched.simulator.engine_base import Engine
-from llumsched.simulator.engine_request import LiveRequest, Phase
+from llumsched.simulator.engine_request import AWAY, LiveRequest
 from llumsched.simulator.kernel import NEVER, PS_PER_S, STEP, Kernel, to_ps
 from llumsched.simulator.records import RequestStatus
 from llumsched.simulator.simulation import SimulationOptions, SimulationResult
@@ -277,7 +277,7 @@ class Cluster:
     def _dispatch(self, action: DispatchRequest, now: int) -> None:
         self._held.discard(action.request_id)
         request = self._live.get(action.request_id)
-        if request is None or request.phase != Phase.AWAY:
+        if request is None or request.phase != AWAY:
             # It ended, or runs on where it is, while the scheduler thought it lost.
             self._counters["dispatches without effect"] += 1
             return
@@ -359,7 +359,7 @@ class Cluster:
         for request in self._live.values():
             if request.place is engine:
                 request.place = None
-                request.phase = Phase.AWAY
+                request.phase = AWAY
                 request.killed = now
                 request.held = ()
 
@@ -367,7 +367,7 @@ class Cluster:
         for event in self._migrations.instance_died(engine, now):
             # A commit is told before the loss of its source.
             self._tell(event, now)
-        self._held.update(r.request_id for r in self._live.values() if r.phase == Phase.AWAY)
+        self._held.update(r.request_id for r in self._live.values() if r.phase == AWAY)
         self._tell(InstanceLost(instance_id=engine.instance_id, reason=reason), now)
 
     # ---- migrations -----------------------------------------------------------------------

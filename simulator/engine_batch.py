@@ -127,14 +127,14 @@ class DecodeBatch:
         b = self.num_decodes
         own = self.own_gaps
         if not own and first_gap == first:
-            self.gap_runs.extend((first, increment, num_steps, b))
+            self.gap_runs.fromlist([first, increment, num_steps, b])
             return
-        self.gap_runs.extend((first_gap, 0, 1, b - len(own)))
+        self.gap_runs.fromlist([first_gap, 0, 1, b - len(own)])
         for gap in own:
-            self.gap_runs.extend((gap, 0, 1, 1))
+            self.gap_runs.fromlist([gap, 0, 1, 1])
         own.clear()
         if num_steps > 1:
-            self.gap_runs.extend((first + increment, increment, num_steps - 1, b))
+            self.gap_runs.fromlist([first + increment, increment, num_steps - 1, b])
 
     def steps_to_next_end(self) -> int:
         """Steps until the first of the decodes ends."""

@@ -7,6 +7,7 @@ they are now follows from the engine's progress (`engine_batch`). Times are pico
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -31,16 +32,23 @@ class Phase(IntEnum):
 AWAY, WAITING, PREFILLING, DECODING, SUSPENDED, HOLDING, ENDED = map(int, Phase)
 
 
+@dataclass(slots=True, eq=False)
 class LiveRequest:
-    """Mutable, made at arrival and dropped when the request ends.
+    """Mutable, made at arrival and dropped when the request ends."""
 
-    Most of a request's life needs few of these; the others keep the class's value.
-    """
-
+    row: int
+    request_id: str
+    num_prompt: int
+    num_output: int
+    execution_priority: int
+    arrival: int
+    hashes: Sequence[int]
     phase: int = AWAY
     place: Any = None
     """The engine it is on."""
     predicted: int | None = None
+    target: int = 0
+    """Tokens to compute before it decodes: prompt, and what was produced before an eviction."""
     generated: int = 0
     """Output tokens produced."""
     computed: int = 0
@@ -74,23 +82,3 @@ class LiveRequest:
     """The record of the migration by which it came, until its first token here."""
     held: Sequence[int] = ()
     """Hashes of the blocks it holds that are named."""
-
-    def __init__(
-        self,
-        row: int,
-        request_id: str,
-        num_prompt: int,
-        num_output: int,
-        execution_priority: int,
-        arrival: int,
-        hashes: Sequence[int],
-    ) -> None:
-        self.row = row
-        self.request_id = request_id
-        self.num_prompt = num_prompt
-        self.num_output = num_output
-        self.execution_priority = execution_priority
-        self.arrival = arrival
-        self.hashes = hashes
-        self.target = num_prompt
-        """Tokens to compute before it decodes: prompt, and what was produced before an eviction."""
