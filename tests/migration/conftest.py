@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from vllm.lora.request import LoRARequest
 
+from tests.migration.adapters import make_adapter
 from tests.migration.cases import CASES
 from tests.migration.pool import Pool
 from tests.migration.ways import answers_of
@@ -21,6 +23,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return random_weights(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> LoRARequest:
+    return make_adapter(tiny_model, tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(scope="session")

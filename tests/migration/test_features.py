@@ -6,22 +6,18 @@ answers otherwise for requests that share a batch with those of an adapter, move
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
 from llumsched.engine.vllm import imports
 from tests.campaigns import THOROUGH
-from tests.migration import reasoning
+from tests.migration import adapters, reasoning
 from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES, Case, params
 from tests.migration.leaving_out import capturing, moved
@@ -31,7 +27,6 @@ from tests.migration.ways import answers_of, in_a_circle
 # Engines of other kinds: after them those of the other tests here no longer answer.
 pytestmark = pytest.mark.skipif(not THOROUGH, reason="boots engines of other kinds")
 
-RANK = 8
 # By its budget the reasoning ends between the second move and the third.
 BUDGET = 10
 
@@ -52,11 +47,6 @@ def after_reasoning(reasoning_ended: bool | None = None, **fields: Any) -> Case:
     )
 
 
-LORA: dict[str, Case] = {
-    "LoRA": Case(params()),
-    "LoRA, seed": Case(params(temperature=0.8, seed=6)),
-    "LoRA, long prompt": Case(params(), is_long=True),
-}
 REASONING: dict[str, Case] = {
     "reasoning, ended by its budget": after_reasoning(thinking_token_budget=BUDGET),
     "reasoning, ended by itself": after_reasoning(
@@ -66,36 +56,6 @@ REASONING: dict[str, Case] = {
     "reasoning, without end": after_reasoning(),
     "reasoning, nothing after": Reasoning(params(thinking_token_budget=BUDGET)),
 }
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> LoRARequest:
-    """A LoRA adapter of random weights, large enough to change what the model says."""
-    folder = tmp_path_factory.mktemp("adapter")
-    config = json.loads((Path(tiny_model) / "config.json").read_text())
-    num_in, head_size = config["hidden_size"], config["head_dim"]
-    num_out = {
-        "q_proj": config["num_attention_heads"] * head_size,
-        "v_proj": config["num_key_value_heads"] * head_size,
-    }
-    random = torch.Generator().manual_seed(1)
-    weights = {}
-    for layer in range(config["num_hidden_layers"]):
-        for name, size in num_out.items():
-            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            for part, shape in (("lora_A", (RANK, num_in)), ("lora_B", (size, RANK))):
-                weights[f"{prefix}.{part}.weight"] = torch.randn(shape, generator=random) * 0.2
-    save_file(weights, folder / "adapter_model.safetensors")
-    adapter_config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": RANK,
-        "lora_alpha": 2 * RANK,
-        "target_modules": list(num_out),
-        "bias": "none",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(adapter_config))
-    return LoRARequest("of the tests", 1, str(folder))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +82,10 @@ IN_FLIGHT = (
     "long prompt",
 )
 IN_FLIGHT_CASES = CASES if THOROUGH else {name: CASES[name] for name in IN_FLIGHT}
-WITH_LORA = {"enable_lora": True, "max_lora_rank": RANK}
 WITH_REASONING = {"reasoning_parser": reasoning.NAME}
 KINDS = {
-    "LoRA": Kind(WITH_LORA, LORA),
-    "LoRA, async": Kind(WITH_LORA, LORA, is_async=True),
+    "LoRA": Kind(adapters.FLAGS, adapters.LORA),
+    "LoRA, async": Kind(adapters.FLAGS, adapters.LORA, is_async=True),
     "reasoning": Kind(WITH_REASONING, REASONING),
     "async": Kind(WITH_REASONING, IN_FLIGHT_CASES | REASONING, is_async=True),
 }
@@ -135,12 +94,9 @@ KINDS = {
 @pytest.fixture(scope="module")
 def kind(request: pytest.FixtureRequest, adapter: LoRARequest) -> Kind:
     kind = KINDS[request.param]
-    if kind.flags is not WITH_LORA:
+    if kind.flags is not adapters.FLAGS:
         return kind
-    cases = {
-        name: replace(case, fields={"lora_request": adapter}) for name, case in kind.cases.items()
-    }
-    return replace(kind, cases=cases)
+    return replace(kind, cases=adapters.with_adapter(kind.cases, adapter))
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +120,7 @@ def of(*kinds: str) -> pytest.MarkDecorator:
 
 
 @of("LoRA", "LoRA, async")
-@pytest.mark.parametrize("name", LORA)
+@pytest.mark.parametrize("name", adapters.LORA)
 def test_lora(pool: Pool, kind: Kind, unmoved: dict[str, Any], name: str) -> None:
     assert seen_by_client(in_a_circle(pool, name, kind.cases[name])) == unmoved[name]
 

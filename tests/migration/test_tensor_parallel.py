@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import msgspec
 import pytest
 import vllm.envs as envs
+from vllm.lora.request import LoRARequest
 
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.kv_shards import CopyShard, ShardedKV
 from tests.campaigns import THOROUGH
+from tests.migration import adapters
 from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES, Case
 from tests.migration.leaving_out import moved
-from tests.migration.pool import PATIENCE_S, Pool
+from tests.migration.pool import PATIENCE_S, Pool, events_that_are_over
 from tests.migration.ways import answers_of, ask, in_a_circle
 
 # Four more processes of engines to boot: the shards themselves are in tests/engine/test_kv_shards.
@@ -32,15 +35,25 @@ CHOSEN = ("greedy", "penalties, seed", "logprobs", "JSON schema", "three of one"
 CHOSEN_CASES: dict[str, Case] = {name: CASES[name] for name in CHOSEN}
 
 
-@pytest.fixture(scope="module")
-def engines(tiny_model: str) -> Iterator[Pool]:
-    with pytest.MonkeyPatch.context() as patched:
+@contextmanager
+def instances(model: str, *, is_async: bool = False, **flags: Any) -> Iterator[Pool]:
+    with pytest.MonkeyPatch.context() as patched, ExitStack() as stack:
         # Each worker computes with one thread, on whichever core is free. Once there has been an
         # engine in this process, vLLM does not look at the environment again.
         patched.setitem(vars(envs), "VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patched.setitem(os.environ, "OMP_NUM_THREADS", "1")
-        with Pool(tiny_model, tensor_parallel_size=NUM_WORKERS) as pool:
-            yield pool
+        if is_async:
+            # The workers are forked, so it is so in them as well.
+            stack.enter_context(events_that_are_over())
+        yield stack.enter_context(
+            Pool(model, tensor_parallel_size=NUM_WORKERS, async_scheduling=is_async, **flags)
+        )
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_model: str) -> Iterator[Pool]:
+    with instances(tiny_model) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +136,28 @@ def test_blocks_are_not_free_while_a_worker_writes_them(
     assert destination.port._imports
     go_on.set()
     pool.settle()
+
+
+# ---- with what is switched on -------------------------------------------------------------------
+
+
+def all_go_in_a_circle(pool: Pool, cases: Mapping[str, Case]) -> None:
+    expected = answers_of(pool, cases)
+    for name, case in cases.items():
+        pool.forget_everything()
+        assert seen_by_client(in_a_circle(pool, name, case)) == expected[name], name
+        pool.settle()
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["", "async"])
+def test_with_lora(tiny_model: str, adapter: LoRARequest, is_async: bool) -> None:
+    cases = adapters.with_adapter(adapters.LORA, adapter)
+    with instances(tiny_model, is_async=is_async, **adapters.FLAGS) as pool:
+        all_go_in_a_circle(pool, cases)
+
+
+def test_with_steps_in_flight(tiny_model: str) -> None:
+    """There are two steps of both workers in flight."""
+    with instances(tiny_model, is_async=True) as pool:
+        assert pool.instances[0].core.batch_queue is not None
+        all_go_in_a_circle(pool, CHOSEN_CASES)
