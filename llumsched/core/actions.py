@@ -7,9 +7,11 @@ This module does not know how an action is carried out.
 from dataclasses import dataclass
 from enum import StrEnum
 
+from llumsched.core.quick import quick
 from llumsched.core.types import InstanceRole
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchRequest:
     """Send a request to an instance.

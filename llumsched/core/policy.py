@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from llumsched.core.options import SchedulerOptions
+from llumsched.core.quick import quick
 from llumsched.core.snapshot import ClusterSnapshot
 from llumsched.core.types import InstanceRole, SchedulingRequest
 
@@ -115,6 +116,7 @@ class ScalingPolicy(Protocol):
         """The wish of this moment; the scheduler acts on one that lasts."""
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationCandidate:
     """A request that could move, as its own instance knows it."""
