@@ -177,7 +177,7 @@ class Cluster:
                 now, source = reports[0][0], _REPORT
             if heap and heap[0][0] < now:
                 if heap[0][0] <= until:
-                    self._work_off_heap(min(now, until + 1), num_requests)
+                    self._work_off_heap(now if now <= until else until + 1, num_requests)
                     continue
                 now = heap[0][0]
             if now > until or now == NEVER:

@@ -25,12 +25,13 @@ class DispatchQueue:
 
     def __init__(self) -> None:
         self._records: dict[_Key, tuple[float, RequestRecord]] = {}
-        self._order: list[_Key] = []
+        self.order: list[_Key] = []
+        """Keys in dispatch order. Read it, to see at little cost whether anything is held."""
         self._deadlines: list[tuple[float, _Key]] = []
         self._num_of_client: Counter[str | None] = Counter()
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self.order)
 
     def push(self, record: RequestRecord, deadline_s: float) -> None:
         """Hold a request until it is removed; `expired` names it after its deadline."""
@@ -38,7 +39,7 @@ class DispatchQueue:
         record.is_held = True
         self._num_of_client[record.request.client_id] += 1
         self._records[key] = (deadline_s, record)
-        bisect.insort(self._order, key)
+        bisect.insort(self.order, key)
         bisect.insort(self._deadlines, (deadline_s, key))
 
     def remove(self, record: RequestRecord) -> None:
@@ -46,7 +47,7 @@ class DispatchQueue:
         key = _key(record)
         record.is_held = False
         deadline_s, _ = self._records.pop(key)
-        del self._order[bisect.bisect_left(self._order, key)]
+        del self.order[bisect.bisect_left(self.order, key)]
         del self._deadlines[bisect.bisect_left(self._deadlines, (deadline_s, key))]
         client_id = record.request.client_id
         self._num_of_client[client_id] -= 1
@@ -65,11 +66,11 @@ class DispatchQueue:
 
     def backwards(self) -> Iterator[RequestRecord]:
         """Held requests, the last in dispatch order first."""
-        return (self._records[key][1] for key in reversed(self._order))
+        return (self._records[key][1] for key in reversed(self.order))
 
     def in_order(self, limit: int | None = None) -> Iterator[RequestRecord]:
         """Held requests in dispatch order; do not change the queue while iterating."""
-        return (self._records[key][1] for key in islice(self._order, limit))
+        return (self._records[key][1] for key in islice(self.order, limit))
 
     def expired(self, now: float) -> list[RequestRecord]:
         """Requests whose deadline has come, earliest first; they stay until removed."""

@@ -75,7 +75,7 @@ class Dispatcher:
             record.fair_tag = self._turns.tag(request.client_id, request.num_prompt_tokens)
         if has_begun:
             record.redispatch_reason = LOST
-        if not len(self._queue) or (self._all_let_pass and now < self._next_pass_s):
+        if not self._queue.order or (self._all_let_pass and now < self._next_pass_s):
             if self._try(record, now, record.redispatch_reason, out) is not None:
                 self._hold(record, now, out)
         else:
@@ -136,7 +136,7 @@ class Dispatcher:
 
     def dispatch_held(self, now: float, out: list[Action]) -> None:
         """Try held requests again, in order, until one must wait and no other may pass it."""
-        if not len(self._queue) or now < self._next_pass_s:
+        if not self._queue.order or now < self._next_pass_s:
             return
         limit = self._options.max_queue_attempts
         num_held = len(self._queue)
@@ -154,7 +154,7 @@ class Dispatcher:
     def next_deadline(self) -> float | None:
         """When held requests expire, or should be tried again."""
         expires = None if self._awaits_a_boot() else self._queue.next_deadline()
-        if not len(self._queue) or self._next_pass_s <= self._cluster.snapshot.now:
+        if not self._queue.order or self._next_pass_s <= self._cluster.snapshot.now:
             return expires
         return self._next_pass_s if expires is None else min(expires, self._next_pass_s)
 

@@ -100,7 +100,8 @@ class Instances:
             record = requests.get(request_id)
             if record is not None and record.instance_id == instance_id:
                 self._dispatcher.end(record, None, out)
-        self.leave_if_empty(instance_id, out)
+        if self._draining:
+            self.leave_if_empty(instance_id, out)
 
     def _forget_ghosts(self, instance: InstanceRecord, now: float, out: list[Action]) -> None:
         """An empty instance runs none of the requests it once named: their end was not told."""
