@@ -30,9 +30,9 @@ OPEN = frozenset(
 )
 
 
-def has_key(args: argparse.Namespace) -> bool:
-    """Whether the server has an API key, by flag or by environment."""
-    return any(args.api_key or [envs.VLLM_API_KEY])
+def num_keys(args: argparse.Namespace) -> int:
+    """How many API keys the server has, by flag or by environment."""
+    return len({key for key in args.api_key or [envs.VLLM_API_KEY] if key})
 
 
 def guard(app: FastAPI) -> None:

@@ -16,11 +16,11 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import serve_http
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
-from llumsched.frontend.access import guard, has_key
+from llumsched.frontend.access import guard, num_keys
 from llumsched.frontend.arguments import is_local
 from llumsched.frontend.engine import Engine
 from llumsched.frontend.exposition import expose
-from llumsched.frontend.hints import HintsMiddleware
+from llumsched.frontend.hints import HintsMiddleware, let_keys_name_clients
 from llumsched.frontend.overload import RetryAfterMiddleware
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,9 @@ async def serve_app(
     if admin is not None:
         app.include_router(admin)
     guard(app)
-    if admin is not None and not has_key(args) and not is_local(args):
+    if num_keys(args) > 1:
+        let_keys_name_clients(app)
+    if admin is not None and not num_keys(args) and not is_local(args):
         logger.warning(
             "Whoever reaches %s may move requests and end instances: give --api-key as well.",
             listen_address,

@@ -7,6 +7,7 @@
 | `X-SLO-TPOT-Ms` | milliseconds | the client wants further tokens this far apart |
 | `X-Client-Id` | any text | whose request it is; else the API key's digest |
 
+With several API keys a client is whoever has one: a header of its own choice cannot make it many.
 The OpenAI API has no place for them and vLLM's request none either, so they travel in a context
 variable from the HTTP layer to the engine client, within the one task that serves the request.
 This module does not know what a policy makes of them.
@@ -22,6 +23,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
 from llumsched.core.types import PriorityClass
@@ -66,8 +68,11 @@ def hinted(hints: Hints) -> Iterator[None]:
         _current.reset(token)
 
 
-def parse(headers: Iterable[tuple[bytes, bytes]]) -> Hints:
+def parse(headers: Iterable[tuple[bytes, bytes]], *, key_names_client: bool = False) -> Hints:
     """The hints in a request's headers, whose names are in lower case.
+
+    Args:
+        key_names_client: its API key says whose a request is, whatever a header does.
 
     Raises:
         ValueError: a header that is ours says something else; the message names the fix.
@@ -85,7 +90,7 @@ def parse(headers: Iterable[tuple[bytes, bytes]]) -> Hints:
         priority=priority_class,
         ttft_slo_s=_seconds("X-SLO-TTFT-Ms", texts.get(TTFT_SLO)),
         tpot_slo_s=_seconds("X-SLO-TPOT-Ms", texts.get(TPOT_SLO)),
-        client_id=_client_id(texts),
+        client_id=_client_id(texts, key_names_client),
     )
 
 
@@ -101,15 +106,23 @@ def _seconds(name: str, text: str | None) -> float | None:
     return milliseconds / 1000
 
 
-def _client_id(texts: dict[bytes, str]) -> str | None:
-    if client_id := texts.get(CLIENT_ID):
-        if len(client_id) > MAX_CLIENT_ID_LENGTH:
-            raise ValueError(f"X-Client-Id: longer than {MAX_CLIENT_ID_LENGTH} characters")
+def _client_id(texts: dict[bytes, str], key_names_client: bool) -> str | None:
+    authorization, client_id = texts.get(AUTHORIZATION), texts.get(CLIENT_ID)
+    if client_id and len(client_id) > MAX_CLIENT_ID_LENGTH:
+        raise ValueError(f"X-Client-Id: longer than {MAX_CLIENT_ID_LENGTH} characters")
+    if client_id and not (key_names_client and authorization):
         return client_id
-    if key := texts.get(AUTHORIZATION):
+    if authorization:
+        # Not the scheme before it, which may be spelled in many ways.
+        key = authorization.partition(" ")[2] or authorization
         # The key itself must not reach logs.
         return hashlib.sha256(key.encode()).hexdigest()[:16]
     return None
+
+
+def let_keys_name_clients(app: FastAPI) -> None:
+    """Have the API key of a request say whose it is; for a server with several."""
+    app.state.llumsched_key_names_client = True
 
 
 _NAMES = frozenset({PRIORITY, TTFT_SLO, TPOT_SLO, CLIENT_ID, AUTHORIZATION})
@@ -126,12 +139,16 @@ class HintsMiddleware:
             await self._app(scope, receive, send)
             return
         try:
-            hints = parse(scope["headers"])
+            hints = parse(scope["headers"], key_names_client=_key_names_client(scope))
         except ValueError as error:
             await _bad_request(str(error))(scope, receive, send)
             return
         with hinted(hints):
             await self._app(scope, receive, send)
+
+
+def _key_names_client(scope: Scope) -> bool:
+    return getattr(scope["app"].state, "llumsched_key_names_client", False)
 
 
 def _bad_request(message: str) -> JSONResponse:

@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumsched.core.types import PriorityClass
-from llumsched.frontend.hints import NO_HINTS, Hints, HintsMiddleware, current, parse
+from llumsched.frontend.hints import (
+    NO_HINTS,
+    Hints,
+    HintsMiddleware,
+    current,
+    let_keys_name_clients,
+    parse,
+)
 
 
 def headers(**values: str) -> list[tuple[bytes, bytes]]:
@@ -46,6 +53,19 @@ def test_a_client_is_told_apart_by_its_key_which_is_not_kept() -> None:
     assert parse(headers(authorization=key, x_client_id="tenant")).client_id == "tenant"
 
 
+def test_one_key_is_not_many_clients() -> None:
+    """Or else whoever has one takes what shares of a full queue it likes."""
+
+    def client(authorization: str, **others: str) -> str | None:
+        found = headers(authorization=authorization, **others)
+        return parse(found, key_names_client=True).client_id
+
+    one = client("Bearer sk-1")
+    assert client("bEARER sk-1") == client("Bearer sk-1", x_client_id="another") == one
+    assert client("Bearer sk-2") != one
+    assert parse(headers(x_client_id="a"), key_names_client=True).client_id == "a", "it has no key"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -70,8 +90,10 @@ def test_any_bytes_are_read_or_refused(found: dict[str, bytes]) -> None:
     assert hints.ttft_slo_s is None or hints.ttft_slo_s > 0
 
 
-def ask(path: str, **values: str) -> httpx.Response:
+def ask(path: str, *, several_keys: bool = False, **values: str) -> httpx.Response:
     app = FastAPI()
+    if several_keys:
+        let_keys_name_clients(app)
 
     @app.get("/plain")
     async def plain() -> Any:
@@ -106,6 +128,11 @@ def ask(path: str, **values: str) -> httpx.Response:
 def test_hints_are_seen_by_what_serves_the_request() -> None:
     assert ask("/plain", x_client_id="a").json() == {"client": "a"}
     assert ask("/stream", x_client_id="a").text == "aa"
+
+
+def test_a_server_with_several_keys_goes_by_them() -> None:
+    found = ask("/plain", several_keys=True, x_client_id="a", authorization="Bearer k").json()
+    assert found == ask("/plain", authorization="Bearer k").json()
 
 
 def test_a_bad_header_is_a_clear_400() -> None:
