@@ -111,10 +111,14 @@ class FaultyPool(Admin):
         ports = {c.laddr.port for c in frontend if c.status == psutil.CONN_LISTEN}
         saboteur.tell(self._folder, self.pid(instance_id), saboteur.BREAK, *ports)
 
+    def scheduler_pids(self) -> list[int]:
+        """The process of the global scheduler; none while Ray starts it again."""
+        processes = self.server.processes().items()
+        return [pid for pid, name in processes if name.startswith("ray::Controller")]
+
     def kill_scheduler(self) -> None:
         """End the process of the global scheduler; Ray starts it again."""
-        processes = self.server.processes().items()
-        pids = [pid for pid, name in processes if name.startswith("ray::Controller")]
+        pids = self.scheduler_pids()
         assert pids, self.server.processes()
         for pid in pids:
             os.kill(pid, signal.SIGKILL)

@@ -77,11 +77,11 @@ def test_connections_break_while_both_ends_live(pool: FaultyPool, references: Re
 
 
 @thorough
-@pytest.mark.parametrize("end", ["source", "destination"])
-def test_an_end_of_a_migration_is_killed(
-    pool: FaultyPool, references: References, end: str
+@pytest.mark.parametrize("party", ["source", "destination", "scheduler"])
+def test_a_party_to_a_migration_is_killed(
+    pool: FaultyPool, references: References, party: str
 ) -> None:
-    """Every request of one instance is on its way to the other when one of the two dies."""
+    """Every request of one instance is on its way to the other when one of the three dies."""
     source, destination = pool.running()
 
     def fault(progress: Progress) -> None:
@@ -98,7 +98,10 @@ def test_an_end_of_a_migration_is_killed(
         pool.server.await_that(
             lambda: any(r["num_moves"] for r in pool.requests()), "one has moved"
         )
-        pool.signal(source if end == "source" else destination, signal.SIGKILL)
+        if party == "scheduler":
+            pool.kill_scheduler()
+        else:
+            pool.signal(source if party == "source" else destination, signal.SIGKILL)
         for thread in threads:
             thread.join()
 
@@ -122,6 +125,22 @@ def test_the_scheduler_is_killed(pool: FaultyPool, references: References) -> No
         request_id = next(r["request_id"] for r in pool.requests() if r["num_output_tokens"])
         answer = pool.migrate(request_id)
         assert answer.status in (200, 404, 409), answer
+
+    assert stream_through(pool, references, fault) > 0
+
+
+@thorough
+def test_a_scheduler_that_hangs_is_started_again(pool: FaultyPool, references: References) -> None:
+    """It keeps its port and its connections, and answers nobody."""
+
+    def fault(progress: Progress) -> None:
+        progress.when_all_have(BEGUN)
+        before, (hung,) = pool.serving(), pool.scheduler_pids()
+        os.kill(hung, signal.SIGSTOP)
+        # Requests are taken meanwhile.
+        assert pool.whole("/v1/completions", {"prompt": "The sea", "max_tokens": 4}).text
+        pool.server.await_that(lambda: hung not in pool.scheduler_pids(), "it was noticed")
+        pool.await_rebuilt(before)
 
     assert stream_through(pool, references, fault) > 0
 
