@@ -116,6 +116,11 @@ class Instance:
         return self._engine.call(lambda: self._engine.abort_client(client_index)).result()
 
     @ray.method(concurrency_group=WHILE_SERVING)
+    def leave(self) -> None:
+        """As SIGTERM to its process: have it drained. For one that serves."""
+        self._leave()
+
+    @ray.method(concurrency_group=WHILE_SERVING)
     def stop(self) -> None:
         """Ask the engine to end; ``run`` returns soon after."""
         self._stopping.set()

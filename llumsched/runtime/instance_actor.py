@@ -89,6 +89,7 @@ class InstanceActor:
         self._like = like
         self._watches = watches
         self.node: str | None = None
+        self.node_id: str | None = None
         self.instance_id = plan.instance_id
         self.group: PlacementGroup = placement_group([resources.bundle()])
         environment = {
@@ -125,11 +126,11 @@ class InstanceActor:
         return f"it is not like the others: {differing}" if differing else ""
 
     def _find_process(self, whereabouts: tuple[str, str, int]) -> None:
-        node_id, self.node, pid = whereabouts
-        if node_id == ray.get_runtime_context().get_node_id():
+        self.node_id, self.node, pid = whereabouts
+        if self.node_id == ray.get_runtime_context().get_node_id():
             self._process = LocalProcess(pid)
         else:
-            self._process = RemoteProcess(self._watches.of(node_id), pid)
+            self._process = RemoteProcess(self._watches.of(self.node_id), pid)
 
     @property
     def pid(self) -> int | None:
@@ -139,6 +140,15 @@ class InstanceActor:
     def serve(self) -> None:
         """Begin to serve; it has booted."""
         self.run = self.actor.run.remote()
+
+    @property
+    def serves(self) -> bool:
+        """Whether it has begun to."""
+        return self.run is not None
+
+    def leave(self) -> None:
+        """Tell it that its machine goes; it serves."""
+        self.actor.leave.remote()
 
     def end_reason(self) -> str | None:
         """``None`` while it serves, else why it ended."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -128,24 +129,32 @@ class NodeWatch:
 
 
 class NodeWatches:
-    """One for each machine, started when it is first asked for; they end with this process."""
+    """One for each machine, started when it is first asked for.
+
+    It ends when nobody holds it any more: an autoscaler takes a machine that has one for busy, and
+    would keep it for good.
+    """
 
     def __init__(self) -> None:
-        self._watches: dict[str, Any] = {}
+        self._watches: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
     def of(self, node_id: str) -> Any:
         """That of a machine, by Ray's id of it."""
-        if node_id not in self._watches:
-            self._watches[node_id] = (
-                ray.remote(NodeWatch)
-                .options(
-                    num_cpus=0,
-                    max_restarts=-1,
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-                )
-                .remote()
+        watch = self._watches.get(node_id)
+        if watch is None:
+            watch = self._watches[node_id] = self._start(node_id)
+        return watch
+
+    def _start(self, node_id: str) -> Any:
+        return (
+            ray.remote(NodeWatch)
+            .options(
+                num_cpus=0,
+                max_restarts=-1,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
             )
-        return self._watches[node_id]
+            .remote()
+        )
 
 
 class RemoteProcess:

@@ -28,6 +28,7 @@ import ray
 from llumsched.config import Config
 from llumsched.engine.compatibility import differences_in_pool
 from llumsched.runtime.controller_actor import ACTOR_NAME, ControllerActor, SchedulerWatch
+from llumsched.runtime.draining_machines import LOOK_INTERVAL_S, DrainingMachines
 from llumsched.runtime.frontend_loss import FrontendLoss
 from llumsched.runtime.frontends import frontend_id
 from llumsched.runtime.heartbeat import HeartbeatListener
@@ -227,10 +228,15 @@ class Pool:
         self._run_thread("supervise-instances", lambda: self._until_end(supervisor.tick))
         watch = SchedulerWatch(self._controller)
         self._run_thread("watch-scheduler", lambda: self._until_end(lambda: watch.tick(TICK_S)))
+        if self.instances_host is None:
+            machines = DrainingMachines(lambda: list(self._actors.values()))
+            self._run_thread(
+                "watch-machines", lambda: self._until_end(machines.tick, LOOK_INTERVAL_S)
+            )
         return supervisor
 
-    def _until_end(self, tick: Callable[[], None]) -> None:
-        while not self._ending.wait(TICK_S):
+    def _until_end(self, tick: Callable[[], None], interval_s: float = TICK_S) -> None:
+        while not self._ending.wait(interval_s):
             try:
                 tick()
             except Exception:

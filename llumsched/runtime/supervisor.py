@@ -242,6 +242,8 @@ class Supervisor:
 
     def _gone(self, berth: _Berth, instance: RunningInstance, reason: str) -> None:
         instance.kill()
+        # Whoever holds it holds a watch on its machine as well.
+        berth.vital_signs = None
         instance_id = instance_name(berth.engine_index)
         expected = berth.is_ending
         log = logger.info if expected else logger.error

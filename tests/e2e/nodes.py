@@ -6,7 +6,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -83,14 +82,54 @@ class Nodes:
             time.sleep(POLL_INTERVAL_S)
         return ip
 
+    def drain(self, ip: str) -> None:
+        """Announce that the machine of an address goes, as a cloud does that takes it back."""
+        found = self._python(
+            "import ray, sys\n"
+            "ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False)\n"
+            "(node,) = (n for n in ray.nodes() if n['NodeManagerAddress'] == sys.argv[2])\n"
+            "print(node['NodeID'])",
+            ip,
+        )
+        self._python(
+            "import sys\nfrom ray.scripts.scripts import cli\n"
+            "cli(['drain-node', '--address', sys.argv[1], '--node-id', sys.argv[2], '--reason',"
+            " 'DRAIN_NODE_REASON_PREEMPTION', '--reason-message', 'a test',"
+            " '--deadline-remaining-seconds', '300'])",
+            found,
+        )
+
+    def _python(self, code: str, argument: str) -> str:
+        """What a program prints, as its last line, that knows the cluster's address."""
+        done = subprocess.run(
+            [sys.executable, "-c", code, self.address, argument],
+            capture_output=True,
+            text=True,
+            env=server_environment(**self.environment),
+            timeout=START_TIMEOUT_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip().rpartition("\n")[2]
+
+    def runs(self, number: int) -> bool:
+        """Whether a node takes part in the cluster: what started it stays when its raylet ends."""
+        return any(process.info["name"] == "raylet" for process in self._processes(number))
+
     def end(self, number: int) -> None:
         """End every process of a node at once, as when its machine loses power."""
-        session = self._sessions[number].pid
-        for process in psutil.process_iter():
+        for process in self._processes(number):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._sessions[number].wait(START_TIMEOUT_S)
+
+    def _processes(self, number: int) -> list[psutil.Process]:
+        session, found = self._sessions[number].pid, []
+        for process in psutil.process_iter(["name"]):
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
                 if os.getsid(process.pid) == session:
-                    os.kill(process.pid, signal.SIGKILL)
-        self._sessions[number].wait(START_TIMEOUT_S)
+                    found.append(process)
+        return found
 
 
 def address_of(number: int) -> str:

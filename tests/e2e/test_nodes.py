@@ -12,6 +12,7 @@ import pytest
 
 from tests.campaigns import THOROUGH
 from tests.chaos.faults import FaultyPool
+from tests.chaos.test_faults import lost_resumed_moved
 from tests.e2e.cases import COMPLETIONS, SINGLE, completion
 from tests.e2e.client import Chunk, Whole, differences
 from tests.e2e.moving import Mover
@@ -19,6 +20,17 @@ from tests.e2e.nodes import Nodes, address_of
 from tests.e2e.servers import llumsched
 
 GREEDY = completion(max_tokens=160)
+# Not near its end when Ray has been told, which takes seconds.
+LONG = completion(max_tokens=900)
+# Only what drains is emptied; else requests stay where the tests have put them.
+CONFIG = """
+policy: round_robin
+parts:
+  migration:
+    name: freeness_pairs
+    source_below: 0
+    destination_above: 0
+"""
 
 
 @dataclass
@@ -36,6 +48,8 @@ class Spread:
 @pytest.fixture(scope="module")
 def spread(model: str, log_folder: Path) -> Iterator[Spread]:
     """There is room for one instance on each node."""
+    config = log_folder / "spread.yaml"
+    config.write_text(CONFIG)
     with Nodes(log_folder) as nodes:
         for _ in range(2):
             nodes.add(num_cpus=1)
@@ -45,7 +59,7 @@ def spread(model: str, log_folder: Path) -> Iterator[Spread]:
             "--instances=2",
             "--any-node",
             f"--ray-address={nodes.address}",
-            "--policy=round_robin",
+            f"--config={config}",
             "--max-num-seqs=16",
             name="spread",
             **nodes.environment,
@@ -79,18 +93,41 @@ def test_there_and_back_again(spread: Spread, name: str) -> None:
 class Fault:
     """Befalls the instance of another machine once a request streams there."""
 
-    def __init__(self, spread: Spread, number: signal.Signals) -> None:
-        self._pool, self._number = spread.pool, number
+    def __init__(self, spread: Spread) -> None:
+        self._spread = spread
         (self.victim,) = (i for i, ip in spread.machines().items() if ip != address_of(0))
         self._num_chunks = 0
 
     def __call__(self, _number: int, _chunk: Chunk) -> None:
         self._num_chunks += 1
         if self._num_chunks == 8:
-            (request,) = self._pool.requests()
+            pool = self._spread.pool
+            (request,) = pool.requests()
             if request["instance_id"] != self.victim:
-                assert self._pool.migrate(request["request_id"], self.victim).status == 200
-            self._pool.signal(self.victim, self._number)
+                assert pool.migrate(request["request_id"], self.victim).status == 200
+            self.befall()
+
+    def befall(self) -> None:
+        raise NotImplementedError
+
+
+class Signalled(Fault):
+    def __init__(self, spread: Spread, number: signal.Signals) -> None:
+        super().__init__(spread)
+        self._number = number
+
+    def befall(self) -> None:
+        self._spread.pool.signal(self.victim, self._number)
+
+
+class Goes(Fault):
+    """The machine of the instance is about to go, and does when nothing runs there."""
+
+    def befall(self) -> None:
+        self._spread.nodes.drain(address_of(1))
+        self._spread.pool.server.await_that(
+            lambda: self.victim not in self._spread.machines(), "it is emptied"
+        )
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, *([signal.SIGKILL] if THOROUGH else [])])
@@ -99,7 +136,7 @@ def test_an_instance_of_another_machine_dies(
 ) -> None:
     """Its stream goes on, it is ended there, and another takes its place."""
     spread.pool.await_serving(2)
-    fault = Fault(spread, number)
+    fault = Signalled(spread, number)
     pid = spread.pool.pid(fault.victim)
     found = spread.pool.whole(COMPLETIONS, GREEDY, on_chunk=fault)
     assert not differences(found.as_dict(), undisturbed.as_dict())
@@ -125,3 +162,23 @@ def test_one_that_finds_no_room_waits_for_a_machine(spread: Spread, undisturbed:
         lambda: ip not in spread.machines().values(), "its end was noticed"
     )
     assert spread.pool.whole(COMPLETIONS, GREEDY).choices == undisturbed.choices
+
+
+@pytest.mark.skipif(not THOROUGH, reason="an instance takes its time to boot")
+def test_a_machine_that_goes_is_emptied_first(spread: Spread) -> None:
+    """Its request migrates, none is computed again; then nothing of ours keeps the machine."""
+    pool = spread.pool
+    pool.await_serving(2)
+    undisturbed = pool.whole(COMPLETIONS, LONG)
+    before = lost_resumed_moved(pool)
+    goes = Goes(spread)
+    found = pool.whole(COMPLETIONS, LONG, on_chunk=goes)
+    assert not differences(found.as_dict(), undisturbed.as_dict())
+    pool.server.await_that(lambda: goes.victim not in spread.machines(), "it has left")
+    lost, resumptions, moves = lost_resumed_moved(pool)
+    assert (lost, resumptions) == before[:2]
+    assert moves > before[2]
+    pool.server.await_that(lambda: not spread.nodes.runs(1), "Ray has let the machine go")
+    ip = spread.nodes.add(num_cpus=1)
+    pool.await_serving(2)
+    assert ip in spread.machines().values(), "another has taken its place"

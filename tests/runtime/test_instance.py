@@ -9,7 +9,7 @@ import pytest
 from llumsched.runtime.instance import WHILE_SERVING, Instance
 
 
-@pytest.mark.parametrize("method", [Instance.abort_client, Instance.stop])
+@pytest.mark.parametrize("method", [Instance.abort_client, Instance.leave, Instance.stop])
 def test_a_call_does_not_wait_for_the_end_of_the_one_that_serves(method: object) -> None:
     """To Ray a class with a coroutine is an asyncio actor: all calls share a thread, but for those
     of another group."""

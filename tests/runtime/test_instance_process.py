@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from llumsched.runtime.instance_process import (
     LocalProcess,
     Look,
     NodeWatch,
+    NodeWatches,
     RemoteProcess,
 )
 from llumsched.runtime.process_work import Work
@@ -179,3 +181,31 @@ def test_a_watch_looks_at_processes_of_its_machine(sleeper: subprocess.Popen[byt
     assert NodeWatch().look(sleeper.pid, of_descendants=False) is None
     with pytest.raises(psutil.NoSuchProcess):
         LocalProcess(sleeper.pid)
+
+
+class Handle:
+    """Of an actor."""
+
+
+def test_a_watch_ends_with_the_last_instance_of_its_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With one that stays, a machine is busy for ever to an autoscaler."""
+    started: list[str] = []
+
+    def start(_watches: NodeWatches, node_id: str) -> Any:
+        started.append(node_id)
+        return Handle()
+
+    monkeypatch.setattr(NodeWatches, "_start", start)
+    watches = NodeWatches()
+    one, other = RemoteProcess(watches.of("m"), 1), RemoteProcess(watches.of("m"), 2)
+    assert started == ["m"], "they share it"
+    del one
+    gc.collect()
+    other = RemoteProcess(watches.of("m"), 3)
+    assert started == ["m"]
+    del other
+    gc.collect()
+    watches.of("m")
+    assert started == ["m", "m"], "nobody held the first"

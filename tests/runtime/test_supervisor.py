@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -135,6 +137,26 @@ def test_one_that_hangs_is_killed_before_anybody_is_told() -> None:
     stage.pass_time(2.0)
     assert stage.pool.started[1].was_killed
     assert stage.pool.notes == [("told", "instance-1"), ("gone", 1, False)]
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_nothing_is_kept_of_one_that_is_gone(is_replaced: bool) -> None:
+    """It would keep its machine busy, also for as long as another finds no room elsewhere."""
+    stage = Stage()
+    stage.pool.boots_at_once = False
+    gone = weakref.ref(stage.pool.started[1])
+    stage.pass_time(1.0)
+    stage.pool.started[1].answers = False
+    stage.pass_time(0.4)
+    assert stage.pool.notes == [], "it is only suspected"
+    if is_replaced:
+        stage.supervisor.replace("instance-1")
+        stage.supervisor.terminate("instance-1")
+    stage.pass_time(2.0)
+    assert ("gone", 1, is_replaced) in stage.pool.notes
+    del stage.pool.started[1]
+    gc.collect()
+    assert gone() is None
 
 
 def test_nobody_is_silent_while_the_watcher_itself_stands_still() -> None:
