@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import MagicMock
 
 import pytest
@@ -28,6 +28,7 @@ from vllm.outputs import RequestOutput
 from vllm.renderers import renderer_from_config
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine import core as vllm_core
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
@@ -131,6 +132,8 @@ class Pool:
     ``events_that_are_over``. Use as a context manager.
     """
 
+    _num_open: ClassVar[int] = 0
+
     def __init__(
         self,
         model: str,
@@ -214,9 +217,11 @@ class Pool:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(PATIENCE_S)
 
     def __enter__(self) -> Pool:
+        Pool._num_open += 1
         return self
 
     def __exit__(self, *_: object) -> None:
+        Pool._num_open -= 1
         for instance in self.instances:
             self.on_loop(instance.migrator.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -224,7 +229,11 @@ class Pool:
         self._loop.close()
         for instance in self.instances:
             instance.port.close()
-            instance.core.shutdown()  # type: ignore[no-untyped-call]
+            with pytest.MonkeyPatch.context() as patched:
+                if Pool._num_open:
+                    # All engines of a process share its group of workers.
+                    patched.setattr(vllm_core, "cleanup_dist_env_and_memory", lambda: None)
+                instance.core.shutdown()  # type: ignore[no-untyped-call]
 
     def recover(self) -> None:
         """After a test that failed: whatever it has left is thrown away."""

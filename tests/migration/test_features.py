@@ -24,7 +24,6 @@ from tests.migration.leaving_out import capturing, moved
 from tests.migration.pool import Pool, events_that_are_over
 from tests.migration.ways import answers_of, in_a_circle
 
-# Engines of other kinds: after them those of the other tests here no longer answer.
 pytestmark = pytest.mark.skipif(not THOROUGH, reason="boots engines of other kinds")
 
 # By its budget the reasoning ends between the second move and the third.
