@@ -176,11 +176,39 @@ WHOLE: dict[str, tuple[str, dict[str, Any] | None]] = {
     "detokenize": ("/detokenize", {"tokens": [504, 2416, 282, 260, 905, 314]}),
 }
 
-# What plain vLLM answers with 500, by the field that breaks it: found by tests/e2e/test_fuzz.py.
+# What plain vLLM answers with 500: found by tests/e2e/test_fuzz.py, which must know them.
 BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
     # Its validators ask the value for a key before they know that it is an object.
-    "structured_outputs": (COMPLETIONS, completion(structured_outputs=1)),
+    "structured_outputs": (COMPLETIONS, {"prompt": STORY, "structured_outputs": 1}),
+    # It takes the first part of an earlier answer, of which there is none.
+    "an answer without content": (
+        "/v1/responses",
+        {
+            "max_output_tokens": 4,
+            "input": [
+                {
+                    "type": "message",
+                    "id": "",
+                    "role": "assistant",
+                    "status": "completed",
+                    "content": [],
+                }
+            ],
+        },
+    ),
 }
+
+
+def breaks_plain_vllm(body: Any) -> bool:
+    """Whether a body has one of the faults of ``BROKEN``."""
+    if not isinstance(body, dict):
+        return False
+    inputs = body.get("input")
+    return not isinstance(body.get("structured_outputs", {}), dict) or any(
+        isinstance(item, dict) and item.get("role") == "assistant" and item.get("content") == []
+        for item in (inputs if isinstance(inputs, list) else ())
+    )
+
 
 # Refused: path, body, as JSON or as it is.
 REFUSED: dict[str, tuple[str, dict[str, Any] | bytes | None]] = {

@@ -33,9 +33,9 @@ class PlainAnswers:
             ask_whole(name)
         for name, (path, body) in REFUSED.items():
             self.refused[name] = ask(client, path, body)
+        self.metrics = metric_names(client.text("/metrics"))
         for name, case in BROKEN.items():
             self.broken[name] = ask(client, *case)
-        self.metrics = metric_names(client.text("/metrics"))
         client.close()
 
 

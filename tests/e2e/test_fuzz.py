@@ -23,7 +23,7 @@ from schemathesis import GenerationMode
 from schemathesis.schemas import BaseSchema
 
 from tests.campaigns import THOROUGH, examples
-from tests.e2e.cases import BROKEN, CHAT, COMPLETIONS
+from tests.e2e.cases import CHAT, COMPLETIONS, breaks_plain_vllm
 from tests.e2e.client import REQUEST_TIMEOUT_S, Admin
 
 # They do what they say; tests/frontend/test_admin_fuzz.py has them without instances.
@@ -85,13 +85,6 @@ def affordable(body: Any, model: str) -> Any:
         if value is None or (isinstance(value, int | float) and value > bound):
             bounded[name] = bound
     return bounded
-
-
-def breaks_plain_vllm(body: Any) -> bool:
-    """Whether it has one of the faults that tests/e2e/test_api.py shows to be vLLM's own."""
-    return isinstance(body, dict) and any(
-        not isinstance(body.get(field, {}), dict) for field in BROKEN
-    )
 
 
 def why_bad(response: Any) -> str | None:
