@@ -28,7 +28,7 @@ class TransferOptions:
     )
     core_share: float = param(
         0.03,
-        "Share of one core that gathering blocks may take, over all migrations that leave an "
+        "Share of one core that sending blocks may take, over all migrations that leave an "
         "instance, but for the last stage of each: on a CPU the other requests are slowed down by "
         "as much where no core is idle. 1 is no limit.",
         above=0,
@@ -43,7 +43,7 @@ class TransferOptions:
         "instance.",
         at_least=1,
     )
-    staging_slot_mb: float = param(4.0, "Megabytes of such a part; one block at least.", above=0)
+    staging_slot_mb: float = param(8.0, "Megabytes of such a part; one block at least.", above=0)
 
     def __post_init__(self) -> None:
         check_params(self)
