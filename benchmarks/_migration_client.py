@@ -6,7 +6,7 @@ import asyncio
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +104,8 @@ class Moves:
                     asyncio.create_task(read(session, self._server, self._prompt(64), other, 400))
                     for other in others
                 ]
-                await _until(lambda o=others: all(len(x.times_s) >= 4 for x in o))  # type: ignore[misc]
+                for other, task in zip(others, tasks, strict=True):
+                    await _reached(other, 4, task)
                 where = {i["request_id"]: i["instance_id"] for i in await self._requests(session)}
                 reports: list[dict[str, Any]] = []
                 move = await self._move_one(session, context, reports)
@@ -136,7 +137,7 @@ class Moves:
         reading = asyncio.create_task(
             read(session, self._server, self._prompt(context), stream, MOVE_AFTER + 4 * NUM_TOKENS)
         )
-        await _until(lambda: len(stream.times_s) >= MOVE_AFTER, reading)
+        await _reached(stream, MOVE_AFTER, reading)
         began_s = time.perf_counter()
         body = {"request_id": stream.request_id}
         async with session.post(f"{self._server.url}/llumsched/migrations", json=body) as response:
@@ -144,7 +145,7 @@ class Moves:
             if response.status != 200:
                 raise RuntimeError(f"not migrated: {report}")
         last = int(report["num_output_tokens"])
-        await _until(lambda: len(stream.times_s) >= last + 8, reading)
+        await _reached(stream, last + 8, reading)
         reading.cancel()
         with suppress(asyncio.CancelledError):
             await reading
@@ -195,14 +196,19 @@ class Moves:
         return prompt_of(self._num_prompts, context)
 
 
-async def _until(condition: Callable[[], bool], reading: asyncio.Task[None] | None = None) -> None:
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while not condition():
-        if reading is not None and reading.done():
-            raise RuntimeError("the answer ended before it had moved")
-        if time.monotonic() > deadline_s:
-            raise TimeoutError("the answer did not come")
-        await asyncio.sleep(0.002)
+async def _reached(stream: Stream, num_tokens: int, reading: asyncio.Task[None]) -> None:
+    """Wait until the stream that ``reading`` reads has so many tokens."""
+    reaching = asyncio.create_task(stream.reach(num_tokens))
+    done, _ = await asyncio.wait(
+        {reading, reaching}, timeout=TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+    )
+    if reaching in done:
+        return
+    reaching.cancel()
+    if reading not in done:
+        raise TimeoutError("the answer did not come")
+    await reading  # raises what ended it
+    raise RuntimeError("the answer ended before it had moved")
 
 
 def staging_num_bytes(pid: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import time
@@ -30,6 +31,20 @@ class Stream:
     asked_s: float = 0.0
     times_s: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    _grew: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def take_in(self, token_ids: list[int]) -> None:
+        """Tokens that came just now: at once, as far as the client can tell."""
+        self.times_s += [time.perf_counter()] * len(token_ids)
+        self.token_ids += token_ids
+        self._grew.set()
+
+    async def reach(self, num_tokens: int) -> None:
+        """Wait until so many tokens have come. Whoever asks again and again takes the time from
+        those who compute them."""
+        while len(self.times_s) < num_tokens:
+            self._grew.clear()
+            await self._grew.wait()
 
     def gaps_s(self) -> list[tuple[float, float]]:
         """Each gap between two tokens, with the moment of its end."""
@@ -86,10 +101,7 @@ async def read(
                 raise AnswerBroken(chunk["error"]["message"])
             stream.request_id = chunk["id"]
             new = [t for choice in chunk["choices"] for t in choice.get("token_ids") or ()]
-            now_s = time.perf_counter()
-            # Several tokens in one chunk came at once, as far as the client can tell.
-            stream.times_s += [now_s] * len(new)
-            stream.token_ids += new
+            stream.take_in(new)
             if until is not None and len(stream.token_ids) >= until:
                 return
 
