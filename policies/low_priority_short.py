@@ -7,6 +7,7 @@ copy would be wasted.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from llumsched.core.params import param
 from llumsched.core.policy import MigrationCandidate
@@ -15,6 +16,8 @@ from llumsched.core.policy import MigrationCandidate
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowPriorityShort:
     """Low execution priority first, then the fewest blocks."""
+
+    first_by: ClassVar[tuple[str, ...]] = ("execution_priority", "num_blocks")
 
     min_remaining_tokens: int = param(
         64,

@@ -81,6 +81,9 @@ class Cluster:
             options=port.migration_options,
             message_delay=to_ps(options.message_delay_s),
             copy=lambda num_blocks: copy_ps(hardware.copy, num_blocks * block_size),
+            predicts_lengths=(
+                port.bundle.predictor is not None or trace.predicted_output_tokens is not None
+            ),
         )
         self._live: dict[str, LiveRequest] = {}
         self._num_ended = 0

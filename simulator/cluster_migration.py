@@ -26,6 +26,7 @@ from llumsched.simulator.engine_request import DECODING, ENDED, SUSPENDED, LiveR
 from llumsched.simulator.kernel import Kernel, to_ps, to_s
 
 _NONE = (0, 0)
+_PRIORITY_AND_SIZE = ("execution_priority", "num_blocks")
 
 
 class MigrationHost(Protocol):
@@ -46,11 +47,15 @@ class Migrations:
         options: MigrationOptions,
         message_delay: int,
         copy: Callable[[int], int],
+        predicts_lengths: bool = True,
     ) -> None:
-        """`copy` gives the picoseconds that copying a number of blocks takes."""
+        """`copy` gives the picoseconds that copying a number of blocks takes. Where nothing
+        `predicts_lengths`, a policy that says what it goes by need not be asked for a size."""
         self._kernel = kernel
         self._host = host
         self._victim = victim
+        first_by = getattr(victim, "first_by", None)
+        self._takes_shortest = first_by == _PRIORITY_AND_SIZE and not predicts_lengths
         self._options = options
         self._delay = message_delay
         self._copy = copy
@@ -106,6 +111,11 @@ class Migrations:
 
     def victim_blocks(self, source: Engine, now: int) -> int | None:
         """Blocks of the request that would move next; None if there is none."""
+        if self._takes_shortest:
+            shortest = _shortest_of_lowest(source)
+            if shortest is None:
+                return None
+            return -(-(source.progress_at(now) + shortest.offset + 1) // source.block_size)
         victims = self._ordered(self._candidates(source, now))
         return victims[0].num_blocks if victims else None
 
@@ -357,6 +367,26 @@ def _is_movable(request: LiveRequest, source: Engine) -> bool:
         and request.migration is None
         and request.inbound is None
     )
+
+
+def _shortest_of_lowest(source: Engine) -> LiveRequest | None:
+    """Of what is movable the lowest execution priority, and of that the fewest tokens."""
+    found: LiveRequest | None = None
+    priority = offset = 0
+    for request in source.running:
+        if (
+            request.phase != DECODING
+            or request.migration is not None
+            or request.inbound is not None
+        ):
+            continue
+        if (
+            found is None
+            or request.execution_priority < priority
+            or (request.offset < offset and request.execution_priority == priority)
+        ):
+            found, priority, offset = request, request.execution_priority, request.offset
+    return found
 
 
 def _finished(

@@ -132,7 +132,12 @@ class MigrationCandidate:
 
 @runtime_checkable
 class VictimPolicy(Protocol):
-    """Which request the source moves first."""
+    """Which request the source moves first.
+
+    A policy may have an attribute `first_by`, a tuple of field names: as long as no length is
+    predicted, its first choice is of all candidates one with the least of these, the earlier ones
+    counting first. A host that asks only how large the first is may then look for itself.
+    """
 
     def choose(self, candidates: Sequence[MigrationCandidate]) -> Sequence[MigrationCandidate]:
         """The candidates that may move, best first."""

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from llumsched.core.events import MigrationOutcome
 from llumsched.replay import replay
 from llumsched.simulator.cluster import Cluster
+from llumsched.simulator.cluster_migration import Migrations
 from llumsched.simulator.engine_base import Engine
 from llumsched.simulator.records import RequestStatus
 from llumsched.simulator.simulation import SimulationOptions, SimulationResult, simulate
@@ -36,6 +38,25 @@ def test_many_steps_at_once_are_the_same_steps(case: tuple[Trace, SimulationOpti
     trace, options = case
     walked = simulate(trace, dataclasses.replace(options, step_by_step=True))
     assert_same(simulate(trace, options), walked)
+
+
+@given(clusters())
+@SOME
+def test_a_size_looked_up_is_that_of_the_victim_the_policy_chooses(
+    case: tuple[Trace, SimulationOptions],
+) -> None:
+    trace, options = case
+    look_up = Migrations.victim_blocks
+
+    def both(migrations: Migrations, source: Engine, now: int) -> int | None:
+        found = look_up(migrations, source, now)
+        migrations._takes_shortest, before = False, migrations._takes_shortest
+        assert found == look_up(migrations, source, now)
+        migrations._takes_shortest = before
+        return found
+
+    with mock.patch.object(Migrations, "victim_blocks", both):
+        simulate(trace, options)
 
 
 @given(clusters())
