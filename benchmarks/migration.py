@@ -9,6 +9,9 @@ No prompt is asked twice, so no prefix is found in a cache.
 
 The others: some requests decode on both instances while one with a long context moves past them;
 their gaps while it moves are held against those just before, with the same requests in each batch.
+
+The control run asks plain vLLM, without any move, whether an answer is the same alone and in a
+batch: what a batch changes, no migration can keep. The tests of exactness use float32.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import _plot, _transports
+from benchmarks import _batch_effects, _plot, _transports
 from benchmarks._migration_client import Move, Moves, staging_num_bytes
 from benchmarks._report import Figure, Report, Table, main, number
 from benchmarks._servers import ENGINE_FLAGS, llumsched
@@ -57,11 +60,12 @@ class Measured:
 
 def run(quick: bool) -> Report:
     transports = _transports.measure(STAGE_NUM_BLOCKS, quick=quick)
+    differing = _batch_effects.measure(quick=quick)
     measured = _measure(quick)
     if not quick:
         _draw(measured)
     return Report(
-        figures=_figures(measured, transports),
+        figures=[*_figures(measured, transports), *_control(differing)],
         tables=_tables(measured),
         notes=[]
         if quick
@@ -195,6 +199,17 @@ def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
             value=measured.staging_num_bytes / 1e6,
             unit="MB",
         ),
+    ]
+
+
+def _control(differing: dict[str, int]) -> list[Figure]:
+    return [
+        Figure(
+            name=f"answers that differ alone and in a batch, never moved, {dtype}",
+            value=count,
+            unit=f"of {_batch_effects.NUM_ANSWERS}",
+        )
+        for dtype, count in differing.items()
     ]
 
 
