@@ -1,6 +1,6 @@
 """Simulate what Llumnix (OSDI '24) published and write `docs/reproduction.md` with its charts.
 
-    python -m scripts.reproduce_paper              # about an hour on two cores
+    python -m scripts.reproduce_paper              # about a quarter of an hour on two cores
     python -m scripts.reproduce_paper --quick      # few requests, one seed: shows that it runs
     python -m scripts.reproduce_paper --report     # write the page again from the kept results
 

@@ -32,6 +32,8 @@ _THRESHOLD = {"S-S": 3, "M-M": 10, "L-L": 3, "S-L": 10, "L-S": 3}
 # Beyond the paper's highest rate: our engine model is that of a faster vLLM (see the report).
 BEYOND = (1.05, 1.1)
 SLOWER = (1.0, 1.1, 1.2)
+# Seconds that an instance takes to start; the first is the hardware file's.
+BOOTS_S = (60.0, 20.0, 5.0)
 OURS = "llumsched"
 ROOM_FIRST = "room_first"
 
@@ -56,6 +58,8 @@ class Point:
     """Lower end of the range of freeness, where it is not the configuration's."""
     slowdown: float = 1.0
     """Factor on every step, to see what the results hang on."""
+    boot_s: float | None = None
+    """Seconds to start an instance, where they are not those of the hardware file."""
 
     def policy(self) -> Config:
         """The configuration of the system at this point."""
@@ -119,6 +123,15 @@ def slower() -> Iterator[Point]:
                             setting=factor, slowdown=factor)  # fmt: skip
 
 
+def booting() -> Iterator[Point]:
+    """The paper's middle rate of auto-scaling with instances that start sooner."""
+    rate = published()["figure14"]["poisson"]["rates_rps"][2]
+    for boot_s in BOOTS_S:
+        for system in ("infaas", "llumnix"):
+            point = _scaled("booting", system, rate, 1.0, boot_s, None)
+            yield dataclasses.replace(point, boot_s=boot_s)
+
+
 def figure13() -> Iterator[Point]:
     """Priorities: S-S with bursts, a tenth of the requests of high priority."""
     for cv in published()["figure13"]["cv"]:
@@ -170,5 +183,5 @@ def _scaled(
 def all_points() -> list[Point]:
     """Every point of every figure that is simulated on a cluster."""
     return [
-        *figure11(), *beyond(), *slower(), *figure13(), *figure14(), *figure15()
+        *figure11(), *beyond(), *slower(), *booting(), *figure13(), *figure14(), *figure15()
     ]  # fmt: skip

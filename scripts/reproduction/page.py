@@ -38,6 +38,7 @@ def _parts(report: Report) -> dict[str, str]:
     return {
         "source": published()["source"].strip(),
         "slower": report.slower(),
+        "booting": report.booting(),
         "figure10": report.figure10(),
         "figure11": "\n\n".join(f"### {mix}\n\n{report.figure11(mix)}" for mix in MIXES),
         "gains": report.gains(),

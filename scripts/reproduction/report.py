@@ -126,6 +126,18 @@ class Report:
         steps = [f"ours, steps x {factor:g}" for factor in experiments.SLOWER]
         return grid(["mix", "requests/s", "system", "published", *steps], rows)
 
+    def booting(self) -> str:
+        """Auto-scaling with instances that start sooner."""
+        data = published()["figure14"]["poisson"]
+        rows = []
+        for system in ("infaas", "llumnix"):
+            chosen = [p for p in experiments.booting() if p.system == system]
+            there = number(data[system]["prefill_p99_s"][2])
+            cells = [self._plain(p, "prefill_p99_s") for p in chosen]
+            rows.append([f"{chosen[0].rate_rps:g}", NAMES[system], there, *cells])
+        boots = [f"ours, {boot_s:g} s to start" for boot_s in experiments.BOOTS_S]
+        return grid(["requests/s", "system", "published", *boots], rows)
+
     def better(self, points: Sequence[Point]) -> str:
         """The paper's rule and ours side by side."""
         metrics = dict(_METRICS)

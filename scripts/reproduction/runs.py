@@ -45,7 +45,7 @@ def run_point(point: Point, seed: int, num_requests: int) -> dict[str, float]:
     # Drawn in any case: the base of Figure 13 is judged on the same requests.
     with_priorities = trace.with_priorities(HIGH_SHARE, seed=seed)
     options = SimulationOptions(
-        hardware=_slower(load_hardware(HARDWARE), point.slowdown),
+        hardware=_hardware(point),
         num_instances=_START_SCALED if point.is_scaled else NUM_INSTANCES,
         engine="vllm-0.1",
         config=point.policy(),
@@ -77,6 +77,11 @@ def _latencies(result: SimulationResult, among: Bools, prefix: str) -> dict[str,
         f"{prefix}decode_p99_ms": decode.p99,
         f"{prefix}preemption_loss_s": float(result.preemption_loss_s[among].mean()),
     }
+
+
+def _hardware(point: Point) -> Hardware:
+    hardware = _slower(load_hardware(HARDWARE), point.slowdown)
+    return hardware if point.boot_s is None else dataclasses.replace(hardware, boot_s=point.boot_s)
 
 
 def _slower(hardware: Hardware, factor: float) -> Hardware:
