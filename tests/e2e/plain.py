@@ -35,7 +35,7 @@ class PlainAnswers:
             self.refused[name] = ask(client, path, body)
         self.metrics = metric_names(client.text("/metrics"))
         for name, case in BROKEN.items():
-            self.broken[name] = ask(client, *case)
+            self.broken[name] = ask_alone(client, *case)
         client.close()
 
 
@@ -46,6 +46,12 @@ def ask(client: Client, path: str, body: dict[str, Any] | bytes | None) -> Answe
     if isinstance(body, bytes):
         return client.post_bytes(path, body)
     return client.post(path, {"model": client.model, **body})
+
+
+def ask_alone(client: Client, path: str, body: dict[str, Any]) -> Answer:
+    """On a connection of its own: a server that breaks closes it, and whoever asks next on it may
+    find that out too late."""
+    return client.post(path, {"model": client.model, **body}, {"connection": "close"})
 
 
 def metric_names(exposition: str) -> set[str]:

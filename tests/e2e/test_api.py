@@ -7,7 +7,7 @@ import pytest
 from tests.campaigns import THOROUGH
 from tests.e2e.cases import BROKEN, REFUSED, SEVERAL, STREAMED, WHOLE, completion
 from tests.e2e.client import Admin, Answer, Whole, differences, in_parallel
-from tests.e2e.plain import PlainAnswers, ask, metric_names
+from tests.e2e.plain import PlainAnswers, ask, ask_alone, metric_names
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_refuses_as_plain_vllm(pool: Admin, plain: PlainAnswers, name: str) -> N
 @pytest.mark.skipif(not THOROUGH, reason="belongs to test_fuzz")
 @pytest.mark.parametrize("name", BROKEN)
 def test_breaks_where_plain_vllm_does(pool: Admin, plain: PlainAnswers, name: str) -> None:
-    found = ask(pool, *BROKEN[name])
+    found = ask_alone(pool, *BROKEN[name])
     assert found.status == 500, "mended: take it off the list"
     assert not differences(list(found), list(plain.broken[name]))
 

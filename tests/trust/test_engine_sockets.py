@@ -61,8 +61,10 @@ def test_an_engine_of_the_pool_is_heard_and_answered(sockets: FrontendSockets) -
 def test_an_engine_of_nobody_is_not(sockets: FrontendSockets) -> None:
     context = zmq.Context()
     monitor = sockets.input.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    # Held until the context ends: one that is collected waits for ever to get rid of its message.
+    engine = engine_socket(context, sockets)
     with contextlib.suppress(zmq.Again):  # turned away already
-        engine_socket(context, sockets).send(b"ready", zmq.DONTWAIT)
+        engine.send(b"ready", zmq.DONTWAIT)
     assert zmq.Socket.shadow(monitor).poll(PATIENCE_MS)
     sockets.input.disable_monitor()
     monitor.close(linger=0)
