@@ -1,8 +1,10 @@
 """Dispatch to the freest instance (Llumnix, OSDI '24, section 4.4).
 
 Invariant: without a length prediction and without `room_first` the choice is the paper's, the
-highest freeness as Algorithm 1 defines it. With a prediction an instance also counts part of what
-its requests are expected to grow by. `room_first` departs from the paper where freeness misleads:
+highest freeness as Algorithm 1 defines it. A request of high priority sees it without the headroom,
+which is kept for such as itself: else it would avoid the very instances that are kept clear, and in
+the end none would be. With a prediction an instance also counts part of what its requests are
+expected to grow by. `room_first` departs from the paper where freeness misleads:
 an instance kept clear for a high-priority request is less free than a full one, so others would
 queue there while blocks lie idle here; and once all are full, freeness, which knows the head of a
 queue only, and a deficit shared by more requests as a smaller one, may find the longest queue.
@@ -15,7 +17,19 @@ import numpy as np
 from llumsched.core.params import param
 from llumsched.core.policy import Placement
 from llumsched.core.snapshot import ClusterSnapshot, FloatColumn
-from llumsched.core.types import SchedulingRequest
+from llumsched.core.types import PriorityClass, SchedulingRequest
+
+
+def free_blocks(request: SchedulingRequest, cluster: ClusterSnapshot) -> FloatColumn:
+    """What freeness is a quotient of, as this request sees it: a new column, in blocks."""
+    c = cluster.columns
+    if _is_high(request):
+        return c.num_free_blocks - c.head_of_line_blocks
+    return c.num_total_blocks - c.virtual_usage
+
+
+def _is_high(request: SchedulingRequest) -> bool:
+    return request.execution_priority >= PriorityClass.HIGH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +56,8 @@ class Freeness:
 
     def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
         score = cluster.columns.freeness
-        if self.queue == "whole" or request.predicted_output_tokens is not None:
+        is_plain = request.predicted_output_tokens is None and not _is_high(request)
+        if self.queue == "whole" or not is_plain:
             score = self._extended(request, cluster)
         among = cluster.candidates(request)
         row = cluster.argmax(score, among)
@@ -64,7 +79,7 @@ class Freeness:
 
     def _extended(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> FloatColumn:
         c = cluster.columns
-        free = c.num_total_blocks - c.virtual_usage
+        free = free_blocks(request, cluster)
         batch_size = c.batch_size
         if self.queue == "whole":
             free -= c.num_waiting_blocks - c.head_of_line_blocks

@@ -47,6 +47,19 @@ def test_headroom_holds_from_the_moment_of_dispatch() -> None:
     assert place(driver, "n") == "b"
 
 
+@pytest.mark.parametrize("room_first", [True, False])
+@pytest.mark.parametrize("queue", ["head_of_line", "whole"])
+def test_what_is_kept_clear_for_high_priority_is_open_to_it(queue: str, room_first: bool) -> None:
+    dispatch = Freeness(queue=queue, room_first=room_first)
+    loads: dict[str, dict[str, Any]] = {
+        "clear": {"num_used_blocks": 5, "num_running": 1, "num_running_by_class": ((1, 1),)},
+        "full": {"num_used_blocks": 70, "num_running": 5, "num_running_by_class": ((0, 5),)},
+    }
+    driver = make_driver(PolicyBundle(name="t", dispatch=dispatch), loads)
+    assert place(driver, "high", execution_priority=PriorityClass.HIGH) == "clear"
+    assert place(driver, "normal") == "full"
+
+
 def test_the_whole_queue_counts_if_asked_for() -> None:
     loads = {
         "a": {
