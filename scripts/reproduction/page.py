@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from scripts.reproduction import experiments
-from scripts.reproduction.experiments import MIXES, Point, published
+from scripts.reproduction.experiments import MIXES, published
 from scripts.reproduction.report import Report
 
 TEMPLATE = Path(__file__).with_name("page.md")
@@ -34,7 +34,7 @@ def page(report: Report, *, num_seeds: int) -> str:
 
 def _parts(report: Report) -> dict[str, str]:
     scaled = published()["figure14"]
-    highest = [p for p in experiments.figure11() if _is_highest(p)]
+    judged = list(experiments.judged())
     return {
         "source": published()["source"].strip(),
         "slower": report.slower(),
@@ -47,11 +47,9 @@ def _parts(report: Report) -> dict[str, str]:
         "figure14_cv": report.figure14("14 cv", "CV", scaled["gamma"]),
         "figure15": report.figure14("15", "threshold", published()["figure15"]),
         "cost": report.cost(),
-        "better": report.better(highest),
-        "better_goal": report.better_goal(highest),
+        "better": report.better(judged),
+        "better_seeds": f"{report.num_seeds(judged)}",
+        "better_goal": report.better_goal(judged),
+        "floors": report.floors(),
         "better_beyond": report.better(list(experiments.beyond())),
     }
-
-
-def _is_highest(point: Point) -> bool:
-    return bool(point.rate_rps == published()["figure11"][point.mix]["rates_rps"][-1])

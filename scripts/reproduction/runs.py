@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -123,11 +123,10 @@ class Results:
         beside.replace(self._path)
 
 
-def run_all(
-    points: Sequence[Point], seeds: Iterable[int], results: Results, *, num_requests: int
-) -> None:
-    """Simulate what is not known yet, on all cores, giving way to whatever else runs."""
-    missing = [(p, seed) for seed in seeds for p in points if not results.has(p, seed)]
+def run_all(wanted: Iterable[tuple[Point, int]], results: Results, *, num_requests: int) -> None:
+    """Simulate points, given with their seeds, where not known yet: on all cores, giving way to
+    whatever else runs."""
+    missing = [(p, seed) for p, seed in wanted if not results.has(p, seed)]
     with ProcessPoolExecutor(initializer=os.nice, initargs=(_NICENESS,)) as pool:
         futures = {pool.submit(run_point, p, seed, num_requests): (p, seed) for p, seed in missing}
         for number, future in enumerate(as_completed(futures), start=1):
