@@ -1,11 +1,12 @@
 """Keep the average freeness inside a range (Llumnix, OSDI '24, section 4.4).
 
 Invariant: the average is over requests: the blocks that all instances have free, less what waits
-for them, by the requests of all. (A mean of the instances' own freeness would be little more than
-that of an empty one: whichever has just booted would be drained at once.) It is that of a
-normal-priority request, without the headroom of others; an instance that boots counts with all its
-blocks, as help is on its way. An instance that is the last and idle is not needed, whatever its
-freeness. How long a wish must last, the cool-downs, and how many must stay are the scheduler's.
+for them there or at the scheduler, by the requests of all. (A mean of the instances' own freeness
+would be little more than that of an empty one: whichever has just booted would be drained at once.)
+It is that of a normal-priority request, without the headroom of others; an instance that boots
+counts with all its blocks, as help is on its way. An instance that is the last and idle is not
+needed, whatever its freeness. How long a wish must last, the cool-downs, and how many must stay are
+the scheduler's.
 """
 
 import math
@@ -44,7 +45,10 @@ class FreenessRange:
         num_blocks = float(c.num_total_blocks[rows].mean())
         free = float((c.num_free_blocks[rows] - c.num_waiting_blocks[rows]).sum())
         free += cluster.num_booting * num_blocks
-        num_requests = max(1.0, float(c.num_requests[rows].sum()))
+        held = cluster.held()
+        block_size = float(c.block_size[rows].mean())
+        free -= sum(request.num_prompt_tokens for request in held) / block_size
+        num_requests = max(1.0, float(c.num_requests[rows].sum()) + len(held))
         average = free / num_requests
         if average < self.low:
             num_missing = math.ceil((self.low * num_requests - free) / num_blocks)

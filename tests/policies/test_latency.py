@@ -218,6 +218,16 @@ def test_what_waits_decides_how_many_are_missing_and_an_empty_instance_is_kept_f
     assert policy.scale(driver.cluster) is None
 
 
+def test_what_the_scheduler_holds_counts_as_what_waits_at_an_instance_does() -> None:
+    driver = make_driver("late_binding", {"a": {"num_used_blocks": 70, "num_running": 2}})
+    policy = FreenessRange(low=10, high=60)
+    assert policy.scale(driver.cluster) is None
+    assert place(driver, "long", num_blocks=50) is None
+    assert policy.scale(driver.cluster) == ScaleUp(
+        num_instances=1, reason="average freeness -6.7 < 10"
+    )
+
+
 def test_scaling_looks_at_the_freeness_of_normal_priority() -> None:
     driver = make_driver(
         "latency", {"a": {"num_used_blocks": 50, "num_running_by_class": ((1, 1),)}}
