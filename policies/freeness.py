@@ -5,9 +5,9 @@ highest freeness as Algorithm 1 defines it. A request of high priority sees it w
 which is kept for such as itself: else it would avoid the very instances that are kept clear, and in
 the end none would be. (Our reading: with it the paper's figures on priorities come out.) With a
 prediction an instance also counts part of what its requests are expected to grow by. `room_first`
-departs from the paper where freeness misleads: an instance kept clear for a high-priority request is
-less free than a full one, so others would queue there while blocks lie idle here; and once all are
-full, freeness, which knows the head of a queue only, and a deficit shared by more requests as a
+departs from the paper where freeness misleads: an instance kept clear for a high-priority request
+is less free than a full one, so others would queue there while blocks lie idle here; and once all
+are full, freeness, which knows the head of a queue only, and a deficit shared by more requests as a
 smaller one, may find the longest queue.
 """
 
