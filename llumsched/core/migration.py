@@ -1,9 +1,10 @@
 """Live migration seen from the source: one frozen record, one transition table.
 
 `advance(migration, event)` is the whole protocol. The request keeps decoding while its full
-blocks are copied in stages; it is suspended for the last stage only. Before CommitRequest is sent
-the source may always abort and resume by itself; from then on only the destination's word decides,
-so a source that hears nothing asks (RESOLVING) with the request suspended and never guesses.
+blocks are copied in stages; it is suspended for the last stage only, which takes CommitRequest
+along. Before that is sent the source may always abort and resume by itself; from then on only the
+destination's word decides, so a source that hears nothing asks (RESOLVING) with the request
+suspended and never guesses.
 
 Invariant: a request that the source may decode is one that the destination has not been asked to
 take over, has refused, or died with. Late messages are dropped with `is_current` before the table.
@@ -47,7 +48,7 @@ from llumsched.core.migration_record import (
     Migration,
     MigrationOptions,
 )
-from llumsched.core.migration_rules import TABLE, SourceRule, reserve_blocks
+from llumsched.core.migration_rules import TABLE, SourceRule, copy_blocks, reserve_blocks
 from llumsched.core.migration_table import IllegalTransition
 
 __all__ = [
@@ -132,8 +133,8 @@ def timeout_s(migration: Migration) -> float | None:
         MigrationState.RESERVING: options.reserve_timeout_s,
         MigrationState.COPYING: options.stage_timeout_s,
         MigrationState.SUSPENDING: options.suspend_timeout_s,
-        MigrationState.FINAL_COPYING: options.final_stage_timeout_s,
-        MigrationState.COMMITTING: options.commit_timeout_s,
+        MigrationState.COMMITTING: options.commit_timeout_s
+        + (options.final_stage_timeout_s if migration.num_blocks_left else 0.0),
         MigrationState.RESOLVING: options.query_interval_s,
     }.get(migration.state)
 
@@ -190,16 +191,12 @@ def _absorb(migration: Migration, event: MigrationEvent) -> Migration:
 
 
 def _enter(migration: Migration, rule: SourceRule, event: MigrationEvent) -> Migration:
-    match rule.to:
-        case MigrationState.COPYING | MigrationState.FINAL_COPYING:
-            return replace(
-                migration,
-                state=rule.to,
-                stage=migration.stage + 1,
-                num_stage_blocks=migration.num_blocks_left,
-            )
-        case MigrationState.ABORTED:
-            assert isinstance(rule.reason, AbortReason)
-            detail = getattr(event, "reason", "")
-            return replace(migration, state=rule.to, abort_reason=rule.reason, abort_detail=detail)
+    if copy_blocks in rule.do:
+        migration = replace(
+            migration, stage=migration.stage + 1, num_stage_blocks=migration.num_blocks_left
+        )
+    if rule.to is MigrationState.ABORTED:
+        assert isinstance(rule.reason, AbortReason)
+        detail = getattr(event, "reason", "")
+        return replace(migration, state=rule.to, abort_reason=rule.reason, abort_detail=detail)
     return replace(migration, state=rule.to)

@@ -1,10 +1,11 @@
 """Live migration seen from the destination: a reservation and its transition table.
 
 The host keeps one Reservation for each migration id, starting from `absent(...)`, and forgets it
-when it is ABSENT again. The destination promises nothing until CommitRequested; from then on its
-answer is final. It stays COMMITTED until the source has said that it knows, so a doubled commit or
-a late query is acknowledged again; and what it has not committed when it is asked, it never will.
-A source that dies or falls silent before that costs a reservation for its deadline, no more.
+when it is ABSENT again. The destination promises nothing until CommitRequested has come, and all
+blocks with it; from then on its answer is final. It stays COMMITTED until the source has said that
+it knows, so a doubled commit or a late query is acknowledged again; and what it has not committed
+when it is asked, it never will. A source that dies or falls silent before that costs a reservation
+for its deadline, no more.
 
 Invariant: the reservation's blocks are freed, or are the admitted request's, in every state from
 which nothing else is waited for. Knows no clock, no engine, no link.
@@ -116,7 +117,12 @@ def timeout_s(reservation: Reservation, options: ReservationOptions) -> float | 
     """How long to wait before ReservationExpired, from when `restarts_timer` says so; None if
     there is no limit."""
     match reservation.state:
-        case ReservationState.ALLOCATING | ReservationState.RESERVED | ReservationState.RECEIVING:
+        case (
+            ReservationState.ALLOCATING
+            | ReservationState.RESERVED
+            | ReservationState.RECEIVING
+            | ReservationState.COMMIT_PENDING
+        ):
             return options.reservation_timeout_s
         case ReservationState.COMMITTED:
             return options.acknowledge_interval_s

@@ -14,14 +14,16 @@ from enum import StrEnum
 class ReservationState(StrEnum):
     """Where the destination stands.
 
-    ABSENT is also what every migration is that it has never heard of. RELEASED is a tombstone: the
-    migration holds nothing here and anything late is refused. ADMITTING ends by itself.
+    ABSENT is also what every migration is that it has never heard of. In COMMIT_PENDING it is asked
+    to take the request over, and waits for the last blocks. ADMITTING ends by itself. RELEASED is a
+    tombstone: the migration holds nothing here and anything late is refused.
     """
 
     ABSENT = "ABSENT"
     ALLOCATING = "ALLOCATING"
     RESERVED = "RESERVED"
     RECEIVING = "RECEIVING"
+    COMMIT_PENDING = "COMMIT_PENDING"
     ADMITTING = "ADMITTING"
     COMMITTED = "COMMITTED"
     RELEASED = "RELEASED"

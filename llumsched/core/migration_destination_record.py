@@ -70,6 +70,11 @@ class Reservation:
         return ": ".join(part for part in (self.release_reason, self.release_detail) if part)
 
     @property
+    def takes_blocks(self) -> bool:
+        """Whether blocks of the latest stage may be written."""
+        return self.state in (ReservationState.RECEIVING, ReservationState.COMMIT_PENDING)
+
+    @property
     def may_move_on(self) -> bool:
         """Whether the request may be migrated again from here.
 

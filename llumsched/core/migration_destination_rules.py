@@ -133,6 +133,7 @@ ABSENT = ReservationState.ABSENT
 ALLOCATING = ReservationState.ALLOCATING
 RESERVED = ReservationState.RESERVED
 RECEIVING = ReservationState.RECEIVING
+COMMIT_PENDING = ReservationState.COMMIT_PENDING
 ADMITTING = ReservationState.ADMITTING
 COMMITTED = ReservationState.COMMITTED
 RELEASED = ReservationState.RELEASED
@@ -178,7 +179,7 @@ _RULES: dict[tuple[ReservationState, type[ReservationEvent]], tuple[DestinationR
     **{
         (state, CommitRequested): (
             _go(ADMITTING, admit_request, when=complete),
-            _release(ReleaseReason.COMMIT_INCOMPLETE, free_blocks, refuse_commit),
+            _go(COMMIT_PENDING),
         )
         for state in (RESERVED, RECEIVING)
     },
@@ -189,6 +190,25 @@ _RULES: dict[tuple[ReservationState, type[ReservationEvent]], tuple[DestinationR
             (CommitQueried, ReleaseReason.NOT_COMMITTED_WHEN_ASKED, (refuse_commit,)),
             (ReleaseRequested, ReleaseReason.RELEASED_BY_SOURCE, ()),
             (ReservationExpired, ReleaseReason.EXPIRED, (reject_reservation,)),
+            (SourceLost, ReleaseReason.SOURCE_LOST, ()),
+        )
+    },
+    # The commit comes along with the last stage, so it may be here first. Until that stage is
+    # complete nothing is promised.
+    (COMMIT_PENDING, StageAnnounced): (
+        _go(COMMIT_PENDING, receive_blocks, when=in_step),
+        _release(ReleaseReason.OUT_OF_STEP, free_blocks, refuse_commit),
+    ),
+    (COMMIT_PENDING, BlocksWritten): (
+        _go(ADMITTING, admit_request, when=complete),
+        _go(COMMIT_PENDING),
+    ),
+    **{
+        (COMMIT_PENDING, event): (_release(reason, free_blocks, *do),)
+        for event, reason, do in (
+            (AllocationFailed, ReleaseReason.NO_ROOM, (refuse_commit,)),
+            (CommitQueried, ReleaseReason.NOT_COMMITTED_WHEN_ASKED, (refuse_commit,)),
+            (ReservationExpired, ReleaseReason.EXPIRED, (refuse_commit,)),
             (SourceLost, ReleaseReason.SOURCE_LOST, ()),
         )
     },
@@ -227,8 +247,9 @@ _IGNORED: frozenset[tuple[ReservationState, type[ReservationEvent]]] = frozenset
         # Doubled on the link.
         *(
             (state, ReservationRequested)
-            for state in (ALLOCATING, RESERVED, RECEIVING, ADMITTING, COMMITTED)
+            for state in (ALLOCATING, RESERVED, RECEIVING, COMMIT_PENDING, ADMITTING, COMMITTED)
         ),
+        (COMMIT_PENDING, CommitRequested),
         *((state, StageAnnounced) for state in (ADMITTING, COMMITTED)),
         *((state, MigrationClosed) for state in (RELEASED, ABSENT)),
         (RELEASED, ReleaseRequested),
@@ -247,15 +268,18 @@ _IGNORED: frozenset[tuple[ReservationState, type[ReservationEvent]]] = frozenset
 _ILLEGAL: frozenset[tuple[ReservationState, type[ReservationEvent]]] = frozenset(
     {
         # The source gives up or commits, never both.
-        *((state, ReleaseRequested) for state in (ADMITTING, COMMITTED)),
+        *((state, ReleaseRequested) for state in (COMMIT_PENDING, ADMITTING, COMMITTED)),
         # The source speaks of a commit that was not acknowledged.
         *(
             (state, event)
-            for state in (ALLOCATING, RESERVED, RECEIVING, ADMITTING)
+            for state in (ALLOCATING, RESERVED, RECEIVING, COMMIT_PENDING, ADMITTING)
             for event in (AbortRequested, MigrationClosed)
         ),
         # The engine answers what it was not asked, or twice.
-        *((state, BlocksAllocated) for state in (RESERVED, RECEIVING, ADMITTING, COMMITTED)),
+        *(
+            (state, BlocksAllocated)
+            for state in (RESERVED, RECEIVING, COMMIT_PENDING, ADMITTING, COMMITTED)
+        ),
         *((state, AllocationFailed) for state in (RESERVED, ADMITTING, COMMITTED)),
         *((state, BlocksWritten) for state in (ALLOCATING, RESERVED, ADMITTING, COMMITTED)),
         *(

@@ -59,9 +59,14 @@ class MigrationOptions:
     suspend_timeout_s: float = param(
         30.0, "How long the source may take to the end of the steps in flight.", above=0
     )
-    final_stage_timeout_s: float = param(10.0, "How long the last stage may take.", above=0)
+    final_stage_timeout_s: float = param(
+        10.0, "How long the last stage may take, which the commit waits for.", above=0
+    )
     commit_timeout_s: float = param(
-        2.0, "After this long without an answer the destination is asked what it did.", above=0
+        2.0,
+        "After this long, and that of a last stage, without an answer to the commit the "
+        "destination is asked what it did.",
+        above=0,
     )
     query_interval_s: float = param(0.5, "Seconds between two such questions.", above=0)
 

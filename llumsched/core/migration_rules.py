@@ -91,7 +91,7 @@ def copy_blocks(migration: Migration) -> MigrationCommand:
         stage=migration.stage,
         first_block=migration.num_blocks_copied,
         num_blocks=migration.num_stage_blocks,
-        final=migration.state is MigrationState.FINAL_COPYING,
+        final=migration.state is MigrationState.COMMITTING,
     )
 
 
@@ -107,7 +107,7 @@ def commit_request(migration: Migration) -> MigrationCommand:
     return CommitRequest(
         migration_id=migration.migration_id,
         request_id=migration.request_id,
-        num_blocks=migration.num_blocks_copied,
+        num_blocks=migration.num_blocks_copied + migration.num_blocks_left,
     )
 
 
@@ -153,7 +153,6 @@ Command = Callable[[Migration], MigrationCommand]
 RESERVING = MigrationState.RESERVING
 COPYING = MigrationState.COPYING
 SUSPENDING = MigrationState.SUSPENDING
-FINAL_COPYING = MigrationState.FINAL_COPYING
 COMMITTING = MigrationState.COMMITTING
 RESOLVING = MigrationState.RESOLVING
 COMMITTED = MigrationState.COMMITTED
@@ -216,20 +215,20 @@ _RULES: dict[tuple[MigrationState, type[MigrationEvent]], tuple[SourceRule, ...]
         )
     },
     # The request is suspended, or about to be; the destination has not been asked to take over.
+    # It is asked along with the last stage, and does so when it has that stage: a reply between the
+    # two would only prolong the pause.
     (SUSPENDING, RequestSuspended): (
         _abort(AbortReason.REQUEST_PREEMPTED, release_destination, resume_request, when=preempted),
         _go(COMMITTING, commit_request, when=nothing_left),
-        _go(FINAL_COPYING, copy_blocks),
+        _go(COMMITTING, copy_blocks, commit_request),
     ),
     # The suspension may still be on its way to the engine, so a preempted request resumes too.
     (SUSPENDING, RequestPreempted): (
         _abort(AbortReason.REQUEST_PREEMPTED, release_destination, resume_request),
     ),
     (SUSPENDING, RequestFinished): (_abort(AbortReason.REQUEST_FINISHED, release_destination),),
-    (FINAL_COPYING, BlocksCopied): (_go(COMMITTING, commit_request),),
     **{
-        (state, event): (_abort(reason, *do),)
-        for state in (SUSPENDING, FINAL_COPYING)
+        (SUSPENDING, event): (_abort(reason, *do),)
         for event, reason, do in (
             (ReservationRejected, AbortReason.RESERVATION_REJECTED, (resume_request,)),
             (
@@ -268,10 +267,7 @@ _RULES: dict[tuple[MigrationState, type[MigrationEvent]], tuple[SourceRule, ...]
 _IGNORED: frozenset[tuple[MigrationState, type[MigrationEvent]]] = frozenset(
     {
         # Doubled on the link.
-        *(
-            (state, BlocksReserved)
-            for state in (COPYING, SUSPENDING, FINAL_COPYING, COMMITTING, RESOLVING)
-        ),
+        *((state, BlocksReserved) for state in (COPYING, SUSPENDING, COMMITTING, RESOLVING)),
         *((state, BlocksCopied) for state in (SUSPENDING, COMMITTING, RESOLVING)),
         # Only the answer to the commit decides its fate.
         *((state, ReservationRejected) for state in (COMMITTING, RESOLVING)),
@@ -286,20 +282,17 @@ _ILLEGAL: frozenset[tuple[MigrationState, type[MigrationEvent]]] = frozenset(
         # No stage has begun.
         (RESERVING, BlocksCopied),
         # Nobody has asked the source to suspend, or it has answered already.
-        *(
-            (state, RequestSuspended)
-            for state in (RESERVING, COPYING, FINAL_COPYING, COMMITTING, RESOLVING)
-        ),
+        *((state, RequestSuspended) for state in (RESERVING, COPYING, COMMITTING, RESOLVING)),
         # A suspended request is not scheduled.
         *(
             (state, event)
-            for state in (FINAL_COPYING, COMMITTING, RESOLVING)
+            for state in (COMMITTING, RESOLVING)
             for event in (RequestFinished, RequestPreempted)
         ),
         # The destination answers a commit that has not been requested.
         *(
             (state, event)
-            for state in (RESERVING, COPYING, SUSPENDING, FINAL_COPYING)
+            for state in (RESERVING, COPYING, SUSPENDING)
             for event in (CommitAcknowledged, CommitRefused)
         ),
     }

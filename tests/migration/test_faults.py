@@ -46,7 +46,6 @@ STATES = [
     MigrationState.RESERVING,
     MigrationState.COPYING,
     MigrationState.SUSPENDING,
-    MigrationState.FINAL_COPYING,
     MigrationState.COMMITTING,
 ]
 # Each takes seconds of waiting for deadlines; the last two are where either side may have it.

@@ -41,11 +41,11 @@ STATES: list[MigrationState | ReservationState] = [
     MigrationState.RESERVING,
     MigrationState.COPYING,
     MigrationState.SUSPENDING,
-    MigrationState.FINAL_COPYING,
     MigrationState.COMMITTING,
     ReservationState.ALLOCATING,
     ReservationState.RESERVED,
     ReservationState.RECEIVING,
+    ReservationState.COMMIT_PENDING,
     ReservationState.ADMITTING,
     ReservationState.COMMITTED,
 ]

@@ -58,6 +58,9 @@ def make_reservation(
         state=state,
         stage=stage,
         num_blocks_written=num_blocks_written,
+        num_commit_blocks=(
+            num_blocks_written + 3 if state is ReservationState.COMMIT_PENDING else 0
+        ),
         source_is_dead=source_is_dead,
     )
 
@@ -141,8 +144,9 @@ def destination_events(
         ],
         destination.BlocksWritten: [
             destination.BlocksWritten(
-                migration_id=m, stage=reservation.stage, num_blocks_total=written
+                migration_id=m, stage=reservation.stage, num_blocks_total=num_blocks
             )
+            for num_blocks in (written, written + 3)
         ],
         destination.RequestAdmitted: [destination.RequestAdmitted(migration_id=m)],
         destination.AdmissionFailed: [

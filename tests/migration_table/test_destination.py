@@ -52,7 +52,12 @@ IDS = Ids(migration_id=MIGRATION_ID, request_id="r")
 REQUESTED = ReservationRequested(**IDS, source="a")
 QUERIED = CommitQueried(migration_id=MIGRATION_ID)
 RELEASE = ReleaseRequested(migration_id=MIGRATION_ID)
-HOLDING = (ReservationState.ALLOCATING, ReservationState.RESERVED, ReservationState.RECEIVING)
+HOLDING = (
+    ReservationState.ALLOCATING,
+    ReservationState.RESERVED,
+    ReservationState.RECEIVING,
+    ReservationState.COMMIT_PENDING,
+)
 
 
 def announced(stage: int, first: int, num: int) -> StageAnnounced:
@@ -171,10 +176,45 @@ def test_a_query_during_the_admission_is_answered_by_its_outcome() -> None:
     )
 
 
-@pytest.mark.parametrize("state", [ReservationState.RESERVED, ReservationState.RECEIVING])
-def test_a_commit_of_more_than_was_written_is_refused(state: ReservationState) -> None:
-    _, commands = advance(make_reservation(state, num_blocks_written=10), commit(11))
-    assert commands == (FreeBlocks(**IDS), refusal(ReleaseReason.COMMIT_INCOMPLETE))
+@pytest.mark.parametrize("commit_is_first", [True, False], ids=["commit first", "stage first"])
+def test_a_commit_of_more_than_was_written_waits_for_the_rest(commit_is_first: bool) -> None:
+    reservation = make_reservation(ReservationState.RECEIVING, num_blocks_written=10)
+    both = [commit(11), announced(2, 10, 1)]
+    for event in both if commit_is_first else reversed(both):
+        reservation, commands = advance(reservation, event)
+        assert not any(isinstance(c, AdmitRequest) for c in commands)
+    assert reservation.state is ReservationState.COMMIT_PENDING
+    reservation, commands = advance(reservation, written(2, 11))
+    assert (reservation.state, commands) == (ReservationState.ADMITTING, (AdmitRequest(**IDS),))
+
+
+@pytest.mark.parametrize(
+    ("event", "reason"),
+    [
+        (AllocationFailed(migration_id=MIGRATION_ID, reason="full"), "no_room: full"),
+        (announced(2, 11, 1), "out_of_step"),
+        (QUERIED, "not_committed_when_asked"),
+        (
+            ReservationExpired(
+                migration_id=MIGRATION_ID, state=ReservationState.COMMIT_PENDING, stage=1
+            ),
+            "expired",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_commit_whose_blocks_do_not_come_is_refused(event: ReservationEvent, reason: str) -> None:
+    pending = make_reservation(ReservationState.COMMIT_PENDING)
+    reservation, commands = advance(pending, event)
+    refused = RefuseCommit(**IDS, reason=reason)
+    assert commands == (FreeBlocks(**IDS), refused)
+    assert advance(reservation, QUERIED)[1] == (refused,)
+
+
+def test_a_source_that_is_lost_before_its_last_blocks_costs_a_reservation() -> None:
+    lost = SourceLost(migration_id=MIGRATION_ID, reason="killed", is_dead=True)
+    reservation, commands = advance(make_reservation(ReservationState.COMMIT_PENDING), lost)
+    assert (reservation.state, commands) == (ReservationState.RELEASED, (FreeBlocks(**IDS),))
 
 
 def test_a_commit_is_acknowledged_until_the_source_has_heard() -> None:
@@ -209,7 +249,7 @@ def test_a_stage_that_leaves_a_gap_ends_the_reservation() -> None:
     )
 
 
-@pytest.mark.parametrize("state", HOLDING)
+@pytest.mark.parametrize("state", HOLDING[:-1])
 def test_a_silent_source_costs_a_reservation_for_its_deadline(state: ReservationState) -> None:
     reservation = make_reservation(state)
     event = ReservationExpired(migration_id=MIGRATION_ID, state=state, stage=1)

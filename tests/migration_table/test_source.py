@@ -37,6 +37,7 @@ from llumsched.core.migration import (
     advance,
     is_current,
     start,
+    timeout_s,
 )
 from tests.migration_table.samples import MIGRATION_ID, make_migration
 
@@ -121,21 +122,19 @@ def test_a_migration_in_three_stages() -> None:
             MigrationState.SUSPENDING,
             SuspendRequest(**IDS, num_blocks_copied=94),
         ),
-        (
-            suspended(num_left=1),
-            MigrationState.FINAL_COPYING,
-            CopyBlocks(**IDS, stage=3, first_block=94, num_blocks=1, final=True),
-        ),
-        (
-            copied(stage=3, num_total=95, num_full=94),
-            MigrationState.COMMITTING,
-            CommitRequest(**IDS, num_blocks=95),
-        ),
     ]
     for event, state, command in steps:
         assert is_current(migration, event)
         migration, commands = advance(migration, event)
         assert (migration.state, commands) == (state, (command,))
+    migration, commands = advance(migration, suspended(num_left=1))
+    assert migration.state is MigrationState.COMMITTING
+    assert commands == (
+        CopyBlocks(**IDS, stage=3, first_block=94, num_blocks=1, final=True),
+        CommitRequest(**IDS, num_blocks=95),
+    )
+    # The destination may confirm the stage, if it has it before the commit.
+    assert advance(migration, copied(3, 95, 94)) == (migration, ())
     migration, commands = advance(migration, CommitAcknowledged(migration_id=MIGRATION_ID))
     assert migration.state is MigrationState.COMMITTED
     assert commands == (RELEASE_SOURCE, CloseMigration(**IDS))
@@ -145,7 +144,18 @@ def test_a_short_request_is_moved_by_the_final_stage_alone() -> None:
     migration, commands = run(begin(), reserved(num_cached=0, num_full=1))
     assert commands == (SuspendRequest(**IDS, num_blocks_copied=0),)
     migration, commands = run(migration, suspended(num_left=2))
-    assert commands == (CopyBlocks(**IDS, stage=1, first_block=0, num_blocks=2, final=True),)
+    assert commands == (
+        CopyBlocks(**IDS, stage=1, first_block=0, num_blocks=2, final=True),
+        CommitRequest(**IDS, num_blocks=2),
+    )
+
+
+def test_a_commit_that_has_to_wait_for_a_stage_is_waited_for_as_long() -> None:
+    options = MigrationOptions(commit_timeout_s=2, final_stage_timeout_s=10)
+    short, _ = run(begin(options), reserved(num_cached=3, num_full=3), suspended(num_left=0))
+    assert timeout_s(short) == 2
+    migration, _ = run(begin(options), reserved(num_cached=0, num_full=1), suspended(num_left=2))
+    assert timeout_s(migration) == 12
 
 
 def test_what_the_destination_has_cached_is_not_copied() -> None:
@@ -202,12 +212,9 @@ def test_a_preemption_that_shows_in_the_counter_ends_the_migration(event: Migrat
     assert (ResumeRequest(**IDS) in commands) == (state is MigrationState.SUSPENDING)
 
 
-@pytest.mark.parametrize("state", [MigrationState.SUSPENDING, MigrationState.FINAL_COPYING])
-def test_a_destination_that_runs_out_of_blocks_costs_a_pause_and_nothing_else(
-    state: MigrationState,
-) -> None:
+def test_a_destination_that_runs_out_of_blocks_costs_a_pause_and_nothing_else() -> None:
     event = ReservationRejected(migration_id=MIGRATION_ID, reason="0 blocks are free")
-    migration, commands = advance(make_migration(state), event)
+    migration, commands = advance(make_migration(MigrationState.SUSPENDING), event)
     assert migration.abort_reason is AbortReason.RESERVATION_REJECTED
     assert migration.abort_detail == "0 blocks are free"
     assert commands == (ResumeRequest(**IDS),)

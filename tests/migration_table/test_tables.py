@@ -152,8 +152,8 @@ def test_every_state_reaches_an_end(end: End) -> None:
 
 # What the table must never say, whatever else changes in it.
 
-BEFORE_COMMIT = frozenset({rules.RESERVING, rules.COPYING, rules.SUSPENDING, rules.FINAL_COPYING})
-SUSPENDED = frozenset({rules.SUSPENDING, rules.FINAL_COPYING, rules.COMMITTING, rules.RESOLVING})
+BEFORE_COMMIT = frozenset({rules.RESERVING, rules.COPYING, rules.SUSPENDING})
+SUSPENDED = frozenset({rules.SUSPENDING, rules.COMMITTING, rules.RESOLVING})
 RESUMING = frozenset({rules.resume_request, rules.resume_after_death})
 
 

@@ -131,9 +131,7 @@ class World:
         """Let one migration get somewhere undisturbed, so that most runs are about its middle and
         its end and not about its beginning."""
         self._migrate(shape.randrange(256))
-        target = shape.choice(
-            (MigrationState.COPYING, MigrationState.FINAL_COPYING, *[MigrationState.COMMITTING] * 3)
-        )
+        target = shape.choice((MigrationState.COPYING, *[MigrationState.COMMITTING] * 4))
         for _ in range(100):
             under_way = self._under_way()
             if not under_way or under_way[0].state is target:
