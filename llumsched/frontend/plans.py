@@ -40,6 +40,7 @@ def planner(
     victim: VictimPolicy = build_bundle(options.config).victim or LowPriorityShort()
     # The frontend's own is changed by what the first instances say of themselves.
     untouched = copy.deepcopy(vllm_config)
+    num_cores = cores_of_instance(vllm_config, options.planned_instances)
 
     def plan(index: int, launch_id: str | None) -> InstancePlan:
         return InstancePlan(
@@ -59,6 +60,7 @@ def planner(
             transfer=options.config.transfer_options,
             reports_prefix_blocks=options.wants_prefix_blocks,
             launch_id=launch_id,
+            num_cores=num_cores,
         )
 
     return plan
@@ -71,6 +73,20 @@ def limits_of(options: ServeOptions) -> Limits:
         step_s=options.step_timeout_s,
         loop_uses_cpu=current_platform.is_cpu(),
     )
+
+
+def cores_of_instance(vllm_config: VllmConfig, num_instances: int) -> int:
+    """Cores that each of so many instances has for itself; 0 if they share all.
+
+    They share where there are fewer cores than threads, and where vLLM is told what to bind.
+    """
+    if not current_platform.is_cpu() or "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
+        return 0
+    if vllm_config.parallel_config.world_size > 1 or not hasattr(os, "sched_setaffinity"):
+        return 0
+    num_threads = cpu_threads_per_worker(num_instances, os.environ)
+    enough = num_threads * num_instances <= len(os.sched_getaffinity(0))
+    return num_threads if enough else 0
 
 
 def resources_of(vllm_config: VllmConfig, num_instances: int) -> InstanceResources:

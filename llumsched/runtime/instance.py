@@ -22,6 +22,7 @@ from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore, prove_membership
 from llumsched.engine.vllm.migration import MigrationPort
 from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
+from llumsched.runtime.cores import OwnCores
 from llumsched.runtime.heartbeat import start_beating
 from llumsched.runtime.llumlet import Llumlet
 from llumsched.runtime.signals import act_on
@@ -39,7 +40,8 @@ class InstancePlan:
     """Everything an instance has to be told. ``keys`` are the pool's; ``host`` is the address its
     sockets bind to, without one that of its machine in the Ray cluster.
     ``reports_prefix_blocks`` needs an engine that records KV events. ``launch_id`` is the
-    scheduler's order that it answers, if any."""
+    scheduler's order that it answers, if any. ``num_cores`` are for it alone, if they are free;
+    0 lets it run on all."""
 
     instance_id: str
     engine: EngineSettings
@@ -52,6 +54,7 @@ class InstancePlan:
     transfer: TransferOptions
     reports_prefix_blocks: bool = False
     launch_id: str | None = None
+    num_cores: int = 0
 
 
 class Instance:
@@ -96,9 +99,13 @@ class Instance:
 
     def run(self) -> None:
         """Serve until ``stop``; raises what the engine died of."""
+        plan = self._plan
+        cores = None
+        if plan.num_cores:
+            cores = OwnCores(plan.num_cores)
+            cores.bind()
         self._llumlet_thread.start()
         self._ready.wait()
-        plan = self._plan
         start_beating(
             plan.heartbeat_endpoint, plan.engine.engine_index, plan.keys, self._engine.ping
         )
@@ -109,6 +116,8 @@ class Instance:
                 raise RuntimeError("the engine's loop ended by itself") from None
         finally:
             self._port.close()
+            if cores is not None:
+                cores.release()
 
     @ray.method(concurrency_group=WHILE_SERVING)
     def abort_client(self, client_index: int) -> list[str]:
