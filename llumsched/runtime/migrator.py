@@ -84,7 +84,11 @@ class Migrator:
         self._port = port
         self._host = host
         self._transfer = transfer
-        self._pacer = Pacer(transfer.bandwidth_limit_mb_s * BYTES_PER_MB, transfer.core_share)
+        self._pacer = Pacer(
+            transfer.bandwidth_limit_mb_s * BYTES_PER_MB,
+            # Beside a GPU a core waits for the copies, and no step waits for the core.
+            transfer.core_share if port.kv is not None and port.kv.copies_on_cores else 1.0,
+        )
         self._call = call
         self._step_time_s = step_time_s
         self._options = options

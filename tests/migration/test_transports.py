@@ -47,7 +47,11 @@ def test_each_transport(
     # Two slots of a block each: every slot is used again and again.
     pool.configure(
         transfer=TransferOptions(
-            transport=transport, checksum=checksum, staging_slots=2, staging_slot_mb=0.1
+            transport=transport,
+            checksum=checksum,
+            staging_slots=2,
+            staging_slot_mb=0.1,
+            core_share=1.0,
         )
     )
     pool.connect(0, 1)

@@ -18,6 +18,7 @@ class KVAccess(Protocol):
     """``layout`` is equal where blocks can move, ``block_num_bytes`` what they need of a slot.
 
     ``pins_staging``: the copies are faster from and to memory that is locked for a GPU.
+    ``copies_on_cores``: they take the cores that the steps compute on.
     Both calls raise ``RuntimeError`` if a worker cannot copy, or is gone.
     """
 
@@ -29,6 +30,9 @@ class KVAccess(Protocol):
 
     @property
     def pins_staging(self) -> bool: ...
+
+    @property
+    def copies_on_cores(self) -> bool: ...
 
     async def gather(self, block_ids: Sequence[int], staging: Staging) -> float:
         """Copy blocks into ``staging``, which has room for them.
@@ -52,6 +56,7 @@ class LocalKV:
         self.layout = blocks.layout
         self.block_num_bytes = blocks.block_num_bytes
         self.pins_staging = blocks.device.type == "cuda"
+        self.copies_on_cores = blocks.device.type == "cpu"
 
     async def gather(self, block_ids: Sequence[int], staging: Staging) -> float:
         self.blocks.gather(block_ids, staging.content)

@@ -28,10 +28,12 @@ LENGTH_NUM_BYTES = 4
 
 
 class ShardOpened(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker has of each block; ``refused`` is why its blocks cannot be copied."""
+    """What a worker has of each block, and on what kind of device; ``refused`` is why its blocks
+    cannot be copied."""
 
     layout: str = ""
     block_num_bytes: int = 0
+    device_type: str = ""
     refused: str = ""
 
 
@@ -96,6 +98,7 @@ class ShardedKV:
             self.close()
             raise ValueError(refused[0])
         self._shard_num_bytes = [shard.block_num_bytes for shard in shards]
+        self.copies_on_cores = any(shard.device_type == "cpu" for shard in shards)
         self.layout = " | ".join(shard.layout for shard in shards)
         self.block_num_bytes = sum(self._shard_num_bytes)
 
@@ -187,7 +190,9 @@ def open_shard(
     threading.Thread(
         target=_serve, args=(kv, commands, answers), name="kv-shard", daemon=True
     ).start()
-    return ShardOpened(layout=kv.layout, block_num_bytes=kv.block_num_bytes)
+    return ShardOpened(
+        layout=kv.layout, block_num_bytes=kv.block_num_bytes, device_type=kv.device.type
+    )
 
 
 def _serve(kv: KVBlocks, commands: FileIO, answers: FileIO) -> None:
