@@ -75,7 +75,7 @@ def run(quick: bool) -> Report:
 
 def _measure(quick: bool) -> Measured:
     # Long prompts take most of the time, so what live moves are held against is done less often.
-    num_rounds, num_rounds_of_others = (1, 1) if quick else (5, 2)
+    num_rounds, num_rounds_of_others = (1, 1) if quick else (9, 2)
     contexts = (SHORT, LONG) if quick else CONTEXTS
     with tempfile.TemporaryDirectory() as folder:
         configs = {}
@@ -86,7 +86,7 @@ def _measure(quick: bool) -> Measured:
             moves = Moves(server)
             live = asyncio.run(moves.alone(contexts, num_rounds))
             recompute_s = asyncio.run(moves.recompute(contexts, num_rounds_of_others))
-            loaded, others = asyncio.run(moves.among_others(LONG, NUM_OTHERS, 2 if quick else 5))
+            loaded, others = asyncio.run(moves.among_others(LONG, NUM_OTHERS, 2 if quick else 8))
             peak = asyncio.run(moves.watch_blocks(LONG, 1))
             staging = staging_num_bytes(server.pid)
         with llumsched(2, (*ENGINE_FLAGS, "--config", str(configs["stop"]))) as server:
@@ -183,6 +183,11 @@ def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
             value=max(during["source"]) / _median(during["source"]),
             unit="",
             at_most=1.3,
+        ),
+        Figure(
+            name="worst gap of the source's other requests over their median, before",
+            value=max(before["source"]) / _median(before["source"]),
+            unit="",
         ),
         Figure(
             name=f"pause at {LONG} tokens to a loaded destination, in its decode steps",

@@ -97,7 +97,15 @@ def _interrupt(process: subprocess.Popen[bytes]) -> None:
 
 def write_docs(benchmarks: Sequence[Benchmark], docs: Path) -> None:
     """Write every page from the reports that are kept beside the pages."""
-    parts = [GENERATED, "# Benchmarks", "`make bench` measures all of this again and rewrites it."]
+    parts = [
+        GENERATED,
+        "# Benchmarks",
+        (
+            "`make bench` measures all of this again and rewrites it. On Linux, "
+            "`sysctl kernel.sched_autogroup_enabled=0` first: with few cores, some of what is "
+            "measured is else how long sessions wait for one another."
+        ),
+    ]
     for benchmark in benchmarks:
         kept = docs / "benchmarks" / f"{benchmark.name}.json"
         if not kept.is_file():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -43,9 +44,9 @@ T = TypeVar("T")
 Reply = Callable[[PeerMessage], Awaitable[None]]
 
 GRAMMAR_TIMEOUT_S = 4.0
-# The step that a client waits for begins now, on another thread of this process. Until it computes,
-# and needs the interpreter no more, whatever else runs here would delay it.
-ANSWER_AFTER_S = 0.003
+# A client waits for the step that begins with a commit. Whatever else this process does then takes
+# the interpreter, and where cores are few the core, from it; nobody waits for the answer.
+ANSWER_AFTER_S = 0.04
 
 
 @dataclass(slots=True)
@@ -63,6 +64,22 @@ class _Arriving:
     blocks_written: set[int] = field(default_factory=set)
     num_writing: int = 0
     timer: asyncio.TimerHandle | None = None
+    committed: Future[float] | None = None
+    """When the engine took the request over, by ``time.perf_counter()``."""
+
+    @property
+    def is_committed(self) -> bool:
+        return (
+            self.committed is not None
+            and self.committed.done()
+            and self.committed.exception() is None
+        )
+
+    @property
+    def num_reserved_blocks(self) -> int:
+        """Those that are not the request's own yet."""
+        return 0 if self.is_committed else len(self.block_ids)
+
 
 
 class IncomingMigrations:
@@ -90,11 +107,11 @@ class IncomingMigrations:
 
     @property
     def num_reserved(self) -> int:
-        return sum(bool(arriving.block_ids) for arriving in self._arriving.values())
+        return sum(bool(arriving.num_reserved_blocks) for arriving in self._arriving.values())
 
     @property
     def num_reserved_blocks(self) -> int:
-        return sum(len(arriving.block_ids) for arriving in self._arriving.values())
+        return sum(arriving.num_reserved_blocks for arriving in self._arriving.values())
 
     def may_leave(self, request_id: str) -> bool:
         """Whether a request that came here may move on: its source must know that it arrived."""
@@ -102,6 +119,11 @@ class IncomingMigrations:
             arriving.record.may_move_on or arriving.record.request_id != request_id
             for arriving in self._arriving.values()
         )
+
+    def is_admitting(self, migration_id: str) -> bool:
+        """Whether the engine is taking the request over, and a client waits for its step."""
+        arriving = self._arriving.get(migration_id)
+        return arriving is not None and arriving.record.state is protocol.ReservationState.ADMITTING
 
     # ---- messages -------------------------------------------------------------------------
 
@@ -321,7 +343,11 @@ class IncomingMigrations:
                     ),
                 )
             case protocol.AcknowledgeCommit():
-                self._answer(arriving, CommitAnswer(migration_id=migration_id))
+                assert arriving.committed is not None
+                held_back_s = time.perf_counter() - arriving.committed.result()
+                self._answer(
+                    arriving, CommitAnswer(migration_id=migration_id, held_back_s=held_back_s)
+                )
             case protocol.RefuseCommit():
                 self._answer(
                     arriving, CommitAnswer(migration_id=migration_id, refused=command.reason)
@@ -382,14 +408,15 @@ class IncomingMigrations:
     def _admit(self, arriving: _Arriving, migration_id: str, request_id: str) -> None:
         final_state = arriving.final
 
-        def commit() -> None:
+        def commit() -> float:
             self._port.commit(request_id, msgspec.msgpack.decode(final_state, type=FinalState))
+            return time.perf_counter()
 
-        # At once, for a client waits.
-        self._spawn(self._admitted(arriving, migration_id, self._call(commit)))
+        arriving.committed = self._call(commit)
+        self._spawn(self._admitted(arriving, migration_id, arriving.committed))
 
     async def _admitted(
-        self, arriving: _Arriving, migration_id: str, committed: Future[None]
+        self, arriving: _Arriving, migration_id: str, committed: Future[float]
     ) -> None:
         await asyncio.sleep(ANSWER_AFTER_S)
         try:

@@ -31,7 +31,7 @@ from llumsched.engine.kv_transfer import ReceiveRing, SendRing
 from llumsched.engine.process_group import free_rendezvous
 from llumsched.engine.vllm.kv_access import KVAccess
 from llumsched.engine.vllm.migration import MigrationPort
-from llumsched.runtime.incoming import IncomingMigrations, Reply
+from llumsched.runtime.incoming import ANSWER_AFTER_S, IncomingMigrations, Reply
 from llumsched.runtime.messages import OrderMigration, ReportMigration, encode
 from llumsched.runtime.outgoing import OutgoingMigration
 from llumsched.runtime.pacing import Pacer
@@ -305,6 +305,7 @@ class Migrator:
             case StageStored():
                 outgoing.stored(message.stage, message.num_blocks_total)
             case CommitAnswer(refused=None):
+                outgoing.committed_before(message.held_back_s)
                 outgoing.post(protocol.CommitAcknowledged(migration_id=migration_id))
             case CommitAnswer():
                 outgoing.post(
@@ -344,6 +345,8 @@ class Migrator:
                 try:
                     await self._store(identity, message, payload, reply)
                 finally:
+                    if self._incoming.is_admitting(message.migration_id):
+                        await asyncio.sleep(ANSWER_AFTER_S)
                     await reply(SlotRead(slot=message.slot, use=message.use))
             case _:
                 self._incoming.take_in(message, reply)

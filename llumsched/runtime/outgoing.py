@@ -103,6 +103,7 @@ class OutgoingMigration:
         self._num_blocks_sent = 0
         self._suspended: SuspendedRequest | None = None
         self._suspended_s = 0.0
+        self._held_back_s = 0.0
 
     # ---- events ---------------------------------------------------------------------------
 
@@ -118,6 +119,10 @@ class OutgoingMigration:
             "preempted": protocol.RequestPreempted,
         }
         self.post(kinds[what](migration_id=self.migration_id))
+
+    def committed_before(self, held_back_s: float) -> None:
+        """The destination took the request over so long before it said so."""
+        self._held_back_s = held_back_s
 
     def reserved(self, num_cached_blocks: int) -> None:
         self._num_cached_blocks = num_cached_blocks
@@ -281,7 +286,8 @@ class OutgoingMigration:
                 await self._link.send(QueryCommit(migration_id=self.migration_id))
             case protocol.ReleaseBlocks(side=protocol.Side.SOURCE):
                 if self._suspended is not None:
-                    self._suspended_s = time.perf_counter() - self._suspended.suspended_at_s
+                    resumed_at_s = time.perf_counter() - self._held_back_s
+                    self._suspended_s = resumed_at_s - self._suspended.suspended_at_s
                 await self._engine(lambda: self._port.release(self.request_id))
             case protocol.ReleaseBlocks():
                 await self._link.send(

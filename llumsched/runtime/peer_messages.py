@@ -103,10 +103,11 @@ class Commit(Message, frozen=True, kw_only=True):
 
 
 class CommitAnswer(Message, frozen=True, kw_only=True):
-    """``refused`` is ``None`` if the destination runs the request."""
+    """``refused`` is ``None`` if the destination runs the request, since ``held_back_s`` ago."""
 
     migration_id: Name
     refused: str | None = None
+    held_back_s: float = 0.0
 
 
 class QueryCommit(Message, frozen=True, kw_only=True):
