@@ -28,10 +28,9 @@ class TransferOptions:
     )
     core_share: float = param(
         0.015,
-        "Share of one core that sending blocks may take where engines compute on CPUs, over all "
-        "migrations that leave an instance, but for the last stage of each: the other requests are "
-        "slowed down by as much where no core is idle, and those of the destination by twice as "
-        "much. 1 is no limit.",
+        "Share of one core that copying blocks may take at either end where engines compute on "
+        "CPUs, over all migrations that leave an instance, but for the last stage of each: the "
+        "other requests are slowed down by as much where no core is idle. 1 is no limit.",
         above=0,
         at_most=1,
     )

@@ -81,7 +81,6 @@ class _Arriving:
         return 0 if self.is_committed else len(self.block_ids)
 
 
-
 class IncomingMigrations:
     """All migrations into one instance.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -342,12 +343,14 @@ class Migrator:
             case Hello():
                 await reply(self._welcome(identity, message))
             case StoreBlocks():
+                begun_s, others_s = time.thread_time(), 0.0
                 try:
-                    await self._store(identity, message, payload, reply)
+                    others_s = await self._store(identity, message, payload, reply)
                 finally:
+                    core_s = others_s + time.thread_time() - begun_s
                     if self._incoming.is_admitting(message.migration_id):
                         await asyncio.sleep(ANSWER_AFTER_S)
-                    await reply(SlotRead(slot=message.slot, use=message.use))
+                    await reply(SlotRead(slot=message.slot, use=message.use, core_s=core_s))
             case _:
                 self._incoming.take_in(message, reply)
 
@@ -391,11 +394,12 @@ class Migrator:
 
     async def _store(
         self, identity: bytes, message: StoreBlocks, payload: memoryview | None, reply: Reply
-    ) -> None:
+    ) -> float:
+        """Returns the seconds of a core's time that it took of other processes."""
         kv = self._port.kv
         if kv is None or identity not in self._sessions:
             await reply(Welcome(refused="blocks came before a hello"))
-            return
+            return 0.0
         _, session = self._sessions[identity]
         num_bytes = message.num_blocks * kv.block_num_bytes
         try:
@@ -409,5 +413,12 @@ class Migrator:
                 self._sessions.pop(identity, None)
                 session.close()
                 await reply(Welcome(refused=f"the channel broke: {error}"))
-            return
-        await self._incoming.store(message, reply, lambda ids: kv.scatter(ids, staging))
+            return 0.0
+        others_s = 0.0
+
+        async def write(block_ids: list[int]) -> None:
+            nonlocal others_s
+            others_s = await kv.scatter(block_ids, staging)
+
+        await self._incoming.store(message, reply, write)
+        return others_s

@@ -87,6 +87,7 @@ class Link:
         # Slot -> which use of it is on its way, and the migration it is for.
         self._slots_sent: dict[int, tuple[int, str]] = {}
         self._num_uses = 0
+        self._core_s = 0.0  # of the latest part
         self._channel: _Channel | None = None
         self._opening: asyncio.Task[None] | None = None
         self._welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
@@ -179,8 +180,8 @@ class Link:
             )
             await self._send_part(header, staging.content)
             # Where gathering is quick, the messages are as much of it.
-            core_s = others_s + time.thread_time() - begun_s
-            self._pacer.copied(core_s, time.monotonic())
+            self._core_s = others_s + time.thread_time() - begun_s
+            self._pacer.copied(self._core_s, time.monotonic())
 
     async def _send_part(self, header: bytes, content: torch.Tensor) -> None:
         if self._socket.closed:
@@ -236,6 +237,10 @@ class Link:
                     use, _ = self._slots_sent.get(message.slot, (None, ""))
                     if use == message.use:
                         self._take_back(message.slot)
+                    # Neither end may be slowed down by more than its share.
+                    more_s = message.core_s - self._core_s
+                    if more_s > 0:
+                        self._pacer.copied(more_s, time.monotonic())
                 case _:
                     if not self._on_answer(message) and isinstance(message, CommitAnswer):
                         # The destination asks until it knows that its answer has come.

@@ -80,10 +80,12 @@ class StoreBlocks(Message, frozen=True, kw_only=True):
 
 
 class SlotRead(Message, frozen=True, kw_only=True):
-    """The slot's bytes, of this use of it, are not needed any more."""
+    """The slot's bytes, of this use of it, are not needed any more: to scatter them has taken
+    ``core_s`` of a core's time."""
 
     slot: Count
     use: int
+    core_s: float = 0.0
 
 
 class StageStored(Message, frozen=True, kw_only=True):

@@ -271,10 +271,10 @@ def test_a_destination_that_hangs_holds_up_its_own_migrations_only(
     sequence_id = start(pool)
     hung, store = pool.instances[1].migrator, Migrator._store
 
-    async def store_or_hang(self: Migrator, *arguments: Any) -> None:
+    async def store_or_hang(self: Migrator, *arguments: Any) -> float:
         if self is hung:
             await asyncio.sleep(3600)
-        await store(self, *arguments)
+        return await store(self, *arguments)
 
     monkeypatch.setattr(Migrator, "_store", store_or_hang)
     first = pool.move(sequence_id, 1)

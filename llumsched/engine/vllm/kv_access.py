@@ -41,7 +41,7 @@ class KVAccess(Protocol):
             the seconds of a core's time that it took of other processes, where it took most.
         """
 
-    async def scatter(self, block_ids: Sequence[int], staging: Staging) -> None:
+    async def scatter(self, block_ids: Sequence[int], staging: Staging) -> float:
         """The inverse of ``gather``, into the blocks named here."""
 
     def close(self) -> None:
@@ -62,8 +62,9 @@ class LocalKV:
         self.blocks.gather(block_ids, staging.content)
         return 0.0
 
-    async def scatter(self, block_ids: Sequence[int], staging: Staging) -> None:
+    async def scatter(self, block_ids: Sequence[int], staging: Staging) -> float:
         self.blocks.scatter(block_ids, staging.content)
+        return 0.0
 
     def close(self) -> None:
         """Nothing is held."""

@@ -106,14 +106,13 @@ class ShardedKV:
         assert staging.ring is not None, "what is gathered goes into a ring"
         return await self._copy(block_ids, staging.ring, staging.slot, is_scatter=False)
 
-    async def scatter(self, block_ids: Sequence[int], staging: Staging) -> None:
+    async def scatter(self, block_ids: Sequence[int], staging: Staging) -> float:
         if staging.ring is not None:
-            await self._copy(block_ids, staging.ring, staging.slot, is_scatter=True)
-            return
+            return await self._copy(block_ids, staging.ring, staging.slot, is_scatter=True)
         async with self._inbox_lock:
             inbox = self._inbox_for(len(staging.content))
             inbox.slot(0)[: len(staging.content)] = staging.content
-            await self._copy(block_ids, inbox.offer(), 0, is_scatter=True)
+            return await self._copy(block_ids, inbox.offer(), 0, is_scatter=True)
 
     def close(self) -> None:
         for to_worker, from_worker in self._pipes:
