@@ -98,10 +98,10 @@ def look_for_nothing(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("mistake", "seed", "noticed"),
     [
-        (leave_copies_alone, 209, "was aborted and still is on"),
-        (forget_where_it_came_from, 209, "was aborted and still is on"),
-        (number_a_resumption_as_a_move, 188, "expected"),
-        (look_for_nothing, 1, "stopped after"),
+        (leave_copies_alone, 1603, "was aborted and still is on"),
+        (forget_where_it_came_from, 1603, "was aborted and still is on"),
+        (number_a_resumption_as_a_move, 270, "expected"),
+        (look_for_nothing, 35, "stopped after"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -117,9 +117,11 @@ def test_a_fault(two: Two, expected: list[int], side: Side, state: str, what: Wh
         request_id=request_id,
         reason="a test",
     )
-    # The answer to a commit comes within milliseconds: it is asked for again at once.
-    hurry = 0.0001 if state == MigrationState.RESOLVING else HURRIED.commit_timeout_s
-    source.ask("migrate", order, replace(HURRIED, commit_timeout_s=hurry))
+    options = HURRIED
+    if state == MigrationState.RESOLVING:
+        # The last stage is there by then, and the answer to the commit is held back for longer.
+        options = replace(HURRIED, final_stage_timeout_s=0.02, commit_timeout_s=0.001)
+    source.ask("migrate", order, options)
     until(lambda: "happens" in at.heard, instances, "the state is reached")
 
     survivors = instances
