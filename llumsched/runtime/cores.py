@@ -26,7 +26,7 @@ class OwnCores:
         folder: where the locks are, the same for all processes of the machine.
 
     Attributes:
-        cores: their numbers; empty if too few are free.
+        cores: their numbers; empty if too few are free, or the folder cannot be used.
     """
 
     def __init__(self, num_cores: int, folder: Path | None = None) -> None:
@@ -34,12 +34,15 @@ class OwnCores:
         self.cores: frozenset[int] = frozenset()
         if folder is None:
             folder = Path(tempfile.gettempdir()) / f"llumsched-cores-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
         found: set[int] = set()
-        # The first cores are those that most other things run on.
-        for core in sorted(os.sched_getaffinity(0), reverse=True):
-            if len(found) < num_cores and self._lock(folder / str(core)):
-                found.add(core)
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            # The first cores are those that most other things run on.
+            for core in sorted(os.sched_getaffinity(0), reverse=True):
+                if len(found) < num_cores and self._lock(folder / str(core)):
+                    found.add(core)
+        except OSError as error:  # no reason not to serve
+            logger.warning("Runs on all cores: %s cannot be used: %s", folder, error)
         if len(found) < num_cores:
             self.release()
             return
@@ -60,7 +63,7 @@ class OwnCores:
         if not self.cores:
             return
         for thread in Path("/proc/self/task").iterdir():
-            with contextlib.suppress(ProcessLookupError):  # it has ended
+            with contextlib.suppress(OSError):  # it has ended, or may not be bound here
                 os.sched_setaffinity(int(thread.name), self.cores)
         logger.info("Computes on cores %s alone", sorted(self.cores))
 

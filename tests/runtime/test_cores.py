@@ -45,6 +45,15 @@ def test_too_few_are_none(tmp_path: Path) -> None:
     assert first.cores == {4, 5, 6}
 
 
+def test_a_folder_that_cannot_be_used_keeps_nobody_from_serving(tmp_path: Path) -> None:
+    taken = tmp_path / "a file"
+    taken.touch()
+    own = OwnCores(1, taken)
+    assert own.cores == frozenset()
+    own.bind()  # binds nothing
+    assert OwnCores(1, tmp_path / "no" / "such" / "folder").cores == frozenset()
+
+
 def test_what_a_killed_process_had_is_free_again(tmp_path: Path) -> None:
     command = [sys.executable, "-c", TAKE_ONE, str(tmp_path)]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
