@@ -20,7 +20,7 @@ from scripts.demo.client import Answer
 from scripts.demo.stage import POLL_INTERVAL_S, Check, DemoFailed, Stage, Watch, until
 
 # Long enough that the policy decides several times before the answers end.
-MAX_TOKENS = 256
+MAX_TOKENS = 192
 # One an instance, so that no chat waits for another's prompt and the policy stays quiet meanwhile.
 STARTED_TOGETHER = 2
 HANG_UP_AT_TOKEN = 2
