@@ -86,7 +86,8 @@ def _server(name: str, command: list[str], flags: Sequence[str]) -> Iterator[Ser
             stdin=subprocess.DEVNULL,
             env=environment,
             cwd=Path(__file__).parents[1],
-            start_new_session=True,
+            # Not a session: while engines have all cores, Linux lets those of others wait.
+            process_group=0,
         )
     try:
         url = f"http://127.0.0.1:{port}"

@@ -83,8 +83,9 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C in the terminal is the demo's, which then ends the server in order.
-                start_new_session=True,
+                # Ctrl-C in the terminal is the demo's, which then ends the server in order. Not a
+                # session: while engines have all cores, Linux lets those of others wait.
+                process_group=0,
                 env=self._environment(),
             )
 

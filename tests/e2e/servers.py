@@ -95,7 +95,8 @@ class Server:
                 stderr=subprocess.STDOUT,
                 cwd=CHECKOUT,
                 env=server_environment(RAY_TMPDIR=self._ray_folder, **(environment or {})),
-                start_new_session=True,
+                # Not a session: while engines have all cores, Linux lets those of others wait.
+                process_group=0,
             )
         RUNNING.append(self)
         self._booted_by_s = time.monotonic() + BOOT_TIMEOUT_S
@@ -125,7 +126,7 @@ class Server:
             self._await_next(f"it says {part!r}")
 
     def await_process(self, name: str) -> None:
-        """Wait until a process of this name runs in its session."""
+        """Wait until a process of this name is one of its own."""
         while name not in self.processes().values():
             self._await_next(f"{name} runs")
 
@@ -146,12 +147,12 @@ class Server:
         return self.log()[-4000:]
 
     def processes(self) -> dict[int, str]:
-        """Every process of its session that is alive now, with its name."""
+        """Every process that it has started and that is alive now, itself too, with its name."""
         found = {}
         for process in psutil.process_iter():
-            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 if (
-                    os.getsid(process.pid) == self._process.pid
+                    process.environ().get("RAY_TMPDIR") == self._ray_folder
                     and process.status() != psutil.STATUS_ZOMBIE
                 ):
                     found[process.pid] = process.name()
