@@ -1,53 +1,58 @@
 """The simulator beside two real instances on this machine, with and without migration.
 
-Two engines of the model are profiled at the same time (`llumsched profile`), as they will serve:
-the cores, their caches and the memory's bandwidth are shared. Then two instances are served, and a
-trace is sent to them once for each policy, on the clock; the same trace and policies are simulated
-on the hardware file that the profile of the first gave. KV memory is small, so that requests queue
-and are preempted.
+For each policy two instances are served and measured as they serve: steps of many shapes, with
+frontend and client on the same cores, and the copying of moves. What is fitted to that is the
+hardware file. A trace is then sent to them on the clock, and simulated with the same policy;
+nothing is fitted to it.
 
-Each engine computes with one thread, in the profile as in service. Frontend and client share the
-cores with them as well; what these take is in the difference that is reported, and so is what an
-instance gains while the other has nothing to do. The first requests of each server warm it up and
-are not in the trace.
+The trace was chosen, in the simulator and with its seed, for telling the policies apart: bursts of
+ten requests, in which long and short prompts alternate, and three in ten answers are long. Whoever
+takes turns gives one instance all the long prompts; whoever does not move requests leaves those
+with long answers where chance put them. KV memory is small, so that requests queue and are
+preempted. The time between two bursts follows from the step that was measured, so that a quicker
+machine has as much to do. Such a trace is close to overload, where an error of a step's time comes
+back several times as large in the waiting: how large is said below. The first requests of each
+server warm it up and are not in the trace.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
+import asyncio
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks._replay import replay
 from benchmarks._report import Figure, Report, Table, main
-from benchmarks._servers import ENGINE_FLAGS, llumsched
+from benchmarks._served_profile import measure_copies, measure_steps
+from benchmarks._servers import ENGINE_FLAGS, Server, llumsched
 from llumsched.config import load
 from llumsched.simulator.comparison import number
-from llumsched.simulator.hardware import Hardware, load_hardware
+from llumsched.simulator.cost import tokens_s
+from llumsched.simulator.hardware import Hardware, KvCapacity, MeasuredRange, StepCoefficients
 from llumsched.simulator.metrics import Distribution, Latencies, latencies
 from llumsched.simulator.simulation import SimulationOptions, simulate
+from llumsched.simulator.step_fit import StepFit, fit_steps
 from llumsched.simulator.trace import Trace, make_trace
-from scripts.prepare_model import prepare_model
 
 BENCHMARK = "The simulator beside real instances"
 
 NUM_INSTANCES = 2
-PROFILE_TIMEOUT_S = 900.0
-NUM_BLOCKS = 64
+BLOCK_SIZE = 32
+NUM_BLOCKS = 24
 MAX_NUM_SEQS = 16
 MAX_BATCHED_TOKENS = 512
+# SmolLM2-135M in float32: keys and values of 3 heads of 64 in 30 layers.
+KV_BYTES_PER_TOKEN = 2 * 3 * 64 * 30 * 4
 FLAGS = (
     *ENGINE_FLAGS,
     "--max-model-len",
     # A request of this length must fit into the KV memory.
-    "1024",
+    str(NUM_BLOCKS * BLOCK_SIZE),
     "--num-gpu-blocks-override",
     # vLLM keeps a block that no request may have.
     str(NUM_BLOCKS + 1),
@@ -56,12 +61,13 @@ FLAGS = (
     "--max-num-batched-tokens",
     str(MAX_BATCHED_TOKENS),
 )
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 POLICIES = {
     "round_robin": "policy: round_robin\n",
     "infaas": "policy: infaas\n",
     "latency": "policy: latency\n",
 }
+STEPS_BETWEEN_BURSTS = 210
+TRACE_SEED = 189
 MEAN_GOAL, P99_GOAL = 10.0, 25.0
 _METRICS = ("TTFT", "TPOT", "E2E")
 
@@ -75,30 +81,90 @@ class Pair:
 
 
 def run(quick: bool) -> Report:
-    trace = _trace(quick)
-    with tempfile.TemporaryDirectory() as folder, _environment(ONE_THREAD):
-        hardware = _profiled(Path(folder), seconds=20 if quick else 120)
-        pairs = {}
+    pairs: dict[str, Pair] = {}
+    notes = []
+    trace: Trace | None = None
+    with tempfile.TemporaryDirectory() as folder:
         for salt, (name, text) in enumerate(POLICIES.items()):
             config = Path(folder) / f"{name}.yaml"
             config.write_text(text, encoding="utf-8")
             with llumsched(NUM_INSTANCES, (*FLAGS, "--config", str(config))) as server:
                 replay(server, _warm_up(), salt=2 * salt)
+                hardware = _measured(server)
+                if trace is None:
+                    trace = _trace(hardware, num_bursts=3 if quick else 25)
                 real = replay(server, trace, salt=2 * salt + 1)
             simulated = _simulated(trace, hardware, config)
             pairs[name] = Pair(real=_reduced(real), simulated=_reduced(simulated))
-    return Report(figures=_figures(pairs), tables=[_table(pairs)], notes=[_order_note(pairs)])
+            notes.append(
+                f"{name}: {_hardware_note(hardware)} {_sensitivity(trace, hardware, config)}"
+            )
+    return Report(
+        figures=_figures(pairs), tables=[_table(pairs)], notes=[_order_note(pairs), *notes]
+    )
 
 
-def _trace(quick: bool) -> Trace:
-    """Mixed lengths, arriving for two minutes faster than two small instances can hold."""
-    rng = np.random.default_rng(0)
-    num_requests = 12 if quick else 150
+def _sensitivity(trace: Trace, hardware: Hardware, config: Path) -> str:
+    """How far the simulated result goes with an error of the step time."""
+    found = []
+    for factor in (0.97, 1.03):
+        step = hardware.step
+        scaled = StepCoefficients(
+            table=tuple((tokens, factor * seconds) for tokens, seconds in step.table),
+            kv_token_s=factor * step.kv_token_s,
+            skew_token_s=factor * step.skew_token_s,
+            prefill_pair_s=factor * step.prefill_pair_s,
+        )
+        simulated = _simulated(trace, replace(hardware, step=scaled), config)
+        found.append(number(_reduced(simulated)["TTFT"].mean))
+    return (
+        f"With steps 3 % shorter or longer the simulated mean TTFT is {found[0]} or {found[1]} s."
+    )
+
+
+def _measured(server: Server) -> Hardware:
+    """What instances do that serve like this."""
+    steps = asyncio.run(
+        measure_steps(
+            server,
+            num_instances=NUM_INSTANCES,
+            num_kv_tokens=NUM_BLOCKS * BLOCK_SIZE,
+            num_rounds=1,
+        )
+    )
+    fitted: StepFit = fit_steps(steps)
+    return Hardware(
+        name="as-served",
+        model="SmolLM2-135M-Instruct, float32",
+        accelerator="this machine",
+        source=f"{len(steps)} steps, seen by clients",
+        fit_error=fitted.held_out_error,
+        kv=KvCapacity(
+            num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, bytes_per_token=KV_BYTES_PER_TOKEN
+        ),
+        step=fitted.coefficients,
+        copy=asyncio.run(measure_copies(server, num_rounds=2)),
+        measured=MeasuredRange(
+            batch_tokens=MAX_BATCHED_TOKENS,
+            requests=MAX_NUM_SEQS,
+            kv_tokens=NUM_BLOCKS * BLOCK_SIZE,
+        ),
+    )
+
+
+def _trace(hardware: Hardware, *, num_bursts: int) -> Trace:
+    """Bursts of ten requests; on a quicker machine they come sooner."""
+    rng = np.random.default_rng(TRACE_SEED)
+    shape = (num_bursts, 10)
+    between_s = STEPS_BETWEEN_BURSTS * tokens_s(hardware.step, 4)
+    starts_s = between_s * np.arange(num_bursts)[:, None]
+    arrival_s = (starts_s + np.cumsum(rng.exponential(0.02, shape), axis=1)).ravel()
+    is_long = rng.random(shape).ravel() < 0.3
     return make_trace(
-        "mixed",
-        arrival_s=np.cumsum(rng.exponential(0.8, num_requests)),
-        num_prompt_tokens=rng.choice([32, 64, 200, 600], num_requests, p=[0.4, 0.3, 0.2, 0.1]),
-        num_output_tokens=rng.choice([8, 32, 100, 200], num_requests, p=[0.3, 0.4, 0.2, 0.1]),
+        "bursts",
+        arrival_s=np.sort(arrival_s),
+        num_prompt_tokens=np.tile([128, 16], arrival_s.size // 2),
+        num_output_tokens=np.where(is_long, 200, 16),
     )
 
 
@@ -109,40 +175,6 @@ def _warm_up() -> Trace:
         num_prompt_tokens=np.full(8, 200),
         num_output_tokens=np.full(8, 16),
     )
-
-
-@contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _profiled(folder: Path, *, seconds: int) -> Hardware:
-    """What the first of `NUM_INSTANCES` engines measured while the others did the same."""
-    paths = [folder / f"engine-{number}.yaml" for number in range(NUM_INSTANCES)]
-    command = [sys.executable, "-m", "llumsched", "profile", prepare_model(), *FLAGS]
-    command += ["--accelerator", "this machine", "--seconds", str(seconds)]
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for path in paths:
-            arguments = [*command, "--out", str(path)]
-            processes.append(subprocess.Popen(arguments, stdout=sys.stderr))
-        for process in processes:
-            if process.wait(timeout=PROFILE_TIMEOUT_S):
-                raise RuntimeError(f"llumsched profile ended with {process.returncode}")
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return load_hardware(str(paths[0]))
 
 
 def _simulated(trace: Trace, hardware: Hardware, config: Path) -> Latencies:
@@ -194,6 +226,17 @@ def _order_note(pairs: dict[str, Pair]) -> str:
         real, simulated = (", ".join(_order(pairs, metric, is_real)) for is_real in (True, False))
         parts.append(f"by mean {metric}: real {real}; simulated {simulated}")
     return "Best first " + ". ".join(parts) + "."
+
+
+def _hardware_note(hardware: Hardware) -> str:
+    step, copy = hardware.step, hardware.copy
+    tokens = ", ".join(f"{1000 * tokens_s(step, n):.3g} ms for {n}" for n in (1, 4, 16, 64, 128))
+    return (
+        f"Fitted to {hardware.source}, with {100 * hardware.fit_error:.2g} % error on those left"
+        f" out. A step by its tokens: {tokens}; each token of context"
+        f" {1e6 * step.kv_token_s:.2g} us more. A stage of a move:"
+        f" {1000 * copy.base_s:.2g} ms and {1e6 * copy.token_s:.3g} us a token."
+    )
 
 
 def _table(pairs: dict[str, Pair]) -> Table:

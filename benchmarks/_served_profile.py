@@ -1,0 +1,193 @@
+"""A hardware file's numbers, measured on instances as they serve.
+
+`llumsched profile` measures one engine with nothing beside it. Where frontend and clients share the
+cores with the engines, a step takes longer than that; here it is measured through the API, while
+every instance does the same. A step is the time between two tokens of an answer, for a batch whose
+requests all decode; a prompt's is the time to its first token, or what it adds to the step of the
+requests it joins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import statistics
+from collections.abc import Sequence
+
+import aiohttp
+import numpy as np
+
+from benchmarks._migration_client import Moves
+from benchmarks._servers import Server
+from benchmarks._streams import Stream, clients, prompt_of, read
+from llumsched.core.step_time import MeasuredStep
+from llumsched.simulator.hardware import CopyCoefficients
+
+_NUM_TOKENS = 32
+_DECODED_BESIDE = 200
+# Within a window in which all decode, the first gaps belong to steps that still had prompts.
+_FIRST_GAPS = 2
+_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
+# An instance is told that a client has gone, and ends the step that it is in.
+_ABORTED_AFTER_S = 0.3
+_CONTEXTS = (32, 96, 200, 420, 900)
+_PROMPTS = (16, 32, 64, 128, 256, 500)
+_NUM_JOINED = (1, 4, 8)
+# Of as many tokens a prompt has more pairs than several have: only so are the two told apart.
+_SEVERAL_PROMPTS = ((16,) * 8, (32,) * 4, (32,) * 8, (64,) * 4, (128,) * 2, (128,) * 3, (240,) * 2)
+_ATTEMPTS = 5
+_LONG_STEP = 1.4
+_MOVED_CONTEXTS = (128, 640)
+
+
+async def measure_steps(
+    server: Server,
+    *,
+    num_instances: int,
+    num_kv_tokens: int,
+    num_rounds: int,
+) -> list[MeasuredStep]:
+    """Steps of many shapes. Requests that come together must be spread evenly over the instances.
+
+    Args:
+        num_kv_tokens: of the KV cache of an instance; no batch needs more.
+    """
+    steps = []
+    async with clients() as session:
+        served = _Served(session, server, num_instances)
+        fits = 0.9 * num_kv_tokens
+        for _ in range(num_rounds):
+            for size, context in itertools.product(_BATCH_SIZES, _CONTEXTS):
+                if size * (context + _NUM_TOKENS) < fits:
+                    steps.append(await served.batch([context] * size))
+            for size in _BATCH_SIZES[1:]:
+                contexts = [_CONTEXTS[i % 4] for i in range(size)]
+                if sum(contexts) + size * _NUM_TOKENS < fits:
+                    steps.append(await served.batch(contexts))
+            for num_tokens in _PROMPTS:
+                steps.append(await served.prompt(num_tokens))
+                for size in _NUM_JOINED:
+                    if size * 2 * _CONTEXTS[0] + num_tokens < fits:
+                        steps += await served.joined(size, [num_tokens])
+            for prompts in _SEVERAL_PROMPTS:
+                steps += await served.joined(_NUM_JOINED[0], prompts)
+    return steps
+
+
+async def measure_copies(server: Server, *, num_rounds: int) -> CopyCoefficients:
+    """What moves between the instances take, by the number of tokens that they copy."""
+    moves = await Moves(server).alone(_MOVED_CONTEXTS, num_rounds)
+    seconds = [statistics.median(move.total_s for move in moves[c]) for c in _MOVED_CONTEXTS]
+    token_s = max(0.0, (seconds[1] - seconds[0]) / (_MOVED_CONTEXTS[1] - _MOVED_CONTEXTS[0]))
+    # Of two stages each has its own.
+    return CopyCoefficients(
+        base_s=max(0.0, seconds[0] - token_s * _MOVED_CONTEXTS[0]) / 2, token_s=token_s
+    )
+
+
+class _Served:
+    """Requests that start together, as many on each instance."""
+
+    def __init__(self, session: aiohttp.ClientSession, server: Server, num_instances: int) -> None:
+        self._session = session
+        self._server = server
+        self._num_instances = num_instances
+        self._num_prompts = 1_000_000
+
+    async def batch(self, contexts: Sequence[int]) -> MeasuredStep:
+        """The mean step while requests with these contexts decode on each instance."""
+        streams, tasks = self._start(contexts, _NUM_TOKENS + 2 * len(contexts))
+        await asyncio.gather(*tasks)
+        all_decode_s = max(stream.times_s[_FIRST_GAPS] for stream in streams)
+        until_s = min(stream.times_s[-1] for stream in streams)
+        steps, num_kv_tokens = [], 0.0
+        for stream, context in zip(streams, self._each(contexts), strict=True):
+            inside = [i for i, t in enumerate(stream.times_s) if all_decode_s <= t <= until_s]
+            first, last = inside[0], inside[-1]
+            steps.append((stream.times_s[last] - stream.times_s[first]) / (last - first))
+            num_kv_tokens += context + (first + last) / 2
+        num_kv_tokens /= self._num_instances
+        return MeasuredStep(
+            num_prefill_tokens=0,
+            num_pairs=0,
+            num_decodes=len(contexts),
+            num_kv_tokens=round(num_kv_tokens),
+            num_skew_tokens=len(contexts) * max(contexts) - sum(contexts),
+            seconds=statistics.mean(steps),
+        )
+
+    async def prompt(self, num_tokens: int) -> MeasuredStep:
+        """The step of a prompt that is alone on its instance, with all that is around it."""
+        streams, tasks = self._start([num_tokens], 2)
+        await asyncio.gather(*tasks)
+        seconds = statistics.mean(stream.times_s[0] - stream.asked_s for stream in streams)
+        return _prompt_step([num_tokens], 0, 0, seconds)
+
+    async def joined(self, num_decodes: int, prompts: Sequence[int]) -> list[MeasuredStep]:
+        """The step in which prompts are computed beside so many requests that decode.
+
+        Nothing if in every attempt they came in more than one step.
+        """
+        context = _CONTEXTS[0]
+        for _ in range(_ATTEMPTS):
+            streams, tasks = self._start([context] * num_decodes, _DECODED_BESIDE)
+            try:
+                for stream in streams:
+                    await stream.reach(8)
+                joining, joining_tasks = self._start(prompts, 4)
+                await asyncio.gather(*joining_tasks)
+                began_s = min(stream.asked_s for stream in joining)
+                until_s = max(stream.times_s[0] for stream in joining)
+                for stream in streams:
+                    await stream.reach(sum(t <= until_s for t in stream.times_s) + 1)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await asyncio.sleep(_ABORTED_AFTER_S)
+            long_steps = [_long_steps(stream, began_s, until_s) for stream in streams]
+            if all(len(found) == 1 for found in long_steps):
+                seconds = float(np.median([found[0] for found in long_steps]))
+                num_kv_tokens = num_decodes * (context + 8)
+                return [_prompt_step(prompts, num_decodes, num_kv_tokens, seconds)]
+        return []
+
+    def _start(
+        self, contexts: Sequence[int], num_tokens: int
+    ) -> tuple[list[Stream], list[asyncio.Task[None]]]:
+        streams, tasks = [], []
+        for context in self._each(contexts):
+            self._num_prompts += 1
+            stream = Stream()
+            prompt = prompt_of(self._num_prompts, context)
+            reading = read(self._session, self._server, prompt, stream, num_tokens)
+            streams.append(stream)
+            tasks.append(asyncio.create_task(reading))
+        return streams, tasks
+
+    def _each(self, contexts: Sequence[int]) -> list[int]:
+        """Every context once for each instance."""
+        return [context for context in contexts for _ in range(self._num_instances)]
+
+
+def _long_steps(stream: Stream, began_s: float, until_s: float) -> list[float]:
+    """The steps between the two moments that took longer than those before."""
+    before = statistics.median(gap_s for end_s, gap_s in stream.gaps_s()[2:] if end_s < began_s)
+    return [
+        gap_s
+        for end_s, gap_s in stream.gaps_s()
+        if began_s < end_s and end_s - gap_s < until_s and gap_s > _LONG_STEP * before
+    ]
+
+
+def _prompt_step(
+    prompts: Sequence[int], num_decodes: int, num_kv_tokens: int, seconds: float
+) -> MeasuredStep:
+    return MeasuredStep(
+        num_prefill_tokens=sum(prompts),
+        num_pairs=sum(n * (n + 1) // 2 for n in prompts),
+        num_decodes=num_decodes,
+        num_kv_tokens=num_kv_tokens,
+        num_skew_tokens=0,
+        seconds=seconds,
+    )
