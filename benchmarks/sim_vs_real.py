@@ -1,23 +1,28 @@
 """The simulator beside two real instances on this machine, with and without migration.
 
 For each policy two instances are served and measured as they serve: steps of many shapes, with
-frontend and client on the same cores, and the copying of moves. What is fitted to that is the
-hardware file. A trace is then sent to them on the clock, and simulated with the same policy;
-nothing is fitted to it.
+frontend and client on the same cores, and the copying of moves. Then a trace is sent to them, on
+the clock. One hardware file is fitted to all that was measured, and nothing to the trace, which is
+simulated with the same policies.
 
-The trace was chosen, in the simulator and with its seed, for telling the policies apart: bursts of
-ten requests, in which long and short prompts alternate, and three in ten answers are long. Whoever
-takes turns gives one instance all the long prompts; whoever does not move requests leaves those
-with long answers where chance put them. KV memory is small, so that requests queue and are
-preempted. The time between two bursts follows from the step that was measured, so that a quicker
-machine has as much to do. Such a trace is close to overload, where an error of a step's time comes
-back several times as large in the waiting: how large is said below. The first requests of each
-server warm it up and are not in the trace.
+The trace has bursts of two kinds in turn, far enough apart for one to be over when the next begins.
+In one kind every second answer is long, which nobody can know: dispatch puts them on one instance,
+whose small KV memory they overflow, and only moving running requests helps. In the other every
+second prompt is long, and whoever takes turns gives one instance all of them. The time between
+bursts follows from the step that was measured, so that a quicker machine has as much to do. The
+first requests of each server warm it up and are not in the trace.
+
+One difference is known. On two cores, an instance with nothing to do leaves its core to the
+frontend and the client, which takes less from the steps of the other instance; the simulator has
+one time for a step, whatever the other instance does. Spreading load evenly gains less here than
+where each instance has an accelerator of its own, so the policies differ less than simulated, and
+one run of a few minutes does not rank them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -31,12 +36,19 @@ from benchmarks._report import Figure, Report, Table, main
 from benchmarks._served_profile import measure_copies, measure_steps
 from benchmarks._servers import ENGINE_FLAGS, Server, llumsched
 from llumsched.config import load
+from llumsched.core.step_time import MeasuredStep
 from llumsched.simulator.comparison import number
 from llumsched.simulator.cost import tokens_s
-from llumsched.simulator.hardware import Hardware, KvCapacity, MeasuredRange, StepCoefficients
+from llumsched.simulator.hardware import (
+    CopyCoefficients,
+    Hardware,
+    KvCapacity,
+    MeasuredRange,
+    StepCoefficients,
+)
 from llumsched.simulator.metrics import Distribution, Latencies, latencies
 from llumsched.simulator.simulation import SimulationOptions, simulate
-from llumsched.simulator.step_fit import StepFit, fit_steps
+from llumsched.simulator.step_fit import fit_steps
 from llumsched.simulator.trace import Trace, make_trace
 
 BENCHMARK = "The simulator beside real instances"
@@ -66,8 +78,7 @@ POLICIES = {
     "infaas": "policy: infaas\n",
     "latency": "policy: latency\n",
 }
-STEPS_BETWEEN_BURSTS = 210
-TRACE_SEED = 189
+STEPS_BETWEEN_BURSTS = 290
 MEAN_GOAL, P99_GOAL = 10.0, 25.0
 _METRICS = ("TTFT", "TPOT", "E2E")
 
@@ -81,30 +92,36 @@ class Pair:
 
 
 def run(quick: bool) -> Report:
-    pairs: dict[str, Pair] = {}
-    notes = []
+    steps: list[MeasuredStep] = []
+    copies: list[CopyCoefficients] = []
     trace: Trace | None = None
     with tempfile.TemporaryDirectory() as folder:
-        for salt, (name, text) in enumerate(POLICIES.items()):
-            config = Path(folder) / f"{name}.yaml"
-            config.write_text(text, encoding="utf-8")
+        configs = {name: Path(folder) / f"{name}.yaml" for name in POLICIES}
+        replayed = {}
+        for salt, (name, config) in enumerate(configs.items()):
+            config.write_text(POLICIES[name], encoding="utf-8")
             with llumsched(NUM_INSTANCES, (*FLAGS, "--config", str(config))) as server:
                 replay(server, _warm_up(), salt=2 * salt)
-                hardware = _measured(server)
+                steps += _measured_steps(server)
+                copies.append(asyncio.run(measure_copies(server, num_rounds=2)))
                 if trace is None:
-                    trace = _trace(hardware, num_bursts=3 if quick else 25)
-                real = replay(server, trace, salt=2 * salt + 1)
-            simulated = _simulated(trace, hardware, config)
-            pairs[name] = Pair(real=_reduced(real), simulated=_reduced(simulated))
-            notes.append(
-                f"{name}: {_hardware_note(hardware)} {_sensitivity(trace, hardware, config)}"
+                    trace = _trace(fit_steps(steps).coefficients, num_bursts=2 if quick else 18)
+                replayed[name] = replay(server, trace, salt=2 * salt + 1)
+        assert trace is not None
+        hardware = _hardware(steps, copies)
+        pairs = {
+            name: Pair(
+                real=_reduced(replayed[name]),
+                simulated=_reduced(_simulated(trace, hardware, config)),
             )
-    return Report(
-        figures=_figures(pairs), tables=[_table(pairs)], notes=[_order_note(pairs), *notes]
-    )
+            for name, config in configs.items()
+        }
+        notes = [_order_note(pairs), _hardware_note(hardware)]
+        notes += [_sensitivity(name, trace, hardware, config) for name, config in configs.items()]
+    return Report(figures=_figures(pairs), tables=[_table(pairs)], notes=notes)
 
 
-def _sensitivity(trace: Trace, hardware: Hardware, config: Path) -> str:
+def _sensitivity(name: str, trace: Trace, hardware: Hardware, config: Path) -> str:
     """How far the simulated result goes with an error of the step time."""
     found = []
     for factor in (0.97, 1.03):
@@ -118,13 +135,14 @@ def _sensitivity(trace: Trace, hardware: Hardware, config: Path) -> str:
         simulated = _simulated(trace, replace(hardware, step=scaled), config)
         found.append(number(_reduced(simulated)["TTFT"].mean))
     return (
-        f"With steps 3 % shorter or longer the simulated mean TTFT is {found[0]} or {found[1]} s."
+        f"With steps 3 % shorter or longer the simulated mean TTFT of {name} is {found[0]} or"
+        f" {found[1]} s."
     )
 
 
-def _measured(server: Server) -> Hardware:
+def _measured_steps(server: Server) -> list[MeasuredStep]:
     """What instances do that serve like this."""
-    steps = asyncio.run(
+    return asyncio.run(
         measure_steps(
             server,
             num_instances=NUM_INSTANCES,
@@ -132,7 +150,10 @@ def _measured(server: Server) -> Hardware:
             num_rounds=1,
         )
     )
-    fitted: StepFit = fit_steps(steps)
+
+
+def _hardware(steps: Sequence[MeasuredStep], copies: Sequence[CopyCoefficients]) -> Hardware:
+    fitted = fit_steps(steps)
     return Hardware(
         name="as-served",
         model="SmolLM2-135M-Instruct, float32",
@@ -143,7 +164,10 @@ def _measured(server: Server) -> Hardware:
             num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, bytes_per_token=KV_BYTES_PER_TOKEN
         ),
         step=fitted.coefficients,
-        copy=asyncio.run(measure_copies(server, num_rounds=2)),
+        copy=CopyCoefficients(
+            base_s=statistics.median(copy.base_s for copy in copies),
+            token_s=statistics.median(copy.token_s for copy in copies),
+        ),
         measured=MeasuredRange(
             batch_tokens=MAX_BATCHED_TOKENS,
             requests=MAX_NUM_SEQS,
@@ -152,19 +176,27 @@ def _measured(server: Server) -> Hardware:
     )
 
 
-def _trace(hardware: Hardware, *, num_bursts: int) -> Trace:
-    """Bursts of ten requests; on a quicker machine they come sooner."""
-    rng = np.random.default_rng(TRACE_SEED)
-    shape = (num_bursts, 10)
-    between_s = STEPS_BETWEEN_BURSTS * tokens_s(hardware.step, 4)
-    starts_s = between_s * np.arange(num_bursts)[:, None]
-    arrival_s = (starts_s + np.cumsum(rng.exponential(0.02, shape), axis=1)).ravel()
-    is_long = rng.random(shape).ravel() < 0.3
+def _trace(step: StepCoefficients, *, num_bursts: int) -> Trace:
+    """Bursts, by turns of answers and of prompts that differ; on a quicker machine sooner."""
+    rng = np.random.default_rng(0)
+    between_s = STEPS_BETWEEN_BURSTS * tokens_s(step, 4)
+    arrival_s, num_prompt_tokens, num_output_tokens = [], [], []
+    for burst in range(num_bursts):
+        unlike_answers = burst % 2 == 0
+        for i in range(12 if unlike_answers else 8):
+            arrival_s.append(burst * between_s + 0.03 * i + rng.exponential(0.0075))
+            if unlike_answers:
+                num_prompt_tokens.append(32)
+                num_output_tokens.append(200 if i % 2 else 8)
+            else:
+                num_prompt_tokens.append(16 if i % 2 else 256)
+                num_output_tokens.append(24)
+    order = np.argsort(arrival_s)
     return make_trace(
         "bursts",
-        arrival_s=np.sort(arrival_s),
-        num_prompt_tokens=np.tile([128, 16], arrival_s.size // 2),
-        num_output_tokens=np.where(is_long, 200, 16),
+        arrival_s=np.array(arrival_s)[order],
+        num_prompt_tokens=np.array(num_prompt_tokens)[order],
+        num_output_tokens=np.array(num_output_tokens)[order],
     )
 
 
