@@ -12,11 +12,11 @@ second prompt is long, and whoever takes turns gives one instance all of them. T
 bursts follows from the step that was measured, so that a quicker machine has as much to do. The
 first requests of each server warm it up and are not in the trace.
 
-One difference is known. On two cores, an instance with nothing to do leaves its core to the
-frontend and the client, which takes less from the steps of the other instance; the simulator has
-one time for a step, whatever the other instance does. Spreading load evenly gains less here than
-where each instance has an accelerator of its own, so the policies differ less than simulated, and
-one run of a few minutes does not rank them.
+One difference is likely, though it was not isolated. On two cores, an instance with nothing to do
+leaves its core to the frontend and the client, which takes less from the steps of the other
+instance; the simulator has one time for a step, whatever the other instance does. Spreading load
+evenly would gain less here than where each instance has an accelerator of its own. One run of a few
+minutes does not rank the policies.
 """
 
 from __future__ import annotations
