@@ -51,6 +51,8 @@ IDLE_S = 0.0005
 # While a request moves its engine leaves the processor to the migrators for so long after each
 # step: the answers are short, and on a busy machine they would end before the move does.
 BREATH_S = 0.02
+# Nor does copying wait for its share of a core; what limits that is tested where a test says so.
+TRANSFER = TransferOptions(core_share=1.0)
 
 _OF_REASONING = ("reasoning_ended", "reasoning_parser_kwargs")
 
@@ -159,7 +161,7 @@ class Pool:
         self._inputs = InputProcessor(config, renderer)
         self._outputs = OutputProcessor(renderer.tokenizer, log_stats=True)
         self._options = options or MigrationOptions()
-        self._transfer = transfer or TransferOptions()
+        self._transfer = transfer or TRANSFER
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="migrators")
         self._thread.start()
@@ -207,7 +209,7 @@ class Pool:
     ) -> None:
         """Give every instance a new migrator with these options; nothing may be under way."""
         self._options = options or MigrationOptions()
-        self._transfer = transfer or TransferOptions()
+        self._transfer = transfer or TRANSFER
         for instance in self.instances:
             self.on_loop(instance.migrator.close())
             instance.migrator = self._migrator(instance.index, instance.core, instance.port)

@@ -115,14 +115,14 @@ def test_a_long_prompt_that_has_only_begun_begins_anew(
 
 
 def test_a_long_prompt_moves_after_its_first_token(pool: Pool) -> None:
-    expected = pool.submit("expected", LONG, params(max_tokens=8), at=2)
+    expected = pool.submit("expected", LONG, params(max_tokens=40), at=2)
     pool.finish("expected")
     scheduler = pool.instances[0].core.scheduler
     pool.submit("other", [504], params(max_tokens=200))
     pool.until(lambda: pool.num_tokens("other") >= 1)
     scheduler.scheduler_config.long_prefill_token_threshold = 128
     try:
-        answer = pool.submit("long", LONG, params(max_tokens=8))
+        answer = pool.submit("long", LONG, params(max_tokens=40))
         (sequence_id,) = answer.sequence_ids
         pool.until(lambda: scheduler.requests[sequence_id].num_computed_tokens >= len(LONG) / 2)
         report = pool.move(sequence_id, 1)
