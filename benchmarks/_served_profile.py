@@ -2,9 +2,9 @@
 
 `llumsched profile` measures one engine with nothing beside it. Where frontend and clients share the
 cores with the engines, a step takes longer than that; here it is measured through the API, while
-every instance does the same. A step is the time between two tokens of an answer, for a batch whose
-requests all decode; a prompt's is the time to its first token, or what it adds to the step of the
-requests it joins.
+every instance does the same, and once more while one of them has nothing to do. A step is the time
+between two tokens of an answer, for a batch whose requests all decode; a prompt's is the time to
+its first token, or what it adds to the step of the requests it joins.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -28,6 +29,7 @@ _DECODED_BESIDE = 200
 # Within a window in which all decode, the first gaps belong to steps that still had prompts.
 _FIRST_GAPS = 2
 _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
+_SHARED_BATCH_SIZES = (1, 2, 4, 8)
 # An instance is told that a client has gone, and ends the step that it is in.
 _ABORTED_AFTER_S = 0.3
 _CONTEXTS = (32, 96, 200, 420, 900)
@@ -36,6 +38,8 @@ _NUM_JOINED = (1, 4, 8)
 # Of as many tokens a prompt has more pairs than several have: only so are the two told apart.
 _SEVERAL_PROMPTS = ((16,) * 8, (32,) * 4, (32,) * 8, (64,) * 4, (128,) * 2, (128,) * 3, (240,) * 2)
 _ATTEMPTS = 5
+# Enough for requests to reach the scheduler in the order in which they were sent.
+_APART_S = 0.005
 _LONG_STEP = 1.4
 _MOVED_CONTEXTS = (128, 640)
 
@@ -45,7 +49,6 @@ async def measure_steps(
     *,
     num_instances: int,
     num_kv_tokens: int,
-    num_rounds: int,
 ) -> list[MeasuredStep]:
     """Steps of many shapes. Requests that come together must be spread evenly over the instances.
 
@@ -56,22 +59,38 @@ async def measure_steps(
     async with clients() as session:
         served = _Served(session, server, num_instances)
         fits = 0.9 * num_kv_tokens
-        for _ in range(num_rounds):
-            for size, context in itertools.product(_BATCH_SIZES, _CONTEXTS):
-                if size * (context + _NUM_TOKENS) < fits:
-                    steps.append(await served.batch([context] * size))
-            for size in _BATCH_SIZES[1:]:
-                contexts = [_CONTEXTS[i % 4] for i in range(size)]
-                if sum(contexts) + size * _NUM_TOKENS < fits:
-                    steps.append(await served.batch(contexts))
-            for num_tokens in _PROMPTS:
-                steps.append(await served.prompt(num_tokens))
-                for size in _NUM_JOINED:
-                    if size * 2 * _CONTEXTS[0] + num_tokens < fits:
-                        steps += await served.joined(size, [num_tokens])
-            for prompts in _SEVERAL_PROMPTS:
-                steps += await served.joined(_NUM_JOINED[0], prompts)
+        for size, context in itertools.product(_BATCH_SIZES, _CONTEXTS):
+            if size * (context + _NUM_TOKENS) < fits:
+                steps.append(await served.batch([context] * size))
+        for size in _BATCH_SIZES[1:]:
+            contexts = [_CONTEXTS[i % 4] for i in range(size)]
+            if sum(contexts) + size * _NUM_TOKENS < fits:
+                steps.append(await served.batch(contexts))
+        for num_tokens in _PROMPTS:
+            steps.append(await served.prompt(num_tokens))
+            for size in _NUM_JOINED:
+                if size * 2 * _CONTEXTS[0] + num_tokens < fits:
+                    steps += await served.joined(size, [num_tokens])
+        for prompts in _SEVERAL_PROMPTS:
+            steps += await served.joined(_NUM_JOINED[0], prompts)
     return steps
+
+
+async def measure_slowdown(server: Server, *, num_instances: int, num_rounds: int) -> float:
+    """Share by which a step is longer while the other instances do the same as when they have
+    nothing to do: the median over batches of several sizes, the two measured by turns.
+
+    The instances must take turns in being given requests.
+    """
+    ratios = []
+    async with clients() as session:
+        served = _Served(session, server, num_instances)
+        for _, size in itertools.product(range(num_rounds), _SHARED_BATCH_SIZES):
+            contexts = [_CONTEXTS[0]] * size
+            together = await served.batch(contexts)
+            alone = await served.batch(contexts, on_one=True)
+            ratios.append(together.seconds / alone.seconds)
+    return max(0.0, statistics.median(ratios) - 1.0)
 
 
 async def measure_copies(server: Server, *, num_rounds: int) -> CopyCoefficients:
@@ -94,19 +113,25 @@ class _Served:
         self._num_instances = num_instances
         self._num_prompts = 1_000_000
 
-    async def batch(self, contexts: Sequence[int]) -> MeasuredStep:
-        """The mean step while requests with these contexts decode on each instance."""
-        streams, tasks = self._start(contexts, _NUM_TOKENS + 2 * len(contexts))
+    async def batch(self, contexts: Sequence[int], *, on_one: bool = False) -> MeasuredStep:
+        """The mean step while requests with these contexts decode on each instance, or on one,
+        and the others have nothing to do after a first token."""
+        num_tokens = _NUM_TOKENS + 2 * len(contexts)
+        streams, tasks = self._start(contexts, num_tokens, elsewhere=1 if on_one else num_tokens)
         await asyncio.gather(*tasks)
+        num_loaded = 1 if on_one else self._num_instances
+        if on_one:
+            streams = streams[:: self._num_instances]
         all_decode_s = max(stream.times_s[_FIRST_GAPS] for stream in streams)
         until_s = min(stream.times_s[-1] for stream in streams)
         steps, num_kv_tokens = [], 0.0
-        for stream, context in zip(streams, self._each(contexts), strict=True):
+        of_streams = (context for context in contexts for _ in range(num_loaded))
+        for stream, context in zip(streams, of_streams, strict=True):
             inside = [i for i, t in enumerate(stream.times_s) if all_decode_s <= t <= until_s]
             first, last = inside[0], inside[-1]
             steps.append((stream.times_s[last] - stream.times_s[first]) / (last - first))
             num_kv_tokens += context + (first + last) / 2
-        num_kv_tokens /= self._num_instances
+        num_kv_tokens /= num_loaded
         return MeasuredStep(
             num_prefill_tokens=0,
             num_pairs=0,
@@ -153,21 +178,36 @@ class _Served:
         return []
 
     def _start(
-        self, contexts: Sequence[int], num_tokens: int
+        self, contexts: Sequence[int], num_tokens: int, *, elsewhere: int | None = None
     ) -> tuple[list[Stream], list[asyncio.Task[None]]]:
-        streams, tasks = [], []
-        for context in self._each(contexts):
+        """Every context once for each instance, in turn.
+
+        Args:
+            elsewhere: tokens of the answers of all instances but the first, for which requests
+                come one after another; none is the same, and all at once.
+        """
+        streams: list[Stream] = []
+        tasks: list[asyncio.Task[None]] = []
+        for context, instance in itertools.product(contexts, range(self._num_instances)):
             self._num_prompts += 1
             stream = Stream()
-            prompt = prompt_of(self._num_prompts, context)
-            reading = read(self._session, self._server, prompt, stream, num_tokens)
+            reading = read(
+                self._session,
+                self._server,
+                prompt_of(self._num_prompts, context),
+                stream,
+                num_tokens if elsewhere is None or instance == 0 else elsewhere,
+            )
+            if elsewhere is not None:
+                reading = _after(_APART_S * len(streams), reading)
             streams.append(stream)
             tasks.append(asyncio.create_task(reading))
         return streams, tasks
 
-    def _each(self, contexts: Sequence[int]) -> list[int]:
-        """Every context once for each instance."""
-        return [context for context in contexts for _ in range(self._num_instances)]
+
+async def _after(delay_s: float, reading: Coroutine[Any, Any, None]) -> None:
+    await asyncio.sleep(delay_s)
+    await reading
 
 
 def _long_steps(stream: Stream, began_s: float, until_s: float) -> list[float]:

@@ -5,35 +5,38 @@ frontend and client on the same cores, and the copying of moves. Then a trace is
 the clock. One hardware file is fitted to all that was measured, and nothing to the trace, which is
 simulated with the same policies.
 
-The trace has bursts of two kinds in turn, far enough apart for one to be over when the next begins.
-In one kind every second answer is long, which nobody can know: dispatch puts them on one instance,
-whose small KV memory they overflow, and only moving running requests helps. In the other every
-second prompt is long, and whoever takes turns gives one instance all of them. The time between
-bursts follows from the step that was measured, so that a quicker machine has as much to do. The
-first requests of each server warm it up and are not in the trace.
+A step takes longer while the other instance computes too: two engines that read their weights from
+the same memory, and a frontend and a client that take time of the same cores. By how much is
+measured as well (the same batches with both instances busy, and with one of them idle), and is a
+coefficient of the hardware file (`machine`). Nothing of the kind is between instances that have an
+accelerator each.
 
-One difference is likely, though it was not isolated. On two cores, an instance with nothing to do
-leaves its core to the frontend and the client, which takes less from the steps of the other
-instance; the simulator has one time for a step, whatever the other instance does. Spreading load
-evenly would gain less here than where each instance has an accelerator of its own. One run of a few
-minutes does not rank the policies.
+The trace has bursts of two kinds in turn. In one every second answer is long, which nobody can
+know; in the other every second prompt is long, and whoever takes turns gives one instance all of
+them. Two requests that come first and stay keep both instances computing, so that what a policy
+gains by balance is not lost to the machine that they share. The time between bursts follows from
+the step that was measured, so that a quicker machine has as much to do. Policies and trace were
+chosen in the simulator, so that the policies differ by more than the step that was measured is
+wrong; that they do so in reality is what is tested. The first requests of each server warm it up
+and are not in the trace.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks._replay import replay
 from benchmarks._report import Figure, Report, Table, main
-from benchmarks._served_profile import measure_copies, measure_steps
+from benchmarks._served_profile import measure_copies, measure_slowdown, measure_steps
 from benchmarks._servers import ENGINE_FLAGS, Server, llumsched
 from llumsched.config import load
 from llumsched.core.step_time import MeasuredStep
@@ -43,6 +46,7 @@ from llumsched.simulator.hardware import (
     CopyCoefficients,
     Hardware,
     KvCapacity,
+    MachineSharing,
     MeasuredRange,
     StepCoefficients,
 )
@@ -55,7 +59,7 @@ BENCHMARK = "The simulator beside real instances"
 
 NUM_INSTANCES = 2
 BLOCK_SIZE = 32
-NUM_BLOCKS = 24
+NUM_BLOCKS = 32
 MAX_NUM_SEQS = 16
 MAX_BATCHED_TOKENS = 512
 # SmolLM2-135M in float32: keys and values of 3 heads of 64 in 30 layers.
@@ -75,10 +79,13 @@ FLAGS = (
 )
 POLICIES = {
     "round_robin": "policy: round_robin\n",
-    "infaas": "policy: infaas\n",
+    "throughput": "policy: throughput\n",
     "latency": "policy: latency\n",
 }
-STEPS_BETWEEN_BURSTS = 290
+TAKES_TURNS = "round_robin"
+STEPS_BETWEEN_BURSTS = 300
+# Of the two requests of each burst that are there from its beginning nearly to its end.
+LONGEST_ANSWER = 255
 MEAN_GOAL, P99_GOAL = 10.0, 25.0
 _METRICS = ("TTFT", "TPOT", "E2E")
 
@@ -94,6 +101,7 @@ class Pair:
 def run(quick: bool) -> Report:
     steps: list[MeasuredStep] = []
     copies: list[CopyCoefficients] = []
+    slowdown = 0.0
     trace: Trace | None = None
     with tempfile.TemporaryDirectory() as folder:
         configs = {name: Path(folder) / f"{name}.yaml" for name in POLICIES}
@@ -102,13 +110,16 @@ def run(quick: bool) -> Report:
             config.write_text(POLICIES[name], encoding="utf-8")
             with llumsched(NUM_INSTANCES, (*FLAGS, "--config", str(config))) as server:
                 replay(server, _warm_up(), salt=2 * salt)
-                steps += _measured_steps(server)
-                copies.append(asyncio.run(measure_copies(server, num_rounds=2)))
+                if name == TAKES_TURNS:
+                    slowdown = _measured_slowdown(server, num_rounds=1 if quick else 5)
+                if trace is None or not quick:
+                    steps += _measured_steps(server)
+                    copies.append(asyncio.run(measure_copies(server, num_rounds=2)))
                 if trace is None:
-                    trace = _trace(fit_steps(steps).coefficients, num_bursts=2 if quick else 18)
+                    trace = _trace(fit_steps(steps).coefficients, num_bursts=2 if quick else 24)
                 replayed[name] = replay(server, trace, salt=2 * salt + 1)
         assert trace is not None
-        hardware = _hardware(steps, copies)
+        hardware = _hardware(steps, copies, slowdown)
         pairs = {
             name: Pair(
                 real=_reduced(replayed[name]),
@@ -125,14 +136,8 @@ def _sensitivity(name: str, trace: Trace, hardware: Hardware, config: Path) -> s
     """How far the simulated result goes with an error of the step time."""
     found = []
     for factor in (0.97, 1.03):
-        step = hardware.step
-        scaled = StepCoefficients(
-            table=tuple((tokens, factor * seconds) for tokens, seconds in step.table),
-            kv_token_s=factor * step.kv_token_s,
-            skew_token_s=factor * step.skew_token_s,
-            prefill_pair_s=factor * step.prefill_pair_s,
-        )
-        simulated = _simulated(trace, replace(hardware, step=scaled), config)
+        scaled = dataclasses.replace(hardware, step=_scaled(hardware.step, factor))
+        simulated = _simulated(trace, scaled, config)
         found.append(number(_reduced(simulated)["TTFT"].mean))
     return (
         f"With steps 3 % shorter or longer the simulated mean TTFT of {name} is {found[0]} or"
@@ -140,19 +145,31 @@ def _sensitivity(name: str, trace: Trace, hardware: Hardware, config: Path) -> s
     )
 
 
-def _measured_steps(server: Server) -> list[MeasuredStep]:
-    """What instances do that serve like this."""
-    return asyncio.run(
-        measure_steps(
-            server,
-            num_instances=NUM_INSTANCES,
-            num_kv_tokens=NUM_BLOCKS * BLOCK_SIZE,
-            num_rounds=1,
-        )
+def _scaled(step: StepCoefficients, factor: float) -> StepCoefficients:
+    """Steps so many times as long."""
+    return StepCoefficients(
+        table=tuple((tokens, factor * seconds) for tokens, seconds in step.table),
+        kv_token_s=factor * step.kv_token_s,
+        skew_token_s=factor * step.skew_token_s,
+        prefill_pair_s=factor * step.prefill_pair_s,
     )
 
 
-def _hardware(steps: Sequence[MeasuredStep], copies: Sequence[CopyCoefficients]) -> Hardware:
+def _measured_steps(server: Server) -> list[MeasuredStep]:
+    """What instances do that serve like this."""
+    return asyncio.run(
+        measure_steps(server, num_instances=NUM_INSTANCES, num_kv_tokens=NUM_BLOCKS * BLOCK_SIZE)
+    )
+
+
+def _measured_slowdown(server: Server, *, num_rounds: int) -> float:
+    return asyncio.run(measure_slowdown(server, num_instances=NUM_INSTANCES, num_rounds=num_rounds))
+
+
+def _hardware(
+    steps: Sequence[MeasuredStep], copies: Sequence[CopyCoefficients], slowdown: float
+) -> Hardware:
+    """Of steps that were measured while every instance computes."""
     fitted = fit_steps(steps)
     return Hardware(
         name="as-served",
@@ -163,7 +180,7 @@ def _hardware(steps: Sequence[MeasuredStep], copies: Sequence[CopyCoefficients])
         kv=KvCapacity(
             num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, bytes_per_token=KV_BYTES_PER_TOKEN
         ),
-        step=fitted.coefficients,
+        step=_scaled(fitted.coefficients, 1 / (1 + slowdown)),
         copy=CopyCoefficients(
             base_s=statistics.median(copy.base_s for copy in copies),
             token_s=statistics.median(copy.token_s for copy in copies),
@@ -173,30 +190,32 @@ def _hardware(steps: Sequence[MeasuredStep], copies: Sequence[CopyCoefficients])
             requests=MAX_NUM_SEQS,
             kv_tokens=NUM_BLOCKS * BLOCK_SIZE,
         ),
+        machine=MachineSharing(num_instances=NUM_INSTANCES, slowdown=slowdown),
     )
 
 
 def _trace(step: StepCoefficients, *, num_bursts: int) -> Trace:
     """Bursts, by turns of answers and of prompts that differ; on a quicker machine sooner."""
     rng = np.random.default_rng(0)
-    between_s = STEPS_BETWEEN_BURSTS * tokens_s(step, 4)
-    arrival_s, num_prompt_tokens, num_output_tokens = [], [], []
+    step_s = tokens_s(step, 4)
+    rows: list[tuple[float, int, int]] = []
     for burst in range(num_bursts):
+        begin_s = burst * STEPS_BETWEEN_BURSTS * step_s
+        rows += [(begin_s, 16, LONGEST_ANSWER), (begin_s + 0.03, 16, LONGEST_ANSWER)]
+        begin_s += 4 * step_s
         unlike_answers = burst % 2 == 0
-        for i in range(12 if unlike_answers else 8):
-            arrival_s.append(burst * between_s + 0.03 * i + rng.exponential(0.0075))
+        for i in range(8 if unlike_answers else 16):
+            at_s = begin_s + 0.03 * i + rng.exponential(0.0075)
             if unlike_answers:
-                num_prompt_tokens.append(32)
-                num_output_tokens.append(200 if i % 2 else 8)
+                rows.append((at_s, 32, 150 if i % 2 else 8))
             else:
-                num_prompt_tokens.append(16 if i % 2 else 256)
-                num_output_tokens.append(24)
-    order = np.argsort(arrival_s)
+                rows.append((at_s, 16 if i % 2 else 448, 40))
+    arrival_s, num_prompt_tokens, num_output_tokens = zip(*sorted(rows), strict=True)
     return make_trace(
         "bursts",
-        arrival_s=np.array(arrival_s)[order],
-        num_prompt_tokens=np.array(num_prompt_tokens)[order],
-        num_output_tokens=np.array(num_output_tokens)[order],
+        arrival_s=arrival_s,
+        num_prompt_tokens=num_prompt_tokens,
+        num_output_tokens=num_output_tokens,
     )
 
 
@@ -265,9 +284,10 @@ def _hardware_note(hardware: Hardware) -> str:
     tokens = ", ".join(f"{1000 * tokens_s(step, n):.3g} ms for {n}" for n in (1, 4, 16, 64, 128))
     return (
         f"Fitted to {hardware.source}, with {100 * hardware.fit_error:.2g} % error on those left"
-        f" out. A step by its tokens: {tokens}; each token of context"
-        f" {1e6 * step.kv_token_s:.2g} us more. A stage of a move:"
-        f" {1000 * copy.base_s:.2g} ms and {1e6 * copy.token_s:.3g} us a token."
+        f" out. A step by its tokens, with the other instance idle: {tokens}; each token of context"
+        f" {1e6 * step.kv_token_s:.2g} us more; {100 * hardware.machine.slowdown:.3g} % longer"
+        f" while the other computes. A stage of a move: {1000 * copy.base_s:.2g} ms and"
+        f" {1e6 * copy.token_s:.3g} us a token."
     )
 
 

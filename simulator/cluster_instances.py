@@ -6,9 +6,9 @@ does not know why instances come and go.
 
 from __future__ import annotations
 
-from llumsched.simulator.cost import StepCost
 from llumsched.simulator.engine_base import Engine
 from llumsched.simulator.engine_host import EngineHost
+from llumsched.simulator.engine_machine import Machine, machine_costs
 from llumsched.simulator.engine_v01 import EngineV01
 from llumsched.simulator.engine_v1 import EngineV1
 from llumsched.simulator.kernel import Kernel, to_s
@@ -27,9 +27,10 @@ class Instances:
         self._kernel = kernel
         self._host = host
         hardware = options.hardware
-        max_tokens = options.effective_batched_tokens
-        self._cost = StepCost(hardware.step, max_tokens)
-        self._cost_copying = StepCost(hardware.step, max_tokens, hardware.step.copy_slowdown)
+        self._costs = machine_costs(
+            hardware.step, hardware.machine, options.effective_batched_tokens
+        )
+        self._machines: list[Machine] = []
         self._watermark_blocks = int(options.effective_watermark * options.effective_kv_blocks)
         self.block_size = hardware.kv.block_size
         self.max_model_len = self._longest()
@@ -56,13 +57,14 @@ class Instances:
         options = self._options
         index = len(self.engines)
         kind = EngineV1 if options.engine == "vllm-v1" else EngineV01
+        cost, cost_copying = self._costs[0]
         engine = kind(
             index=index,
             instance_id=f"instance-{index:04}",
             host=self._host,
             kernel=self._kernel,
-            cost=self._cost,
-            cost_copying=self._cost_copying,
+            cost=cost,
+            cost_copying=cost_copying,
             num_blocks=options.effective_kv_blocks,
             block_size=self.block_size,
             max_num_seqs=options.max_num_seqs,
@@ -76,7 +78,15 @@ class Instances:
         self._launched.append(now)
         self._serving.append(-1)
         self._gone.append(-1)
+        if len(self._costs) > 1:
+            self._machine_of(index).add(engine, now)
         return engine
+
+    def _machine_of(self, index: int) -> Machine:
+        """Instances fill one machine after another."""
+        if index % len(self._costs) == 0:
+            self._machines.append(Machine(self._kernel, self._costs))
+        return self._machines[-1]
 
     def serve(self, engine: Engine, now: int) -> None:
         """It is up."""

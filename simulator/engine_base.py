@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from heapq import heappop, heappush
+from typing import TYPE_CHECKING
 
 from llumsched.simulator.cost import CostModel, series_ps, steps_until
 from llumsched.simulator.engine_host import EngineHost
@@ -29,6 +30,9 @@ from llumsched.simulator.engine_request import (
 from llumsched.simulator.engine_segment import Segment
 from llumsched.simulator.kernel import STEP, Kernel
 from llumsched.simulator.kv_cache import PrefixCache
+
+if TYPE_CHECKING:
+    from llumsched.simulator.engine_machine import Machine
 
 
 class Engine(Segment, ABC):
@@ -63,6 +67,10 @@ class Engine(Segment, ABC):
         self.cache = cache
         self.step_by_step = step_by_step
         self.is_alive = True
+        self.machine: Machine | None = None
+        """Set where others compute on the same machine, and slow this one down."""
+        self.computes = False
+        """As `machine` was told."""
         # Requests.
         self.waiting: deque[LiveRequest] = deque()
         self.holding: deque[LiveRequest] = deque()
@@ -160,6 +168,12 @@ class Engine(Segment, ABC):
         if was != (self.num_copies > 0):
             self.cut(now)
 
+    def set_costs(self, cost: CostModel, cost_copying: CostModel, now: int) -> None:
+        """From the next step on, steps cost this."""
+        if cost is not self.cost:
+            self.cost, self.cost_copying = cost, cost_copying
+            self.cut(now)
+
     def release(self, num_blocks: int, held: Sequence[int], now: int) -> None:
         """Free what a suspended request that has moved away left here."""
         self.num_used -= num_blocks
@@ -185,6 +199,8 @@ class Engine(Segment, ABC):
             if request.phase == DECODING:
                 self.leave(request)
         self.due = -1
+        if self.computes:
+            self._tell_machine(now)
 
     def num_free_at(self, now: int) -> int:
         """Blocks free at this moment, which the step under way no longer needs."""
@@ -226,6 +242,13 @@ class Engine(Segment, ABC):
         if self.may_have_changed:
             self.may_have_changed = False
             self.host.load_changed(self, num_free, now)
+        if self.machine is not None and self.computes is not (self.due >= 0):
+            self._tell_machine(now)
+
+    def _tell_machine(self, now: int) -> None:
+        assert self.machine is not None
+        self.computes = self.due >= 0
+        self.machine.changed(now)
 
     def _complete(self, now: int) -> None:
         k = self.segment_steps

@@ -5,6 +5,7 @@
          + skew_token * (requests * longest context - sum of contexts)
          + prefill_pair * pairs of a prompt token and a token it attends to
     copy of n tokens of KV = base + token * n
+    any step is longer by slowdown * share of the other instances of its machine that compute
 
 Every term but those of a prompt is linear in the number of steps while a batch does not change;
 this is what lets `cost` sum many steps at once.
@@ -92,6 +93,24 @@ class KvCapacity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MachineSharing:
+    """What instances of one machine take from one another: cores, memory bandwidth, power."""
+
+    num_instances: int = param(1, "Instances that run on one machine.", at_least=1)
+    slowdown: float = param(
+        0.0,
+        "Share by which a step is longer while all other instances of the machine compute;"
+        " proportionally less while some do.",
+        at_least=0,
+    )
+
+    def __post_init__(self) -> None:
+        check_params(self)
+        if self.slowdown and self.num_instances == 1:
+            raise ParamError("slowdown", "slowdown needs num_instances of 2 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeShape:
     """What the model computes, on all its accelerators together; `rescale` goes by it."""
 
@@ -136,6 +155,8 @@ class Hardware:
     copy: CopyCoefficients
     measured: MeasuredRange
     shape: ComputeShape | None = None
+    machine: MachineSharing = MachineSharing()
+    """The default: nobody shares anything with an instance."""
     boot_s: float = 60.0
     """Seconds from the launch of an instance until it serves."""
     notes: tuple[str, ...] = ()
@@ -153,6 +174,7 @@ _SECTIONS: Mapping[str, type] = {
     "copy": CopyCoefficients,
     "measured": MeasuredRange,
     "shape": ComputeShape,
+    "machine": MachineSharing,
 }
 
 

@@ -53,13 +53,13 @@ def fit_steps(samples: Sequence[MeasuredStep]) -> StepFit:
             " for longer"
         )
     tokens = np.array([s.num_prefill_tokens + s.num_decodes for s in samples], dtype=np.float64)
-    knots = _knots(tokens)
+    held_out = np.arange(len(samples)) % _HELD_OUT == 0
+    knots = _knots(tokens[~held_out])
     others = np.array(
         [(s.num_kv_tokens, s.num_skew_tokens, s.num_pairs) for s in samples], dtype=np.float64
     )
     terms = np.concatenate([_hats(tokens, knots), others], axis=1)
     seconds = np.array([s.seconds for s in samples], dtype=np.float64)
-    held_out = np.arange(len(samples)) % _HELD_OUT == 0
     solution = _least_errors(terms[~held_out], seconds[~held_out])
     predicted: Floats = terms @ solution
     errors = np.abs(predicted / seconds - 1)

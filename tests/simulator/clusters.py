@@ -13,6 +13,7 @@ from llumsched.simulator.hardware import (
     CopyCoefficients,
     Hardware,
     KvCapacity,
+    MachineSharing,
     MeasuredRange,
     StepCoefficients,
 )
@@ -35,8 +36,19 @@ REQUEST_COLUMNS = (
 )
 
 
+_MACHINES = (
+    MachineSharing(),
+    MachineSharing(num_instances=2, slowdown=0.25),
+    MachineSharing(num_instances=3, slowdown=0.5),
+)
+
+
 def make_hardware(
-    *, num_blocks: int = 200, block_size: int = 4, skew_token_s: float = 0.0
+    *,
+    num_blocks: int = 200,
+    block_size: int = 4,
+    skew_token_s: float = 0.0,
+    machine: MachineSharing = MachineSharing(),  # noqa: B008 - it is frozen
 ) -> Hardware:
     """LLaMA-7B on an A10, about, with little memory."""
     return Hardware(
@@ -46,6 +58,7 @@ def make_hardware(
         source="made up for tests",
         fit_error=0.0,
         boot_s=2.0,
+        machine=machine,
         kv=KvCapacity(num_blocks=num_blocks, block_size=block_size, bytes_per_token=524288),
         step=StepCoefficients(
             host_s=5.6e-3,
@@ -125,6 +138,7 @@ def engine_options(draw: st.DrawFn, *, block_size: int) -> dict[str, Any]:
             num_blocks=draw(st.sampled_from((70, 120, 300))),
             block_size=block_size,
             skew_token_s=draw(st.sampled_from((0.0, 1e-7))),
+            machine=draw(st.sampled_from(_MACHINES)),
         ),
         "max_num_seqs": draw(st.sampled_from((2, 8, 64))),
         "max_num_batched_tokens": draw(st.sampled_from(budgets)),

@@ -9,6 +9,7 @@ import pytest
 
 from llumsched.config import Config, PartConfig
 from llumsched.simulator.cluster import Cluster
+from llumsched.simulator.hardware import MachineSharing
 from llumsched.simulator.kernel import to_ps
 from llumsched.simulator.records import RequestStatus
 from llumsched.simulator.simulation import SimulationError, simulate
@@ -205,3 +206,37 @@ def test_scaling_from_and_to_zero_holds_what_comes_while_an_instance_boots() -> 
     assert result.dispatched_s.tolist() == pytest.approx([13.0, 13.0, 63.0])
     idle_s = float(result.finished_s[1])
     assert idle_s + 5.0 <= first.gone_s < idle_s + 8.0
+
+
+def test_a_step_takes_longer_while_others_of_its_machine_compute() -> None:
+    machine = MachineSharing(num_instances=2, slowdown=0.25)
+    # The first two share a machine; the third is the only one of the next.
+    trace = make_requests((0.0, 8, 100), (0.0, 8, 40), (0.0, 8, 40))
+    apart = simulate(trace, make_options(num_instances=3))
+    shared = simulate(trace, make_options(num_instances=3, hardware=make_hardware(machine=machine)))
+    assert shared.instance.tolist() == [0, 1, 2]
+    assert shared.finished_s[2] == apart.finished_s[2]
+    # All its steps but the first, which begins when nobody yet knows of the other.
+    beside = apart.finished_s[1] - apart.first_token_s[1]
+    assert shared.finished_s[1] - shared.first_token_s[1] == pytest.approx(1.25 * beside)
+    # While the other has something to do it loses a fifth; then it is at its own pace again.
+    lost = shared.finished_s[0] - apart.finished_s[0]
+    assert lost == pytest.approx(0.2 * (shared.finished_s[1] - shared.first_token_s[1]), abs=0.02)
+
+
+def test_an_instance_that_dies_slows_nobody_down() -> None:
+    machine = MachineSharing(num_instances=2, slowdown=1.0)
+    # A second dies while its request is under way, and is not missed before all is over.
+    trace = make_requests((0.0, 8, 60), (0.0, 8, 60))
+    alone = simulate(make_requests((0.0, 8, 60)), make_options())
+    result = simulate(
+        trace,
+        make_options(
+            num_instances=2,
+            hardware=make_hardware(machine=machine),
+            failures=((1, 0.5),),
+            failure_detection_s=100.0,
+        ),
+    )
+    lost = result.finished_s[0] - alone.finished_s[0]
+    assert lost == pytest.approx(0.25, abs=0.1)

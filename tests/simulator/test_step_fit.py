@@ -71,6 +71,24 @@ def test_a_tenth_of_the_steps_being_far_too_long_changes_little() -> None:
     assert tokens_s(step, 32) == pytest.approx(1e-2, rel=0.1)
 
 
+def test_a_size_that_only_steps_without_a_part_have_is_on_the_line() -> None:
+    """Every fourth step has none: the only one of 256 tokens is such a step."""
+    sizes = [16, 32, 64, 128, 512] * 5
+    sizes.insert(12, 256)
+    samples = [
+        MeasuredStep(
+            num_prefill_tokens=size,
+            num_pairs=0,
+            num_decodes=0,
+            num_kv_tokens=0,
+            num_skew_tokens=0,
+            seconds=0.01 + 0.001 * size,
+        )
+        for size in sizes
+    ]
+    assert tokens_s(fit_steps(samples).coefficients, 256) == pytest.approx(0.266)
+
+
 def test_a_term_that_no_step_has_is_zero() -> None:
     assert fit_steps(make_samples(is_skewed=False)).coefficients.skew_token_s == 0.0
 
