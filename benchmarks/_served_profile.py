@@ -10,10 +10,10 @@ its first token, or what it adds to the step of the requests it joins.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import statistics
-from collections.abc import Coroutine, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import aiohttp
 import numpy as np
@@ -22,7 +22,7 @@ from benchmarks._migration_client import Moves
 from benchmarks._servers import Server
 from benchmarks._streams import Stream, clients, prompt_of, read
 from llumsched.core.step_time import MeasuredStep
-from llumsched.simulator.hardware import CopyCoefficients
+from llumsched.simulator.hardware import CopyCoefficients, MachineSharing
 
 _NUM_TOKENS = 32
 _DECODED_BESIDE = 200
@@ -30,13 +30,22 @@ _DECODED_BESIDE = 200
 _FIRST_GAPS = 2
 _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 _SHARED_BATCH_SIZES = (1, 2, 4, 8)
+_SHARED_PROMPTS = (256, 500)
 # An instance is told that a client has gone, and ends the step that it is in.
 _ABORTED_AFTER_S = 0.3
 _CONTEXTS = (32, 96, 200, 420, 900)
 _PROMPTS = (16, 32, 64, 128, 256, 500)
 _NUM_JOINED = (1, 4, 8)
 # Of as many tokens a prompt has more pairs than several have: only so are the two told apart.
-_SEVERAL_PROMPTS = ((16,) * 8, (32,) * 4, (32,) * 8, (64,) * 4, (128,) * 2, (128,) * 3, (240,) * 2)
+_SEVERAL_PROMPTS: tuple[tuple[int, ...], ...] = (
+    (16,) * 8,
+    (32,) * 4,
+    (32,) * 8,
+    (64,) * 4,
+    (128,) * 2,
+    (128,) * 3,
+    (240,) * 2,
+)
 _ATTEMPTS = 5
 # Enough for requests to reach the scheduler in the order in which they were sent.
 _APART_S = 0.005
@@ -45,52 +54,65 @@ _MOVED_CONTEXTS = (128, 640)
 
 
 async def measure_steps(
-    server: Server,
-    *,
-    num_instances: int,
-    num_kv_tokens: int,
+    server: Server, *, num_instances: int, num_kv_tokens: int, every: int = 1
 ) -> list[MeasuredStep]:
     """Steps of many shapes. Requests that come together must be spread evenly over the instances.
 
     Args:
         num_kv_tokens: of the KV cache of an instance; no batch needs more.
+        every: only one of so many shapes is measured.
     """
-    steps = []
+    fits = 0.9 * num_kv_tokens
+    batches = [[context] * size for size, context in itertools.product(_BATCH_SIZES, _CONTEXTS)]
+    batches += [[_CONTEXTS[i % 4] for i in range(size)] for size in _BATCH_SIZES[1:]]
+    batches = [batch for batch in batches if sum(batch) + len(batch) * _NUM_TOKENS < fits]
+    joined: list[tuple[int, tuple[int, ...]]] = [
+        (size, (num_tokens,))
+        for num_tokens, size in itertools.product(_PROMPTS, _NUM_JOINED)
+        if size * 2 * _CONTEXTS[0] + num_tokens < fits
+    ]
+    joined += [(_NUM_JOINED[0], prompts) for prompts in _SEVERAL_PROMPTS]
     async with clients() as session:
         served = _Served(session, server, num_instances)
-        fits = 0.9 * num_kv_tokens
-        for size, context in itertools.product(_BATCH_SIZES, _CONTEXTS):
-            if size * (context + _NUM_TOKENS) < fits:
-                steps.append(await served.batch([context] * size))
-        for size in _BATCH_SIZES[1:]:
-            contexts = [_CONTEXTS[i % 4] for i in range(size)]
-            if sum(contexts) + size * _NUM_TOKENS < fits:
-                steps.append(await served.batch(contexts))
-        for num_tokens in _PROMPTS:
-            steps.append(await served.prompt(num_tokens))
-            for size in _NUM_JOINED:
-                if size * 2 * _CONTEXTS[0] + num_tokens < fits:
-                    steps += await served.joined(size, [num_tokens])
-        for prompts in _SEVERAL_PROMPTS:
-            steps += await served.joined(_NUM_JOINED[0], prompts)
+        steps = [await served.batch(batch) for batch in batches[::every]]
+        steps += [await served.prompt(num_tokens) for num_tokens in _PROMPTS]
+        for size, prompts in joined[::every]:
+            steps += await served.joined(size, prompts)
     return steps
 
 
-async def measure_slowdown(server: Server, *, num_instances: int, num_rounds: int) -> float:
-    """Share by which a step is longer while the other instances do the same as when they have
-    nothing to do: the median over batches of several sizes, the two measured by turns.
+async def measure_sharing(server: Server, *, num_rounds: int) -> MachineSharing:
+    """By how much two instances of this machine slow one another down: medians over batches and
+    prompts of several sizes, each measured beside an idle and a busy instance by turns.
 
-    The instances must take turns in being given requests.
+    The two instances must take turns in being given requests.
     """
-    ratios = []
+    decodes, prompts = [], []
     async with clients() as session:
-        served = _Served(session, server, num_instances)
-        for _, size in itertools.product(range(num_rounds), _SHARED_BATCH_SIZES):
-            contexts = [_CONTEXTS[0]] * size
-            together = await served.batch(contexts)
-            alone = await served.batch(contexts, on_one=True)
-            ratios.append(together.seconds / alone.seconds)
-    return max(0.0, statistics.median(ratios) - 1.0)
+        served = _Served(session, server, 2)
+        for _ in range(num_rounds):
+            for size in _SHARED_BATCH_SIZES:
+                contexts = [_CONTEXTS[0]] * size
+                together = await served.batch(contexts)
+                alone = await served.batch(contexts, on_one=True)
+                decodes.append(together.seconds / alone.seconds)
+            for num_tokens in _SHARED_PROMPTS:
+                beside = await served.prompt_beside(num_tokens, num_decodes=2)
+                alone_s = await served.prompt_beside(num_tokens, num_decodes=0)
+                prompts.append(beside / alone_s)
+    slowdown = max(0.0, statistics.median(decodes) - 1.0)
+    of_prompts = max(0.0, statistics.median(prompts) - 1.0)
+    return MachineSharing(
+        num_instances=2,
+        slowdown=slowdown,
+        prompt_share=min(1.0, of_prompts / slowdown) if slowdown else 1.0,
+    )
+
+
+def undisturbed(step: MeasuredStep, machine: MachineSharing) -> MeasuredStep:
+    """The step as it would be with nothing to do for the other instance, which did the same."""
+    share = machine.prompt_share if step.num_prefill_tokens else 1.0
+    return dataclasses.replace(step, seconds=step.seconds / (1 + machine.slowdown * share * share))
 
 
 async def measure_copies(server: Server, *, num_rounds: int) -> CopyCoefficients:
@@ -148,6 +170,32 @@ class _Served:
         seconds = statistics.mean(stream.times_s[0] - stream.asked_s for stream in streams)
         return _prompt_step([num_tokens], 0, 0, seconds)
 
+    async def prompt_beside(self, num_tokens: int, *, num_decodes: int) -> float:
+        """Seconds of a prompt on the second of two instances, while requests decode on the first.
+
+        A request of one token, on the other instance, goes before each: they take turns.
+        """
+        beside: list[Stream] = []
+        decoding = []
+        try:
+            for _ in range(num_decodes):
+                stream, task = self._ask(_CONTEXTS[0], _DECODED_BESIDE)
+                beside.append(stream)
+                decoding.append(task)
+                await stream.reach(1)
+                await self._ask(_CONTEXTS[0], 1)[1]
+            for stream in beside:
+                await stream.reach(8)
+            await self._ask(_CONTEXTS[0], 1)[1]
+            stream, task = self._ask(num_tokens, 2)
+            await task
+        finally:
+            for task in decoding:
+                task.cancel()
+            await asyncio.gather(*decoding, return_exceptions=True)
+            await asyncio.sleep(_ABORTED_AFTER_S)
+        return stream.times_s[0] - stream.asked_s
+
     async def joined(self, num_decodes: int, prompts: Sequence[int]) -> list[MeasuredStep]:
         """The step in which prompts are computed beside so many requests that decode.
 
@@ -188,26 +236,26 @@ class _Served:
         """
         streams: list[Stream] = []
         tasks: list[asyncio.Task[None]] = []
+        apart_s = 0.0 if elsewhere is None else _APART_S
         for context, instance in itertools.product(contexts, range(self._num_instances)):
-            self._num_prompts += 1
-            stream = Stream()
-            reading = read(
-                self._session,
-                self._server,
-                prompt_of(self._num_prompts, context),
-                stream,
-                num_tokens if elsewhere is None or instance == 0 else elsewhere,
-            )
-            if elsewhere is not None:
-                reading = _after(_APART_S * len(streams), reading)
+            asked = num_tokens if elsewhere is None or instance == 0 else elsewhere
+            stream, task = self._ask(context, asked, after_s=apart_s * len(streams))
             streams.append(stream)
-            tasks.append(asyncio.create_task(reading))
+            tasks.append(task)
         return streams, tasks
 
+    def _ask(
+        self, context: int, num_tokens: int, *, after_s: float = 0.0
+    ) -> tuple[Stream, asyncio.Task[None]]:
+        self._num_prompts += 1
+        prompt = prompt_of(self._num_prompts, context)
+        stream = Stream()
 
-async def _after(delay_s: float, reading: Coroutine[Any, Any, None]) -> None:
-    await asyncio.sleep(delay_s)
-    await reading
+        async def ask() -> None:
+            await asyncio.sleep(after_s)
+            await read(self._session, self._server, prompt, stream, num_tokens)
+
+        return stream, asyncio.create_task(ask())
 
 
 def _long_steps(stream: Stream, began_s: float, until_s: float) -> list[float]:

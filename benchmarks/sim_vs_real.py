@@ -5,11 +5,11 @@ frontend and client on the same cores, and the copying of moves. Then a trace is
 the clock. One hardware file is fitted to all that was measured, and nothing to the trace, which is
 simulated with the same policies.
 
-A step takes longer while the other instance computes too: two engines that read their weights from
-the same memory, and a frontend and a client that take time of the same cores. By how much is
-measured as well (the same batches with both instances busy, and with one of them idle), and is a
-coefficient of the hardware file (`machine`). Nothing of the kind is between instances that have an
-accelerator each.
+A step takes longer while the other instance computes too, most of all when both only decode: two
+engines read their weights from the same memory, and a frontend and a client take time of the same
+cores. By how much is measured as well (the same batches and prompts beside an idle and a busy
+instance), and is in the hardware file (`machine`). Between instances that have an accelerator each
+there is nothing of the kind.
 
 The trace has bursts of two kinds in turn. In one every second answer is long, which nobody can
 know; in the other every second prompt is long, and whoever takes turns gives one instance all of
@@ -36,7 +36,12 @@ import numpy as np
 
 from benchmarks._replay import replay
 from benchmarks._report import Figure, Report, Table, main
-from benchmarks._served_profile import measure_copies, measure_slowdown, measure_steps
+from benchmarks._served_profile import (
+    measure_copies,
+    measure_sharing,
+    measure_steps,
+    undisturbed,
+)
 from benchmarks._servers import ENGINE_FLAGS, Server, llumsched
 from llumsched.config import load
 from llumsched.core.step_time import MeasuredStep
@@ -101,7 +106,7 @@ class Pair:
 def run(quick: bool) -> Report:
     steps: list[MeasuredStep] = []
     copies: list[CopyCoefficients] = []
-    slowdown = 0.0
+    machine = MachineSharing()
     trace: Trace | None = None
     with tempfile.TemporaryDirectory() as folder:
         configs = {name: Path(folder) / f"{name}.yaml" for name in POLICIES}
@@ -111,15 +116,15 @@ def run(quick: bool) -> Report:
             with llumsched(NUM_INSTANCES, (*FLAGS, "--config", str(config))) as server:
                 replay(server, _warm_up(), salt=2 * salt)
                 if name == TAKES_TURNS:
-                    slowdown = _measured_slowdown(server, num_rounds=1 if quick else 5)
+                    machine = asyncio.run(measure_sharing(server, num_rounds=1 if quick else 5))
                 if trace is None or not quick:
-                    steps += _measured_steps(server)
+                    steps += _measured_steps(server, every=3 if quick else 1)
                     copies.append(asyncio.run(measure_copies(server, num_rounds=2)))
                 if trace is None:
                     trace = _trace(fit_steps(steps).coefficients, num_bursts=2 if quick else 24)
                 replayed[name] = replay(server, trace, salt=2 * salt + 1)
         assert trace is not None
-        hardware = _hardware(steps, copies, slowdown)
+        hardware = _hardware(steps, copies, machine)
         pairs = {
             name: Pair(
                 real=_reduced(replayed[name]),
@@ -155,22 +160,23 @@ def _scaled(step: StepCoefficients, factor: float) -> StepCoefficients:
     )
 
 
-def _measured_steps(server: Server) -> list[MeasuredStep]:
+def _measured_steps(server: Server, *, every: int) -> list[MeasuredStep]:
     """What instances do that serve like this."""
     return asyncio.run(
-        measure_steps(server, num_instances=NUM_INSTANCES, num_kv_tokens=NUM_BLOCKS * BLOCK_SIZE)
+        measure_steps(
+            server,
+            num_instances=NUM_INSTANCES,
+            num_kv_tokens=NUM_BLOCKS * BLOCK_SIZE,
+            every=every,
+        )
     )
 
 
-def _measured_slowdown(server: Server, *, num_rounds: int) -> float:
-    return asyncio.run(measure_slowdown(server, num_instances=NUM_INSTANCES, num_rounds=num_rounds))
-
-
 def _hardware(
-    steps: Sequence[MeasuredStep], copies: Sequence[CopyCoefficients], slowdown: float
+    steps: Sequence[MeasuredStep], copies: Sequence[CopyCoefficients], machine: MachineSharing
 ) -> Hardware:
-    """Of steps that were measured while every instance computes."""
-    fitted = fit_steps(steps)
+    """Of steps that were measured while both instances did the same."""
+    fitted = fit_steps([undisturbed(step, machine) for step in steps])
     return Hardware(
         name="as-served",
         model="SmolLM2-135M-Instruct, float32",
@@ -180,7 +186,7 @@ def _hardware(
         kv=KvCapacity(
             num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, bytes_per_token=KV_BYTES_PER_TOKEN
         ),
-        step=_scaled(fitted.coefficients, 1 / (1 + slowdown)),
+        step=fitted.coefficients,
         copy=CopyCoefficients(
             base_s=statistics.median(copy.base_s for copy in copies),
             token_s=statistics.median(copy.token_s for copy in copies),
@@ -190,7 +196,7 @@ def _hardware(
             requests=MAX_NUM_SEQS,
             kv_tokens=NUM_BLOCKS * BLOCK_SIZE,
         ),
-        machine=MachineSharing(num_instances=NUM_INSTANCES, slowdown=slowdown),
+        machine=machine,
     )
 
 
@@ -280,14 +286,15 @@ def _order_note(pairs: dict[str, Pair]) -> str:
 
 
 def _hardware_note(hardware: Hardware) -> str:
-    step, copy = hardware.step, hardware.copy
+    step, copy, machine = hardware.step, hardware.copy, hardware.machine
     tokens = ", ".join(f"{1000 * tokens_s(step, n):.3g} ms for {n}" for n in (1, 4, 16, 64, 128))
     return (
         f"Fitted to {hardware.source}, with {100 * hardware.fit_error:.2g} % error on those left"
         f" out. A step by its tokens, with the other instance idle: {tokens}; each token of context"
-        f" {1e6 * step.kv_token_s:.2g} us more; {100 * hardware.machine.slowdown:.3g} % longer"
-        f" while the other computes. A stage of a move: {1000 * copy.base_s:.2g} ms and"
-        f" {1e6 * copy.token_s:.3g} us a token."
+        f" {1e6 * step.kv_token_s:.2g} us more. While the other decodes as well it is"
+        f" {100 * machine.slowdown:.3g} % longer, and a step with prompts"
+        f" {100 * machine.slowdown * machine.prompt_share:.3g} %. A stage of a move:"
+        f" {1000 * copy.base_s:.2g} ms and {1e6 * copy.token_s:.3g} us a token."
     )
 
 

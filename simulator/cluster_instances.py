@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from llumsched.simulator.engine_base import Engine
 from llumsched.simulator.engine_host import EngineHost
-from llumsched.simulator.engine_machine import Machine, machine_costs
+from llumsched.simulator.engine_machine import Machine, MachineCosts
 from llumsched.simulator.engine_v01 import EngineV01
 from llumsched.simulator.engine_v1 import EngineV1
 from llumsched.simulator.kernel import Kernel, to_s
@@ -27,9 +27,10 @@ class Instances:
         self._kernel = kernel
         self._host = host
         hardware = options.hardware
-        self._costs = machine_costs(
+        self._costs = MachineCosts(
             hardware.step, hardware.machine, options.effective_batched_tokens
         )
+        self._machine_size = hardware.machine.num_instances if hardware.machine.slowdown else 1
         self._machines: list[Machine] = []
         self._watermark_blocks = int(options.effective_watermark * options.effective_kv_blocks)
         self.block_size = hardware.kv.block_size
@@ -57,14 +58,14 @@ class Instances:
         options = self._options
         index = len(self.engines)
         kind = EngineV1 if options.engine == "vllm-v1" else EngineV01
-        cost, cost_copying = self._costs[0]
+        costs, costs_copying = self._costs.beside(0, 0)
         engine = kind(
             index=index,
             instance_id=f"instance-{index:04}",
             host=self._host,
             kernel=self._kernel,
-            cost=cost,
-            cost_copying=cost_copying,
+            costs=costs,
+            costs_copying=costs_copying,
             num_blocks=options.effective_kv_blocks,
             block_size=self.block_size,
             max_num_seqs=options.max_num_seqs,
@@ -78,13 +79,13 @@ class Instances:
         self._launched.append(now)
         self._serving.append(-1)
         self._gone.append(-1)
-        if len(self._costs) > 1:
+        if self._machine_size > 1:
             self._machine_of(index).add(engine, now)
         return engine
 
     def _machine_of(self, index: int) -> Machine:
         """Instances fill one machine after another."""
-        if index % len(self._costs) == 0:
+        if index % self._machine_size == 0:
             self._machines.append(Machine(self._kernel, self._costs))
         return self._machines[-1]
 

@@ -14,10 +14,10 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING
 
 from llumsched.simulator.cost import CostModel, series_ps, steps_until
 from llumsched.simulator.engine_host import EngineHost
+from llumsched.simulator.engine_machine import DECODES, IDLE, PROMPTS, Costs, Machine
 from llumsched.simulator.engine_request import (
     DECODING,
     ENDED,
@@ -31,9 +31,6 @@ from llumsched.simulator.engine_segment import Segment
 from llumsched.simulator.kernel import STEP, Kernel
 from llumsched.simulator.kv_cache import PrefixCache
 
-if TYPE_CHECKING:
-    from llumsched.simulator.engine_machine import Machine
-
 
 class Engine(Segment, ABC):
     """One instance's engine; a version says in `_schedule` what the next segment is."""
@@ -45,8 +42,8 @@ class Engine(Segment, ABC):
         instance_id: str,
         host: EngineHost,
         kernel: Kernel,
-        cost: CostModel,
-        cost_copying: CostModel,
+        costs: Costs,
+        costs_copying: Costs,
         num_blocks: int,
         block_size: int,
         max_num_seqs: int,
@@ -55,11 +52,11 @@ class Engine(Segment, ABC):
         cache: PrefixCache | None,
         step_by_step: bool,
     ) -> None:
-        super().__init__(index, kernel, block_size, has_skew=cost.skew_token > 0)
+        super().__init__(index, kernel, block_size, has_skew=costs.decodes.skew_token > 0)
         self.instance_id = instance_id
         self.host = host
-        self.cost = cost
-        self.cost_copying = cost_copying
+        self.costs = costs
+        self.costs_copying = costs_copying
         self.num_blocks = num_blocks
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
@@ -69,7 +66,7 @@ class Engine(Segment, ABC):
         self.is_alive = True
         self.machine: Machine | None = None
         """Set where others compute on the same machine, and slow this one down."""
-        self.computes = False
+        self.doing = IDLE
         """As `machine` was told."""
         # Requests.
         self.waiting: deque[LiveRequest] = deque()
@@ -168,10 +165,10 @@ class Engine(Segment, ABC):
         if was != (self.num_copies > 0):
             self.cut(now)
 
-    def set_costs(self, cost: CostModel, cost_copying: CostModel, now: int) -> None:
+    def set_costs(self, costs: Costs, costs_copying: Costs, now: int) -> None:
         """From the next step on, steps cost this."""
-        if cost is not self.cost:
-            self.cost, self.cost_copying = cost, cost_copying
+        if costs is not self.costs:
+            self.costs, self.costs_copying = costs, costs_copying
             self.cut(now)
 
     def release(self, num_blocks: int, held: Sequence[int], now: int) -> None:
@@ -199,8 +196,8 @@ class Engine(Segment, ABC):
             if request.phase == DECODING:
                 self.leave(request)
         self.due = -1
-        if self.computes:
-            self._tell_machine(now)
+        if self.machine is not None:
+            self._tell_machine(self.machine, now)
 
     def num_free_at(self, now: int) -> int:
         """Blocks free at this moment, which the step under way no longer needs."""
@@ -242,13 +239,14 @@ class Engine(Segment, ABC):
         if self.may_have_changed:
             self.may_have_changed = False
             self.host.load_changed(self, num_free, now)
-        if self.machine is not None and self.computes is not (self.due >= 0):
-            self._tell_machine(now)
+        if self.machine is not None:
+            self._tell_machine(self.machine, now)
 
-    def _tell_machine(self, now: int) -> None:
-        assert self.machine is not None
-        self.computes = self.due >= 0
-        self.machine.changed(now)
+    def _tell_machine(self, machine: Machine, now: int) -> None:
+        doing = IDLE if self.due < 0 else PROMPTS if self.prefills else DECODES
+        if doing != self.doing:
+            self.doing = doing
+            machine.changed(now)
 
     def _complete(self, now: int) -> None:
         k = self.segment_steps
@@ -351,9 +349,8 @@ class Engine(Segment, ABC):
         self.due = due
         heappush(self.kernel.heap, (due, STEP, self.index, self))
 
-    def _decode_series(self) -> tuple[int, int]:
+    def _decode_series(self, cost: CostModel) -> tuple[int, int]:
         """Duration of the next decode step, and what each further one adds."""
-        cost = self.cost_copying if self.num_copies else self.cost
         b = self.num_decodes
         num_kv_tokens = b * self.progress + self.offset_sum
         first = cost.base[b] + cost.request * b + cost.kv_token * num_kv_tokens

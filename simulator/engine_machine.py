@@ -1,7 +1,8 @@
 """Instances of one machine, which take cores or memory bandwidth from one another.
 
-A step takes longer the more of the others compute when it begins. An instance computes from the
-start of its first step until it has nothing to do.
+A step takes longer the more of the others compute when it begins, and less so if it computes
+prompts, or they do. An instance computes from the start of its first step until it has nothing to
+do.
 
 Invariant: whoever begins or stops to compute is known to the others only after that instant, so the
 order of the steps of one instant does not matter. This module does not know what is in a step.
@@ -9,8 +10,7 @@ order of the steps of one instant does not matter. This module does not know wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from llumsched.simulator.cost import StepCost
 from llumsched.simulator.hardware import MachineSharing, StepCoefficients
@@ -19,26 +19,49 @@ from llumsched.simulator.kernel import Kernel
 if TYPE_CHECKING:
     from llumsched.simulator.engine_base import Engine
 
-Costs = tuple[StepCost, StepCost]
-"""Of a step, and of one while KV is being copied."""
+IDLE, DECODES, PROMPTS = range(3)
+"""What an instance does, to the others."""
 
 
-def machine_costs(step: StepCoefficients, machine: MachineSharing, max_tokens: int) -> list[Costs]:
-    """What steps cost, by the number of other instances of the machine that compute."""
-    shares = [0.0]
-    if machine.slowdown:
-        most = machine.num_instances - 1
-        shares += [machine.slowdown * num_others / most for num_others in range(1, most + 1)]
-    return [
-        (StepCost(step, max_tokens, share), StepCost(step, max_tokens, share + step.copy_slowdown))
-        for share in shares
-    ]
+class Costs(NamedTuple):
+    """Of a step that only decodes, and of one that computes prompts as well."""
+
+    decodes: StepCost
+    prompts: StepCost
+
+
+class MachineCosts:
+    """What steps cost, by what the other instances of the machine do.
+
+    Each pair is of steps as they are, and of those while KV is being copied.
+    """
+
+    def __init__(self, step: StepCoefficients, machine: MachineSharing, max_tokens: int) -> None:
+        self._step = step
+        self._machine = machine
+        self._max_tokens = max_tokens
+        self._pairs: dict[tuple[int, int], tuple[Costs, Costs]] = {}
+
+    def beside(self, num_decoding: int, num_prompting: int) -> tuple[Costs, Costs]:
+        """While so many others only decode, and so many compute prompts."""
+        key = (num_decoding, num_prompting)
+        if key not in self._pairs:
+            self._pairs[key] = (self._costs(0.0, *key), self._costs(self._step.copy_slowdown, *key))
+        return self._pairs[key]
+
+    def _costs(self, copy_slowdown: float, num_decoding: int, num_prompting: int) -> Costs:
+        others = self._machine.others(num_decoding, num_prompting)
+        of_prompts = others * self._machine.prompt_share
+        decodes = StepCost(self._step, self._max_tokens, copy_slowdown + others)
+        if of_prompts == others:
+            return Costs(decodes, decodes)
+        return Costs(decodes, StepCost(self._step, self._max_tokens, copy_slowdown + of_prompts))
 
 
 class Machine:
-    """Tells its instances how many of the others compute."""
+    """Tells its instances what the others do."""
 
-    def __init__(self, kernel: Kernel, costs: Sequence[Costs]) -> None:
+    def __init__(self, kernel: Kernel, costs: MachineCosts) -> None:
         self._kernel = kernel
         self._costs = costs
         self._engines: list[Engine] = []
@@ -50,7 +73,7 @@ class Machine:
         self._tell(engine, now)
 
     def changed(self, now: int) -> None:
-        """One of the instances has begun or stopped to compute."""
+        """One of the instances does something else than before."""
         self._kernel.send(now + 1, self._tell_all)
 
     def _tell_all(self, now: int) -> None:
@@ -58,5 +81,6 @@ class Machine:
             self._tell(engine, now)
 
     def _tell(self, engine: Engine, now: int) -> None:
-        num_others = sum(other.computes for other in self._engines if other is not engine)
-        engine.set_costs(*self._costs[num_others], now)
+        doing = [other.doing for other in self._engines if other is not engine]
+        costs = self._costs.beside(doing.count(DECODES), doing.count(PROMPTS))
+        engine.set_costs(*costs, now)

@@ -39,7 +39,8 @@ class EngineV01(Engine):
                 # All of them wait now, with every block free.
                 self._schedule(now)
             return
-        first, increment = self._decode_series()
+        costs = self.costs_copying if self.num_copies else self.costs
+        first, increment = self._decode_series(costs.decodes)
         first_gap = max(first, now + first - self.last_decode_end)
         if first_gap > first:
             # Prompts came between: those who decoded before them waited for both.
@@ -72,7 +73,8 @@ class EngineV01(Engine):
             self.prefills.append((request, request.target))
 
     def _begin_prefill(self, now: int) -> None:
-        cost = self.cost_copying if self.num_copies else self.cost
+        costs = self.costs_copying if self.num_copies else self.costs
+        cost = costs.prompts
         num_tokens = 0
         twice_pairs = 0
         for _, target in self.prefills:

@@ -119,8 +119,9 @@ class EngineV1(Engine):
     def _start_step(self, now: int, may_last: bool) -> None:
         b = self.num_decodes
         prefills = self.prefills
+        costs = self.costs_copying if self.num_copies else self.costs
         if prefills:
-            cost = self.cost_copying if self.num_copies else self.cost
+            cost = costs.prompts
             num_tokens = b
             twice_pairs = 0
             for request, chunk in prefills:
@@ -128,12 +129,12 @@ class EngineV1(Engine):
                 twice_pairs += chunk * (2 * request.computed + chunk)
             duration = cost.base[num_tokens] + round(cost.half_pair * twice_pairs)
             if b:
-                duration += self._decode_series()[0] - cost.base[b]
+                duration += self._decode_series(cost)[0] - cost.base[b]
             if num_tokens > self.most_tokens:
                 self.most_tokens = num_tokens
             self._begin(now, duration, 0, 1, b > 0)
         elif b:
-            first, increment = self._decode_series()
+            first, increment = self._decode_series(costs.decodes)
             num_steps = 1
             if may_last:
                 num_free = self.num_blocks - self.num_used - self.num_reserved

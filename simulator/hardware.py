@@ -5,7 +5,9 @@
          + skew_token * (requests * longest context - sum of contexts)
          + prefill_pair * pairs of a prompt token and a token it attends to
     copy of n tokens of KV = base + token * n
-    any step is longer by slowdown * share of the other instances of its machine that compute
+    a step beside others on its machine = step * (1 + slowdown * own * mean of others)
+        where own and others are 1 for steps that only decode, prompt_share for those with prompts,
+        and 0 for instances with nothing to do
 
 Every term but those of a prompt is linear in the number of steps while a batch does not change;
 this is what lets `cost` sum many steps at once.
@@ -99,15 +101,30 @@ class MachineSharing:
     num_instances: int = param(1, "Instances that run on one machine.", at_least=1)
     slowdown: float = param(
         0.0,
-        "Share by which a step is longer while all other instances of the machine compute;"
-        " proportionally less while some do.",
+        "Share by which a step that only decodes is longer while all other instances of the machine"
+        " decode; proportionally less while some do.",
         at_least=0,
+    )
+    prompt_share: float = param(
+        1.0,
+        "A step that computes prompts takes and gives this part of the slowdown: it waits less for"
+        " memory than one that reads all weights for a few tokens.",
+        at_least=0,
+        at_most=1,
     )
 
     def __post_init__(self) -> None:
         check_params(self)
         if self.slowdown and self.num_instances == 1:
             raise ParamError("slowdown", "slowdown needs num_instances of 2 or more")
+
+    def others(self, num_decoding: int, num_prompting: int) -> float:
+        """Share by which a decode step is longer beside so many that only decode, and so many that
+        compute prompts; of a step with prompts `prompt_share` of it."""
+        if not self.slowdown:
+            return 0.0
+        pressure = num_decoding + self.prompt_share * num_prompting
+        return self.slowdown * pressure / (self.num_instances - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from llumsched.core.migration import MigrationOptions
 from llumsched.simulator.cluster_migration import Migrations
 from llumsched.simulator.cost import StepCost, copy_ps
 from llumsched.simulator.engine_base import Engine
+from llumsched.simulator.engine_machine import Costs
 from llumsched.simulator.engine_request import DECODING, LiveRequest
 from llumsched.simulator.engine_v1 import EngineV1
 from llumsched.simulator.kernel import STEP, Kernel, to_ps
@@ -53,8 +54,8 @@ class SimulatedInstances:
             instance_id=f"instance-{index}",
             host=self,
             kernel=self._kernel,
-            cost=cost,
-            cost_copying=cost,
+            costs=Costs(cost, cost),
+            costs_copying=Costs(cost, cost),
             num_blocks=NUM_BLOCKS,
             block_size=BLOCK_SIZE,
             max_num_seqs=16,

@@ -10,6 +10,8 @@ import pytest
 from benchmarks import _served_profile
 from benchmarks._servers import Server
 from benchmarks._streams import Stream
+from llumsched.core.step_time import MeasuredStep
+from llumsched.simulator.hardware import MachineSharing
 
 SERVER = Server(url="http://nowhere", model="none", pid=0)
 STEP_S, PROMPT_TOKEN_S, SLOWDOWN = 0.020, 0.001, 0.25
@@ -26,6 +28,7 @@ class KnownServer:
     def __init__(self) -> None:
         self.num_asked = 0
         self.lengths: list[int] = []
+        self.prompts: list[int] = []
         self.now_s = 100.0
 
     async def read(
@@ -34,6 +37,7 @@ class KnownServer:
         assert server is SERVER
         self.num_asked += 1
         self.lengths.append(num_tokens)
+        self.prompts.append(len(prompt))
         await asyncio.sleep(0)
         # Whoever comes together is known only once all have been asked.
         beside_is_busy = min(self.lengths) > 1
@@ -43,6 +47,7 @@ class KnownServer:
             stream.times_s.append(time_s)
             slow = beside_is_busy or number < _SLOWED_UNTIL - 1
             time_s += STEP_S * (1 + SLOWDOWN if slow else 1)
+        stream.take_in([])
 
 
 @pytest.fixture
@@ -50,6 +55,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> KnownServer:
     server = KnownServer()
     monkeypatch.setattr(_served_profile, "read", server.read)
     monkeypatch.setattr(_served_profile, "_APART_S", 0.0)
+    monkeypatch.setattr(_served_profile, "_ABORTED_AFTER_S", 0.0)
     return server
 
 
@@ -73,6 +79,30 @@ def test_beside_an_idle_instance_only_one_decodes(known: KnownServer) -> None:
     assert step.num_decodes == 4
     assert step.seconds == pytest.approx(STEP_S)
     assert 4 * 32 < step.num_kv_tokens < 4 * (32 + 40)
+
+
+def test_a_prompt_beside_decodes_is_on_the_instance_that_does_not(known: KnownServer) -> None:
+    asyncio.run(served().prompt_beside(256, num_decodes=2))
+    # By turns: what decodes, and last the one before the prompt, on the first instance.
+    assert known.lengths == [200, 1, 200, 1, 1, 2]
+    assert known.prompts[-1] == 256
+
+
+def test_a_step_is_told_as_it_would_be_beside_an_idle_instance() -> None:
+    machine = MachineSharing(num_instances=2, slowdown=0.3, prompt_share=0.5)
+    decode, prompt = (
+        MeasuredStep(
+            num_prefill_tokens=num_tokens,
+            num_pairs=0,
+            num_decodes=1,
+            num_kv_tokens=0,
+            num_skew_tokens=0,
+            seconds=1.0,
+        )
+        for num_tokens in (0, 16)
+    )
+    assert _served_profile.undisturbed(decode, machine).seconds == pytest.approx(1 / 1.3)
+    assert _served_profile.undisturbed(prompt, machine).seconds == pytest.approx(1 / 1.075)
 
 
 def test_the_step_of_a_prompt_is_the_time_to_its_token(known: KnownServer) -> None:

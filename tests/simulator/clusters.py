@@ -39,7 +39,7 @@ REQUEST_COLUMNS = (
 _MACHINES = (
     MachineSharing(),
     MachineSharing(num_instances=2, slowdown=0.25),
-    MachineSharing(num_instances=3, slowdown=0.5),
+    MachineSharing(num_instances=3, slowdown=0.5, prompt_share=0.4),
 )
 
 

@@ -12,7 +12,7 @@ from llumsched.simulator.cluster import Cluster
 from llumsched.simulator.hardware import MachineSharing
 from llumsched.simulator.kernel import to_ps
 from llumsched.simulator.records import RequestStatus
-from llumsched.simulator.simulation import SimulationError, simulate
+from llumsched.simulator.simulation import SimulationError, SimulationOptions, simulate
 from tests.simulator.clusters import make_hardware, make_options, make_requests
 
 MOVING = Config(
@@ -222,6 +222,31 @@ def test_a_step_takes_longer_while_others_of_its_machine_compute() -> None:
     # While the other has something to do it loses a fifth; then it is at its own pace again.
     lost = shared.finished_s[0] - apart.finished_s[0]
     assert lost == pytest.approx(0.2 * (shared.finished_s[1] - shared.first_token_s[1]), abs=0.02)
+
+
+def test_steps_with_prompts_give_and_take_less_of_the_slowdown() -> None:
+    machine = MachineSharing(num_instances=2, slowdown=0.5, prompt_share=0.2)
+    hardware = make_hardware(machine=machine, num_blocks=4000)
+    alone = make_options(hardware=hardware, max_num_batched_tokens=4096)
+    both = make_options(hardware=hardware, max_num_batched_tokens=4096, num_instances=2)
+    decodes, prompt = (0.0, 8, 500), (2.0, 4000, 2)
+
+    def prefill_s(options: SimulationOptions, *rows: tuple[float, int, int]) -> float:
+        result = simulate(make_requests(*rows), options)
+        return float((result.first_token_s - result.scheduled_s)[-1])
+
+    by_itself = prefill_s(alone, prompt)
+    assert prefill_s(both, decodes, prompt) == pytest.approx(by_itself * (1 + 0.5 * 0.2))
+    # Nobody knows of the other's prompt before its own step has begun: so one begins earlier.
+    beside_prompt = prefill_s(both, (1.9, 4000, 2), prompt)
+    assert beside_prompt == pytest.approx(by_itself * (1 + 0.5 * 0.2 * 0.2))
+
+    def gap_s(options: SimulationOptions, *rows: tuple[float, int, int]) -> float:
+        return float(simulate(make_requests(*rows), options).itl_max_s[0])
+
+    short = (0.0, 8, 30)
+    slowed = gap_s(both, short, (0.3, 4000, 2)) / gap_s(alone, short)
+    assert slowed == pytest.approx(1 + 0.5 * 0.2, rel=1e-3)
 
 
 def test_an_instance_that_dies_slows_nobody_down() -> None:
