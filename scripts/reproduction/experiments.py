@@ -8,7 +8,7 @@ priorities and scaling) and the 792 KV blocks which that leaves.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -104,11 +104,11 @@ def figure11() -> Iterator[Point]:
                                 setting=rate)  # fmt: skip
 
 
-def beyond() -> Iterator[Point]:
+def beyond(factors: Sequence[float] = BEYOND) -> Iterator[Point]:
     """The systems of Figure 11 at higher rates than the paper's."""
     for mix in MIXES:
         highest = published()["figure11"][mix]["rates_rps"][-1]
-        for factor in BEYOND:
+        for factor in factors:
             rate = round(highest * factor, 3)
             for system, config in (("infaas", "infaas"), ("llumnix", _llumnix(mix)), (OURS, OURS)):
                 yield Point(figure="beyond", mix=mix, rate_rps=rate, system=system, config=config,

@@ -50,6 +50,7 @@ def _parts(report: Report) -> dict[str, str]:
         "better": report.better(judged),
         "better_seeds": f"{report.num_seeds(judged)}",
         "better_goal": report.better_goal(judged),
-        "floors": report.floors(),
+        "floors": report.floors(judged),
         "better_beyond": report.better(list(experiments.beyond())),
+        "beyond_goal": report.beyond_goal(),
     }
