@@ -13,7 +13,9 @@ import asyncio
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import aiohttp
 import numpy as np
@@ -31,6 +33,12 @@ _FIRST_GAPS = 2
 _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 _SHARED_BATCH_SIZES = (1, 2, 4, 8)
 _SHARED_PROMPTS = (256, 500)
+SLOWDOWNS = (
+    "decodes_by_decodes",
+    "decodes_by_prompts",
+    "prompts_by_decodes",
+    "prompts_by_prompts",
+)
 # An instance is told that a client has gone, and ends the step that it is in.
 _ABORTED_AFTER_S = 0.3
 _CONTEXTS = (32, 96, 200, 420, 900)
@@ -87,32 +95,34 @@ async def measure_sharing(server: Server, *, num_rounds: int) -> MachineSharing:
 
     The two instances must take turns in being given requests.
     """
-    decodes, prompts = [], []
+    ratios: dict[str, list[float]] = {name: [] for name in SLOWDOWNS}
     async with clients() as session:
         served = _Served(session, server, 2)
         for _ in range(num_rounds):
             for size in _SHARED_BATCH_SIZES:
                 contexts = [_CONTEXTS[0]] * size
-                together = await served.batch(contexts)
-                alone = await served.batch(contexts, on_one=True)
-                decodes.append(together.seconds / alone.seconds)
+                alone_s = (await served.batch(contexts, on_one=True)).seconds
+                together_s = (await served.batch(contexts)).seconds
+                beside_s = await served.batch_beside_prompts(size, _SHARED_PROMPTS)
+                ratios["decodes_by_decodes"].append(together_s / alone_s)
+                ratios["decodes_by_prompts"].append(beside_s / alone_s)
             for num_tokens in _SHARED_PROMPTS:
-                beside = await served.prompt_beside(num_tokens, num_decodes=2)
-                alone_s = await served.prompt_beside(num_tokens, num_decodes=0)
-                prompts.append(beside / alone_s)
-    slowdown = max(0.0, statistics.median(decodes) - 1.0)
-    of_prompts = max(0.0, statistics.median(prompts) - 1.0)
-    return MachineSharing(
-        num_instances=2,
-        slowdown=slowdown,
-        prompt_share=min(1.0, of_prompts / slowdown) if slowdown else 1.0,
-    )
+                alone_s = await served.prompt_beside_decodes(num_tokens, 0)
+                together_s = (await served.prompt(num_tokens)).seconds
+                beside_s = await served.prompt_beside_decodes(num_tokens, 2)
+                ratios["prompts_by_prompts"].append(together_s / alone_s)
+                ratios["prompts_by_decodes"].append(beside_s / alone_s)
+    slowdowns = {
+        name: max(0.0, statistics.median(measured) - 1) for name, measured in ratios.items()
+    }
+    return MachineSharing(num_instances=2, **slowdowns)
 
 
 def undisturbed(step: MeasuredStep, machine: MachineSharing) -> MeasuredStep:
     """The step as it would be with nothing to do for the other instance, which did the same."""
-    share = machine.prompt_share if step.num_prefill_tokens else 1.0
-    return dataclasses.replace(step, seconds=step.seconds / (1 + machine.slowdown * share * share))
+    did_prompts = step.num_prefill_tokens > 0
+    slowdown = machine.prompts_by_prompts if did_prompts else machine.decodes_by_decodes
+    return dataclasses.replace(step, seconds=step.seconds / (1 + slowdown))
 
 
 async def measure_copies(server: Server, *, num_rounds: int) -> CopyCoefficients:
@@ -150,6 +160,8 @@ class _Served:
         of_streams = (context for context in contexts for _ in range(num_loaded))
         for stream, context in zip(streams, of_streams, strict=True):
             inside = [i for i, t in enumerate(stream.times_s) if all_decode_s <= t <= until_s]
+            if len(inside) < 2:
+                raise RuntimeError("requests that came together did not decode together")
             first, last = inside[0], inside[-1]
             steps.append((stream.times_s[last] - stream.times_s[first]) / (last - first))
             num_kv_tokens += context + (first + last) / 2
@@ -170,31 +182,59 @@ class _Served:
         seconds = statistics.mean(stream.times_s[0] - stream.asked_s for stream in streams)
         return _prompt_step([num_tokens], 0, 0, seconds)
 
-    async def prompt_beside(self, num_tokens: int, *, num_decodes: int) -> float:
+    async def prompt_beside_decodes(self, num_tokens: int, num_decodes: int) -> float:
         """Seconds of a prompt on the second of two instances, while requests decode on the first.
 
         A request of one token, on the other instance, goes before each: they take turns.
         """
-        beside: list[Stream] = []
-        decoding = []
-        try:
-            for _ in range(num_decodes):
-                stream, task = self._ask(_CONTEXTS[0], _DECODED_BESIDE)
-                beside.append(stream)
-                decoding.append(task)
-                await stream.reach(1)
-                await self._ask(_CONTEXTS[0], 1)[1]
-            for stream in beside:
-                await stream.reach(8)
+        async with self._decoding_on_first(num_decodes):
             await self._ask(_CONTEXTS[0], 1)[1]
             stream, task = self._ask(num_tokens, 2)
             await task
-        finally:
-            for task in decoding:
-                task.cancel()
-            await asyncio.gather(*decoding, return_exceptions=True)
-            await asyncio.sleep(_ABORTED_AFTER_S)
         return stream.times_s[0] - stream.asked_s
+
+    async def batch_beside_prompts(self, num_decodes: int, prompts: Sequence[int]) -> float:
+        """The median step of requests that decode on the first of two instances, while the second
+        computes these prompts."""
+        async with self._decoding_on_first(num_decodes) as streams:
+            asked = []
+            began_s = time.perf_counter()
+            for num_tokens in prompts:
+                # By turns: a request of one token takes the first one's.
+                asked.append(self._ask(_CONTEXTS[0], 1))
+                await asyncio.sleep(_APART_S)
+                asked.append(self._ask(num_tokens, 1))
+                await asyncio.sleep(_APART_S)
+            await asyncio.gather(*(task for _, task in asked))
+            until_s = max(stream.times_s[0] for stream, _ in asked[1::2])
+        gaps_s = [
+            gap_s
+            for stream in streams
+            for end_s, gap_s in stream.gaps_s()
+            if began_s < end_s - gap_s and end_s < until_s
+        ]
+        return statistics.median(gaps_s)
+
+    @asynccontextmanager
+    async def _decoding_on_first(self, num_decodes: int) -> AsyncIterator[list[Stream]]:
+        """So many requests that have begun to decode on the first of two instances."""
+        streams: list[Stream] = []
+        tasks = []
+        try:
+            for _ in range(num_decodes):
+                stream, task = self._ask(_CONTEXTS[0], _DECODED_BESIDE)
+                streams.append(stream)
+                tasks.append(task)
+                await stream.reach(1)
+                await self._ask(_CONTEXTS[0], 1)[1]
+            for stream in streams:
+                await stream.reach(8)
+            yield streams
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.sleep(_ABORTED_AFTER_S)
 
     async def joined(self, num_decodes: int, prompts: Sequence[int]) -> list[MeasuredStep]:
         """The step in which prompts are computed beside so many requests that decode.

@@ -1,9 +1,9 @@
 """The simulator beside two real instances on this machine, with and without migration.
 
-For each policy two instances are served and measured as they serve: steps of many shapes, with
-frontend and client on the same cores, and the copying of moves. Then a trace is sent to them, on
-the clock. One hardware file is fitted to all that was measured, and nothing to the trace, which is
-simulated with the same policies.
+For each policy two instances are served, and a trace is sent to them on the clock. Before and after
+it the first pair is measured as it serves: steps of many shapes, with frontend and client on the
+same cores, and the copying of moves. One hardware file is fitted to all that was measured, and
+nothing to the trace, which is simulated with the same policies.
 
 A step takes longer while the other instance computes too, most of all when both only decode: two
 engines read their weights from the same memory, and a frontend and a client take time of the same
@@ -37,6 +37,7 @@ import numpy as np
 from benchmarks._replay import replay
 from benchmarks._report import Figure, Report, Table, main
 from benchmarks._served_profile import (
+    SLOWDOWNS,
     measure_copies,
     measure_sharing,
     measure_steps,
@@ -82,12 +83,13 @@ FLAGS = (
     "--max-num-batched-tokens",
     str(MAX_BATCHED_TOKENS),
 )
+TAKES_TURNS = "round_robin"
 POLICIES = {
+    # The first is the one that takes turns, as what measures steps asks for.
     "round_robin": "policy: round_robin\n",
     "throughput": "policy: throughput\n",
     "latency": "policy: latency\n",
 }
-TAKES_TURNS = "round_robin"
 STEPS_BETWEEN_BURSTS = 300
 # Of the two requests of each burst that are there from its beginning nearly to its end.
 LONGEST_ANSWER = 255
@@ -115,14 +117,15 @@ def run(quick: bool) -> Report:
             config.write_text(POLICIES[name], encoding="utf-8")
             with llumsched(NUM_INSTANCES, (*FLAGS, "--config", str(config))) as server:
                 replay(server, _warm_up(), salt=2 * salt)
-                if name == TAKES_TURNS:
-                    machine = asyncio.run(measure_sharing(server, num_rounds=1 if quick else 5))
-                if trace is None or not quick:
+                if trace is None:
+                    machine = asyncio.run(measure_sharing(server, num_rounds=1 if quick else 4))
                     steps += _measured_steps(server, every=3 if quick else 1)
                     copies.append(asyncio.run(measure_copies(server, num_rounds=2)))
-                if trace is None:
                     trace = _trace(fit_steps(steps).coefficients, num_bursts=2 if quick else 24)
                 replayed[name] = replay(server, trace, salt=2 * salt + 1)
+                if name == TAKES_TURNS and not quick:
+                    steps += _measured_steps(server, every=1)
+                    copies.append(asyncio.run(measure_copies(server, num_rounds=2)))
         assert trace is not None
         hardware = _hardware(steps, copies, machine)
         pairs = {
@@ -287,13 +290,15 @@ def _order_note(pairs: dict[str, Pair]) -> str:
 
 def _hardware_note(hardware: Hardware) -> str:
     step, copy, machine = hardware.step, hardware.copy, hardware.machine
+    slowdowns = ", ".join(
+        f"{name.replace('_', ' ')} {100 * getattr(machine, name):.3g} %" for name in SLOWDOWNS
+    )
     tokens = ", ".join(f"{1000 * tokens_s(step, n):.3g} ms for {n}" for n in (1, 4, 16, 64, 128))
     return (
         f"Fitted to {hardware.source}, with {100 * hardware.fit_error:.2g} % error on those left"
         f" out. A step by its tokens, with the other instance idle: {tokens}; each token of context"
-        f" {1e6 * step.kv_token_s:.2g} us more. While the other decodes as well it is"
-        f" {100 * machine.slowdown:.3g} % longer, and a step with prompts"
-        f" {100 * machine.slowdown * machine.prompt_share:.3g} %. A stage of a move:"
+        f" {1e6 * step.kv_token_s:.2g} us more. Longer beside a busy instance: {slowdowns}."
+        f" A stage of a move:"
         f" {1000 * copy.base_s:.2g} ms and {1e6 * copy.token_s:.3g} us a token."
     )
 

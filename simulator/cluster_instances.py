@@ -30,7 +30,7 @@ class Instances:
         self._costs = MachineCosts(
             hardware.step, hardware.machine, options.effective_batched_tokens
         )
-        self._machine_size = hardware.machine.num_instances if hardware.machine.slowdown else 1
+        self._machine_size = hardware.machine.num_instances if hardware.machine.is_felt else 1
         self._machines: list[Machine] = []
         self._watermark_blocks = int(options.effective_watermark * options.effective_kv_blocks)
         self.block_size = hardware.kv.block_size

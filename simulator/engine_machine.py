@@ -1,8 +1,7 @@
 """Instances of one machine, which take cores or memory bandwidth from one another.
 
-A step takes longer the more of the others compute when it begins, and less so if it computes
-prompts, or they do. An instance computes from the start of its first step until it has nothing to
-do.
+A step takes longer by what the others do when it begins: decode, or compute prompts. An instance
+computes from the start of its first step until it has nothing to do.
 
 Invariant: whoever begins or stops to compute is known to the others only after that instant, so the
 order of the steps of one instant does not matter. This module does not know what is in a step.
@@ -50,10 +49,9 @@ class MachineCosts:
         return self._pairs[key]
 
     def _costs(self, copy_slowdown: float, num_decoding: int, num_prompting: int) -> Costs:
-        others = self._machine.others(num_decoding, num_prompting)
-        of_prompts = others * self._machine.prompt_share
-        decodes = StepCost(self._step, self._max_tokens, copy_slowdown + others)
-        if of_prompts == others:
+        of_decodes, of_prompts = self._machine.slowdowns(num_decoding, num_prompting)
+        decodes = StepCost(self._step, self._max_tokens, copy_slowdown + of_decodes)
+        if of_prompts == of_decodes:
             return Costs(decodes, decodes)
         return Costs(decodes, StepCost(self._step, self._max_tokens, copy_slowdown + of_prompts))
 

@@ -5,9 +5,7 @@
          + skew_token * (requests * longest context - sum of contexts)
          + prefill_pair * pairs of a prompt token and a token it attends to
     copy of n tokens of KV = base + token * n
-    a step beside others on its machine = step * (1 + slowdown * own * mean of others)
-        where own and others are 1 for steps that only decode, prompt_share for those with prompts,
-        and 0 for instances with nothing to do
+    a step beside others on its machine is longer by a share that depends on what they do
 
 Every term but those of a prompt is linear in the number of steps while a batch does not change;
 this is what lets `cost` sum many steps at once.
@@ -96,35 +94,52 @@ class KvCapacity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineSharing:
-    """What instances of one machine take from one another: cores, memory bandwidth, power."""
+    """What instances of one machine take from one another: cores, memory bandwidth, power.
+
+    Each slowdown is the share by which a step is longer while all other instances of the machine do
+    this; proportionally less while some do.
+    """
 
     num_instances: int = param(1, "Instances that run on one machine.", at_least=1)
-    slowdown: float = param(
-        0.0,
-        "Share by which a step that only decodes is longer while all other instances of the machine"
-        " decode; proportionally less while some do.",
-        at_least=0,
+    decodes_by_decodes: float = param(
+        0.0, "A step that only decodes, while the others only decode.", at_least=0
     )
-    prompt_share: float = param(
-        1.0,
-        "A step that computes prompts takes and gives this part of the slowdown: it waits less for"
-        " memory than one that reads all weights for a few tokens.",
-        at_least=0,
-        at_most=1,
+    decodes_by_prompts: float = param(
+        0.0, "A step that only decodes, while the others compute prompts.", at_least=0
+    )
+    prompts_by_decodes: float = param(
+        0.0, "A step that computes prompts, while the others only decode.", at_least=0
+    )
+    prompts_by_prompts: float = param(
+        0.0, "A step that computes prompts, while the others do so too.", at_least=0
     )
 
     def __post_init__(self) -> None:
         check_params(self)
-        if self.slowdown and self.num_instances == 1:
-            raise ParamError("slowdown", "slowdown needs num_instances of 2 or more")
+        if self.is_felt and self.num_instances == 1:
+            raise ParamError("num_instances", "slowdowns need num_instances of 2 or more")
 
-    def others(self, num_decoding: int, num_prompting: int) -> float:
-        """Share by which a decode step is longer beside so many that only decode, and so many that
-        compute prompts; of a step with prompts `prompt_share` of it."""
-        if not self.slowdown:
-            return 0.0
-        pressure = num_decoding + self.prompt_share * num_prompting
-        return self.slowdown * pressure / (self.num_instances - 1)
+    @property
+    def is_felt(self) -> bool:
+        """Whether any step is longer for it."""
+        return any(
+            (
+                self.decodes_by_decodes,
+                self.decodes_by_prompts,
+                self.prompts_by_decodes,
+                self.prompts_by_prompts,
+            )
+        )
+
+    def slowdowns(self, num_decoding: int, num_prompting: int) -> tuple[float, float]:
+        """Of a step that only decodes and of one with prompts, beside so many that only decode and
+        so many that compute prompts."""
+        num_others = max(1, self.num_instances - 1)
+        decoding, prompting = num_decoding / num_others, num_prompting / num_others
+        return (
+            decoding * self.decodes_by_decodes + prompting * self.decodes_by_prompts,
+            decoding * self.prompts_by_decodes + prompting * self.prompts_by_prompts,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,14 +82,14 @@ def test_beside_an_idle_instance_only_one_decodes(known: KnownServer) -> None:
 
 
 def test_a_prompt_beside_decodes_is_on_the_instance_that_does_not(known: KnownServer) -> None:
-    asyncio.run(served().prompt_beside(256, num_decodes=2))
+    asyncio.run(served().prompt_beside_decodes(256, 2))
     # By turns: what decodes, and last the one before the prompt, on the first instance.
     assert known.lengths == [200, 1, 200, 1, 1, 2]
     assert known.prompts[-1] == 256
 
 
 def test_a_step_is_told_as_it_would_be_beside_an_idle_instance() -> None:
-    machine = MachineSharing(num_instances=2, slowdown=0.3, prompt_share=0.5)
+    machine = MachineSharing(num_instances=2, decodes_by_decodes=0.3, prompts_by_prompts=0.075)
     decode, prompt = (
         MeasuredStep(
             num_prefill_tokens=num_tokens,

@@ -38,8 +38,14 @@ REQUEST_COLUMNS = (
 
 _MACHINES = (
     MachineSharing(),
-    MachineSharing(num_instances=2, slowdown=0.25),
-    MachineSharing(num_instances=3, slowdown=0.5, prompt_share=0.4),
+    MachineSharing(num_instances=2, decodes_by_decodes=0.25),
+    MachineSharing(
+        num_instances=3,
+        decodes_by_decodes=0.5,
+        decodes_by_prompts=0.1,
+        prompts_by_decodes=0.2,
+        prompts_by_prompts=0.05,
+    ),
 )
 
 

@@ -63,7 +63,7 @@ def test_the_7b_file_gives_the_figures_of_its_source() -> None:
         ({"notes": "one"}, "notes must be a list"),
         ({"source": ""}, "source must be text"),
         ({"kv": 3}, "kv must be a mapping"),
-        ({"machine": {"slowdown": 0.2}}, "slowdown needs num_instances of 2 or more"),
+        ({"machine": {"prompts_by_decodes": 0.2}}, "slowdowns need num_instances of 2 or more"),
     ],
 )
 def test_a_mistake_names_file_key_and_fix(changes: dict[str, Any], message: str) -> None:
