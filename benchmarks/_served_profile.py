@@ -3,8 +3,8 @@
 `llumsched profile` measures one engine with nothing beside it. Where frontend and clients share the
 cores with the engines, a step takes longer than that; here it is measured through the API, while
 every instance does the same, and once more while one of them has nothing to do. A step is the time
-between two tokens of an answer, for a batch whose requests all decode; a prompt's is the time to
-its first token, or what it adds to the step of the requests it joins.
+between two tokens of an answer, for a batch whose requests all decode; that of a prompt is the one
+for which the requests that it joins wait.
 """
 
 from __future__ import annotations
@@ -83,10 +83,18 @@ async def measure_steps(
     async with clients() as session:
         served = _Served(session, server, num_instances)
         steps = [await served.batch(batch) for batch in batches[::every]]
-        steps += [await served.prompt(num_tokens) for num_tokens in _PROMPTS]
         for size, prompts in joined[::every]:
             steps += await served.joined(size, prompts)
     return steps
+
+
+async def measure_pace(server: Server, *, num_rounds: int) -> float:
+    """Seconds of one ordinary step while one request decodes and no other does, on whichever
+    instance: how fast a pair is beside another one, whatever its policy."""
+    async with clients() as session:
+        served = _Served(session, server, 1)
+        steps = [await served.batch([_CONTEXTS[0]]) for _ in range(num_rounds)]
+    return statistics.median(step.seconds for step in steps)
 
 
 async def measure_sharing(server: Server, *, num_rounds: int) -> MachineSharing:

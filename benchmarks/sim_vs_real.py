@@ -3,7 +3,9 @@
 For each policy two instances are served, and a trace is sent to them on the clock. Before and after
 it the first pair is measured as it serves: steps of many shapes, with frontend and client on the
 same cores, and the copying of moves. One hardware file is fitted to all that was measured, and
-nothing to the trace, which is simulated with the same policies.
+nothing to the trace, which is simulated with the same policies. No two pairs of instances, and no
+two minutes of a shared machine, are equally fast: the step of one request alone is measured on each
+pair just before and after its trace, and all its steps are scaled by that.
 
 A step takes longer while the other instance computes too, most of all when both only decode: two
 engines read their weights from the same memory, and a frontend and a client take time of the same
@@ -39,6 +41,7 @@ from benchmarks._report import Figure, Report, Table, main
 from benchmarks._served_profile import (
     SLOWDOWNS,
     measure_copies,
+    measure_pace,
     measure_sharing,
     measure_steps,
     undisturbed,
@@ -112,7 +115,7 @@ def run(quick: bool) -> Report:
     trace: Trace | None = None
     with tempfile.TemporaryDirectory() as folder:
         configs = {name: Path(folder) / f"{name}.yaml" for name in POLICIES}
-        replayed = {}
+        replayed, pace_s = {}, {}
         for salt, (name, config) in enumerate(configs.items()):
             config.write_text(POLICIES[name], encoding="utf-8")
             with llumsched(NUM_INSTANCES, (*FLAGS, "--config", str(config))) as server:
@@ -122,21 +125,28 @@ def run(quick: bool) -> Report:
                     steps += _measured_steps(server, every=3 if quick else 1)
                     copies.append(asyncio.run(measure_copies(server, num_rounds=2)))
                     trace = _trace(fit_steps(steps).coefficients, num_bursts=2 if quick else 24)
+                before_s = _pace(server)
                 replayed[name] = replay(server, trace, salt=2 * salt + 1)
+                pace_s[name] = (before_s + _pace(server)) / 2
                 if name == TAKES_TURNS and not quick:
                     steps += _measured_steps(server, every=1)
                     copies.append(asyncio.run(measure_copies(server, num_rounds=2)))
         assert trace is not None
-        hardware = _hardware(steps, copies, machine)
+        measured = _hardware(steps, copies, machine)
+        hardware = {
+            name: _at_pace(measured, pace_s[name] / pace_s[TAKES_TURNS]) for name in configs
+        }
         pairs = {
             name: Pair(
                 real=_reduced(replayed[name]),
-                simulated=_reduced(_simulated(trace, hardware, config)),
+                simulated=_reduced(_simulated(trace, hardware[name], config)),
             )
             for name, config in configs.items()
         }
-        notes = [_order_note(pairs), _hardware_note(hardware)]
-        notes += [_sensitivity(name, trace, hardware, config) for name, config in configs.items()]
+        notes = [_order_note(pairs), _hardware_note(measured), _pace_note(pace_s)]
+        notes += [
+            _sensitivity(name, trace, hardware[name], config) for name, config in configs.items()
+        ]
     return Report(figures=_figures(pairs), tables=[_table(pairs)], notes=notes)
 
 
@@ -144,8 +154,7 @@ def _sensitivity(name: str, trace: Trace, hardware: Hardware, config: Path) -> s
     """How far the simulated result goes with an error of the step time."""
     found = []
     for factor in (0.97, 1.03):
-        scaled = dataclasses.replace(hardware, step=_scaled(hardware.step, factor))
-        simulated = _simulated(trace, scaled, config)
+        simulated = _simulated(trace, _at_pace(hardware, factor), config)
         found.append(number(_reduced(simulated)["TTFT"].mean))
     return (
         f"With steps 3 % shorter or longer the simulated mean TTFT of {name} is {found[0]} or"
@@ -153,14 +162,20 @@ def _sensitivity(name: str, trace: Trace, hardware: Hardware, config: Path) -> s
     )
 
 
-def _scaled(step: StepCoefficients, factor: float) -> StepCoefficients:
-    """Steps so many times as long."""
-    return StepCoefficients(
+def _pace(server: Server) -> float:
+    return asyncio.run(measure_pace(server, num_rounds=12))
+
+
+def _at_pace(hardware: Hardware, factor: float) -> Hardware:
+    """With steps so many times as long."""
+    step = hardware.step
+    scaled = StepCoefficients(
         table=tuple((tokens, factor * seconds) for tokens, seconds in step.table),
         kv_token_s=factor * step.kv_token_s,
         skew_token_s=factor * step.skew_token_s,
         prefill_pair_s=factor * step.prefill_pair_s,
     )
+    return dataclasses.replace(hardware, step=scaled)
 
 
 def _measured_steps(server: Server, *, every: int) -> list[MeasuredStep]:
@@ -300,6 +315,14 @@ def _hardware_note(hardware: Hardware) -> str:
         f" {1e6 * step.kv_token_s:.2g} us more. Longer beside a busy instance: {slowdowns}."
         f" A stage of a move:"
         f" {1000 * copy.base_s:.2g} ms and {1e6 * copy.token_s:.3g} us a token."
+    )
+
+
+def _pace_note(pace_s: dict[str, float]) -> str:
+    told = ", ".join(f"{1000 * seconds:.3g} ms with {name}" for name, seconds in pace_s.items())
+    return (
+        f"A step of one request alone, before and after the trace: {told}. Each policy"
+        " is simulated with steps that are longer or shorter in proportion."
     )
 
 
