@@ -121,10 +121,10 @@ def run(quick: bool) -> Report:
             with llumsched(NUM_INSTANCES, (*FLAGS, "--config", str(config))) as server:
                 replay(server, _warm_up(), salt=2 * salt)
                 if trace is None:
-                    machine = asyncio.run(measure_sharing(server, num_rounds=1 if quick else 4))
+                    machine = asyncio.run(measure_sharing(server, num_rounds=1 if quick else 3))
                     steps += _measured_steps(server, every=3 if quick else 1)
                     copies.append(asyncio.run(measure_copies(server, num_rounds=2)))
-                    trace = _trace(fit_steps(steps).coefficients, num_bursts=2 if quick else 24)
+                    trace = _trace(fit_steps(steps).coefficients, num_bursts=2 if quick else 12)
                 before_s = _pace(server)
                 replayed[name] = replay(server, trace, salt=2 * salt + 1)
                 pace_s[name] = (before_s + _pace(server)) / 2
