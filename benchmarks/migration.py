@@ -5,9 +5,7 @@ token's arrival at the client is recorded. The pause is the gap between the last
 and the first of the destination, and is held against the gaps of the same answer before the move:
 one ordinary decode step. Beside it: stop-and-copy (the same two instances, all blocks in one stage
 while the request stands still) and recompute (the request is sent again with what it has put out).
-No prompt is asked twice, so no prefix is found in a cache. Instances of one host move over shared
-memory; live and stop-and-copy are measured over TCP as well, which is how they move between hosts
-(here over the loopback interface).
+No prompt is asked twice, so no prefix is found in a cache.
 
 The others: some requests decode on both instances while one with a long context moves past them;
 their gaps while it moves are held against those just before, with the same requests in each batch.
@@ -22,15 +20,14 @@ import asyncio
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import _batch_effects, _plot, _transports
 from benchmarks._migration_client import Move, Moves, staging_num_bytes
 from benchmarks._report import Figure, Report, Table, main, number
-from benchmarks._servers import ENGINE_FLAGS, Server, llumsched
+from benchmarks._servers import ENGINE_FLAGS, llumsched
 
 BENCHMARK = "Migration"
 
@@ -42,8 +39,9 @@ DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
 PLOTS = {"pause": "Pause as the client sees it", "total": "A migration from order to commit"}
 
 LIVE = "policy: round_robin\n"
-STOP_AND_COPY = f"{LIVE}migration: {{final_stage_blocks: 100000, max_final_stage_blocks: 100000}}\n"
-OVER_TCP = "transfer: {transport: tcp}\n"
+STOP_AND_COPY = (
+    "policy: round_robin\nmigration: {final_stage_blocks: 100000, max_final_stage_blocks: 100000}\n"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +50,6 @@ class Measured:
 
     live: dict[int, list[Move]]
     stop_and_copy: dict[int, list[Move]]
-    live_tcp: list[Move]
-    """Of the longest context, as the next."""
-    stop_and_copy_tcp: list[Move]
     recompute_s: dict[int, list[float]]
     loaded: list[Move]
     others: dict[str, list[float]]
@@ -82,39 +77,29 @@ def _measure(quick: bool) -> Measured:
     # Long prompts take most of the time, so what live moves are held against is done less often.
     num_rounds, num_rounds_of_others = (1, 1) if quick else (9, 2)
     contexts = (SHORT, LONG) if quick else CONTEXTS
-    with _served(LIVE) as server:
-        moves = Moves(server)
-        live = asyncio.run(moves.alone(contexts, num_rounds))
-        recompute_s = asyncio.run(moves.recompute(contexts, num_rounds_of_others))
-        loaded, others = asyncio.run(moves.among_others(LONG, NUM_OTHERS, 2 if quick else 8))
-        peak = asyncio.run(moves.watch_blocks(LONG, 1))
-        staging = staging_num_bytes(server.pid)
-    with _served(STOP_AND_COPY) as server:
-        stop_and_copy = asyncio.run(Moves(server).alone(contexts, num_rounds_of_others))
-    with _served(LIVE + OVER_TCP) as server:
-        live_tcp = asyncio.run(Moves(server).alone([LONG], num_rounds))
-    with _served(STOP_AND_COPY + OVER_TCP) as server:
-        stop_and_copy_tcp = asyncio.run(Moves(server).alone([LONG], num_rounds_of_others))
+    with tempfile.TemporaryDirectory() as folder:
+        configs = {}
+        for name, text in (("live", LIVE), ("stop", STOP_AND_COPY)):
+            configs[name] = Path(folder) / f"{name}.yaml"
+            configs[name].write_text(text, encoding="utf-8")
+        with llumsched(2, (*ENGINE_FLAGS, "--config", str(configs["live"]))) as server:
+            moves = Moves(server)
+            live = asyncio.run(moves.alone(contexts, num_rounds))
+            recompute_s = asyncio.run(moves.recompute(contexts, num_rounds_of_others))
+            loaded, others = asyncio.run(moves.among_others(LONG, NUM_OTHERS, 2 if quick else 8))
+            peak = asyncio.run(moves.watch_blocks(LONG, 1))
+            staging = staging_num_bytes(server.pid)
+        with llumsched(2, (*ENGINE_FLAGS, "--config", str(configs["stop"]))) as server:
+            stop_and_copy = asyncio.run(Moves(server).alone(contexts, num_rounds_of_others))
     return Measured(
         live=live,
         stop_and_copy=stop_and_copy,
-        live_tcp=live_tcp[LONG],
-        stop_and_copy_tcp=stop_and_copy_tcp[LONG],
         recompute_s=recompute_s,
         loaded=loaded,
         others=others,
         peak_reserved_blocks=peak,
         staging_num_bytes=staging,
     )
-
-
-@contextmanager
-def _served(config: str) -> Iterator[Server]:
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-        file.write(config)
-        file.flush()
-        with llumsched(2, (*ENGINE_FLAGS, "--config", file.name)) as server:
-            yield server
 
 
 def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
@@ -129,6 +114,8 @@ def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
         for context, moves in live.items()
     ]
     pause_s = {context: _median(m.pause_s for m in moves) for context, moves in live.items()}
+    beyond_s = _median(max(0.0, m.pause_s - m.step_s) for m in live[LONG])
+    stopped_beyond_s = _median(m.pause_s - m.step_s for m in stopped[LONG])
     during = {side: measured.others[f"{side}, during"] for side in ("source", "destination")}
     before = {side: measured.others[f"{side}, before"] for side in ("source", "destination")}
     return [
@@ -146,19 +133,7 @@ def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
         ),
         Figure(
             name=f"pause beyond one step at {LONG} tokens, stop-and-copy over live",
-            value=_beyond_ratio(stopped[LONG], live[LONG]),
-            unit="",
-            at_least=15,
-        ),
-        Figure(
-            name=f"over TCP, as between hosts: pause at {LONG} tokens, in decode steps",
-            value=_median(m.pause_s / m.step_s for m in measured.live_tcp),
-            unit="",
-            at_most=1.25,
-        ),
-        Figure(
-            name=f"over TCP: pause beyond one step at {LONG} tokens, stop-and-copy over live",
-            value=_beyond_ratio(measured.stop_and_copy_tcp, measured.live_tcp),
+            value=stopped_beyond_s / beyond_s if beyond_s else float("inf"),
             unit="",
             at_least=15,
         ),
@@ -230,13 +205,6 @@ def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
             unit="MB",
         ),
     ]
-
-
-def _beyond_ratio(stopped: Sequence[Move], live: Sequence[Move]) -> float:
-    """How many times as long those stand still, less the step that they would take anyhow."""
-    beyond_s = _median(max(0.0, m.pause_s - m.step_s) for m in live)
-    stopped_beyond_s = _median(m.pause_s - m.step_s for m in stopped)
-    return stopped_beyond_s / beyond_s if beyond_s else float("inf")
 
 
 def _control(differing: dict[str, int]) -> list[Figure]:
