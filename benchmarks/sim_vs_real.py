@@ -113,6 +113,11 @@ def run(quick: bool) -> Report:
     copies: list[CopyCoefficients] = []
     machine = MachineSharing()
     trace: Trace | None = None
+
+    def measure(server: Server, *, every: int) -> None:
+        steps.extend(_measured_steps(server, every=every))
+        copies.append(asyncio.run(measure_copies(server, num_rounds=2)))
+
     with tempfile.TemporaryDirectory() as folder:
         configs = {name: Path(folder) / f"{name}.yaml" for name in POLICIES}
         replayed, pace_s = {}, {}
@@ -122,15 +127,13 @@ def run(quick: bool) -> Report:
                 replay(server, _warm_up(), salt=2 * salt)
                 if trace is None:
                     machine = asyncio.run(measure_sharing(server, num_rounds=1 if quick else 3))
-                    steps += _measured_steps(server, every=3 if quick else 1)
-                    copies.append(asyncio.run(measure_copies(server, num_rounds=2)))
+                    measure(server, every=3 if quick else 1)
                     trace = _trace(fit_steps(steps).coefficients, num_bursts=2 if quick else 12)
                 before_s = _pace(server)
                 replayed[name] = replay(server, trace, salt=2 * salt + 1)
                 pace_s[name] = (before_s + _pace(server)) / 2
                 if name == TAKES_TURNS and not quick:
-                    steps += _measured_steps(server, every=1)
-                    copies.append(asyncio.run(measure_copies(server, num_rounds=2)))
+                    measure(server, every=1)
         assert trace is not None
         measured = _hardware(steps, copies, machine)
         hardware = {

@@ -122,14 +122,7 @@ class MachineSharing:
     @property
     def is_felt(self) -> bool:
         """Whether any step is longer for it."""
-        return any(
-            (
-                self.decodes_by_decodes,
-                self.decodes_by_prompts,
-                self.prompts_by_decodes,
-                self.prompts_by_prompts,
-            )
-        )
+        return any(self.slowdowns(1, 1))
 
     def slowdowns(self, num_decoding: int, num_prompting: int) -> tuple[float, float]:
         """Of a step that only decodes and of one with prompts, beside so many that only decode and
