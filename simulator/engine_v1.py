@@ -1,11 +1,12 @@
 """Today's vLLM (V1 scheduler, read in 0.32): one mixed batch a step, prompts in chunks.
 
-In each step every decode computes one token; a prompt under way, then new ones, take what is left
-of the token budget. Short of blocks, requests are evicted from the tail of the running list and
-recomputed; a step that evicted admits nobody. A new request is admitted when the blocks of its
-whole prompt, less what the prefix cache holds, are free above the watermark, which an otherwise
-empty engine ignores; it is given the blocks of its first chunk. Requests that hold their KV go
-before the queue.
+In each step every decode computes one token, also those that come with their KV: a request that
+moved here, or that a move was given up of, is in the next step whatever prompts are under way. A
+prompt under way, then new ones, take what is left of the token budget. Short of blocks, requests
+are evicted from the tail of the running list and recomputed; a step that evicted admits nobody. A
+new request is admitted when the blocks of its whole prompt, less what the prefix cache holds, are
+free above the watermark, which an otherwise empty engine ignores; it is given the blocks of its
+first chunk.
 
 Not modelled: speculative decoding, encoders, LoRA, the overlap of scheduling with execution.
 """
@@ -39,6 +40,8 @@ class EngineV1(Engine):
                 num_free = self.num_blocks - self.num_used - self.num_reserved
             num_free -= growth[phase]
         self.is_blocked = False
+        if self.holding and not has_evicted:
+            num_free = self._take_arrivals(num_free)
         partial = self._partial
         if partial is not None:
             budget = self.max_batched_tokens - self.num_decodes
@@ -52,13 +55,31 @@ class EngineV1(Engine):
             elif chunk:
                 self._take_chunk(partial, chunk, needed)
                 num_free -= needed
-        if self.waiting or self.holding:
-            if not has_evicted:
-                self._admit(num_free, now)
-            elif not self.running:
-                # An empty step; the next one admits.
-                self._admit(self.num_blocks - self.num_used - self.num_reserved, now)
+        if has_evicted and not self.running:
+            # An empty step; the next one admits.
+            has_evicted = False
+            num_free = self.num_blocks - self.num_used - self.num_reserved
+            if self.holding:
+                num_free = self._take_arrivals(num_free)
+        if self.waiting and not self.holding and not has_evicted:
+            self._admit(num_free, now)
         self._start_step(now, may_last=not has_evicted)
+
+    def _take_arrivals(self, num_free: int) -> int:
+        """Let those that hold their KV decode from the coming step on; the blocks left free."""
+        holding, running = self.holding, self.running
+        num_before = len(holding)
+        while holding and len(running) < self.max_num_seqs:
+            needed = 0 if holding[0].computed % self.block_size else 1
+            if needed + (self.watermark_blocks if running else 0) > num_free:
+                self.is_blocked = True
+                break
+            self._take_holding(holding.popleft())
+            num_free -= needed
+        if self._partial is not None and len(holding) < num_before:
+            # The prompt under way stays the last of the running.
+            running[self._partial] = running.pop(self._partial)
+        return num_free
 
     def _take_chunk(self, request: LiveRequest, chunk: int, num_taken: int) -> None:
         """Compute a chunk in the coming step, with `num_taken` blocks more in use."""
@@ -77,23 +98,10 @@ class EngineV1(Engine):
         budget = self.max_batched_tokens - self.num_decodes
         for _, chunk in self.prefills:
             budget -= chunk
-        holding, waiting, running = self.holding, self.waiting, self.running
+        waiting, running = self.waiting, self.running
         block_size = self.block_size
-        while budget > 0 and len(running) < self.max_num_seqs:
+        while waiting and budget > 0 and len(running) < self.max_num_seqs:
             watermark = self.watermark_blocks if running else 0
-            if holding:
-                request = holding[0]
-                needed = 0 if request.computed % block_size else 1
-                if needed + watermark > num_free:
-                    self.is_blocked = True
-                    return
-                holding.popleft()
-                self._take_holding(request)
-                num_free -= needed
-                budget -= 1
-                continue
-            if not waiting:
-                return
             request = waiting[0]
             target = request.target
             num_found = num_idle = 0

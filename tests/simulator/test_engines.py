@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from llumsched.simulator.cluster import Cluster
 from llumsched.simulator.cost import StepCost
 from llumsched.simulator.engine_batch import DecodeBatch
-from llumsched.simulator.engine_request import LiveRequest
+from llumsched.simulator.engine_machine import Costs
+from llumsched.simulator.engine_request import DECODING, LiveRequest
+from llumsched.simulator.engine_v1 import EngineV1
 from llumsched.simulator.kernel import PS_PER_S, Kernel, to_ps
 from llumsched.simulator.simulation import simulate
 from llumsched.simulator.trace import Trace
@@ -121,6 +124,46 @@ class TestV1:
         trace = make_requests(*[(0.0, 4, 10)] * 3)
         result = simulate(trace, make_options(max_num_seqs=2))
         assert result.scheduled_s.tolist() == [0, 0, result.finished_s[0]]
+
+    def test_an_arrival_decodes_from_the_next_step_on_whatever_prompt_is_under_way(self) -> None:
+        kernel, cost = Kernel(), StepCost(make_hardware().step, 64)
+        engine = EngineV1(
+            index=0,
+            instance_id="destination",
+            host=mock.Mock(),
+            kernel=kernel,
+            costs=Costs(cost, cost),
+            costs_copying=Costs(cost, cost),
+            num_blocks=200,
+            block_size=BLOCK_SIZE,
+            max_num_seqs=8,
+            max_batched_tokens=64,
+            watermark_blocks=0,
+            cache=None,
+            step_by_step=False,
+        )
+        prompt = LiveRequest(0, "prompt", 400, 2, 0, 0, ())
+        engine.add(prompt, 0)
+        arrivals = [LiveRequest(row, f"moved-{row}", 40, 30, 0, 0, ()) for row in (1, 2)]
+
+        def end_step() -> None:
+            time, _, _, _ = kernel.pop()
+            engine.end_of_segment(time)
+
+        while prompt.computed < 128:
+            end_step()
+        for arrival in arrivals:
+            arrival.computed, arrival.generated, arrival.num_blocks = 44, 5, 11
+            engine.num_used += arrival.num_blocks
+            engine.resume(arrival, engine.segment_start)
+        end_step()
+        assert [arrival.phase for arrival in arrivals] == [DECODING, DECODING]
+        # Each takes one token of the budget, and the prompt what is left.
+        assert engine.prefills == [(prompt, 62)]
+        # The prompt came before them, and is evicted before them.
+        assert next(reversed(engine.running)) is prompt
+        end_step()
+        assert engine.progress == 1
 
 
 class TestV01:
