@@ -35,9 +35,7 @@ class Instances:
         self._watermark_blocks = int(options.effective_watermark * options.effective_kv_blocks)
         self.block_size = hardware.kv.block_size
         self.max_model_len = self._longest()
-        self.has_caches = (
-            has_hashes and options.enable_prefix_caching and options.engine == "vllm-v1"
-        )
+        self.has_caches = has_hashes and options.has_prefix_caches
         self.engines: list[Engine] = []
         self.by_id: dict[str, Engine] = {}
         self._launched: list[int] = []

@@ -59,6 +59,7 @@ class Columns:
         self.downtime = array("d", [0.0]) * n
         self.generated = zero[:]
         self.num_preemptions = zero[:]
+        self.num_cached = zero[:]
         self.num_migrations = zero[:]
         self.instance = array("q", [-1]) * n
         self.status = zero[:]
@@ -145,6 +146,8 @@ class Columns:
             self.itl_max[row] = request.itl_max / PS_PER_S
         if request.place is not None:
             self.instance[row] = request.place.index
+        if request.num_cached:
+            self.num_cached[row] = request.num_cached
         if request.num_preemptions:
             self.num_preemptions[row] = request.num_preemptions
         if request.loss:
@@ -223,6 +226,7 @@ def result_of(
         num_output_tokens=_ints(columns.generated),
         token_gaps=_token_gaps(instances),
         itl_max_s=_floats(columns.itl_max),
+        num_cached_tokens=_ints(columns.num_cached),
         num_preemptions=_ints(columns.num_preemptions),
         preemption_loss_s=_floats(columns.loss),
         num_migrations=_ints(columns.num_migrations),

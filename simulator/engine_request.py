@@ -69,6 +69,8 @@ class LiveRequest:
     """When its last token came, as far as `generated` counts."""
     itl_max: int = 0
     num_preemptions: int = 0
+    num_cached: int = 0
+    """Prompt tokens that the prefix cache held when it was first scheduled."""
     killed: int = -1
     """When it last lost its KV."""
     loss: int = 0

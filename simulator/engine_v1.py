@@ -118,6 +118,8 @@ class EngineV1(Engine):
                 request.held = request.hashes[:num_found]
                 self.cache.hold(request.held)
                 request.computed = num_found * block_size
+                if request.scheduled == now and not request.num_preemptions:
+                    request.num_cached = request.computed
             chunk = min(target - request.computed, budget)
             num_taken = -(-(request.computed + chunk) // block_size) - num_found + num_idle
             self._take_chunk(request, chunk, num_taken)

@@ -47,6 +47,7 @@ def request_columns(result: SimulationResult) -> dict[str, Sequence[Any] | np.nd
         "e2e_s": times.e2e_s,
         "queueing_s": times.queueing_s,
         "itl_max_s": times.itl_max_s,
+        "num_cached_tokens": result.num_cached_tokens,
         "num_preemptions": result.num_preemptions,
         "preemption_loss_s": result.preemption_loss_s,
         "num_migrations": result.num_migrations,

@@ -9,9 +9,10 @@ Definitions are those of `vllm bench serve`, so that the numbers can be laid bes
   have not finished; `itl_max` is the longest gap of each request.
 * Queueing: from arrival until an engine first schedules the request.
 
-Beyond it: preemption loss is what recomputation cost a request, over all requests; fragmentation is
-the share of all KV blocks that were free while some instance had a request waiting, averaged over
-time; instance-seconds count from launch to end.
+Beyond it: the prefix hit rate is the share of prompt tokens that the cache held when their request
+was first scheduled (vLLM's `cached_tokens`); preemption loss is what recomputation cost a request,
+over all requests; fragmentation is the share of all KV blocks that were free while some instance
+had a request waiting, averaged over time; instance-seconds count from launch to end.
 
 Only finished requests enter the latencies. This module reads a result and changes nothing.
 """
@@ -34,7 +35,7 @@ COMMITTED = "committed"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution:
-    """Mean and percentiles of `count` values; all NaN without any."""
+    """Mean, percentiles and greatest of `count` values; all NaN without any."""
 
     count: int
     mean: float
@@ -42,6 +43,7 @@ class Distribution:
     p90: float
     p95: float
     p99: float
+    max: float
 
     @classmethod
     def of(cls, values: Floats) -> Distribution:
@@ -49,9 +51,10 @@ class Distribution:
         known = values[~np.isnan(values)]
         if not len(known):
             nan = float("nan")
-            return cls(count=0, mean=nan, p50=nan, p90=nan, p95=nan, p99=nan)
-        p50, p90, p95, p99 = np.percentile(known, PERCENTILES).tolist()
-        return cls(count=len(known), mean=float(known.mean()), p50=p50, p90=p90, p95=p95, p99=p99)
+            return cls(count=0, mean=nan, p50=nan, p90=nan, p95=nan, p99=nan, max=nan)
+        return cls._of_percentiles(
+            len(known), float(known.mean()), np.percentile(known, (*PERCENTILES, 100)).tolist()
+        )
 
     @classmethod
     def of_weighted(cls, values: Floats, counts: Ints) -> Distribution:
@@ -61,13 +64,17 @@ class Distribution:
         num = int(up_to[-1]) if len(up_to) else 0
         if not num:
             return cls.of(np.empty(0))
-        ranks = np.array(PERCENTILES) / 100 * (num - 1)
+        ranks = np.array((*PERCENTILES, 100)) / 100 * (num - 1)
         below = np.floor(ranks)
         low = values[np.searchsorted(up_to, below, side="right")]
         high = values[np.searchsorted(up_to, np.ceil(ranks), side="right")]
-        p50, p90, p95, p99 = (low + (high - low) * (ranks - below)).tolist()
         mean = float(np.average(values, weights=counts[order]))
-        return cls(count=num, mean=mean, p50=p50, p90=p90, p95=p95, p99=p99)
+        return cls._of_percentiles(num, mean, (low + (high - low) * (ranks - below)).tolist())
+
+    @classmethod
+    def _of_percentiles(cls, count: int, mean: float, values: list[float]) -> Distribution:
+        p50, p90, p95, p99, greatest = values
+        return cls(count=count, mean=mean, p50=p50, p90=p90, p95=p95, p99=p99, max=greatest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,12 +123,18 @@ class Summary:
     tpot_s: Distribution
     itl_s: Distribution
     itl_max_s: Distribution
+    """Over each request's longest gap between two tokens."""
     e2e_s: Distribution
     queueing_s: Distribution
     num_preemptions: int
     preemption_loss_s: Distribution
+    prefix_hit_rate: float
+    """Share of the prompt tokens of scheduled requests that the prefix cache held; NaN where the
+    trace names no prefixes, or the cache is off."""
     num_migrations: int
     migration_downtime_s: Distribution
+    """The pause of each move as its client sees it: from the last token at the source to the first
+    at the destination."""
     fragmentation: float
     instance_seconds: float
     mean_instances: float
@@ -181,6 +194,7 @@ def summarise(result: SimulationResult, slo: Slo | None = None) -> Summary:
         queueing_s=Distribution.of(times.queueing_s),
         num_preemptions=int(result.num_preemptions.sum()),
         preemption_loss_s=Distribution.of(result.preemption_loss_s[is_finished]),
+        prefix_hit_rate=_prefix_hit_rate(result),
         num_migrations=len(downtimes),
         migration_downtime_s=Distribution.of(np.array(downtimes, dtype=np.float64)),
         fragmentation=fragmentation(result),
@@ -203,6 +217,14 @@ def fragmentation(result: SimulationResult) -> float:
     waiting = np.bincount(sample, weights=timeline.num_waiting)
     stranded = np.where(waiting > 0, free, 0.0)
     return float(np.mean(np.divide(stranded, total, out=np.zeros_like(free), where=total > 0)))
+
+
+def _prefix_hit_rate(result: SimulationResult) -> float:
+    if result.trace.prefix_hashes is None or not result.options.has_prefix_caches:
+        return float("nan")
+    is_scheduled = ~np.isnan(result.scheduled_s)
+    num_prompt_tokens = int(result.trace.num_prompt_tokens[is_scheduled].sum())
+    return _ratio(int(result.num_cached_tokens[is_scheduled].sum()), num_prompt_tokens)
 
 
 def instance_seconds(result: SimulationResult) -> float:

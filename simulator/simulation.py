@@ -127,6 +127,11 @@ class SimulationOptions:
         return DEFAULT_WATERMARK[self.engine] if self.watermark is None else self.watermark
 
     @property
+    def has_prefix_caches(self) -> bool:
+        """Whether the engines look for prefixes that they hold."""
+        return self.enable_prefix_caching and self.engine == "vllm-v1"
+
+    @property
     def effective_kv_blocks(self) -> int:
         """`num_kv_blocks`, or the hardware's."""
         return self.hardware.kv.num_blocks if self.num_kv_blocks is None else self.num_kv_blocks
@@ -155,6 +160,8 @@ class SimulationResult:
     token_gaps: TokenGaps
     itl_max_s: FloatArray
     """Longest gap between two tokens, stalls included; NaN with fewer than two tokens."""
+    num_cached_tokens: IntArray
+    """Prompt tokens that the prefix cache held when the request was first scheduled."""
     num_preemptions: IntArray
     preemption_loss_s: FloatArray
     """From each eviction to the end of the recompute, less one decode step for the token that the

@@ -29,7 +29,10 @@ from llumsched.simulator.sweep import Row, grid, sweep, write_rows
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_SHOWN = ("ttft_mean", "ttft_p99", "tpot_mean", "tpot_p99", "e2e_p99", "goodput", "mean_instances")
+_SHOWN = (
+    *("ttft_mean", "ttft_p99", "tpot_mean", "tpot_p99", "gap_p99", "e2e_p99"),
+    *("goodput", "mean_instances"),
+)
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:

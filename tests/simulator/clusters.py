@@ -27,6 +27,7 @@ REQUEST_COLUMNS = (
     "finished_s",
     "num_output_tokens",
     "itl_max_s",
+    "num_cached_tokens",
     "num_preemptions",
     "preemption_loss_s",
     "num_migrations",

@@ -72,6 +72,7 @@ def make_result(**changed: Any) -> SimulationResult:
             num_tokens=np.array([1, 2]),
         ),
         "itl_max_s": np.array([0.6, NAN, NAN, 0.2]),
+        "num_cached_tokens": np.array([64, 0, 0, 256]),
         "num_preemptions": np.array([1, 0, 0, 2]),
         "preemption_loss_s": np.array([0.4, 0.0, 0.0, 0.9]),
         "num_migrations": np.array([1, 0, 0, 0]),

@@ -70,6 +70,19 @@ def test_the_table_shows_spread_and_marks_the_best() -> None:
     assert "1.25" in lines["TTFT mean (s)"]
 
 
+def test_what_a_stream_suffers_is_in_the_table() -> None:
+    """A stall, an eviction and a move are shown beside the means that hide them."""
+    text = text_table(RUNS)
+    for label in (
+        *(f"longest gap {which} (ms)" for which in ("P50", "P99", "max")),
+        "preemptions",
+        *(f"move's pause {which} (ms)" for which in ("P50", "P99", "max")),
+    ):
+        assert f"\n{label} " in text
+    run = RUNS[0].figures()
+    assert (run["gap_max"], run["preemptions"], run["pause_max"]) == pytest.approx((600, 3, 20))
+
+
 def test_numbers_have_three_digits_and_no_exponent() -> None:
     values = (0.0, 0.01234, 1.0, 45.678, 12345.6, float("nan"))
     assert [number(value) for value in values] == ["0", "0.0123", "1.00", "45.7", "12,346", "-"]

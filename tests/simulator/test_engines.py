@@ -18,7 +18,7 @@ from llumsched.simulator.engine_request import DECODING, LiveRequest
 from llumsched.simulator.engine_v1 import EngineV1
 from llumsched.simulator.kernel import PS_PER_S, Kernel, to_ps
 from llumsched.simulator.simulation import simulate
-from llumsched.simulator.trace import Trace
+from llumsched.simulator.trace import Trace, make_trace
 from tests.campaigns import examples
 from tests.simulator.clusters import (
     engine_options,
@@ -119,6 +119,21 @@ class TestV1:
         held = simulate(trace, make_options(hardware=hardware, watermark=0.05))
         assert at_once.scheduled_s[1] < at_once.finished_s[0]
         assert held.scheduled_s[1] == held.finished_s[0]
+
+    def test_what_the_prefix_cache_held_is_counted_once(self) -> None:
+        """When a request is first scheduled: what is found again after an eviction saves nothing
+        of its prompt that was not paid for already."""
+        trace = make_trace(
+            "shared",
+            arrival_s=[0.0, 1.0, 1.5],
+            num_prompt_tokens=[40, 42, 41],
+            num_output_tokens=[2, 100, 100],
+            prefix_hashes=[list(range(10))] * 3,
+            hash_block_size=BLOCK_SIZE,
+        )
+        result = simulate(trace, make_options(hardware=make_hardware(num_blocks=50)))
+        assert result.num_preemptions.sum() >= 1
+        assert result.num_cached_tokens.tolist() == [0, 40, 40]
 
     def test_no_more_than_max_num_seqs_run(self) -> None:
         trace = make_requests(*[(0.0, 4, 10)] * 3)

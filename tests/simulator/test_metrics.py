@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llumsched.simulator.metrics import Distribution, Slo, latencies, summarise
+from llumsched.simulator.trace import make_trace
 from tests.simulator.results import NAN, make_result
 
 
@@ -37,8 +38,22 @@ def test_the_summary_of_four_requests() -> None:
     assert summary.itl_s.p99 == pytest.approx(np.percentile([0.1, 0.2, 0.6, 0.6], 99))
     assert summary.num_preemptions == 3
     assert summary.preemption_loss_s.mean == pytest.approx(0.2)
+    assert summary.itl_max_s.max == pytest.approx(0.6)
     assert summary.num_migrations == 1
     assert summary.migration_downtime_s.p99 == pytest.approx(0.02)
+
+
+def test_the_prefix_hit_rate_is_over_the_prompts_that_were_scheduled() -> None:
+    assert math.isnan(summarise(make_result()).prefix_hit_rate)
+    trace = make_trace(
+        "hashes",
+        arrival_s=[0.0, 1.0, 2.0, 3.0],
+        num_prompt_tokens=[100, 200, 300, 400],
+        num_output_tokens=[11, 1, 5, 100],
+        prefix_hashes=[[1], [1], [1], [1]],
+    )
+    # The third was rejected, so nobody looked for its prefix.
+    assert summarise(make_result(trace=trace)).prefix_hit_rate == pytest.approx(320 / 700)
 
 
 def test_instances_are_paid_for_from_launch_to_end() -> None:
@@ -78,4 +93,5 @@ def test_percentiles_are_interpolated() -> None:
     values = Distribution.of(np.array([4.0, NAN, 1.0, 2.0, 3.0]))
     assert (values.count, values.mean, values.p50) == (4, 2.5, 2.5)
     assert values.p99 == pytest.approx(3.97)
+    assert values.max == 4.0
     assert math.isnan(Distribution.of(np.array([NAN])).p99)
