@@ -33,8 +33,8 @@ from llumsched.core.events import (
     Ticked,
 )
 from llumsched.core.load import InstanceLoad, InstanceSpec
-from llumsched.core.prefix_index import PrefixIndex
-from llumsched.core.scheduler import GlobalScheduler
+from llumsched.core.scheduling.prefix_index import PrefixIndex
+from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.core.types import SchedulingRequest
 from llumsched.plugins import build_bundle
 from llumsched.policies import BUILT_IN

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from llumsched import plugins
-from llumsched.core.migration_record import MigrationOptions
+from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.params import ParamError, check_param, params_of
 from llumsched.core.transfer_options import TransferOptions

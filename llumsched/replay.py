@@ -18,7 +18,7 @@ from pathlib import Path
 from llumsched.config import Config
 from llumsched.core.actions import Action, DispatchRequest, PolicyFailed
 from llumsched.core.events import Ticked
-from llumsched.core.scheduler import GlobalScheduler
+from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.decision_log import Decision, read_segment, segments_of
 from llumsched.plugins import build_bundle
 

@@ -27,7 +27,7 @@ from llumsched.core.events import (
     Ticked,
 )
 from llumsched.core.load import InstanceLoad, InstanceSpec
-from llumsched.core.scheduler import GlobalScheduler
+from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.core.types import SchedulingRequest, num_blocks_for
 from llumsched.decision_log import DecisionLog, segments_of
 from llumsched.plugins import build_bundle

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from llumsched import plugins
-from llumsched.core import migration_destination_rules, migration_rules
-from llumsched.core.migration_table import Rule, TransitionTable
+from llumsched.core.migration.destination import rules as migration_destination_rules
+from llumsched.core.migration.source import rules as migration_rules
+from llumsched.core.migration.table import Rule, TransitionTable
 from llumsched.core.params import params_of
 from llumsched.simulator.generators import GENERATORS
 from llumsched.simulator.hardware import available, load_hardware

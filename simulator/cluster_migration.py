@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from llumsched.core import migration as protocol
-from llumsched.core import migration_destination as destination_side
 from llumsched.core.actions import StartMigration
 from llumsched.core.events import MigrationFinished, MigrationOutcome
-from llumsched.core.migration_record import MigrationOptions
+from llumsched.core.migration.destination import machine as destination_side
+from llumsched.core.migration.source import machine as protocol
+from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.policy import MigrationCandidate, VictimPolicy, settled
 from llumsched.simulator.cluster_move import Move, OpenMoves
 from llumsched.simulator.cluster_reservation import Reservations

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llumsched.core.actions import StartMigration
-from llumsched.core.migration import Migration
-from llumsched.core.migration_destination import absent
+from llumsched.core.migration.destination.machine import absent
+from llumsched.core.migration.source.machine import Migration
 from llumsched.simulator.engine_base import Engine
 from llumsched.simulator.engine_request import LiveRequest
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llumsched.core import migration as source_side
-from llumsched.core import migration_destination as protocol
-from llumsched.core.migration_destination import ReservationOptions, ReservationState
+from llumsched.core.migration.destination import machine as protocol
+from llumsched.core.migration.destination.machine import ReservationOptions, ReservationState
+from llumsched.core.migration.source import machine as source_side
 from llumsched.core.types import num_blocks_for
 from llumsched.simulator.cluster_move import Move, OpenMoves
 from llumsched.simulator.engine_request import DECODING, SUSPENDED

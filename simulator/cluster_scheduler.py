@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from llumsched.core.actions import Action
 from llumsched.core.events import Event, Ticked
-from llumsched.core.scheduler import GlobalScheduler
+from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.decision_log import DecisionLog
 from llumsched.plugins import build_bundle
 from llumsched.simulator.kernel import NEVER, PS_PER_S

@@ -43,7 +43,7 @@ from llumsched.core.events import (
     ScaleRequested,
     Ticked,
 )
-from llumsched.core.scheduler import GlobalScheduler
+from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.core.types import InstanceState, PriorityClass
 from llumsched.decision_log import DecisionLog
 from llumsched.plugins import build_bundle

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from llumsched.core import migration_destination as protocol
+from llumsched.core.migration.destination import machine as protocol
 from llumsched.engine.base import CannotMigrate
 from llumsched.engine.vllm.migration import MigrationPort
 from llumsched.engine.vllm.state import FinalState, RequestState

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import ray
 
-from llumsched.core.migration import MigrationOptions
+from llumsched.core.migration.source.machine import MigrationOptions
 from llumsched.core.policy import VictimPolicy
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore, prove_membership

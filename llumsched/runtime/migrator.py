@@ -22,9 +22,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from llumsched.core import migration as protocol
 from llumsched.core.events import MigrationOutcome
-from llumsched.core.migration_destination import ReservationOptions
+from llumsched.core.migration.destination.machine import ReservationOptions
+from llumsched.core.migration.source import machine as protocol
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.compatibility import differences

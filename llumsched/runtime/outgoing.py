@@ -20,8 +20,8 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from llumsched.core import migration as protocol
 from llumsched.core.events import MigrationOutcome
+from llumsched.core.migration.source import machine as protocol
 from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.vllm.migration import MigrationPort, SuspendedRequest
 from llumsched.engine.vllm.state import RequestState

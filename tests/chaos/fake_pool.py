@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from llumsched.core import migration_destination as destination
+from llumsched.core.migration.destination import machine as destination
 from llumsched.engine.fake_request import FakeOutput, FakeState
 from llumsched.frontend.routes import Arrival, Finished, Passed, Routes
 from tests.migration_table.host import Instance

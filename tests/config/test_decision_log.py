@@ -26,7 +26,7 @@ from llumsched.core.events import (
     RequestFinished,
     Ticked,
 )
-from llumsched.core.scheduler import GlobalScheduler
+from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.decision_log import (
     DecisionLog,
     DecisionLogError,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from llumsched.core.actions import StartMigration
 from llumsched.core.events import MigrationFinished, MigrationOutcome
-from llumsched.core.migration import MigrationOptions
+from llumsched.core.migration.source.machine import MigrationOptions
 from llumsched.simulator.cluster_migration import Migrations
 from llumsched.simulator.cost import StepCost, copy_ps
 from llumsched.simulator.engine_base import Engine

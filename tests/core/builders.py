@@ -10,7 +10,7 @@ from llumsched.core.events import Event, InstanceJoined, LoadReported, RequestAr
 from llumsched.core.load import InstanceLoad, InstanceSpec
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.policy import PolicyBundle
-from llumsched.core.scheduler import GlobalScheduler
+from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.core.snapshot import ClusterSnapshot
 from llumsched.core.types import SchedulingRequest
 from llumsched.policies.freeness import Freeness

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llumsched.core.load import Headroom, Unreported, freeness
-from llumsched.core.scheduler import GlobalScheduler
+from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.core.types import InstanceState, PriorityClass
 
 

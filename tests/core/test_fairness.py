@@ -5,7 +5,7 @@ from __future__ import annotations
 import hypothesis.strategies as st
 from hypothesis import given
 
-from llumsched.core.fairness import OUTPUT_TOKEN_WEIGHT, PROMPT_TOKEN_WEIGHT, FairTurns
+from llumsched.core.scheduling.fairness import OUTPUT_TOKEN_WEIGHT, PROMPT_TOKEN_WEIGHT, FairTurns
 
 LENGTHS = st.lists(st.integers(min_value=1, max_value=500), min_size=1, max_size=30)
 

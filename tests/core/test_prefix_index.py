@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from llumsched.core.prefix_index import PrefixIndex
+from llumsched.core.scheduling.prefix_index import PrefixIndex
 
 IDS = ("a", "b", "c", "d")
 

@@ -39,7 +39,7 @@ from llumsched.core.events import (
 )
 from llumsched.core.load import InstanceLoad
 from llumsched.core.policy import PolicyBundle
-from llumsched.core.scheduler import GlobalScheduler
+from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.core.types import InstanceState
 from tests.core.builders import BLOCK_SIZE, TOTAL_BLOCKS, make_request, make_spec
 from tests.core.invariants import check_invariants, check_reconciled

@@ -28,8 +28,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.utils import EngineZmqAddresses
 
-from llumsched.core.migration import MigrationOptions
-from llumsched.core.migration_destination import ReservationOptions
+from llumsched.core.migration.destination.machine import ReservationOptions
+from llumsched.core.migration.source.machine import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import EngineSettings
 from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID, MigrationPort

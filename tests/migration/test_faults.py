@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from llumsched.core.migration import Migration, MigrationOptions, MigrationState
+from llumsched.core.migration.source.machine import Migration, MigrationOptions, MigrationState
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.kv_transfer import RingOffer
 from llumsched.runtime import migrator, outgoing, peer_link

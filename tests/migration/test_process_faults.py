@@ -18,8 +18,8 @@ from dataclasses import replace
 
 import pytest
 
-from llumsched.core.migration import MigrationState
-from llumsched.core.migration_destination import ReservationState
+from llumsched.core.migration.destination.machine import ReservationState
+from llumsched.core.migration.source.machine import MigrationState
 from llumsched.runtime.messages import OrderMigration
 from llumsched.trust import PoolKeys
 from tests.campaigns import THOROUGH

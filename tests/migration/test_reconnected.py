@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from llumsched.core.migration import MigrationOptions, MigrationState
-from llumsched.core.migration_destination import ReservationState
+from llumsched.core.migration.destination.machine import ReservationState
+from llumsched.core.migration.source.machine import MigrationOptions, MigrationState
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.process_group import GroupChannel
 from llumsched.runtime.incoming import IncomingMigrations

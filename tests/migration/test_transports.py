@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llumsched.core.migration import MigrationOptions
+from llumsched.core.migration.source.machine import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.kv_transfer import SendRing, Staging
 from llumsched.runtime import peer_link

@@ -14,8 +14,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from llumsched.core import migration as source
-from llumsched.core import migration_destination as destination
+from llumsched.core.migration.destination import machine as destination
+from llumsched.core.migration.source import machine as source
 from llumsched.engine.base import CannotMigrate
 from llumsched.engine.fake import FakeEngine
 from llumsched.engine.fake_blocks import BlockContent

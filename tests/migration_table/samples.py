@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llumsched.core import migration as source
-from llumsched.core import migration_destination as destination
-from llumsched.core.migration import Migration, MigrationEvent, MigrationOptions, MigrationState
-from llumsched.core.migration_destination import Reservation, ReservationEvent, ReservationState
+from llumsched.core.migration.destination import machine as destination
+from llumsched.core.migration.destination.machine import (
+    Reservation,
+    ReservationEvent,
+    ReservationState,
+)
+from llumsched.core.migration.source import machine as source
+from llumsched.core.migration.source.machine import (
+    Migration,
+    MigrationEvent,
+    MigrationOptions,
+    MigrationState,
+)
 
 MIGRATION_ID = "m"
 

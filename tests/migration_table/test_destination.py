@@ -6,7 +6,7 @@ from typing import TypedDict
 
 import pytest
 
-from llumsched.core.migration_destination import (
+from llumsched.core.migration.destination.machine import (
     AbortRequest,
     AbortRequested,
     AcknowledgeCommit,

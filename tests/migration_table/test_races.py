@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llumsched.core import migration as source
-from llumsched.core.migration import MigrationOptions, MigrationState
-from llumsched.core.migration_destination import (
+from llumsched.core.migration.destination.machine import (
     AcknowledgeCommit,
     ConfirmReservation,
     RefuseCommit,
@@ -14,6 +12,8 @@ from llumsched.core.migration_destination import (
     Reservation,
     ReservationState,
 )
+from llumsched.core.migration.source import machine as source
+from llumsched.core.migration.source.machine import MigrationOptions, MigrationState
 from llumsched.engine.fake import FakeEngine
 from llumsched.engine.fake_request import (
     FakeOutput,

@@ -7,7 +7,7 @@ from typing import TypedDict
 
 import pytest
 
-from llumsched.core.migration import (
+from llumsched.core.migration.source.machine import (
     AbortAtDestination,
     AbortReason,
     BlocksCopied,

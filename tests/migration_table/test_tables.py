@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from llumsched.core import migration as source
-from llumsched.core import migration_destination as destination
-from llumsched.core import migration_rules as rules
-from llumsched.core.migration_table import IllegalTransition
+from llumsched.core.migration.destination import machine as destination
+from llumsched.core.migration.source import machine as source
+from llumsched.core.migration.source import rules
+from llumsched.core.migration.table import IllegalTransition
 from tests.migration_table.samples import (
     destination_events,
     make_migration,

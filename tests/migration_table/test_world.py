@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llumsched.core import migration as source
-from llumsched.core import migration_destination as destination
-from llumsched.core import migration_destination_rules as destination_rules
-from llumsched.core import migration_rules as source_rules
-from llumsched.core.migration_table import IllegalTransition, Rule, TransitionTable
+from llumsched.core.migration.destination import machine as destination
+from llumsched.core.migration.destination import rules as destination_rules
+from llumsched.core.migration.source import machine as source
+from llumsched.core.migration.source import rules as source_rules
+from llumsched.core.migration.table import IllegalTransition, Rule, TransitionTable
 from llumsched.engine.fake import FakeEngine
 from llumsched.engine.fake_request import (
     FakeFinal,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llumsched.core import migration as source
-from llumsched.core import migration_destination as destination
+from llumsched.core.migration.destination import machine as destination
+from llumsched.core.migration.source import machine as source
 
 Command = source.MigrationCommand | destination.ReservationCommand
 

@@ -22,8 +22,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from llumsched.core.migration import Migration, MigrationOptions, MigrationState
-from llumsched.core.migration_destination import ReservationExpired, ReservationState
+from llumsched.core.migration.destination.machine import ReservationExpired, ReservationState
+from llumsched.core.migration.source.machine import Migration, MigrationOptions, MigrationState
 from llumsched.engine.fake import FakeEngine
 from llumsched.engine.fake_request import (
     FakeOutput,

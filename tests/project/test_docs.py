@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llumsched.core import migration_destination_rules, migration_rules
-from llumsched.core.migration_table import TransitionTable
+from llumsched.core.migration.destination import rules as migration_destination_rules
+from llumsched.core.migration.source import rules as migration_rules
+from llumsched.core.migration.table import TransitionTable
 from scripts import generate_docs
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from llumsched.core.migration_destination import ReservationOptions
+from llumsched.core.migration.destination.machine import ReservationOptions
 from llumsched.engine.vllm.state import RequestState
 from llumsched.runtime.incoming import IncomingMigrations
 from llumsched.runtime.peer_messages import (

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import zmq
 import zmq.asyncio
+from tests.wire import strangers
 
 from llumsched import trust
 from llumsched.config import Config
@@ -22,7 +23,6 @@ from llumsched.frontend.sockets import FrontendSockets
 from llumsched.runtime.controller import Controller
 from llumsched.runtime.heartbeat import BEAT_NUM_BYTES, HeartbeatListener
 from llumsched.trust import Gate, PoolKeys
-from tests.trust import strangers
 
 PATIENCE_S = 30
 # Of the whole process, whatever it does meanwhile; a giant would take gigabytes.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llumsched.core.migration_messages import (
+from llumsched.core.migration.source.messages import (
     EVENTS,
     AbortAtDestination,
     BlocksCopied,
@@ -42,14 +42,14 @@ from llumsched.core.migration_messages import (
     Side,
     SuspendRequest,
 )
-from llumsched.core.migration_record import (
+from llumsched.core.migration.source.record import (
     TERMINAL_STATES,
     AbortReason,
     Migration,
     MigrationOptions,
 )
-from llumsched.core.migration_rules import TABLE, SourceRule, copy_blocks, reserve_blocks
-from llumsched.core.migration_table import IllegalTransition
+from llumsched.core.migration.source.rules import TABLE, SourceRule, copy_blocks, reserve_blocks
+from llumsched.core.migration.table import IllegalTransition
 
 __all__ = [
     "EVENTS",

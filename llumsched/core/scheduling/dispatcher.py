@@ -12,11 +12,6 @@ from typing import Any
 import numpy as np
 
 from llumsched.core.actions import Action, DispatchRequest, Rejection, RejectRequest
-from llumsched.core.answers import malformed, policy_failed
-from llumsched.core.cluster import Cluster, InstanceRecord
-from llumsched.core.dispatch_queue import DispatchQueue
-from llumsched.core.fairness import FairTurns
-from llumsched.core.ledger import Ledger, RequestRecord
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.policy import (
     ADMIT,
@@ -28,6 +23,11 @@ from llumsched.core.policy import (
     Reject,
     Verdict,
 )
+from llumsched.core.scheduling.answer_checks import malformed, policy_failed
+from llumsched.core.scheduling.cluster_state import Cluster, InstanceRecord
+from llumsched.core.scheduling.dispatch_queue import DispatchQueue
+from llumsched.core.scheduling.fairness import FairTurns
+from llumsched.core.scheduling.request_ledger import Ledger, RequestRecord
 from llumsched.core.snapshot import BoolColumn, ClusterSnapshot
 from llumsched.core.types import InstanceState, SchedulingRequest
 

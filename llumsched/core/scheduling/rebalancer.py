@@ -8,14 +8,14 @@ destination. This module does not know which request moves: the source picks it.
 from itertools import islice
 
 from llumsched.core.actions import Action, RefuseMigration, StartMigration
-from llumsched.core.answers import malformed, policy_failed
-from llumsched.core.arbitration import MigrationArbiter
-from llumsched.core.cluster import Cluster, InstanceRecord
-from llumsched.core.dispatching import Dispatcher
 from llumsched.core.events import MigrationFinished, MigrationOutcome, MigrationRequested
-from llumsched.core.ledger import Ledger, RequestRecord
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.policy import MigrationPair, MigrationPolicy
+from llumsched.core.scheduling.answer_checks import malformed, policy_failed
+from llumsched.core.scheduling.cluster_state import Cluster, InstanceRecord
+from llumsched.core.scheduling.dispatcher import Dispatcher
+from llumsched.core.scheduling.migration_arbiter import MigrationArbiter
+from llumsched.core.scheduling.request_ledger import Ledger, RequestRecord
 from llumsched.core.snapshot import ClusterSnapshot
 from llumsched.core.types import InstanceState
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llumsched.core.migration_destination_messages import (
+from llumsched.core.migration.destination.messages import (
     EVENTS,
     AbortRequest,
     AbortRequested,
@@ -45,13 +45,13 @@ from llumsched.core.migration_destination_messages import (
     SourceLost,
     StageAnnounced,
 )
-from llumsched.core.migration_destination_record import (
+from llumsched.core.migration.destination.record import (
     ReleaseReason,
     Reservation,
     ReservationOptions,
 )
-from llumsched.core.migration_destination_rules import TABLE, DestinationRule
-from llumsched.core.migration_table import IllegalTransition
+from llumsched.core.migration.destination.rules import TABLE, DestinationRule
+from llumsched.core.migration.table import IllegalTransition
 
 __all__ = [
     "EVENTS",

@@ -12,16 +12,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llumsched.core.actions import Action, TerminateInstance
-from llumsched.core.arbitration import MigrationArbiter
-from llumsched.core.cluster import Cluster, InstanceRecord
 from llumsched.core.codec import from_plain, to_plain
-from llumsched.core.dispatching import Dispatcher
 from llumsched.core.events import InstanceJoined
-from llumsched.core.ledger import Ledger
 from llumsched.core.load import InstanceLoad, InstanceSpec
 from llumsched.core.options import SchedulerOptions
-from llumsched.core.prefix_index import PrefixIndex
-from llumsched.core.rebalancing import Rebalancer
+from llumsched.core.scheduling.cluster_state import Cluster, InstanceRecord
+from llumsched.core.scheduling.dispatcher import Dispatcher
+from llumsched.core.scheduling.migration_arbiter import MigrationArbiter
+from llumsched.core.scheduling.prefix_index import PrefixIndex
+from llumsched.core.scheduling.rebalancer import Rebalancer
+from llumsched.core.scheduling.request_ledger import Ledger
 from llumsched.core.types import InstanceState
 
 

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llumsched.core.cluster import Cluster, InstanceRecord
 from llumsched.core.codec import from_plain, to_plain
 from llumsched.core.events import MigrationOutcome
 from llumsched.core.options import SchedulerOptions
+from llumsched.core.scheduling.cluster_state import Cluster, InstanceRecord
 from llumsched.core.types import InstanceState, PriorityClass
 
 

@@ -17,10 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llumsched.core.actions import Action
-from llumsched.core.arbitration import MigrationArbiter
-from llumsched.core.cluster import Cluster
-from llumsched.core.dispatch_queue import DispatchQueue
-from llumsched.core.dispatching import Dispatcher
 from llumsched.core.events import (
     DrainRequested,
     Event,
@@ -39,14 +35,18 @@ from llumsched.core.events import (
     ScaleRequested,
     Ticked,
 )
-from llumsched.core.instances import Instances
-from llumsched.core.ledger import Ledger
 from llumsched.core.load import Headroom
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.policy import PolicyBundle, Stateful
-from llumsched.core.prefix_index import PrefixIndex
-from llumsched.core.rebalancing import Rebalancer
-from llumsched.core.scaling import Scaling
+from llumsched.core.scheduling.cluster_state import Cluster
+from llumsched.core.scheduling.dispatch_queue import DispatchQueue
+from llumsched.core.scheduling.dispatcher import Dispatcher
+from llumsched.core.scheduling.instance_lifecycle import Instances
+from llumsched.core.scheduling.migration_arbiter import MigrationArbiter
+from llumsched.core.scheduling.prefix_index import PrefixIndex
+from llumsched.core.scheduling.rebalancer import Rebalancer
+from llumsched.core.scheduling.request_ledger import Ledger
+from llumsched.core.scheduling.scaler import Scaling
 from llumsched.core.snapshot import ClusterSnapshot, PrefixHolders
 from llumsched.core.step_time import StepTimeModel
 from llumsched.core.types import SchedulingRequest

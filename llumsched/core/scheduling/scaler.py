@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llumsched.core.actions import Action, LaunchInstance
-from llumsched.core.answers import malformed, policy_failed
-from llumsched.core.cluster import Cluster
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.policy import ScaleDown, ScaleUp, ScalingPolicy
+from llumsched.core.scheduling.answer_checks import malformed, policy_failed
+from llumsched.core.scheduling.cluster_state import Cluster
 from llumsched.core.types import InstanceRole, InstanceState
 
 Drain = Callable[[str, float, list[Action]], None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llumsched.core.migration_messages import (
+from llumsched.core.migration.source.messages import (
     EVENTS,
     AbortAtDestination,
     BlocksCopied,
@@ -35,8 +35,8 @@ from llumsched.core.migration_messages import (
     Side,
     SuspendRequest,
 )
-from llumsched.core.migration_record import TERMINAL_STATES, AbortReason, Migration
-from llumsched.core.migration_table import Rule, TransitionTable
+from llumsched.core.migration.source.record import TERMINAL_STATES, AbortReason, Migration
+from llumsched.core.migration.table import Rule, TransitionTable
 
 # Guards.
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
-from llumsched.core.ledger import RequestRecord
+from llumsched.core.scheduling.request_ledger import RequestRecord
 
 _Key = tuple[int, float, int]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from llumsched.core.migration_destination_messages import ReservationState
+from llumsched.core.migration.destination.messages import ReservationState
 
 
 class ReleaseReason(StrEnum):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llumsched.core.migration_destination_messages import (
+from llumsched.core.migration.destination.messages import (
     EVENTS,
     AbortRequest,
     AbortRequested,
@@ -38,8 +38,8 @@ from llumsched.core.migration_destination_messages import (
     SourceLost,
     StageAnnounced,
 )
-from llumsched.core.migration_destination_record import ReleaseReason, Reservation
-from llumsched.core.migration_table import Rule, TransitionTable
+from llumsched.core.migration.destination.record import ReleaseReason, Reservation
+from llumsched.core.migration.table import Rule, TransitionTable
 
 # Guards.
 

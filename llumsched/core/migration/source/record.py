@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from llumsched.core.migration_messages import MigrationState
+from llumsched.core.migration.source.messages import MigrationState
 from llumsched.core.params import ParamError, check_params, param
 
 TERMINAL_STATES = frozenset({MigrationState.COMMITTED, MigrationState.ABORTED})

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from llumsched.core.cluster import Cluster, InstanceRecord
 from llumsched.core.codec import from_plain, to_plain
+from llumsched.core.scheduling.cluster_state import Cluster, InstanceRecord
 from llumsched.core.types import SchedulingRequest
 
 

@@ -1,0 +1,1 @@
+"""The protocol of a live migration: pure state machines of both ends, and their tables."""

@@ -1,0 +1,1 @@
+"""The destination's half of the migration protocol."""

@@ -1,0 +1,1 @@
+"""The source's half of the migration protocol."""

@@ -1,0 +1,1 @@
+"""The global scheduler: pure, events in and actions out."""
