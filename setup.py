@@ -42,6 +42,7 @@ PACKAGES = [
     "llumsched.policies",
     "llumsched.runtime",
     "llumsched.simulator",
+    "llumsched.wire",
 ]
 
 

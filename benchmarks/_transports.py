@@ -21,7 +21,6 @@ from llumsched.engine.kv_transfer import ReceiveRing, SendRing
 from llumsched.engine.process_group import free_rendezvous
 from llumsched.engine.vllm.kv import KVBlocks
 from llumsched.engine.vllm.kv_access import LocalKV
-from llumsched.runtime.messages import encode
 from llumsched.runtime.pacing import Pacer
 from llumsched.runtime.peer_link import Link, Session, receiving_channel
 from llumsched.runtime.peer_messages import (
@@ -33,7 +32,8 @@ from llumsched.runtime.peer_messages import (
     Welcome,
     decode_peer,
 )
-from llumsched.trust import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
+from llumsched.wire.control import encode
+from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 TRANSPORTS = ("shared_memory", "tcp", "gloo")
 NUM_LAYERS, NUM_BLOCKS, BLOCK_SIZE = 30, 160, 32

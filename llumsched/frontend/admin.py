@@ -22,8 +22,8 @@ from llumsched.frontend.launcher_messages import RequestStatus
 from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
 from llumsched.frontend.routes import Routes
 from llumsched.runtime.frontends import FrontendStatus, frontend_id
-from llumsched.runtime.instance_names import instance_name
 from llumsched.runtime.supervisor import BerthStatus
+from llumsched.wire.names import instance_name
 
 MIGRATION_TIMEOUT_S = 120.0
 DESCRIBE_TIMEOUT_S = 5.0

@@ -16,7 +16,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
-from llumsched.trust import COUNTED_EVENTS
+from llumsched.wire.keys import COUNTED_EVENTS
 
 
 class BrokenConnections:

@@ -6,7 +6,7 @@ import asyncio
 from typing import Protocol
 
 from llumsched.frontend.link import SchedulerLink
-from llumsched.runtime.instance_names import instance_name
+from llumsched.wire.names import instance_name
 
 
 class Client(Protocol):

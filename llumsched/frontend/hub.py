@@ -32,7 +32,7 @@ from llumsched.frontend.launcher_messages import (
     decode_from_frontend,
 )
 from llumsched.runtime.frontends import frontend_id
-from llumsched.runtime.messages import Message, encode
+from llumsched.wire.control import Message, encode
 
 logger = logging.getLogger(__name__)
 

@@ -33,11 +33,11 @@ from llumsched.frontend.member import FrontendPlan
 from llumsched.frontend.plans import limits_of, planner, resources_of
 from llumsched.frontend.ports import FrontendPorts
 from llumsched.runtime.frontends import Frontends
-from llumsched.runtime.instance_names import engine_index
 from llumsched.runtime.launch import Pool
 from llumsched.runtime.ray_cluster import LaunchError
 from llumsched.runtime.supervisor import TICK_S, BerthStatus, Supervisor
-from llumsched.trust import PoolKeys
+from llumsched.wire.keys import PoolKeys
+from llumsched.wire.names import engine_index
 
 # Beyond what vLLM takes to close connections.
 END_MARGIN_S = 2.0

@@ -1,6 +1,6 @@
 """What launcher and frontends say to each other, by a pair of sockets that each is born with.
 
-As with the scheduler's (``llumsched.runtime.messages``), decoding checks types and runs no code.
+As with the scheduler's (``llumsched.wire.control``), decoding checks types and runs no code.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import msgspec
 
 from llumsched.runtime.frontends import FrontendStatus
-from llumsched.runtime.messages import Message
 from llumsched.runtime.supervisor import BerthStatus
+from llumsched.wire.control import Message
 
 
 class RequestStatus(msgspec.Struct, frozen=True, kw_only=True):

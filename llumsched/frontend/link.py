@@ -24,8 +24,7 @@ from llumsched.core.types import SchedulingRequest, priority_class
 from llumsched.engine.vllm.hints import predict
 from llumsched.frontend.hints import Hints, current
 from llumsched.frontend.overload import Rejected
-from llumsched.runtime.instance_names import instance_name
-from llumsched.runtime.messages import (
+from llumsched.wire.control import (
     Accepted,
     ClusterDescription,
     DescribeCluster,
@@ -46,7 +45,8 @@ from llumsched.runtime.messages import (
     decode_control,
     encode,
 )
-from llumsched.trust import PoolKeys
+from llumsched.wire.keys import PoolKeys
+from llumsched.wire.names import instance_name
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from llumsched.plugins import build_bundle
 from llumsched.policies.low_priority_short import LowPriorityShort
 from llumsched.runtime.instance import InstancePlan
 from llumsched.runtime.instance_actor import InstanceResources
-from llumsched.runtime.instance_names import instance_name
 from llumsched.runtime.launch import Pool
 from llumsched.runtime.vital_signs import Limits
+from llumsched.wire.names import instance_name
 
 
 def planner(

@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
-from llumsched.runtime.messages import ClusterDescription, InstanceDescription
+from llumsched.wire.control import ClusterDescription, InstanceDescription
 
 REFRESH_INTERVAL_S = 2.0
 REFRESH_TIMEOUT_S = 2.0

@@ -44,10 +44,10 @@ from llumsched.frontend.preflight import (
     plan_cpu_memory,
 )
 from llumsched.frontend.sockets import FrontendSockets, max_output_num_bytes
-from llumsched.runtime.instance_names import instance_name
 from llumsched.runtime.launch import Pool
 from llumsched.runtime.ray_cluster import LaunchError
-from llumsched.trust import PoolKeys
+from llumsched.wire.keys import PoolKeys
+from llumsched.wire.names import instance_name
 
 
 def main(argv: Sequence[str]) -> int:

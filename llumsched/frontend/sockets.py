@@ -7,7 +7,7 @@ import zmq.asyncio
 from vllm.config import VllmConfig
 from vllm.v1.engine.utils import EngineZmqAddresses
 
-from llumsched.trust import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
+from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 # Of one logprob: a float, and the number of its token.
 LOGPROB_NUM_BYTES = 8

@@ -33,10 +33,10 @@ from llumsched.frontend.launcher_messages import (
     decode_from_launcher,
 )
 from llumsched.runtime.frontends import FrontendStatus
-from llumsched.runtime.instance_names import instance_name
-from llumsched.runtime.messages import Message, encode
 from llumsched.runtime.supervisor import BerthStatus
-from llumsched.trust import Gate
+from llumsched.wire.control import Message, encode
+from llumsched.wire.keys import Gate
+from llumsched.wire.names import instance_name
 
 logger = logging.getLogger(__name__)
 

@@ -50,7 +50,9 @@ from llumsched.plugins import build_bundle
 from llumsched.runtime.decision_notes import DecisionNotes
 from llumsched.runtime.known_frontends import KnownFrontends
 from llumsched.runtime.known_instances import KnownInstances
-from llumsched.runtime.messages import (
+from llumsched.runtime.operator_calls import OperatorCalls
+from llumsched.runtime.orders import Orders
+from llumsched.wire.control import (
     Accepted,
     ClusterDescription,
     DescribeCluster,
@@ -75,9 +77,7 @@ from llumsched.runtime.messages import (
     decode_control,
     encode,
 )
-from llumsched.runtime.operator_calls import OperatorCalls
-from llumsched.runtime.orders import Orders
-from llumsched.trust import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
+from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import zmq.asyncio
 from llumsched.config import Config
 from llumsched.runtime.controller import Controller
 from llumsched.runtime.heartbeat import Silence
-from llumsched.trust import PoolKeys
+from llumsched.wire.keys import PoolKeys
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import zmq
 
-from llumsched.trust import Gate, PoolKeys
+from llumsched.wire.keys import Gate, PoolKeys
 
 INTERVAL_S = 0.1
 # Engine index, and the silence of its loop in milliseconds.

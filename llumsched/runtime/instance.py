@@ -26,7 +26,7 @@ from llumsched.runtime.cores import OwnCores
 from llumsched.runtime.heartbeat import start_beating
 from llumsched.runtime.llumlet import Llumlet
 from llumsched.runtime.signals import act_on
-from llumsched.trust import PoolKeys
+from llumsched.wire.keys import PoolKeys
 
 logger = logging.getLogger(__name__)
 

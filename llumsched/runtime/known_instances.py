@@ -6,7 +6,7 @@ import math
 
 from llumsched.core.load import InstanceLoad
 from llumsched.core.snapshot import ClusterSnapshot
-from llumsched.runtime.messages import InstanceDescription, RegisterInstance, ReportLoad
+from llumsched.wire.control import InstanceDescription, RegisterInstance, ReportLoad
 
 
 class KnownInstances:

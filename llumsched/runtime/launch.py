@@ -43,7 +43,7 @@ from llumsched.runtime.instance_actor import (
 from llumsched.runtime.instance_process import NodeWatches
 from llumsched.runtime.ray_cluster import LaunchError, cluster_resources, in_words, start_ray
 from llumsched.runtime.supervisor import TICK_S, Supervisor
-from llumsched.trust import Gate, PoolKeys
+from llumsched.wire.keys import Gate, PoolKeys
 
 logger = logging.getLogger(__name__)
 

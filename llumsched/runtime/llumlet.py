@@ -29,7 +29,8 @@ from llumsched.engine.vllm.load import LoadReader
 from llumsched.engine.vllm.migration import MigrationPort
 from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
 from llumsched.engine.vllm.resumption import Resumption
-from llumsched.runtime.messages import (
+from llumsched.runtime.migrator import Migrator
+from llumsched.wire.control import (
     InstanceGone,
     InstanceLeaves,
     OrderMigration,
@@ -40,8 +41,7 @@ from llumsched.runtime.messages import (
     decode_control,
     encode,
 )
-from llumsched.runtime.migrator import Migrator
-from llumsched.trust import PoolKeys
+from llumsched.wire.keys import PoolKeys
 
 logger = logging.getLogger(__name__)
 

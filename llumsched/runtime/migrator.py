@@ -33,7 +33,6 @@ from llumsched.engine.process_group import free_rendezvous
 from llumsched.engine.vllm.kv_access import KVAccess
 from llumsched.engine.vllm.migration import MigrationPort
 from llumsched.runtime.incoming import ANSWER_AFTER_S, IncomingMigrations, Reply
-from llumsched.runtime.messages import OrderMigration, ReportMigration, encode
 from llumsched.runtime.outgoing import OutgoingMigration
 from llumsched.runtime.pacing import Pacer
 from llumsched.runtime.peer_link import Link, Session, receiving_channel
@@ -49,7 +48,8 @@ from llumsched.runtime.peer_messages import (
     Welcome,
     decode_peer,
 )
-from llumsched.trust import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
+from llumsched.wire.control import OrderMigration, ReportMigration, encode
+from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llumsched.core.actions import StartMigration
-from llumsched.runtime.messages import MigrateAnswer, ReportMigration
+from llumsched.wire.control import MigrateAnswer, ReportMigration
 
 Answer = tuple[bytes, MigrateAnswer]
 

@@ -23,7 +23,7 @@ from llumsched.core.actions import (
 from llumsched.core.events import Event, MigrationFinished, MigrationOutcome
 from llumsched.runtime.known_frontends import KnownFrontends
 from llumsched.runtime.known_instances import KnownInstances
-from llumsched.runtime.messages import (
+from llumsched.wire.control import (
     Message,
     OrderLaunch,
     OrderMigration,

@@ -25,7 +25,6 @@ from llumsched.core.migration.source import machine as protocol
 from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.vllm.migration import MigrationPort, SuspendedRequest
 from llumsched.engine.vllm.state import RequestState
-from llumsched.runtime.messages import MigrationStatistics, ReportMigration
 from llumsched.runtime.peer_messages import (
     AbortMigrated,
     Commit,
@@ -35,6 +34,7 @@ from llumsched.runtime.peer_messages import (
     ReleaseReservation,
     Reserve,
 )
+from llumsched.wire.control import MigrationStatistics, ReportMigration
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,6 @@ from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.kv_transfer import ReceiveRing, SendRing, Staging
 from llumsched.engine.process_group import GroupChannel
 from llumsched.engine.vllm.kv_access import KVAccess
-from llumsched.runtime.messages import encode
 from llumsched.runtime.pacing import Pacer
 from llumsched.runtime.peer_messages import (
     CommitAnswer,
@@ -40,7 +39,8 @@ from llumsched.runtime.peer_messages import (
     Welcome,
     decode_peer,
 )
-from llumsched.trust import PoolKeys
+from llumsched.wire.control import encode
+from llumsched.wire.keys import PoolKeys
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 
 from llumsched.engine.kv_transfer import RingOffer
-from llumsched.runtime.messages import Message
+from llumsched.wire.control import Message
 
 # Blocks, stages and slots: far more than there are, and little enough to multiply by bytes.
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from llumsched.runtime.back_off import BackOff, pause_s
-from llumsched.runtime.instance_names import instance_name
 from llumsched.runtime.vital_signs import Limits, VitalSigns, Watched
+from llumsched.wire.names import instance_name
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ import grpc
 import psutil
 import pytest
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
-from tests.wire import strangers
 
 from tests.e2e.cases import COMPLETIONS, completion
 from tests.e2e.client import POLL_INTERVAL_S, REQUEST_TIMEOUT_S, Admin, collect, differences
 from tests.e2e.moving import Mover
 from tests.e2e.servers import Server
+from tests.wire import strangers
 
 # How long strangers wait to be hung up on: some listeners of libraries never do.
 LINGER_S = 0.1

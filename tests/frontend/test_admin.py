@@ -13,8 +13,8 @@ from llumsched.frontend.launcher_messages import RequestStatus
 from llumsched.frontend.link import SchedulerLink
 from llumsched.frontend.routes import Routes
 from llumsched.runtime.frontends import FrontendStatus
-from llumsched.runtime.messages import MigrateAnswer, ReportMigration
 from llumsched.runtime.supervisor import BerthStatus
+from llumsched.wire.control import MigrateAnswer, ReportMigration
 
 
 class Berths:

@@ -9,7 +9,7 @@ import zmq
 import zmq.asyncio
 
 from llumsched.frontend.broken_connections import BrokenConnections
-from llumsched.trust import Gate, PoolKeys
+from llumsched.wire.keys import Gate, PoolKeys
 from tests.connections import shut_connections_to
 
 TIMEOUT_S = 20.0

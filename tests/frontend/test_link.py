@@ -18,7 +18,7 @@ from llumsched.frontend import link as link_module
 from llumsched.frontend.hints import Hints, hinted
 from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
 from llumsched.frontend.overload import Rejected
-from llumsched.runtime.messages import (
+from llumsched.wire.control import (
     Accepted,
     ClusterDescription,
     DescribeCluster,
@@ -35,7 +35,7 @@ from llumsched.runtime.messages import (
     decode_control,
     encode,
 )
-from llumsched.trust import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
+from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 TIMEOUT_S = 20.0
 Answer = Callable[[Message], Message | None]

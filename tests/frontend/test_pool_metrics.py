@@ -13,7 +13,7 @@ from llumsched.core.load import InstanceLoad
 from llumsched.frontend import pool_metrics
 from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
 from llumsched.frontend.pool_metrics import PoolMetrics
-from llumsched.runtime.messages import ClusterDescription, InstanceDescription
+from llumsched.wire.control import ClusterDescription, InstanceDescription
 
 
 def description(**changes: Any) -> ClusterDescription:

@@ -8,7 +8,7 @@ import pytest
 
 from llumsched.frontend.ports import FrontendPorts
 from llumsched.frontend.sockets import FrontendSockets
-from llumsched.trust import PoolKeys
+from llumsched.wire.keys import PoolKeys
 
 HOST = "127.0.0.1"
 

@@ -30,7 +30,7 @@ from llumsched.frontend.client import RoutingEngineClient
 from llumsched.frontend.metrics import FrontendMetrics
 from llumsched.frontend.ports import FrontendPorts
 from llumsched.frontend.sockets import FrontendSockets, engine_identity
-from llumsched.trust import PoolKeys
+from llumsched.wire.keys import PoolKeys
 
 PATIENCE_S = 20.0
 HOST = "127.0.0.1"

@@ -40,9 +40,9 @@ from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore
 from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID, MigrationPort
 from llumsched.frontend.routes import Arrival, Passed, Routes
-from llumsched.runtime.messages import OrderMigration, ReportMigration
 from llumsched.runtime.migrator import Migrator
-from llumsched.trust import PoolKeys
+from llumsched.wire.control import OrderMigration, ReportMigration
+from llumsched.wire.keys import PoolKeys
 
 BLOCK_SIZE = 32
 NUM_BLOCKS = 97

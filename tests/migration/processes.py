@@ -34,10 +34,10 @@ from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import EngineSettings
 from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID, MigrationPort
 from llumsched.runtime import incoming, migrator, outgoing, peer_link
-from llumsched.runtime.messages import OrderMigration, ReportMigration
 from llumsched.runtime.migrator import Migrator
 from llumsched.runtime.peer_messages import PeerMessage, decode_peer
-from llumsched.trust import PoolKeys
+from llumsched.wire.control import OrderMigration, ReportMigration
+from llumsched.wire.keys import PoolKeys
 from tests.migration.pool import ENGINE_FLAGS, NUM_BLOCKS, SteppedCore
 
 PATIENCE_S = 120.0

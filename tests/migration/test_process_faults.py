@@ -20,8 +20,8 @@ import pytest
 
 from llumsched.core.migration.destination.machine import ReservationState
 from llumsched.core.migration.source.machine import MigrationState
-from llumsched.runtime.messages import OrderMigration
-from llumsched.trust import PoolKeys
+from llumsched.wire.control import OrderMigration
+from llumsched.wire.keys import PoolKeys
 from tests.campaigns import THOROUGH
 from tests.migration.processes import (
     FAULT_S,

@@ -20,7 +20,7 @@ from llumsched.core.types import PriorityClass, SchedulingRequest
 from llumsched.decision_log import DecisionLog, read_segment, segments_of
 from llumsched.runtime import decision_notes
 from llumsched.runtime.controller import Controller
-from llumsched.runtime.messages import (
+from llumsched.wire.control import (
     Accepted,
     ClusterDescription,
     DescribeCluster,
@@ -49,7 +49,7 @@ from llumsched.runtime.messages import (
     decode_control,
     encode,
 )
-from llumsched.trust import PoolKeys
+from llumsched.wire.keys import PoolKeys
 
 TIMEOUT_S = 10.0
 KEYS = PoolKeys.generate()

@@ -8,7 +8,7 @@ import socket
 from llumsched.config import Config
 from llumsched.frontend.link import SchedulerLink
 from llumsched.runtime.controller_actor import ControllerActor
-from llumsched.trust import PoolKeys
+from llumsched.wire.keys import PoolKeys
 
 TIMEOUT_S = 20.0
 

@@ -15,7 +15,7 @@ from llumsched.runtime.instance_actor import InstanceResources, Likeness
 from llumsched.runtime.instance_process import NodeWatches
 from llumsched.runtime.launch import Pool
 from llumsched.runtime.ray_cluster import LaunchError
-from llumsched.trust import PoolKeys
+from llumsched.wire.keys import PoolKeys
 from tests.engine.fingerprints import HERE
 
 

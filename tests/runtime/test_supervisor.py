@@ -15,7 +15,7 @@ from llumsched.runtime.heartbeat import HeartbeatListener, Silence, start_beatin
 from llumsched.runtime.process_work import Work
 from llumsched.runtime.supervisor import TICK_S, Supervisor
 from llumsched.runtime.vital_signs import Limits
-from llumsched.trust import PoolKeys
+from llumsched.wire.keys import PoolKeys
 
 LIMITS = Limits(heartbeat_s=10.0, step_s=60.0, loop_uses_cpu=True)
 

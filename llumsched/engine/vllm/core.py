@@ -28,7 +28,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 
 from llumsched.engine.vllm.introductions import IntroducingSocket
-from llumsched.trust import PoolKeys
+from llumsched.wire.keys import PoolKeys
 
 T = TypeVar("T")
 

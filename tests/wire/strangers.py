@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 import zmq
 
-from llumsched.trust import PoolKeys
+from llumsched.wire.keys import PoolKeys
 
 PATIENCE_S = 30
 SIGNATURE = b"\xff" + bytes(8) + b"\x7f"

@@ -14,15 +14,15 @@ import psutil
 import pytest
 import zmq
 import zmq.asyncio
-from tests.wire import strangers
 
-from llumsched import trust
 from llumsched.config import Config
 from llumsched.frontend.broken_connections import BrokenConnections
 from llumsched.frontend.sockets import FrontendSockets
 from llumsched.runtime.controller import Controller
 from llumsched.runtime.heartbeat import BEAT_NUM_BYTES, HeartbeatListener
-from llumsched.trust import Gate, PoolKeys
+from llumsched.wire import keys as trust
+from llumsched.wire.keys import Gate, PoolKeys
+from tests.wire import strangers
 
 PATIENCE_S = 30
 # Of the whole process, whatever it does meanwhile; a giant would take gigabytes.
