@@ -39,8 +39,12 @@ PACKAGES = [
     "llumsched.engine",
     "llumsched.engine.vllm",
     "llumsched.frontend",
+    "llumsched.instance",
+    "llumsched.migration",
     "llumsched.policies",
+    "llumsched.pool",
     "llumsched.runtime",
+    "llumsched.scheduler",
     "llumsched.simulator",
     "llumsched.wire",
 ]

@@ -21,9 +21,8 @@ from llumsched.engine.kv_transfer import ReceiveRing, SendRing
 from llumsched.engine.process_group import free_rendezvous
 from llumsched.engine.vllm.kv import KVBlocks
 from llumsched.engine.vllm.kv_access import LocalKV
-from llumsched.runtime.pacing import Pacer
-from llumsched.runtime.peer_link import Link, Session, receiving_channel
-from llumsched.runtime.peer_messages import (
+from llumsched.migration.link import Link, Session, receiving_channel
+from llumsched.migration.messages import (
     Hello,
     PeerMessage,
     SlotRead,
@@ -32,6 +31,7 @@ from llumsched.runtime.peer_messages import (
     Welcome,
     decode_peer,
 )
+from llumsched.migration.rate_limit import Pacer
 from llumsched.wire.control import encode
 from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 

@@ -21,8 +21,8 @@ from llumsched.core.events import MigrationOutcome
 from llumsched.frontend.launcher_messages import RequestStatus
 from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
 from llumsched.frontend.routes import Routes
-from llumsched.runtime.frontends import FrontendStatus, frontend_id
-from llumsched.runtime.supervisor import BerthStatus
+from llumsched.pool.frontend_supervisor import FrontendStatus, frontend_id
+from llumsched.pool.instance_supervisor import BerthStatus
 from llumsched.wire.names import instance_name
 
 MIGRATION_TIMEOUT_S = 120.0

@@ -26,7 +26,7 @@ from llumsched.frontend.connections import NoInstance, Roster
 from llumsched.frontend.link import SchedulerLink
 from llumsched.frontend.preflight import TASKS_UNASKED
 from llumsched.frontend.sockets import FrontendSockets
-from llumsched.runtime.frontends import frontend_id
+from llumsched.pool.frontend_supervisor import frontend_id
 
 PrefixHasher = Callable[[EngineCoreRequest], tuple[int, ...]]
 

@@ -31,7 +31,7 @@ from llumsched.frontend.launcher_messages import (
     RequestStatus,
     decode_from_frontend,
 )
-from llumsched.runtime.frontends import frontend_id
+from llumsched.pool.frontend_supervisor import frontend_id
 from llumsched.wire.control import Message, encode
 
 logger = logging.getLogger(__name__)

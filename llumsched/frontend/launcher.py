@@ -32,10 +32,10 @@ from llumsched.frontend.link import SchedulerLink
 from llumsched.frontend.member import FrontendPlan
 from llumsched.frontend.plans import limits_of, planner, resources_of
 from llumsched.frontend.ports import FrontendPorts
-from llumsched.runtime.frontends import Frontends
-from llumsched.runtime.launch import Pool
-from llumsched.runtime.ray_cluster import LaunchError
-from llumsched.runtime.supervisor import TICK_S, BerthStatus, Supervisor
+from llumsched.pool.frontend_supervisor import Frontends
+from llumsched.pool.instance_supervisor import TICK_S, BerthStatus, Supervisor
+from llumsched.pool.pool import Pool
+from llumsched.pool.ray_cluster import LaunchError
 from llumsched.wire.keys import PoolKeys
 from llumsched.wire.names import engine_index
 

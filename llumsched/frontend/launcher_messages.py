@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import msgspec
 
-from llumsched.runtime.frontends import FrontendStatus
-from llumsched.runtime.supervisor import BerthStatus
+from llumsched.pool.frontend_supervisor import FrontendStatus
+from llumsched.pool.instance_supervisor import BerthStatus
 from llumsched.wire.control import Message
 
 

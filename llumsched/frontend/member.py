@@ -27,7 +27,7 @@ from llumsched.frontend.pool_metrics import PoolMetrics
 from llumsched.frontend.preflight import check_tasks
 from llumsched.frontend.sockets import FrontendSockets, max_output_num_bytes
 from llumsched.frontend.supervision import Supervision
-from llumsched.runtime.frontends import frontend_id
+from llumsched.pool.frontend_supervisor import frontend_id
 from llumsched.wire.keys import PoolKeys
 
 # A number of connections is an int of four bytes.

@@ -14,12 +14,12 @@ from llumsched.core.policy import VictimPolicy
 from llumsched.engine.vllm.core import EngineSettings
 from llumsched.frontend.arguments import ServeOptions
 from llumsched.frontend.preflight import cpu_threads_per_worker
+from llumsched.instance.actor import InstancePlan
 from llumsched.plugins import build_bundle
 from llumsched.policies.low_priority_short import LowPriorityShort
-from llumsched.runtime.instance import InstancePlan
-from llumsched.runtime.instance_actor import InstanceResources
-from llumsched.runtime.launch import Pool
-from llumsched.runtime.vital_signs import Limits
+from llumsched.pool.instance_actor import InstanceResources
+from llumsched.pool.liveness import Limits
+from llumsched.pool.pool import Pool
 from llumsched.wire.names import instance_name
 
 

@@ -44,8 +44,8 @@ from llumsched.frontend.preflight import (
     plan_cpu_memory,
 )
 from llumsched.frontend.sockets import FrontendSockets, max_output_num_bytes
-from llumsched.runtime.launch import Pool
-from llumsched.runtime.ray_cluster import LaunchError
+from llumsched.pool.pool import Pool
+from llumsched.pool.ray_cluster import LaunchError
 from llumsched.wire.keys import PoolKeys
 from llumsched.wire.names import instance_name
 

@@ -32,8 +32,8 @@ from llumsched.frontend.launcher_messages import (
     RequestStatus,
     decode_from_launcher,
 )
-from llumsched.runtime.frontends import FrontendStatus
-from llumsched.runtime.supervisor import BerthStatus
+from llumsched.pool.frontend_supervisor import FrontendStatus
+from llumsched.pool.instance_supervisor import BerthStatus
 from llumsched.wire.control import Message, encode
 from llumsched.wire.keys import Gate
 from llumsched.wire.names import instance_name

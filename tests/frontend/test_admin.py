@@ -12,8 +12,8 @@ from llumsched.frontend.admin import OtherFrontends, admin_router
 from llumsched.frontend.launcher_messages import RequestStatus
 from llumsched.frontend.link import SchedulerLink
 from llumsched.frontend.routes import Routes
-from llumsched.runtime.frontends import FrontendStatus
-from llumsched.runtime.supervisor import BerthStatus
+from llumsched.pool.frontend_supervisor import FrontendStatus
+from llumsched.pool.instance_supervisor import BerthStatus
 from llumsched.wire.control import MigrateAnswer, ReportMigration
 
 

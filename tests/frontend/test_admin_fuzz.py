@@ -20,7 +20,7 @@ from llumsched.frontend.admin import admin_router
 from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
 from llumsched.frontend.overload import RetryAfterMiddleware
 from llumsched.frontend.routes import Routes
-from llumsched.runtime.supervisor import BerthStatus
+from llumsched.pool.instance_supervisor import BerthStatus
 from llumsched.wire.control import Accepted, ClusterDescription, MigrateAnswer, ReportMigration
 from tests.campaigns import examples
 

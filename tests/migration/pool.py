@@ -40,7 +40,7 @@ from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore
 from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID, MigrationPort
 from llumsched.frontend.routes import Arrival, Passed, Routes
-from llumsched.runtime.migrator import Migrator
+from llumsched.migration.migrator import Migrator
 from llumsched.wire.control import OrderMigration, ReportMigration
 from llumsched.wire.keys import PoolKeys
 

@@ -33,9 +33,12 @@ from llumsched.core.migration.source.machine import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import EngineSettings
 from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID, MigrationPort
-from llumsched.runtime import incoming, migrator, outgoing, peer_link
-from llumsched.runtime.migrator import Migrator
-from llumsched.runtime.peer_messages import PeerMessage, decode_peer
+from llumsched.migration import destination as incoming
+from llumsched.migration import link as peer_link
+from llumsched.migration import migrator
+from llumsched.migration import source as outgoing
+from llumsched.migration.messages import PeerMessage, decode_peer
+from llumsched.migration.migrator import Migrator
 from llumsched.wire.control import OrderMigration, ReportMigration
 from llumsched.wire.keys import PoolKeys
 from tests.migration.pool import ENGINE_FLAGS, NUM_BLOCKS, SteppedCore

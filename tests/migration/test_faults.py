@@ -15,10 +15,11 @@ import pytest
 from llumsched.core.migration.source.machine import Migration, MigrationOptions, MigrationState
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.kv_transfer import RingOffer
-from llumsched.runtime import migrator, outgoing, peer_link
-from llumsched.runtime.migrator import Migrator
-from llumsched.runtime.peer_link import Link
-from llumsched.runtime.peer_messages import (
+from llumsched.migration import link as peer_link
+from llumsched.migration import migrator
+from llumsched.migration import source as outgoing
+from llumsched.migration.link import Link
+from llumsched.migration.messages import (
     Hello,
     MigrationClosed,
     PeerMessage,
@@ -26,6 +27,7 @@ from llumsched.runtime.peer_messages import (
     Welcome,
     decode_peer,
 )
+from llumsched.migration.migrator import Migrator
 from tests.campaigns import THOROUGH
 from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES

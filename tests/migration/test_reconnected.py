@@ -16,8 +16,8 @@ from llumsched.core.migration.destination.machine import ReservationState
 from llumsched.core.migration.source.machine import MigrationOptions, MigrationState
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.process_group import GroupChannel
-from llumsched.runtime.incoming import IncomingMigrations
-from llumsched.runtime.outgoing import OutgoingMigration
+from llumsched.migration.destination import IncomingMigrations
+from llumsched.migration.source import OutgoingMigration
 from tests.campaigns import THOROUGH
 from tests.migration.answers import seen_by_client
 from tests.migration.cable import Cable

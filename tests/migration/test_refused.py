@@ -147,7 +147,7 @@ def test_instances_that_are_not_alike_refuse_each_other(
 def test_a_destination_that_does_not_answer_is_given_up(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llumsched.runtime.peer_link.HANDSHAKE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("llumsched.migration.link.HANDSHAKE_TIMEOUT_S", 0.2)
     sequence_id, _ = running(pool)
     endpoint = pool.instances[1].migrator.endpoint
     pool.instances[1].migrator.endpoint = "tcp://127.0.0.1:9"

@@ -13,7 +13,7 @@ import pytest
 from llumsched.core.migration.source.machine import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.kv_transfer import SendRing, Staging
-from llumsched.runtime import peer_link
+from llumsched.migration import link as peer_link
 from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES, params
 from tests.migration.pool import Pool

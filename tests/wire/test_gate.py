@@ -18,8 +18,8 @@ import zmq.asyncio
 from llumsched.config import Config
 from llumsched.frontend.broken_connections import BrokenConnections
 from llumsched.frontend.sockets import FrontendSockets
-from llumsched.runtime.controller import Controller
-from llumsched.runtime.heartbeat import BEAT_NUM_BYTES, HeartbeatListener
+from llumsched.instance.heartbeat import BEAT_NUM_BYTES, HeartbeatListener
+from llumsched.scheduler.controller import Controller
 from llumsched.wire import keys as trust
 from llumsched.wire.keys import Gate, PoolKeys
 from tests.wire import strangers

@@ -1,0 +1,1 @@
+"""The instance process: a Ray actor with an engine core and its llumlet."""

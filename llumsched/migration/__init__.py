@@ -1,0 +1,1 @@
+"""The instance process: both ends of live migrations, over links between instances."""

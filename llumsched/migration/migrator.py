@@ -1,0 +1,424 @@
+"""The migrator of an instance: its door to the other instances.
+
+One thread with an asyncio loop runs all migrations of an instance, in and out. Each instance
+binds one ROUTER, on which sources reach it, and connects one DEALER to every destination it
+has moved a request to. Messages are checked on decoding; KV bytes go through a shared ring
+where both ends are on one host, else as a frame of the message.
+
+What this does not know: when a migration may do what (``core.migration``), and what the
+engine must do for it (``engine``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from llumsched.core.events import MigrationOutcome
+from llumsched.core.migration.destination.machine import ReservationOptions
+from llumsched.core.migration.source import machine as protocol
+from llumsched.core.transfer_options import TransferOptions
+from llumsched.engine.base import CannotMigrate, Refusal
+from llumsched.engine.compatibility import differences
+from llumsched.engine.kv_transfer import ReceiveRing, SendRing
+from llumsched.engine.process_group import free_rendezvous
+from llumsched.engine.vllm.kv_access import KVAccess
+from llumsched.engine.vllm.migration import MigrationPort
+from llumsched.migration.destination import ANSWER_AFTER_S, IncomingMigrations, Reply
+from llumsched.migration.link import Link, Session, receiving_channel
+from llumsched.migration.messages import (
+    CommitAnswer,
+    Hello,
+    PeerMessage,
+    Reserved,
+    ReserveRejected,
+    SlotRead,
+    StageStored,
+    StoreBlocks,
+    Welcome,
+    decode_peer,
+)
+from llumsched.migration.rate_limit import Pacer
+from llumsched.migration.source import OutgoingMigration
+from llumsched.wire.control import OrderMigration, ReportMigration, encode
+from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
+
+logger = logging.getLogger(__name__)
+
+BYTES_PER_MB = 1_000_000
+
+
+class Migrator:
+    """Runs on its own event loop; ``migrate`` and ``peer_gone`` must be called on it.
+
+    Args:
+        instance_id: this instance.
+        call: runs a closure on the engine's loop thread.
+        keys: the pool's.
+        host: the address to bind, reachable by the other instances.
+        step_time_s: the engine's recent step time, for the statistics.
+    """
+
+    def __init__(
+        self,
+        *,
+        instance_id: str,
+        port: MigrationPort,
+        call: Callable[[Callable[[], Any]], Future[Any]],
+        abort: Callable[[str], None],
+        keys: PoolKeys,
+        host: str,
+        step_time_s: Callable[[], float],
+        options: protocol.MigrationOptions,
+        transfer: TransferOptions,
+    ) -> None:
+        self.instance_id = instance_id
+        self._fingerprint = port.fingerprint()
+        self._port = port
+        self._host = host
+        self._transfer = transfer
+        self._pacer = Pacer(
+            transfer.bandwidth_limit_mb_s * BYTES_PER_MB,
+            # Beside a GPU a core waits for the copies, and no step waits for the core.
+            transfer.core_share if port.kv is not None and port.kv.copies_on_cores else 1.0,
+        )
+        self._call = call
+        self._step_time_s = step_time_s
+        self._options = options
+        self._context = zmq.asyncio.Context()
+        self._keys = keys
+        self._router = self._context.socket(zmq.ROUTER)
+        # A source may connect again before it shows here that its old connection is gone.
+        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        # A part of a stage, or the state of a request.
+        max_num_bytes = max(self._slot_num_bytes(port.kv), MAX_CONTROL_NUM_BYTES)
+        self.gate = Gate(self._context, keys, [(self._router, max_num_bytes)], instance_id)
+        self._router.bind(f"tcp://{host}:*")
+        self.endpoint: str = self._router.get_string(zmq.LAST_ENDPOINT)
+        self._links: dict[str, Link] = {}
+        self._ring: SendRing | None = None
+        self._outgoing: dict[str, OutgoingMigration] = {}
+        self._sessions: dict[bytes, tuple[str, Session]] = {}
+        self._incoming = IncomingMigrations(
+            port=port, call=call, abort=abort, options=ReservationOptions()
+        )
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        port.on_lost = self._on_lost
+        self._receiving = asyncio.create_task(self._receive())
+
+    @property
+    def num_outgoing(self) -> int:
+        return len(self._outgoing)
+
+    @property
+    def num_incoming(self) -> int:
+        return self._incoming.num_reserved
+
+    @property
+    def num_reserved_blocks(self) -> int:
+        return self._incoming.num_reserved_blocks
+
+    async def close(self) -> None:
+        """Close every socket; migrations under way are dropped, as if the process had died."""
+        self._receiving.cancel()
+        self.gate.close()
+        for task in list(self._tasks):
+            task.cancel()
+        for link in self._links.values():
+            link.close()
+        for _, session in self._sessions.values():
+            session.close()
+        self._router.close(linger=0)
+        if self._ring is not None:
+            self._ring.close()
+        self._context.term()
+
+    # ---- source ---------------------------------------------------------------------------
+
+    async def migrate(self, order: OrderMigration, request_id: str | None) -> ReportMigration:
+        """Move one request as ordered, or say why not; whatever happens, there is a report."""
+        if request_id is None:
+            return self._report(order, None, MigrationOutcome.NOTHING_TO_MOVE, "nothing can move")
+        try:
+            report = await self._migrate(order, request_id)
+        except CannotMigrate as error:
+            report = self._report(
+                order, request_id, MigrationOutcome.REFUSED, str(error), error.refusal
+            )
+        except Exception as error:
+            logger.exception("Migration %s failed", order.migration_id)
+            report = self._report(
+                order, request_id, MigrationOutcome.ABORTED, f"failed: {error!r}", "failed"
+            )
+        if report.outcome != MigrationOutcome.COMMITTED:
+            refusal = Refusal(report.cause) if report.cause in set(Refusal) else None
+            self._call(lambda: self._port.rest(request_id, refusal or Refusal.NOT_TAKEN_OVER))
+        return report
+
+    async def _migrate(self, order: OrderMigration, request_id: str) -> ReportMigration:
+        if any(request_id == other.request_id for other in self._outgoing.values()):
+            raise CannotMigrate("the request is being migrated already", Refusal.BEING_MIGRATED)
+        if not self._incoming.may_leave(request_id):
+            raise CannotMigrate("the request has only just arrived", Refusal.JUST_ARRIVED)
+        if self._port.refusal is not None or self._port.kv is None:
+            raise CannotMigrate(
+                f"this instance cannot migrate: {self._port.refusal}", Refusal.UNSUPPORTED_ENGINE
+            )
+        link = await self._link(order.destination, order.destination_endpoint, self._port.kv)
+        outgoing = OutgoingMigration(
+            migration_id=order.migration_id,
+            request_id=request_id,
+            source=self.instance_id,
+            destination=order.destination,
+            port=self._port,
+            call=self._call,
+            link=link,
+            step_time_s=self._step_time_s,
+            block_num_bytes=self._port.kv.block_num_bytes,
+            options=self._options,
+        )
+        self._outgoing[order.migration_id] = outgoing
+        try:
+            return await outgoing.run()
+        finally:
+            del self._outgoing[order.migration_id]
+            link.ended(order.migration_id)
+
+    def peer_gone(self, instance_id: str) -> None:
+        """The process of another instance is known to be dead."""
+        for outgoing in self._outgoing.values():
+            if outgoing.destination == instance_id:
+                outgoing.post(
+                    protocol.PeerLost(
+                        migration_id=outgoing.migration_id,
+                        reason=f"instance {instance_id} died",
+                        is_dead=True,
+                    )
+                )
+        link = self._links.pop(instance_id, None)
+        if link is not None:
+            link.close()
+        self._forget_sessions(instance_id)
+        self._incoming.source_gone(instance_id)
+
+    def give_up_arrival(self, request_id: str) -> None:
+        """End every migration by which a request arrives here."""
+        self._incoming.give_up(request_id)
+
+    def _report(
+        self,
+        order: OrderMigration,
+        request_id: str | None,
+        outcome: MigrationOutcome,
+        reason: str,
+        cause: str = "",
+    ) -> ReportMigration:
+        return ReportMigration(
+            migration_id=order.migration_id,
+            request_id=request_id,
+            source=self.instance_id,
+            destination=order.destination,
+            outcome=outcome.value,
+            reason=reason,
+            cause=cause,
+        )
+
+    def _on_lost(self, request_id: str, what: str) -> None:
+        """Called on the engine's loop thread."""
+
+        def tell() -> None:
+            for outgoing in self._outgoing.values():
+                if outgoing.request_id == request_id:
+                    outgoing.lost(what)
+
+        self._loop.call_soon_threadsafe(tell)
+
+    def _slot_num_bytes(self, kv: KVAccess | None) -> int:
+        """Parts large enough that a message costs little beside the copy, small enough that
+        gathering one overlaps the receiver's scattering of another."""
+        if kv is None:
+            return 0
+        slot_num_bytes = int(self._transfer.staging_slot_mb * BYTES_PER_MB)
+        return max(1, slot_num_bytes // kv.block_num_bytes) * kv.block_num_bytes
+
+    async def _link(self, destination: str, endpoint: str, kv: KVAccess) -> Link:
+        link = self._links.get(destination)
+        if link is not None and link.is_broken:
+            if any(other.destination == destination for other in self._outgoing.values()):
+                # Their destination may still have to be asked, over this link, what it committed.
+                raise CannotMigrate(
+                    "the link broke, and is made anew after the migrations that use it",
+                    Refusal.UNREACHABLE,
+                )
+            del self._links[destination]
+            link.close()
+            link = None
+        if link is None or link.endpoint != endpoint:
+            if link is not None:
+                link.close()
+            if self._ring is None:
+                self._ring = SendRing(
+                    num_slots=self._transfer.staging_slots,
+                    slot_num_bytes=self._slot_num_bytes(kv),
+                    pinned=kv.pins_staging,
+                )
+            link = self._links[destination] = Link(
+                self._context,
+                self._keys,
+                endpoint,
+                self._ring,
+                kv,
+                self._pacer,
+                checksum=self._transfer.checksum,
+                on_answer=self._on_answer,
+            )
+        try:
+            await link.open(self.instance_id, self._fingerprint, self._transfer.transport)
+        except CannotMigrate:
+            if self._links.get(destination) is link:
+                del self._links[destination]
+                link.close()
+            raise
+        return link
+
+    def _on_answer(self, message: PeerMessage) -> bool:
+        """An answer from a destination; whether it was to a migration that goes on."""
+        outgoing = self._outgoing.get(getattr(message, "migration_id", ""))
+        if outgoing is None:
+            return False
+        migration_id = outgoing.migration_id
+        match message:
+            case Reserved():
+                outgoing.reserved(message.num_cached_blocks)
+            case ReserveRejected():
+                outgoing.post(
+                    protocol.ReservationRejected(migration_id=migration_id, reason=message.reason)
+                )
+            case StageStored():
+                outgoing.stored(message.stage, message.num_blocks_total)
+            case CommitAnswer(refused=None):
+                outgoing.committed_before(message.held_back_s)
+                outgoing.post(protocol.CommitAcknowledged(migration_id=migration_id))
+            case CommitAnswer():
+                outgoing.post(
+                    protocol.CommitRefused(migration_id=migration_id, reason=message.refused or "")
+                )
+            case _:
+                logger.warning("Dropped an answer that is none: %s", type(message).__name__)
+        return True
+
+    # ---- destination ----------------------------------------------------------------------
+
+    async def _receive(self) -> None:
+        while True:
+            identity, *frames = await self._router.recv_multipart(copy=False)
+            try:
+                message = decode_peer(frames[0].buffer)
+            except (msgspec.DecodeError, IndexError) as error:
+                logger.warning("Dropped a malformed message of another instance: %s", error)
+                continue
+            payload = frames[1].buffer if len(frames) > 1 else None
+            task = asyncio.create_task(self._handle(identity.bytes, message, payload))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _handle(
+        self, identity: bytes, message: PeerMessage, payload: memoryview | None
+    ) -> None:
+        async def reply(answer: PeerMessage) -> None:
+            if self._router.closed:
+                return  # this instance ends, and the other learns that from the link
+            await self._router.send_multipart([identity, encode(answer)])
+
+        match message:
+            case Hello():
+                await reply(self._welcome(identity, message))
+            case StoreBlocks():
+                begun_s, others_s = time.thread_time(), 0.0
+                try:
+                    others_s = await self._store(identity, message, payload, reply)
+                finally:
+                    core_s = others_s + time.thread_time() - begun_s
+                    if self._incoming.is_admitting(message.migration_id):
+                        await asyncio.sleep(ANSWER_AFTER_S)
+                    await reply(SlotRead(slot=message.slot, use=message.use, core_s=core_s))
+            case _:
+                self._incoming.take_in(message, reply)
+
+    def _welcome(self, identity: bytes, hello: Hello) -> Welcome:
+        if self._port.refusal is not None or self._port.kv is None:
+            return Welcome(refused=f"it cannot migrate: {self._port.refusal}")
+        differing = differences(self._fingerprint, hello.fingerprint)
+        if differing:
+            return Welcome(refused=f"the two are not alike: {differing}")
+        if hello.transport != self._transfer.transport:
+            return Welcome(
+                refused=f"its transport is {self._transfer.transport}, the source's is "
+                f"{hello.transport}"
+            )
+        self._forget_sessions(hello.instance_id)
+        return self._choose_transport(identity, hello)
+
+    def _choose_transport(self, identity: bytes, hello: Hello) -> Welcome:
+        wanted = hello.transport
+        ring = channel = None
+        rendezvous = ""
+        if wanted in ("gloo", "nccl"):
+            rendezvous = free_rendezvous(self._host)
+            channel = receiving_channel(wanted, rendezvous)
+        elif wanted in ("auto", "shared_memory"):
+            try:
+                ring = ReceiveRing(hello.ring)
+                wanted = "shared_memory"
+            except OSError as error:
+                if wanted == "shared_memory":
+                    return Welcome(refused=f"no memory can be shared: {error}")
+                wanted = "tcp"
+        self._sessions[identity] = (hello.instance_id, Session(ring=ring, channel=channel))
+        return Welcome(transport=wanted, rendezvous=rendezvous)
+
+    def _forget_sessions(self, instance_id: str) -> None:
+        for identity, (source, session) in list(self._sessions.items()):
+            if source == instance_id:
+                del self._sessions[identity]
+                session.close()
+
+    async def _store(
+        self, identity: bytes, message: StoreBlocks, payload: memoryview | None, reply: Reply
+    ) -> float:
+        """Returns the seconds of a core's time that it took of other processes."""
+        kv = self._port.kv
+        if kv is None or identity not in self._sessions:
+            await reply(Welcome(refused="blocks came before a hello"))
+            return 0.0
+        _, session = self._sessions[identity]
+        num_bytes = message.num_blocks * kv.block_num_bytes
+        try:
+            if num_bytes > self._slot_num_bytes(kv):
+                raise ValueError(f"{message.num_blocks} blocks in one part are too many")
+            staging = await session.staging(message, num_bytes, payload)
+        except (ValueError, IndexError, RuntimeError) as error:
+            logger.error("Migration %s: %s", message.migration_id, error)
+            self._incoming.cannot_write(message, reply, str(error))
+            if isinstance(error, RuntimeError):  # torch.distributed's: no channel outlives it
+                self._sessions.pop(identity, None)
+                session.close()
+                await reply(Welcome(refused=f"the channel broke: {error}"))
+            return 0.0
+        others_s = 0.0
+
+        async def write(block_ids: list[int]) -> None:
+            nonlocal others_s
+            others_s = await kv.scatter(block_ids, staging)
+
+        await self._incoming.store(message, reply, write)
+        return others_s

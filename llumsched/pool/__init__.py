@@ -1,0 +1,1 @@
+"""The launcher process: instances and the scheduler started, watched and replaced."""

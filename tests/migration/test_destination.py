@@ -1,0 +1,151 @@
+"""Blocks that workers of their own write: not given back before, and told when they cannot."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from llumsched.core.migration.destination.machine import ReservationOptions
+from llumsched.engine.vllm.state import RequestState
+from llumsched.migration.destination import IncomingMigrations
+from llumsched.migration.messages import (
+    PeerMessage,
+    ReleaseReservation,
+    Reserve,
+    Reserved,
+    ReserveRejected,
+    StageStored,
+    StoreBlocks,
+)
+
+STATE = RequestState(request=b"", output_token_ids=[1], num_preemptions=0, num_moves=1)
+BLOCK_IDS = [7, 3, 5]
+PATIENCE_S = 60.0
+
+
+class Destination:
+    """Migrations into an engine that has room for one request, and notes what is asked of it."""
+
+    def __init__(self) -> None:
+        self.cancelled: list[str] = []
+        self.answers: asyncio.Queue[PeerMessage] = asyncio.Queue()
+        port: Any = SimpleNamespace(
+            reserve=lambda _state: SimpleNamespace(
+                block_ids=BLOCK_IDS, num_cached_blocks=0, grammar=None
+            ),
+            cancel=self.cancelled.append,
+        )
+        self.incoming = IncomingMigrations(
+            port=port, call=_at_once, abort=lambda _: None, options=ReservationOptions()
+        )
+
+    async def reply(self, answer: PeerMessage) -> None:
+        self.answers.put_nowait(answer)
+
+    async def answer(self) -> PeerMessage:
+        """The next one."""
+        return await asyncio.wait_for(self.answers.get(), PATIENCE_S)
+
+    async def reserve(self) -> None:
+        state = msgspec.msgpack.encode(STATE)
+        self.incoming.take_in(
+            Reserve(migration_id="m", request_id="r", source="s", state=state), self.reply
+        )
+        assert isinstance(await self.answer(), Reserved)
+
+    def store(
+        self, first: int, write: Callable[[list[int]], Awaitable[None]]
+    ) -> asyncio.Task[None]:
+        """One block of a stage of three."""
+        message = StoreBlocks(
+            migration_id="m",
+            stage=1,
+            stage_first_block=0,
+            stage_num_blocks=len(BLOCK_IDS),
+            first_block=first,
+            num_blocks=1,
+            slot=0,
+            use=first,
+        )
+        return asyncio.create_task(self.incoming.store(message, self.reply, write))
+
+    def release(self) -> None:
+        self.incoming.take_in(ReleaseReservation(migration_id="m", reason=""), self.reply)
+
+
+def _at_once(function: Callable[[], Any]) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(function())
+    return future
+
+
+def run(scenario: Callable[[Destination], Awaitable[None]]) -> None:
+    async def with_a_destination() -> None:
+        destination = Destination()
+        await destination.reserve()
+        await scenario(destination)
+
+    asyncio.run(with_a_destination())
+
+
+def test_a_stage_is_stored_when_all_of_it_is_written() -> None:
+    async def scenario(destination: Destination) -> None:
+        written, go_on = [], asyncio.Event()
+
+        async def write(block_ids: list[int]) -> None:
+            await go_on.wait()
+            written.extend(block_ids)
+
+        parts = [destination.store(first, write) for first in (2, 0, 1, 0)]
+        await asyncio.sleep(0)
+        assert destination.answers.empty()
+        go_on.set()
+        await asyncio.gather(*parts)
+        assert isinstance(await destination.answer(), StageStored)
+        assert sorted(written) == sorted(BLOCK_IDS), "what came twice is written once"
+        assert destination.cancelled == []
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("num_writing", [1, 2])
+def test_blocks_are_given_back_when_the_last_write_is_over(num_writing: int) -> None:
+    async def scenario(destination: Destination) -> None:
+        gates = [asyncio.Event() for _ in range(num_writing)]
+
+        def write_after(gate: asyncio.Event) -> Callable[[list[int]], Awaitable[None]]:
+            async def write(_: list[int]) -> None:
+                await gate.wait()
+
+            return write
+
+        parts = [destination.store(i, write_after(gate)) for i, gate in enumerate(gates)]
+        await asyncio.sleep(0)
+        destination.release()
+        for gate, part in zip(gates, parts, strict=True):
+            assert destination.cancelled == []
+            gate.set()
+            await part
+        assert destination.cancelled == ["r"]
+
+    run(scenario)
+
+
+def test_what_cannot_be_written_ends_the_migration() -> None:
+    async def scenario(destination: Destination) -> None:
+        async def write(_: list[int]) -> None:
+            raise RuntimeError("the worker of rank 1 is gone")
+
+        await destination.store(0, write)
+        rejected = await destination.answer()
+        assert isinstance(rejected, ReserveRejected)
+        assert "the worker of rank 1 is gone" in rejected.reason
+        assert destination.cancelled == ["r"]
+
+    run(scenario)
