@@ -17,10 +17,10 @@ import zmq
 import zmq.asyncio
 
 from llumsched.core.transfer_options import TransferOptions
-from llumsched.engine.kv_transfer import ReceiveRing, SendRing
-from llumsched.engine.process_group import free_rendezvous
-from llumsched.engine.vllm.kv import KVBlocks
-from llumsched.engine.vllm.kv_access import LocalKV
+from llumsched.engine.transfer.shared_ring import ReceiveRing, SendRing
+from llumsched.engine.transfer.torch_channel import free_rendezvous
+from llumsched.engine.vllm.migration.kv import KVBlocks
+from llumsched.engine.vllm.migration.kv_access import LocalKV
 from llumsched.migration.link import Link, Session, receiving_channel
 from llumsched.migration.messages import (
     Hello,

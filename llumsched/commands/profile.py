@@ -56,8 +56,8 @@ def main(argv: Sequence[str]) -> int:
         if not getattr(arguments, name) > 0:
             raise CommandError(f"--{name.replace('_', '-')} must be above 0")
 
-    from llumsched.engine.vllm.profile import profile_engine
-    from llumsched.engine.vllm.profile_arguments import engine_arguments
+    from llumsched.engine.vllm.profiling.arguments import engine_arguments
+    from llumsched.engine.vllm.profiling.profile import profile_engine
 
     with tqdm(unit=" workloads", disable=None) as bar:
 

@@ -22,7 +22,7 @@ import msgspec
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import EngineCoreRequest
 
-from llumsched.engine.vllm.resumption import state_to_resume, why_not_resumable
+from llumsched.engine.vllm.migration.resumption import state_to_resume, why_not_resumable
 from llumsched.frontend.routes import Route, Routes
 
 logger = logging.getLogger(__name__)

@@ -27,8 +27,8 @@ from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.load import LoadReader
 from llumsched.engine.vllm.migration import MigrationPort
+from llumsched.engine.vllm.migration.resumption import Resumption
 from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
-from llumsched.engine.vllm.resumption import Resumption
 from llumsched.migration.migrator import Migrator
 from llumsched.wire.control import (
     InstanceGone,

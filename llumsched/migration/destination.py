@@ -22,7 +22,7 @@ import msgspec
 from llumsched.core.migration.destination import machine as protocol
 from llumsched.engine.base import CannotMigrate
 from llumsched.engine.vllm.migration import MigrationPort
-from llumsched.engine.vllm.state import FinalState, RequestState
+from llumsched.engine.vllm.migration.state import FinalState, RequestState
 from llumsched.migration.messages import (
     AbortMigrated,
     Commit,

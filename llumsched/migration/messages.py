@@ -10,7 +10,7 @@ from typing import Annotated
 
 import msgspec
 
-from llumsched.engine.kv_transfer import RingOffer
+from llumsched.engine.transfer.shared_ring import RingOffer
 from llumsched.wire.control import Message
 
 # Blocks, stages and slots: far more than there are, and little enough to multiply by bytes.

@@ -24,7 +24,7 @@ from llumsched.core.events import MigrationOutcome
 from llumsched.core.migration.source import machine as protocol
 from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.vllm.migration import MigrationPort, SuspendedRequest
-from llumsched.engine.vllm.state import RequestState
+from llumsched.engine.vllm.migration.state import RequestState
 from llumsched.migration.messages import (
     AbortMigrated,
     Commit,

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from llumsched.core.migration.destination import machine as destination
-from llumsched.engine.fake_request import FakeOutput, FakeState
 from llumsched.frontend.routes import Arrival, Finished, Passed, Routes
+from tests.fake_engine.request import FakeOutput, FakeState
 from tests.migration_table.host import Instance
 from tests.migration_table.world import INSTANCE_IDS, World, require
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumsched.engine.vllm.kv import KVBlocks
+from llumsched.engine.vllm.migration.kv import KVBlocks
 
 NUM_BLOCKS = 7
 NUM_LAYERS = 3

@@ -14,8 +14,8 @@ import psutil
 import pytest
 import torch
 
-from llumsched.engine.kv_transfer import SendRing, Staging
-from llumsched.engine.vllm.kv_shards import LENGTH_NUM_BYTES, ShardedKV
+from llumsched.engine.transfer.shared_ring import SendRing, Staging
+from llumsched.engine.vllm.migration.kv_shards import LENGTH_NUM_BYTES, ShardedKV
 
 NUM_BLOCKS = 6
 # Bytes of a block in each of two layers; the ranks of an engine may have different ones.

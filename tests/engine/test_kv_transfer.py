@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from llumsched.engine.kv_transfer import ReceiveRing, RingOffer, SendRing, host_id
+from llumsched.engine.transfer.shared_ring import ReceiveRing, RingOffer, SendRing, host_id
 
 NUM_SLOTS = 3
 SLOT_NUM_BYTES = 4096
@@ -46,7 +46,7 @@ def test_receiver_reads_what_the_sender_wrote(ring: SendRing) -> None:
 def test_another_process_reads_it(ring: SendRing) -> None:
     ring.slot(2).copy_(pattern(2))
     script = (
-        "from llumsched.engine.kv_transfer import ReceiveRing, RingOffer\n"
+        "from llumsched.engine.transfer.shared_ring import ReceiveRing, RingOffer\n"
         f"ring = ReceiveRing(RingOffer(**{dataclasses.asdict(ring.offer())!r}))\n"
         "print(bytes(ring.slot(2).numpy()).hex())\n"
     )
@@ -145,7 +145,7 @@ def test_a_slot_the_ring_does_not_have(ring: SendRing, slot: int) -> None:
 
 
 def test_a_host_is_the_same_to_all_its_processes() -> None:
-    script = "from llumsched.engine.kv_transfer import host_id; print(host_id())"
+    script = "from llumsched.engine.transfer.shared_ring import host_id; print(host_id())"
     other = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llumsched.engine.vllm.profile import Workload, plan
+from llumsched.engine.vllm.profiling.profile import Workload, plan
 
 
 def test_every_workload_fits_the_engine() -> None:

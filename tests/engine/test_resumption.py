@@ -10,12 +10,12 @@ from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from llumsched.engine.vllm.resumption import (
+from llumsched.engine.vllm.migration.resumption import (
     RewindableGenerator,
     state_to_resume,
     why_not_resumable,
 )
-from llumsched.engine.vllm.state import decode_request
+from llumsched.engine.vllm.migration.state import decode_request
 
 
 def request(**changes: Any) -> EngineCoreRequest:

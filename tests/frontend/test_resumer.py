@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from llumsched.engine.stays import STAYS_PER_SERIES
-from llumsched.engine.vllm.state import RequestState, decode_request
+from llumsched.engine.vllm.migration.state import RequestState, decode_request
 from llumsched.frontend import resumer as resumer_module
 from llumsched.frontend.hints import Hints, current, hinted
 from llumsched.frontend.overload import Rejected

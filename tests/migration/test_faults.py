@@ -14,7 +14,7 @@ import pytest
 
 from llumsched.core.migration.source.machine import Migration, MigrationOptions, MigrationState
 from llumsched.core.transfer_options import TransferOptions
-from llumsched.engine.kv_transfer import RingOffer
+from llumsched.engine.transfer.shared_ring import RingOffer
 from llumsched.migration import link as peer_link
 from llumsched.migration import migrator
 from llumsched.migration import source as outgoing

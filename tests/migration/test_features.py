@@ -15,7 +15,7 @@ import pytest
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
-from llumsched.engine.vllm import imports
+from llumsched.engine.vllm.migration import imports
 from tests.campaigns import THOROUGH
 from tests.migration import adapters, reasoning
 from tests.migration.answers import seen_by_client

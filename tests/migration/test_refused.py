@@ -15,8 +15,8 @@ from vllm.v1.request import Request
 
 from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.compatibility import Compatibility, fingerprint_of
-from llumsched.engine.vllm import exports
-from llumsched.engine.vllm.state import why_not_migratable
+from llumsched.engine.vllm.migration import exports
+from llumsched.engine.vllm.migration.state import why_not_migratable
 from tests.migration.cases import params
 from tests.migration.pool import Pool
 
@@ -91,7 +91,7 @@ def test_refusals_rest_a_request_for_longer_each_time(
     sequence_id, request = running(pool)
     port = pool.instances[0].port
     now_s = 1000.0
-    monkeypatch.setattr("llumsched.engine.vllm.exports.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("llumsched.engine.vllm.migration.exports.time.monotonic", lambda: now_s)
     rests_s = []
     for _ in range(10):
         port.rest(sequence_id, Refusal.NO_ROOM)

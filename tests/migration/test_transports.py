@@ -12,7 +12,7 @@ import pytest
 
 from llumsched.core.migration.source.machine import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
-from llumsched.engine.kv_transfer import SendRing, Staging
+from llumsched.engine.transfer.shared_ring import SendRing, Staging
 from llumsched.migration import link as peer_link
 from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES, params

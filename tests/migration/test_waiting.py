@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llumsched.engine.vllm import exports
+from llumsched.engine.vllm.migration import exports
 from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES, params
 from tests.migration.pool import NUM_BLOCKS, Pool

@@ -17,9 +17,9 @@ from typing import Protocol
 from llumsched.core.migration.destination import machine as destination
 from llumsched.core.migration.source import machine as source
 from llumsched.engine.base import CannotMigrate
-from llumsched.engine.fake import FakeEngine
-from llumsched.engine.fake_blocks import BlockContent
-from llumsched.engine.fake_request import (
+from tests.fake_engine.blocks import BlockContent
+from tests.fake_engine.engine import FakeEngine
+from tests.fake_engine.request import (
     FakeCopyableBlocks,
     FakeFinal,
     FakeState,

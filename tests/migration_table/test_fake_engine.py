@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from llumsched.engine.base import CannotMigrate, MigrationEngine
-from llumsched.engine.fake import FakeEngine
-from llumsched.engine.fake_blocks import BlockContent
-from llumsched.engine.fake_request import (
+from tests.fake_engine.blocks import BlockContent
+from tests.fake_engine.engine import FakeEngine
+from tests.fake_engine.request import (
     FakeFinal,
     FakeOutput,
     FakeState,

@@ -14,8 +14,8 @@ from llumsched.core.migration.destination.machine import (
 )
 from llumsched.core.migration.source import machine as source
 from llumsched.core.migration.source.machine import MigrationOptions, MigrationState
-from llumsched.engine.fake import FakeEngine
-from llumsched.engine.fake_request import (
+from tests.fake_engine.engine import FakeEngine
+from tests.fake_engine.request import (
     FakeOutput,
     expected_output,
 )

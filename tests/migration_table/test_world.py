@@ -22,11 +22,11 @@ from llumsched.core.migration.destination import rules as destination_rules
 from llumsched.core.migration.source import machine as source
 from llumsched.core.migration.source import rules as source_rules
 from llumsched.core.migration.table import IllegalTransition, Rule, TransitionTable
-from llumsched.engine.fake import FakeEngine
-from llumsched.engine.fake_request import (
+from tests.campaigns import examples
+from tests.fake_engine.engine import FakeEngine
+from tests.fake_engine.request import (
     FakeFinal,
 )
-from tests.campaigns import examples
 from tests.migration_table.world import World
 
 NUM_RUNS = int(os.environ.get("LLUMSCHED_MIGRATION_RUNS", "1200"))

@@ -24,8 +24,8 @@ from typing import TypeVar
 
 from llumsched.core.migration.destination.machine import ReservationExpired, ReservationState
 from llumsched.core.migration.source.machine import Migration, MigrationOptions, MigrationState
-from llumsched.engine.fake import FakeEngine
-from llumsched.engine.fake_request import (
+from tests.fake_engine.engine import FakeEngine
+from tests.fake_engine.request import (
     FakeOutput,
     expected_output,
 )

@@ -21,8 +21,8 @@ from typing import Any
 
 import msgspec
 
-from llumsched.engine.kv_transfer import ReceiveRing, RingOffer, SendRing, Staging
-from llumsched.engine.vllm.kv import KVBlocks
+from llumsched.engine.transfer.shared_ring import ReceiveRing, RingOffer, SendRing, Staging
+from llumsched.engine.vllm.migration.kv import KVBlocks
 
 LENGTH_NUM_BYTES = 4
 

@@ -26,7 +26,7 @@ from vllm.v1.serial_utils import MsgpackEncoder
 from llumsched.engine.base import CannotMigrate
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.migration import MigrationPort
-from llumsched.engine.vllm.state import FinalState, RequestState, decode_request
+from llumsched.engine.vllm.migration.state import FinalState, RequestState, decode_request
 
 # How often a migration that brings the request here as well is asked to end.
 MAX_ATTEMPTS = 5

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from llumsched.engine.kv_transfer import Staging
-from llumsched.engine.vllm.kv import KVBlocks
+from llumsched.engine.transfer.shared_ring import Staging
+from llumsched.engine.vllm.migration.kv import KVBlocks
 
 
 class KVAccess(Protocol):

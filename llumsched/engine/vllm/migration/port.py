@@ -14,10 +14,10 @@ from vllm.v1.request import Request
 from llumsched.engine.compatibility import PROTOCOL_VERSION, Compatibility, fingerprint_of
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.internals import installed_version
-from llumsched.engine.vllm.kv import KVBlocks
-from llumsched.engine.vllm.kv_access import KVAccess, LocalKV
-from llumsched.engine.vllm.kv_shards import ShardedKV
-from llumsched.engine.vllm.state import why_engine_cannot_migrate
+from llumsched.engine.vllm.migration.kv import KVBlocks
+from llumsched.engine.vllm.migration.kv_access import KVAccess, LocalKV
+from llumsched.engine.vllm.migration.kv_shards import ShardedKV
+from llumsched.engine.vllm.migration.state import why_engine_cannot_migrate
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,8 @@ from vllm.v1.serial_utils import UtilityResult
 
 from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.vllm.core import LlumschedEngineCore
-from llumsched.engine.vllm.port import Arrival, EnginePort
-from llumsched.engine.vllm.state import (
+from llumsched.engine.vllm.migration.port import Arrival, EnginePort
+from llumsched.engine.vllm.migration.state import (
     FinalState,
     RequestState,
     decode_request,

@@ -6,8 +6,8 @@ migration may leave by the next.
 
 from __future__ import annotations
 
-from llumsched.engine.vllm.exports import ExportingPort, SuspendedRequest
-from llumsched.engine.vllm.imports import HAND_OVER_CALL_ID, ImportingPort
+from llumsched.engine.vllm.migration.exports import ExportingPort, SuspendedRequest
+from llumsched.engine.vllm.migration.imports import HAND_OVER_CALL_ID, ImportingPort
 
 __all__ = ["HAND_OVER_CALL_ID", "MigrationPort", "SuspendedRequest"]
 

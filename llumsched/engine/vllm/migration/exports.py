@@ -31,8 +31,8 @@ from llumsched.core.types import priority_class
 from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.hints import predicted_output_tokens
-from llumsched.engine.vllm.port import EnginePort
-from llumsched.engine.vllm.state import (
+from llumsched.engine.vllm.migration.port import EnginePort
+from llumsched.engine.vllm.migration.state import (
     FinalState,
     RequestState,
     capture_request,

@@ -18,8 +18,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from llumsched.engine.base import CannotMigrate
-from llumsched.engine.fake_blocks import FakeBlockPool, FakeKVCache
-from llumsched.engine.fake_request import (
+from tests.fake_engine.blocks import FakeBlockPool, FakeKVCache
+from tests.fake_engine.request import (
     FakeCopyableBlocks,
     FakeFinal,
     FakeOutput,

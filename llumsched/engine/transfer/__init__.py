@@ -1,0 +1,1 @@
+"""How the bytes of KV blocks go from one process to another."""

@@ -1,0 +1,1 @@
+"""Step times measured on a vLLM engine, for the simulator."""
