@@ -26,16 +26,13 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from llumsched.engine.vllm.internals import UnsupportedVersion, check_version
 from llumsched.engine.vllm.prefix_blocks import prefix_hasher, record_kv_events
-from llumsched.frontend import launcher
-from llumsched.frontend.admin import admin_router
-from llumsched.frontend.app import serve_app
-from llumsched.frontend.arguments import ServeOptions, UsageError, parse
-from llumsched.frontend.departures import Departures
-from llumsched.frontend.engine import Surroundings, build_engine
-from llumsched.frontend.foreground import interrupt, on_signals, progress
-from llumsched.frontend.plans import limits_of, planner, resources_of
-from llumsched.frontend.pool_metrics import PoolMetrics
-from llumsched.frontend.preflight import (
+from llumsched.frontend.http.admin import admin_router
+from llumsched.frontend.http.app import serve_app
+from llumsched.frontend.http.pool_metrics import PoolMetrics
+from llumsched.frontend.options.arguments import ServeOptions, UsageError, parse
+from llumsched.frontend.options.console import interrupt, on_signals, progress
+from llumsched.frontend.options.instance_plan import limits_of, planner, resources_of
+from llumsched.frontend.options.preflight import (
     check_model,
     check_prefix_hashes,
     check_serialization,
@@ -43,7 +40,10 @@ from llumsched.frontend.preflight import (
     check_tasks,
     plan_cpu_memory,
 )
-from llumsched.frontend.sockets import FrontendSockets, max_output_num_bytes
+from llumsched.frontend.routing.engine import Surroundings, build_engine
+from llumsched.frontend.routing.instance_events import Departures
+from llumsched.frontend.routing.sockets import FrontendSockets, max_output_num_bytes
+from llumsched.frontend.workers import launcher
 from llumsched.pool.pool import Pool
 from llumsched.pool.ray_cluster import LaunchError
 from llumsched.wire.keys import PoolKeys

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from llumsched.core.migration.destination import machine as destination
-from llumsched.frontend.routes import Arrival, Finished, Passed, Routes
+from llumsched.frontend.routing.routes import Arrival, Finished, Passed, Routes
 from tests.fake_engine.request import FakeOutput, FakeState
 from tests.migration_table.host import Instance
 from tests.migration_table.world import INSTANCE_IDS, World, require

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llumsched.frontend.routes import Route, Routes
+from llumsched.frontend.routing.routes import Route, Routes
 from tests.campaigns import examples
 from tests.chaos.fake_pool import FakePool
 

@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 from vllm.entrypoints.serve.middleware import authenticate
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from llumsched.frontend.access import OPEN, guard
+from llumsched.frontend.http.api_keys import OPEN, guard
 
 KEY = {"Authorization": "Bearer right"}
 

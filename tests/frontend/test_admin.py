@@ -8,10 +8,10 @@ from typing import cast
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from llumsched.frontend.admin import OtherFrontends, admin_router
-from llumsched.frontend.launcher_messages import RequestStatus
-from llumsched.frontend.link import SchedulerLink
-from llumsched.frontend.routes import Routes
+from llumsched.frontend.http.admin import OtherFrontends, admin_router
+from llumsched.frontend.routing.routes import Routes
+from llumsched.frontend.routing.scheduler_client import SchedulerLink
+from llumsched.frontend.workers.messages import RequestStatus
 from llumsched.pool.frontend_supervisor import FrontendStatus
 from llumsched.pool.instance_supervisor import BerthStatus
 from llumsched.wire.control import MigrateAnswer, ReportMigration

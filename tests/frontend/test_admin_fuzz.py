@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
-from llumsched.frontend.admin import admin_router
-from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
-from llumsched.frontend.overload import RetryAfterMiddleware
-from llumsched.frontend.routes import Routes
+from llumsched.frontend.http.admin import admin_router
+from llumsched.frontend.request.rejection import RetryAfterMiddleware
+from llumsched.frontend.routing.routes import Routes
+from llumsched.frontend.routing.scheduler_client import SchedulerLink, SchedulerUnavailable
 from llumsched.pool.instance_supervisor import BerthStatus
 from llumsched.wire.control import Accepted, ClusterDescription, MigrateAnswer, ReportMigration
 from tests.campaigns import examples

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llumsched.config import DEFAULT_POLICY
-from llumsched.frontend.arguments import UsageError, is_loopback, parse
+from llumsched.frontend.options.arguments import UsageError, is_loopback, parse
 
 SCHEDULER_CONFIGS = {
     "policy": "policy: round_robin\n",

@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
-from llumsched.frontend.audit import Auditor
-from llumsched.frontend.routes import Routes
+from llumsched.frontend.routing.lost_requests import Auditor
+from llumsched.frontend.routing.routes import Routes
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections import Counter
 import zmq
 import zmq.asyncio
 
-from llumsched.frontend.broken_connections import BrokenConnections
+from llumsched.frontend.routing.disconnects import BrokenConnections
 from llumsched.wire.keys import Gate, PoolKeys
 from tests.connections import shut_connections_to
 

@@ -7,8 +7,8 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from starlette.testclient import TestClient
 
-from llumsched.frontend.exposition import expose
-from llumsched.frontend.labels import EngineLabels
+from llumsched.frontend.http.exposition import expose
+from llumsched.frontend.routing.engine_labels import EngineLabels
 
 
 @pytest.fixture

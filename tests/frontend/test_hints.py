@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumsched.core.types import PriorityClass
-from llumsched.frontend.hints import (
+from llumsched.frontend.request.hints import (
     NO_HINTS,
     Hints,
     HintsMiddleware,

@@ -11,14 +11,14 @@ from typing import Any, cast
 
 import pytest
 
-from llumsched.frontend.channel import Channel, ChannelClosed
-from llumsched.frontend.client import RoutingEngineClient
-from llumsched.frontend.departures import Departures
-from llumsched.frontend.hub import Hub
-from llumsched.frontend.labels import EngineLabels
-from llumsched.frontend.launcher_messages import PoolStatus
-from llumsched.frontend.routes import Routes
-from llumsched.frontend.supervision import Supervision
+from llumsched.frontend.routing.client import RoutingEngineClient
+from llumsched.frontend.routing.engine_labels import EngineLabels
+from llumsched.frontend.routing.instance_events import Departures
+from llumsched.frontend.routing.routes import Routes
+from llumsched.frontend.workers.channel import Channel, ChannelClosed
+from llumsched.frontend.workers.hub import Hub
+from llumsched.frontend.workers.launcher_client import Supervision
+from llumsched.frontend.workers.messages import PoolStatus
 
 PATIENCE_S = 20.0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llumsched.frontend.labels import EngineLabels
+from llumsched.frontend.routing.engine_labels import EngineLabels
 
 
 def test_a_label_is_free_again_when_its_instance_is_gone() -> None:

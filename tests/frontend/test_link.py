@@ -14,10 +14,10 @@ from vllm.v1.engine import EngineCoreRequest
 
 from llumsched.core.types import SchedulingRequest
 from llumsched.engine.vllm.hints import predicted_output_tokens
-from llumsched.frontend import link as link_module
-from llumsched.frontend.hints import Hints, hinted
-from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
-from llumsched.frontend.overload import Rejected
+from llumsched.frontend.request.hints import Hints, hinted
+from llumsched.frontend.request.rejection import Rejected
+from llumsched.frontend.routing import scheduler_client as link_module
+from llumsched.frontend.routing.scheduler_client import SchedulerLink, SchedulerUnavailable
 from llumsched.wire.control import (
     Accepted,
     ClusterDescription,

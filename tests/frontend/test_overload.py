@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from starlette.types import Message
 
 from llumsched.core.actions import Rejection
-from llumsched.frontend.overload import Rejected, RetryAfterMiddleware, placed
+from llumsched.frontend.request.rejection import Rejected, RetryAfterMiddleware, placed
 
 
 def answer(status: int, retry_after_s: float | None, headers: dict[str, str]) -> Response:

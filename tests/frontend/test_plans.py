@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llumsched.frontend import plans
+from llumsched.frontend.options import instance_plan as plans
 
 
 def config(num_workers: int = 1) -> Any:

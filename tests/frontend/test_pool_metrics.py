@@ -10,9 +10,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from llumsched.core.load import InstanceLoad
-from llumsched.frontend import pool_metrics
-from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
-from llumsched.frontend.pool_metrics import PoolMetrics
+from llumsched.frontend.http import pool_metrics
+from llumsched.frontend.http.pool_metrics import PoolMetrics
+from llumsched.frontend.routing.scheduler_client import SchedulerLink, SchedulerUnavailable
 from llumsched.wire.control import ClusterDescription, InstanceDescription
 
 

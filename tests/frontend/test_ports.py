@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from llumsched.frontend.ports import FrontendPorts
-from llumsched.frontend.sockets import FrontendSockets
+from llumsched.frontend.routing.sockets import FrontendSockets
+from llumsched.frontend.workers.ports import FrontendPorts
 from llumsched.wire.keys import PoolKeys
 
 HOST = "127.0.0.1"

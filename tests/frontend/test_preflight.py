@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 
-from llumsched.frontend.arguments import UsageError
-from llumsched.frontend.preflight import (
+from llumsched.frontend.options.arguments import UsageError
+from llumsched.frontend.options.preflight import (
     DEFAULT_CPU_KV_NUM_BYTES,
     GIB,
     check_model,

@@ -15,11 +15,11 @@ from vllm.v1.engine import EngineCoreRequest
 
 from llumsched.engine.stays import STAYS_PER_SERIES
 from llumsched.engine.vllm.migration.state import RequestState, decode_request
-from llumsched.frontend import resumer as resumer_module
-from llumsched.frontend.hints import Hints, current, hinted
-from llumsched.frontend.overload import Rejected
-from llumsched.frontend.resumer import MAX_FRUITLESS_RESUMPTIONS, Resumer
-from llumsched.frontend.routes import Arrival, Routes
+from llumsched.frontend.request.hints import Hints, current, hinted
+from llumsched.frontend.request.rejection import Rejected
+from llumsched.frontend.routing import resumer as resumer_module
+from llumsched.frontend.routing.resumer import MAX_FRUITLESS_RESUMPTIONS, Resumer
+from llumsched.frontend.routing.routes import Arrival, Routes
 
 TIMEOUT_S = 10.0
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumsched.engine.stays import STAYS_PER_SERIES
-from llumsched.frontend.routes import Arrival, Finished, Passed, Routes
+from llumsched.frontend.routing.routes import Arrival, Finished, Passed, Routes
 
 REQUEST = "request"
 

@@ -26,10 +26,10 @@ from vllm.v1.engine import core as engine_core_module
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
 from llumsched.engine.vllm.core import prove_membership
-from llumsched.frontend.client import RoutingEngineClient
-from llumsched.frontend.metrics import FrontendMetrics
-from llumsched.frontend.ports import FrontendPorts
-from llumsched.frontend.sockets import FrontendSockets, engine_identity
+from llumsched.frontend.routing.client import RoutingEngineClient
+from llumsched.frontend.routing.request_metrics import FrontendMetrics
+from llumsched.frontend.routing.sockets import FrontendSockets, engine_identity
+from llumsched.frontend.workers.ports import FrontendPorts
 from llumsched.wire.keys import PoolKeys
 
 PATIENCE_S = 20.0

@@ -3,7 +3,7 @@
 Engines, schedulers, workers, migrators, their sockets and their rings are the real ones; only the
 loop that steps an engine is here, so that a test says what happens between two steps. An engine may
 be made to hang (it is not stepped, and answers nothing) or to die (its sockets close as well). The
-order in which outputs are passed on is the frontend's own (``llumsched.frontend.routes``).
+order in which outputs are passed on is the frontend's own (``llumsched.frontend.routing.routes``).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from llumsched.core.migration.source.machine import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore
 from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID, MigrationPort
-from llumsched.frontend.routes import Arrival, Passed, Routes
+from llumsched.frontend.routing.routes import Arrival, Passed, Routes
 from llumsched.migration.migrator import Migrator
 from llumsched.wire.control import OrderMigration, ReportMigration
 from llumsched.wire.keys import PoolKeys

@@ -6,7 +6,7 @@ import asyncio
 import socket
 
 from llumsched.config import Config
-from llumsched.frontend.link import SchedulerLink
+from llumsched.frontend.routing.scheduler_client import SchedulerLink
 from llumsched.scheduler.actor import ControllerActor
 from llumsched.wire.keys import PoolKeys
 

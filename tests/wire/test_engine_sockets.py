@@ -11,7 +11,7 @@ import zmq
 from vllm.v1.engine import core as engine_core_module
 
 from llumsched.engine.vllm.core import prove_membership
-from llumsched.frontend.sockets import FrontendSockets, engine_identity
+from llumsched.frontend.routing.sockets import FrontendSockets, engine_identity
 from llumsched.wire.keys import PoolKeys
 
 PATIENCE_MS = 10_000

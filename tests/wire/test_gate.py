@@ -16,8 +16,8 @@ import zmq
 import zmq.asyncio
 
 from llumsched.config import Config
-from llumsched.frontend.broken_connections import BrokenConnections
-from llumsched.frontend.sockets import FrontendSockets
+from llumsched.frontend.routing.disconnects import BrokenConnections
+from llumsched.frontend.routing.sockets import FrontendSockets
 from llumsched.instance.heartbeat import BEAT_NUM_BYTES, HeartbeatListener
 from llumsched.scheduler.controller import Controller
 from llumsched.wire import keys as trust

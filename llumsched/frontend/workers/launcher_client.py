@@ -14,11 +14,11 @@ import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from llumsched.frontend.admin import requests_of
-from llumsched.frontend.channel import Channel, ChannelClosed
-from llumsched.frontend.client import RoutingEngineClient
-from llumsched.frontend.departures import Departures
-from llumsched.frontend.launcher_messages import (
+from llumsched.frontend.http.admin import requests_of
+from llumsched.frontend.routing.client import RoutingEngineClient
+from llumsched.frontend.routing.instance_events import Departures
+from llumsched.frontend.workers.channel import Channel, ChannelClosed
+from llumsched.frontend.workers.messages import (
     AskOthers,
     ConnectionBroke,
     CountUnproven,

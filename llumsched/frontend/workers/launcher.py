@@ -20,18 +20,18 @@ from dataclasses import replace
 import vllm.envs as envs
 from vllm.config import VllmConfig
 
-from llumsched.frontend.app import CLOSING_TIMEOUT_S
-from llumsched.frontend.arguments import ServeOptions
-from llumsched.frontend.children import Children
-from llumsched.frontend.departures import Departures
-from llumsched.frontend.foreground import interrupt, on_signals, progress
-from llumsched.frontend.hub import Hub
-from llumsched.frontend.labels import EngineLabels
-from llumsched.frontend.launcher_messages import PoolStatus
-from llumsched.frontend.link import SchedulerLink
-from llumsched.frontend.member import FrontendPlan
-from llumsched.frontend.plans import limits_of, planner, resources_of
-from llumsched.frontend.ports import FrontendPorts
+from llumsched.frontend.http.app import CLOSING_TIMEOUT_S
+from llumsched.frontend.options.arguments import ServeOptions
+from llumsched.frontend.options.console import interrupt, on_signals, progress
+from llumsched.frontend.options.instance_plan import limits_of, planner, resources_of
+from llumsched.frontend.routing.engine_labels import EngineLabels
+from llumsched.frontend.routing.instance_events import Departures
+from llumsched.frontend.routing.scheduler_client import SchedulerLink
+from llumsched.frontend.workers.hub import Hub
+from llumsched.frontend.workers.messages import PoolStatus
+from llumsched.frontend.workers.ports import FrontendPorts
+from llumsched.frontend.workers.processes import Children
+from llumsched.frontend.workers.worker import FrontendPlan
 from llumsched.pool.frontend_supervisor import Frontends
 from llumsched.pool.instance_supervisor import TICK_S, BerthStatus, Supervisor
 from llumsched.pool.pool import Pool

@@ -17,16 +17,16 @@ from vllm.utils.system_utils import decorate_logs
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from llumsched.engine.vllm.prefix_blocks import prefix_hasher
-from llumsched.frontend.admin import admin_router
-from llumsched.frontend.app import serve_app
-from llumsched.frontend.arguments import ServeOptions
-from llumsched.frontend.channel import Channel
-from llumsched.frontend.departures import Departures
-from llumsched.frontend.engine import Surroundings, build_engine
-from llumsched.frontend.pool_metrics import PoolMetrics
-from llumsched.frontend.preflight import check_tasks
-from llumsched.frontend.sockets import FrontendSockets, max_output_num_bytes
-from llumsched.frontend.supervision import Supervision
+from llumsched.frontend.http.admin import admin_router
+from llumsched.frontend.http.app import serve_app
+from llumsched.frontend.http.pool_metrics import PoolMetrics
+from llumsched.frontend.options.arguments import ServeOptions
+from llumsched.frontend.options.preflight import check_tasks
+from llumsched.frontend.routing.engine import Surroundings, build_engine
+from llumsched.frontend.routing.instance_events import Departures
+from llumsched.frontend.routing.sockets import FrontendSockets, max_output_num_bytes
+from llumsched.frontend.workers.channel import Channel
+from llumsched.frontend.workers.launcher_client import Supervision
 from llumsched.pool.frontend_supervisor import frontend_id
 from llumsched.wire.keys import PoolKeys
 

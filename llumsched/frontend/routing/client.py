@@ -29,14 +29,15 @@ from vllm.v1.engine.core_client import (
 
 from llumsched.core.types import priority_class, vllm_priority
 from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID
-from llumsched.frontend import overload, resumer
-from llumsched.frontend.audit import Auditor
-from llumsched.frontend.connections import ConnectedInstances, Roster
-from llumsched.frontend.hints import current
-from llumsched.frontend.metrics import FrontendMetrics
-from llumsched.frontend.resumer import Resumer
-from llumsched.frontend.routes import Arrival, Finished, Passed, Route, Routes
-from llumsched.frontend.sockets import FrontendSockets
+from llumsched.frontend.request import rejection as overload
+from llumsched.frontend.request.hints import current
+from llumsched.frontend.routing import resumer
+from llumsched.frontend.routing.connections import ConnectedInstances, Roster
+from llumsched.frontend.routing.lost_requests import Auditor
+from llumsched.frontend.routing.request_metrics import FrontendMetrics
+from llumsched.frontend.routing.resumer import Resumer
+from llumsched.frontend.routing.routes import Arrival, Finished, Passed, Route, Routes
+from llumsched.frontend.routing.sockets import FrontendSockets
 
 logger = logging.getLogger(__name__)
 

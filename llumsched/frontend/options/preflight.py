@@ -16,7 +16,7 @@ from vllm.config import VllmConfig
 from vllm.tasks import SupportedTask
 
 from llumsched.engine.vllm.prefix_blocks import SEEDED_ALGORITHMS
-from llumsched.frontend.arguments import UsageError
+from llumsched.frontend.options.arguments import UsageError
 
 GIB = 1 << 30
 # Resident memory of an instance's process besides weights and KV: Python, torch, vLLM, Ray.

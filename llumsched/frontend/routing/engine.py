@@ -21,11 +21,11 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine import async_llm as async_llm_module
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from llumsched.frontend.client import RoutingEngineClient
-from llumsched.frontend.connections import NoInstance, Roster
-from llumsched.frontend.link import SchedulerLink
-from llumsched.frontend.preflight import TASKS_UNASKED
-from llumsched.frontend.sockets import FrontendSockets
+from llumsched.frontend.options.preflight import TASKS_UNASKED
+from llumsched.frontend.routing.client import RoutingEngineClient
+from llumsched.frontend.routing.connections import NoInstance, Roster
+from llumsched.frontend.routing.scheduler_client import SchedulerLink
+from llumsched.frontend.routing.sockets import FrontendSockets
 from llumsched.pool.frontend_supervisor import frontend_id
 
 PrefixHasher = Callable[[EngineCoreRequest], tuple[int, ...]]

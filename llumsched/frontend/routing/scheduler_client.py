@@ -22,8 +22,8 @@ from vllm.v1.engine import EngineCoreRequest
 
 from llumsched.core.types import SchedulingRequest, priority_class
 from llumsched.engine.vllm.hints import predict
-from llumsched.frontend.hints import Hints, current
-from llumsched.frontend.overload import Rejected
+from llumsched.frontend.request.hints import Hints, current
+from llumsched.frontend.request.rejection import Rejected
 from llumsched.wire.control import (
     Accepted,
     ClusterDescription,

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from prometheus_client import Metric, make_asgi_app
 from starlette.routing import Mount
 
-from llumsched.frontend.labels import EngineLabels
+from llumsched.frontend.routing.engine_labels import EngineLabels
 
 PATH = "/metrics"
 

@@ -22,9 +22,9 @@ from typing import BinaryIO, Protocol
 from ray import cloudpickle
 from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
 
-from llumsched.frontend.channel import Channel
-from llumsched.frontend.hub import Hub
-from llumsched.frontend.member import LOAD_NUM_BYTES, FrontendPlan, connections_of_all
+from llumsched.frontend.workers.channel import Channel
+from llumsched.frontend.workers.hub import Hub
+from llumsched.frontend.workers.worker import LOAD_NUM_BYTES, FrontendPlan, connections_of_all
 
 # To vLLM's servers, the load of one that takes no connection.
 TAKES_NONE = 2**31 - 1
@@ -148,7 +148,7 @@ class Children:
             process = subprocess.Popen(
                 [
                     sys.executable,
-                    *("-m", "llumsched.frontend.process"),
+                    *("-m", "llumsched.frontend.workers"),
                     *map(str, (index, *descriptors)),
                 ],
                 stdin=subprocess.DEVNULL,

@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from llumsched.core.events import MigrationOutcome
-from llumsched.frontend.launcher_messages import RequestStatus
-from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
-from llumsched.frontend.routes import Routes
+from llumsched.frontend.routing.routes import Routes
+from llumsched.frontend.routing.scheduler_client import SchedulerLink, SchedulerUnavailable
+from llumsched.frontend.workers.messages import RequestStatus
 from llumsched.pool.frontend_supervisor import FrontendStatus, frontend_id
 from llumsched.pool.instance_supervisor import BerthStatus
 from llumsched.wire.names import instance_name

@@ -11,7 +11,7 @@ import time
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 
 from llumsched.core.types import PriorityClass
-from llumsched.frontend.routes import Route
+from llumsched.frontend.routing.routes import Route
 
 # Seconds; from a token of a small model to the wait of a long prompt behind others.
 LATENCY_BUCKETS = (

@@ -1,6 +1,6 @@
 """A process of its own for one of several frontends; started by ``launcher``, never by hand.
 
-    python -m llumsched.frontend.process PLACE CHANNEL PLAN
+    python -m llumsched.frontend.workers PLACE CHANNEL PLAN
 
 The last two are file descriptors that it inherits.
 """
@@ -15,7 +15,7 @@ import traceback
 
 from prometheus_client import values
 
-from llumsched.frontend.channel import Channel
+from llumsched.frontend.workers.channel import Channel
 
 
 def main(argv: list[str]) -> None:
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     plan = pickle.loads(os.pread(plan_descriptor, os.fstat(plan_descriptor).st_size, 0))
     import uvloop
 
-    from llumsched.frontend import member
+    from llumsched.frontend.workers import worker as member
 
     status = 0
     try:

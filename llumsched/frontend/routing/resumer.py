@@ -23,7 +23,7 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import EngineCoreRequest
 
 from llumsched.engine.vllm.migration.resumption import state_to_resume, why_not_resumable
-from llumsched.frontend.routes import Route, Routes
+from llumsched.frontend.routing.routes import Route, Routes
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import serve_http
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
-from llumsched.frontend.access import guard, num_keys
-from llumsched.frontend.arguments import is_local
-from llumsched.frontend.engine import Engine
-from llumsched.frontend.exposition import expose
-from llumsched.frontend.hints import HintsMiddleware, let_keys_name_clients
-from llumsched.frontend.overload import RetryAfterMiddleware
+from llumsched.frontend.http.api_keys import guard, num_keys
+from llumsched.frontend.http.exposition import expose
+from llumsched.frontend.options.arguments import is_local
+from llumsched.frontend.request.hints import HintsMiddleware, let_keys_name_clients
+from llumsched.frontend.request.rejection import RetryAfterMiddleware
+from llumsched.frontend.routing.engine import Engine
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from llumsched.frontend.channel import Channel, ChannelClosed
-from llumsched.frontend.launcher_messages import (
+from llumsched.frontend.workers.channel import Channel, ChannelClosed
+from llumsched.frontend.workers.messages import (
     AskOthers,
     ConnectionBroke,
     CountUnproven,

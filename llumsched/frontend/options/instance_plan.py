@@ -12,8 +12,8 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 
 from llumsched.core.policy import VictimPolicy
 from llumsched.engine.vllm.core import EngineSettings
-from llumsched.frontend.arguments import ServeOptions
-from llumsched.frontend.preflight import cpu_threads_per_worker
+from llumsched.frontend.options.arguments import ServeOptions
+from llumsched.frontend.options.preflight import cpu_threads_per_worker
 from llumsched.instance.actor import InstancePlan
 from llumsched.plugins import build_bundle
 from llumsched.policies.low_priority_short import LowPriorityShort

@@ -23,10 +23,10 @@ from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, Engin
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from llumsched.engine.vllm.introductions import GREETING
-from llumsched.frontend.broken_connections import BrokenConnections
-from llumsched.frontend.calls import CallsByInstance
-from llumsched.frontend.labels import EngineLabels
-from llumsched.frontend.sockets import FrontendSockets, engine_identity
+from llumsched.frontend.routing.disconnects import BrokenConnections
+from llumsched.frontend.routing.engine_labels import EngineLabels
+from llumsched.frontend.routing.pending_calls import CallsByInstance
+from llumsched.frontend.routing.sockets import FrontendSockets, engine_identity
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from llumsched.frontend.link import SchedulerLink
+from llumsched.frontend.routing.scheduler_client import SchedulerLink
 from llumsched.wire.names import instance_name
 
 

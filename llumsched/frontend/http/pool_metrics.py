@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from llumsched.frontend.link import SchedulerLink, SchedulerUnavailable
+from llumsched.frontend.routing.scheduler_client import SchedulerLink, SchedulerUnavailable
 from llumsched.wire.control import ClusterDescription, InstanceDescription
 
 REFRESH_INTERVAL_S = 2.0

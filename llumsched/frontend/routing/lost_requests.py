@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from llumsched.frontend.routes import Routes
+from llumsched.frontend.routing.routes import Routes
 
 INTERVAL_S = 2.0
 # Asked at a time; the rest at the next.

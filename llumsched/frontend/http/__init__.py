@@ -1,0 +1,1 @@
+"""Routes that are added to vLLM's OpenAI server: keys, admin API, metrics."""

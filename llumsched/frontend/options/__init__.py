@@ -1,0 +1,1 @@
+"""Flags of `llumsched serve`, checked and turned into plans."""

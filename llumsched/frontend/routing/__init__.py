@@ -1,0 +1,1 @@
+"""The client of vLLM's engine cores that routes each request to its instance."""

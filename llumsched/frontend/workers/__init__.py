@@ -1,0 +1,1 @@
+"""Frontend processes behind one port, and the launcher that keeps them."""
