@@ -53,6 +53,11 @@ PACKAGES = [
     "llumsched.pool",
     "llumsched.scheduler",
     "llumsched.simulator",
+    "llumsched.simulator.cluster",
+    "llumsched.simulator.engines",
+    "llumsched.simulator.hardware",
+    "llumsched.simulator.results",
+    "llumsched.simulator.traces",
     "llumsched.wire",
 ]
 

@@ -11,8 +11,8 @@ import aiohttp
 import numpy as np
 
 from benchmarks._servers import Server
-from llumsched.simulator.metrics import Latencies
-from llumsched.simulator.trace import Trace
+from llumsched.simulator.results.metrics import Latencies
+from llumsched.simulator.traces.trace import Trace
 
 TIMEOUT_S = 600.0
 _FIRST_TOKEN, _NUM_TOKENS = 1000, 40_000

@@ -24,7 +24,7 @@ from benchmarks._migration_client import Moves
 from benchmarks._servers import Server
 from benchmarks._streams import Stream, clients, prompt_of, read
 from llumsched.core.step_time import MeasuredStep
-from llumsched.simulator.hardware import CopyCoefficients, MachineSharing
+from llumsched.simulator.hardware.spec import CopyCoefficients, MachineSharing
 
 _NUM_TOKENS = 32
 _DECODED_BESIDE = 200

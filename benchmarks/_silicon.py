@@ -25,17 +25,17 @@ from typing import Any
 import numpy as np
 
 from llumsched.config import Config
-from llumsched.simulator.hardware import (
+from llumsched.simulator.hardware.kv_shape import attention_kv_bytes
+from llumsched.simulator.hardware.spec import (
     CopyCoefficients,
     Hardware,
     KvCapacity,
     MeasuredRange,
     StepCoefficients,
 )
-from llumsched.simulator.kv_shape import attention_kv_bytes
-from llumsched.simulator.metrics import latencies
+from llumsched.simulator.results.metrics import latencies
 from llumsched.simulator.simulation import ExtrapolationWarning, SimulationOptions, simulate
-from llumsched.simulator.trace import make_trace
+from llumsched.simulator.traces.trace import make_trace
 from scripts.fit_hardware import fit
 from scripts.hardware.h100 import Shape, h100
 

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from benchmarks import _vidur_driver
 from llumsched.config import Config
-from llumsched.simulator.cost import tokens_s
-from llumsched.simulator.hardware import Hardware, StepCoefficients
+from llumsched.simulator.engines.cost import tokens_s
+from llumsched.simulator.hardware.spec import Hardware, StepCoefficients
 from llumsched.simulator.simulation import SimulationOptions, simulate
-from llumsched.simulator.trace import Trace
+from llumsched.simulator.traces.trace import Trace
 
 NUM_INSTANCES = 8
 INSTALL_LIMIT_S = 900.0

@@ -35,11 +35,11 @@ import numpy as np
 from benchmarks import _report, _silicon
 from benchmarks._report import Figure, Report, Table
 from llumsched.config import Config
-from llumsched.simulator.hardware import load_hardware
-from llumsched.simulator.loaders import load_trace
-from llumsched.simulator.metrics import Distribution, latencies
+from llumsched.simulator.hardware.spec import load_hardware
+from llumsched.simulator.results.metrics import Distribution, latencies
 from llumsched.simulator.simulation import SimulationOptions, simulate
-from llumsched.simulator.trace import Floats, Trace
+from llumsched.simulator.traces.loaders import load_trace
+from llumsched.simulator.traces.trace import Floats, Trace
 
 BENCHMARK = "The simulator beside measured runs"
 

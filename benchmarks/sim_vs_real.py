@@ -49,9 +49,8 @@ from benchmarks._served_profile import (
 from benchmarks._servers import ENGINE_FLAGS, Server, llumsched
 from llumsched.config import load
 from llumsched.core.step_time import MeasuredStep
-from llumsched.simulator.comparison import number
-from llumsched.simulator.cost import tokens_s
-from llumsched.simulator.hardware import (
+from llumsched.simulator.engines.cost import tokens_s
+from llumsched.simulator.hardware.spec import (
     CopyCoefficients,
     Hardware,
     KvCapacity,
@@ -59,10 +58,11 @@ from llumsched.simulator.hardware import (
     MeasuredRange,
     StepCoefficients,
 )
-from llumsched.simulator.metrics import Distribution, Latencies, latencies
+from llumsched.simulator.hardware.step_fit import fit_steps
+from llumsched.simulator.results.comparison import number
+from llumsched.simulator.results.metrics import Distribution, Latencies, latencies
 from llumsched.simulator.simulation import SimulationOptions, simulate
-from llumsched.simulator.step_fit import fit_steps
-from llumsched.simulator.trace import Trace, make_trace
+from llumsched.simulator.traces.trace import Trace, make_trace
 
 BENCHMARK = "The simulator beside real instances"
 

@@ -24,9 +24,9 @@ from pathlib import Path
 from benchmarks import _vidur
 from benchmarks._report import Figure, Report, Table, main
 from llumsched.config import Config
-from llumsched.simulator.generators import GeneratorOptions, generate
-from llumsched.simulator.hardware import load_hardware
+from llumsched.simulator.hardware.spec import load_hardware
 from llumsched.simulator.simulation import SimulationOptions, simulate
+from llumsched.simulator.traces.generators import GeneratorOptions, generate
 
 BENCHMARK = "Speed of the simulator"
 

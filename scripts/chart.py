@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from llumsched.simulator.comparison import number
+from llumsched.simulator.results.comparison import number
 
 _WIDTH, _HEIGHT = 250, 190
 _LEFT, _TOP, _RIGHT, _BOTTOM = 52, 34, 10, 34

@@ -10,9 +10,9 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from llumsched.simulator.export import write_trace
-from llumsched.simulator.generators import GeneratorOptions, generate
-from llumsched.simulator.trace import Trace
+from llumsched.simulator.results.export import write_trace
+from llumsched.simulator.traces.generators import GeneratorOptions, generate
+from llumsched.simulator.traces.trace import Trace
 
 PATH = Path(__file__).parents[1] / "simulator" / "data" / "example.csv"
 _HIGH_SHARE = 0.1

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from llumsched.simulator.hardware_text import plain_text
-from llumsched.simulator.model_shape import ModelShape, shape_of
+from llumsched.simulator.hardware.model_shape import ModelShape, shape_of
+from llumsched.simulator.hardware.yaml_text import plain_text
 from scripts.hardware.h100 import h100_llama_3_1_8b
 from scripts.hardware.profiles import Profile, a800_llama_2_7b, llmservingsim
 

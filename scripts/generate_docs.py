@@ -20,10 +20,10 @@ from llumsched.core.migration.destination import rules as migration_destination_
 from llumsched.core.migration.source import rules as migration_rules
 from llumsched.core.migration.table import Rule, TransitionTable
 from llumsched.core.params import params_of
-from llumsched.simulator.generators import GENERATORS
-from llumsched.simulator.hardware import available, load_hardware
-from llumsched.simulator.loaders import FORMATS
+from llumsched.simulator.hardware.spec import available, load_hardware
 from llumsched.simulator.scenario import Scenario
+from llumsched.simulator.traces.generators import GENERATORS
+from llumsched.simulator.traces.loaders import FORMATS
 
 DOCS = Path(__file__).parents[1] / "docs"
 

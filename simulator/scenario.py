@@ -15,16 +15,16 @@ from typing import cast
 from llumsched import plugins
 from llumsched.config import Config, load
 from llumsched.core.params import ParamError, check_params, param
-from llumsched.simulator.generators import GENERATORS, GeneratorOptions, generate
-from llumsched.simulator.hardware import load_hardware
-from llumsched.simulator.loaders import FORMATS, load_trace
+from llumsched.simulator.hardware.spec import load_hardware
 from llumsched.simulator.simulation import (
     ENGINES,
     EngineName,
     SimulationError,
     SimulationOptions,
 )
-from llumsched.simulator.trace import Trace, TraceError
+from llumsched.simulator.traces.generators import GENERATORS, GeneratorOptions, generate
+from llumsched.simulator.traces.loaders import FORMATS, load_trace
+from llumsched.simulator.traces.trace import Trace, TraceError
 
 EXAMPLE = "example"
 """The traffic that ships: a small trace of chats."""

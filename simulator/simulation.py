@@ -15,8 +15,8 @@ from typing import Literal
 
 from llumsched.config import Config
 from llumsched.plugins import build_bundle
-from llumsched.simulator.hardware import Hardware
-from llumsched.simulator.records import (
+from llumsched.simulator.hardware.spec import Hardware
+from llumsched.simulator.results.records import (
     FloatArray,
     InstanceLifetime,
     IntArray,
@@ -24,7 +24,7 @@ from llumsched.simulator.records import (
     Timeline,
     TokenGaps,
 )
-from llumsched.simulator.trace import Trace
+from llumsched.simulator.traces.trace import Trace
 
 EngineName = Literal["vllm-v1", "vllm-0.1"]
 ENGINES: tuple[EngineName, ...] = ("vllm-v1", "vllm-0.1")
@@ -208,7 +208,7 @@ def simulate(
         PluginError: a policy cannot be found or built.
         ParamError: a parameter of a policy is wrong.
     """
-    from llumsched.simulator.cluster import Cluster
+    from llumsched.simulator.cluster.loop import Cluster
 
     result = Cluster(trace, options).run(progress, stop)
     for warning in result.warnings:

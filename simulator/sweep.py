@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from llumsched.core.params import check_param, params_of
-from llumsched.simulator.comparison import COLUMNS, reduce_run
-from llumsched.simulator.metrics import Slo
+from llumsched.simulator.results.comparison import COLUMNS, reduce_run
+from llumsched.simulator.results.metrics import Slo
 from llumsched.simulator.scenario import Scenario
 from llumsched.simulator.simulation import simulate
 

@@ -15,13 +15,13 @@ from llumsched.commands import CommandError
 from llumsched.config import ConfigError
 from llumsched.core.params import Param, ParamError, params_of
 from llumsched.plugins import PluginError
-from llumsched.simulator.export import ExportError
-from llumsched.simulator.generators import GENERATORS
-from llumsched.simulator.hardware import HardwareError
-from llumsched.simulator.metrics import Slo
+from llumsched.simulator.hardware.spec import HardwareError
+from llumsched.simulator.results.export import ExportError
+from llumsched.simulator.results.metrics import Slo
 from llumsched.simulator.scenario import EXAMPLE, Scenario
 from llumsched.simulator.simulation import ExtrapolationWarning, SimulationError
-from llumsched.simulator.trace import TraceError
+from llumsched.simulator.traces.generators import GENERATORS
+from llumsched.simulator.traces.trace import TraceError
 
 FIELDS: Mapping[str, Param] = {
     described.name: described for described in params_of(Scenario) if described.name != "traffic"

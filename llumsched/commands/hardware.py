@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from llumsched.commands import CommandError
 from llumsched.core.params import ParamError
-from llumsched.simulator.hardware import HardwareError, available, load_hardware
-from llumsched.simulator.hardware_text import hardware_text
-from llumsched.simulator.model_shape import ShapeError, read_shape
-from llumsched.simulator.rescale import Other, rescale
+from llumsched.simulator.hardware.model_shape import ShapeError, read_shape
+from llumsched.simulator.hardware.rescale import Other, rescale
+from llumsched.simulator.hardware.spec import HardwareError, available, load_hardware
+from llumsched.simulator.hardware.yaml_text import hardware_text
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]

@@ -12,11 +12,11 @@ from typing import Any
 from tqdm import tqdm
 
 from llumsched.commands import CommandError
-from llumsched.simulator.hardware import hardware_from_plain
-from llumsched.simulator.hardware_text import plain_text
-from llumsched.simulator.model_shape import ShapeError, shape_of
-from llumsched.simulator.residual_plot import residual_plot
-from llumsched.simulator.step_fit import FitError, StepFit, fit_steps
+from llumsched.simulator.hardware.model_shape import ShapeError, shape_of
+from llumsched.simulator.hardware.residual_plot import residual_plot
+from llumsched.simulator.hardware.spec import hardware_from_plain
+from llumsched.simulator.hardware.step_fit import FitError, StepFit, fit_steps
+from llumsched.simulator.hardware.yaml_text import plain_text
 
 PASSTHROUGH = True
 

@@ -24,13 +24,13 @@ from llumsched.commands._scenario import (
     scenario_of,
     slo_of,
 )
-from llumsched.simulator.chrome_trace import write_chrome_trace
-from llumsched.simulator.comparison import Run, as_json, by_label, reduce_run, text_table
-from llumsched.simulator.export import check_parquet, write_csv, write_parquet
-from llumsched.simulator.report import write_report
+from llumsched.simulator.results.chrome_trace import write_chrome_trace
+from llumsched.simulator.results.comparison import Run, as_json, by_label, reduce_run, text_table
+from llumsched.simulator.results.export import check_parquet, write_csv, write_parquet
+from llumsched.simulator.results.report import write_report
 from llumsched.simulator.scenario import Scenario
 from llumsched.simulator.simulation import SimulationResult, simulate
-from llumsched.simulator.trace import Trace
+from llumsched.simulator.traces.trace import Trace
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]

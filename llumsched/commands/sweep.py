@@ -23,7 +23,7 @@ from llumsched.commands._scenario import (
 )
 from llumsched.commands.simulate import INTERRUPTED, Interrupt
 from llumsched.plugins import unknown_name
-from llumsched.simulator.comparison import COLUMNS, Spread, number
+from llumsched.simulator.results.comparison import COLUMNS, Spread, number
 from llumsched.simulator.sweep import Row, grid, sweep, write_rows
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llumsched.simulator.comparison import Spread, number
-from llumsched.simulator.metrics import Summary
+from llumsched.simulator.results.comparison import Spread, number
+from llumsched.simulator.results.metrics import Summary
 from scripts.chart import Line, Panel, chart
 from scripts.comparison.runs import DELAYS_S, POLICIES, RATED_POLICY, RATED_SHARE, Run, Workload
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from llumsched.config import Config
 from llumsched.policies import BUILT_IN
-from llumsched.simulator.cost import tokens_s
-from llumsched.simulator.hardware import Hardware, load_hardware
-from llumsched.simulator.loaders import load_trace
-from llumsched.simulator.metrics import Slo, Summary, summarise
+from llumsched.simulator.engines.cost import tokens_s
+from llumsched.simulator.hardware.spec import Hardware, load_hardware
+from llumsched.simulator.results.metrics import Slo, Summary, summarise
 from llumsched.simulator.simulation import SimulationOptions, simulate
+from llumsched.simulator.traces.loaders import load_trace
 
 BASELINES = ("round_robin", "random", "power_of_two", "least_requests")
 POLICIES = (

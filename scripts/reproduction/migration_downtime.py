@@ -15,11 +15,11 @@ import numpy as np
 from llumsched.config import Config, PartConfig
 from llumsched.core.policy import MigrationPair
 from llumsched.core.snapshot import ClusterSnapshot
-from llumsched.simulator.cost import StepCost, copy_ps
-from llumsched.simulator.hardware import load_hardware
+from llumsched.simulator.engines.cost import StepCost, copy_ps
+from llumsched.simulator.hardware.spec import load_hardware
 from llumsched.simulator.kernel import PS_PER_S
 from llumsched.simulator.simulation import SimulationOptions, simulate
-from llumsched.simulator.trace import make_trace
+from llumsched.simulator.traces.trace import make_trace
 
 _OUTPUT_TOKENS = 400
 _BATCHED_TOKENS = 12_000

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from llumsched.simulator.comparison import Spread, number
-from llumsched.simulator.cost import StepCost
-from llumsched.simulator.generators import GeneratorOptions, generate
-from llumsched.simulator.hardware import load_hardware
+from llumsched.simulator.engines.cost import StepCost
+from llumsched.simulator.hardware.spec import load_hardware
 from llumsched.simulator.kernel import PS_PER_S
-from llumsched.simulator.lengths import PAPER_NUM_REQUESTS
+from llumsched.simulator.results.comparison import Spread, number
+from llumsched.simulator.traces.generators import GeneratorOptions, generate
+from llumsched.simulator.traces.lengths import PAPER_NUM_REQUESTS
 from scripts.chart import PUBLISHED, Line, Panel, chart
 from scripts.reproduction import experiments
 from scripts.reproduction.experiments import OURS, ROOM_FIRST, Point, published

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from llumsched.simulator.generators import GeneratorOptions, generate
-from llumsched.simulator.hardware import Hardware, load_hardware
-from llumsched.simulator.lengths import PAPER_NUM_REQUESTS
-from llumsched.simulator.metrics import Distribution, instance_seconds, latencies
+from llumsched.simulator.hardware.spec import Hardware, load_hardware
+from llumsched.simulator.results.metrics import Distribution, instance_seconds, latencies
 from llumsched.simulator.simulation import SimulationOptions, SimulationResult, simulate
-from llumsched.simulator.trace import Bools
+from llumsched.simulator.traces.generators import GeneratorOptions, generate
+from llumsched.simulator.traces.lengths import PAPER_NUM_REQUESTS
+from llumsched.simulator.traces.trace import Bools
 from scripts.reproduction.experiments import (
     HARDWARE,
     HIGH_SHARE,

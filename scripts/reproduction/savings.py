@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llumsched.simulator.comparison import number
+from llumsched.simulator.results.comparison import number
 
 Curve = Sequence[tuple[float, float]]
 

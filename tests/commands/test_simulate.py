@@ -16,8 +16,8 @@ import pytest
 import llumsched
 from llumsched import cli
 from llumsched.commands import simulate as command
-from llumsched.simulator.loaders import load_trace
 from llumsched.simulator.simulation import SimulationResult, simulate
+from llumsched.simulator.traces.loaders import load_trace
 from scripts import example_trace
 
 ROOT = Path(llumsched.__file__).parents[1]

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from llumsched.core.actions import StartMigration
 from llumsched.core.events import MigrationFinished, MigrationOutcome
 from llumsched.core.migration.source.machine import MigrationOptions
-from llumsched.simulator.cluster_migration import Migrations
-from llumsched.simulator.cost import StepCost, copy_ps
-from llumsched.simulator.engine_base import Engine
-from llumsched.simulator.engine_machine import Costs
-from llumsched.simulator.engine_request import DECODING, LiveRequest
-from llumsched.simulator.engine_v1 import EngineV1
+from llumsched.simulator.cluster.migration_source import Migrations
+from llumsched.simulator.engines.base import Engine
+from llumsched.simulator.engines.cost import StepCost, copy_ps
+from llumsched.simulator.engines.kv_cache import PrefixCache
+from llumsched.simulator.engines.machine import Costs
+from llumsched.simulator.engines.request import DECODING, LiveRequest
+from llumsched.simulator.engines.vllm_v1 import EngineV1
 from llumsched.simulator.kernel import STEP, Kernel, to_ps
-from llumsched.simulator.kv_cache import PrefixCache
 from tests.contract.subjects import BLOCK_SIZE, MAX_BATCHED_TOKENS, NUM_BLOCKS
 from tests.simulator.clusters import make_hardware
 

@@ -11,7 +11,7 @@ from benchmarks import _served_profile
 from benchmarks._servers import Server
 from benchmarks._streams import Stream
 from llumsched.core.step_time import MeasuredStep
-from llumsched.simulator.hardware import MachineSharing
+from llumsched.simulator.hardware.spec import MachineSharing
 
 SERVER = Server(url="http://nowhere", model="none", pid=0)
 STEP_S, PROMPT_TOKEN_S, SLOWDOWN = 0.020, 0.001, 0.25

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from llumsched.config import Config
-from llumsched.simulator.hardware import (
+from llumsched.simulator.hardware.spec import (
     CopyCoefficients,
     Hardware,
     KvCapacity,
@@ -18,7 +18,7 @@ from llumsched.simulator.hardware import (
     StepCoefficients,
 )
 from llumsched.simulator.simulation import EngineName, SimulationOptions, SimulationResult
-from llumsched.simulator.trace import Trace, make_trace
+from llumsched.simulator.traces.trace import Trace, make_trace
 
 REQUEST_COLUMNS = (
     "dispatched_s",

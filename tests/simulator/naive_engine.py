@@ -10,7 +10,7 @@ import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
-from llumsched.simulator.cost import StepCost
+from llumsched.simulator.engines.cost import StepCost
 
 
 @dataclass

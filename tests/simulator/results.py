@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from llumsched.config import Config
-from llumsched.simulator.hardware import (
+from llumsched.simulator.hardware.spec import (
     CopyCoefficients,
     Hardware,
     KvCapacity,
     MeasuredRange,
     StepCoefficients,
 )
-from llumsched.simulator.records import (
+from llumsched.simulator.results.records import (
     InstanceLifetime,
     MigrationRecord,
     RequestStatus,
@@ -22,7 +22,7 @@ from llumsched.simulator.records import (
     TokenGaps,
 )
 from llumsched.simulator.simulation import SimulationOptions, SimulationResult
-from llumsched.simulator.trace import make_trace
+from llumsched.simulator.traces.trace import make_trace
 
 NAN = float("nan")
 

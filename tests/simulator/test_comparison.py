@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llumsched.simulator.comparison import (
+from llumsched.simulator.results.comparison import (
     COLUMNS,
     Run,
     as_json,
@@ -21,8 +21,8 @@ from llumsched.simulator.comparison import (
     spreads,
     text_table,
 )
-from llumsched.simulator.metrics import Slo
-from llumsched.simulator.report import report_data, write_report
+from llumsched.simulator.results.metrics import Slo
+from llumsched.simulator.results.report import report_data, write_report
 from tests.simulator.results import make_result
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumsched.simulator.cost import StepCost, series_ps, steps_until, tokens_s
-from llumsched.simulator.hardware import StepCoefficients
-from llumsched.simulator.kernel import MESSAGE, NEVER, STEP, Kernel, to_ps, to_s
-from llumsched.simulator.kv_shape import (
+from llumsched.simulator.engines.cost import StepCost, series_ps, steps_until, tokens_s
+from llumsched.simulator.hardware.kv_shape import (
     activated_parameters,
     attention_kv_bytes,
     latent_kv_bytes,
     tensor_parallel_kv_bytes,
 )
+from llumsched.simulator.hardware.spec import StepCoefficients
+from llumsched.simulator.kernel import MESSAGE, NEVER, STEP, Kernel, to_ps, to_s
 
 FIRST = st.integers(1, 10**12)
 INCREMENT = st.integers(0, 10**9)

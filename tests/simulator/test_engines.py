@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llumsched.simulator.cluster import Cluster
-from llumsched.simulator.cost import StepCost
-from llumsched.simulator.engine_batch import DecodeBatch
-from llumsched.simulator.engine_machine import Costs
-from llumsched.simulator.engine_request import DECODING, LiveRequest
-from llumsched.simulator.engine_v1 import EngineV1
+from llumsched.simulator.cluster.loop import Cluster
+from llumsched.simulator.engines.batch import DecodeBatch
+from llumsched.simulator.engines.cost import StepCost
+from llumsched.simulator.engines.machine import Costs
+from llumsched.simulator.engines.request import DECODING, LiveRequest
+from llumsched.simulator.engines.vllm_v1 import EngineV1
 from llumsched.simulator.kernel import PS_PER_S, Kernel, to_ps
 from llumsched.simulator.simulation import simulate
-from llumsched.simulator.trace import Trace, make_trace
+from llumsched.simulator.traces.trace import Trace, make_trace
 from tests.campaigns import examples
 from tests.simulator.clusters import (
     engine_options,

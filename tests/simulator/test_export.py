@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumsched.simulator.chrome_trace import write_chrome_trace
-from llumsched.simulator.export import (
+from llumsched.simulator.results.chrome_trace import write_chrome_trace
+from llumsched.simulator.results.export import (
     ExportError,
     quantile_curve,
     write_csv,
     write_parquet,
     write_trace,
 )
-from llumsched.simulator.loaders import load_trace
-from llumsched.simulator.trace import make_trace
+from llumsched.simulator.traces.loaders import load_trace
+from llumsched.simulator.traces.trace import make_trace
 from tests.simulator.results import make_result
 
 

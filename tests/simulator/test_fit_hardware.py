@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import yaml
 
-from llumsched.simulator.cost import tokens_s
-from llumsched.simulator.hardware import StepCoefficients, available, load_hardware
+from llumsched.simulator.engines.cost import tokens_s
+from llumsched.simulator.hardware.spec import StepCoefficients, available, load_hardware
 from scripts import fit_hardware
 from scripts.hardware.profiles import AttentionSteps, Profile
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llumsched.simulator.generators import GENERATORS, GeneratorOptions, generate
-from llumsched.simulator.trace import TraceError
+from llumsched.simulator.traces.generators import GENERATORS, GeneratorOptions, generate
+from llumsched.simulator.traces.trace import TraceError
 
 
 @pytest.mark.parametrize(

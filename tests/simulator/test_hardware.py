@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from llumsched.simulator.cost import StepCost, copy_ps
-from llumsched.simulator.hardware import (
+from llumsched.simulator.engines.cost import StepCost, copy_ps
+from llumsched.simulator.hardware.spec import (
     HardwareError,
     available,
     hardware_from_plain,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llumsched.simulator.kv_cache import PrefixCache
+from llumsched.simulator.engines.kv_cache import PrefixCache
 from llumsched.simulator.simulation import simulate
-from llumsched.simulator.trace import make_trace
+from llumsched.simulator.traces.trace import make_trace
 from tests.simulator.clusters import make_hardware, make_options
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llumsched.simulator.loaders import FORMATS, detect_format, load_trace
-from llumsched.simulator.trace import Trace, TraceError
+from llumsched.simulator.traces.loaders import FORMATS, detect_format, load_trace
+from llumsched.simulator.traces.trace import Trace, TraceError
 
 SAMPLES = Path(__file__).parent / "samples"
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from llumsched.simulator.metrics import Distribution, Slo, latencies, summarise
-from llumsched.simulator.trace import make_trace
+from llumsched.simulator.results.metrics import Distribution, Slo, latencies, summarise
+from llumsched.simulator.traces.trace import make_trace
 from tests.simulator.results import NAN, make_result
 
 

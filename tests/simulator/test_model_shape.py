@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llumsched.simulator.model_shape import ShapeError, read_shape, shape_of
+from llumsched.simulator.hardware.model_shape import ShapeError, read_shape, shape_of
 
 LLAMA_3_1_8B: dict[str, Any] = {
     "hidden_size": 4096,

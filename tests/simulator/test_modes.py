@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 
 from llumsched.core.events import MigrationOutcome
 from llumsched.replay import replay
-from llumsched.simulator.cluster import Cluster
-from llumsched.simulator.cluster_migration import Migrations
-from llumsched.simulator.engine_base import Engine
-from llumsched.simulator.records import RequestStatus
+from llumsched.simulator.cluster.loop import Cluster
+from llumsched.simulator.cluster.migration_source import Migrations
+from llumsched.simulator.engines.base import Engine
+from llumsched.simulator.results.records import RequestStatus
 from llumsched.simulator.simulation import SimulationOptions, SimulationResult, simulate
-from llumsched.simulator.trace import Trace
+from llumsched.simulator.traces.trace import Trace
 from tests.campaigns import examples
 from tests.simulator.clusters import REQUEST_COLUMNS, assert_same, clusters
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llumsched.simulator.hardware import (
+from llumsched.simulator.hardware.model_shape import ModelShape
+from llumsched.simulator.hardware.rescale import Other, rescale
+from llumsched.simulator.hardware.spec import (
     ComputeShape,
     Hardware,
     HardwareError,
     hardware_from_plain,
     load_hardware,
 )
-from llumsched.simulator.hardware_text import hardware_text
-from llumsched.simulator.model_shape import ModelShape
-from llumsched.simulator.rescale import Other, rescale
+from llumsched.simulator.hardware.yaml_text import hardware_text
 
 BASE = load_hardware("h100-llama-3.1-8b", Path(__file__).parents[2] / "configs" / "hardware")
 

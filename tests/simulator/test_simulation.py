@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from llumsched.config import Config, PartConfig
-from llumsched.simulator.cluster import Cluster
-from llumsched.simulator.hardware import MachineSharing
+from llumsched.simulator.cluster.loop import Cluster
+from llumsched.simulator.hardware.spec import MachineSharing
 from llumsched.simulator.kernel import to_ps
-from llumsched.simulator.records import RequestStatus
+from llumsched.simulator.results.records import RequestStatus
 from llumsched.simulator.simulation import SimulationError, SimulationOptions, simulate
 from tests.simulator.clusters import make_hardware, make_options, make_requests
 

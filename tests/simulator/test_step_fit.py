@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from llumsched.core.step_time import MeasuredStep
-from llumsched.simulator.cost import tokens_s
-from llumsched.simulator.residual_plot import residual_plot
-from llumsched.simulator.step_fit import FitError, fit_steps
+from llumsched.simulator.engines.cost import tokens_s
+from llumsched.simulator.hardware.residual_plot import residual_plot
+from llumsched.simulator.hardware.step_fit import FitError, fit_steps
 
 KV_TOKEN_S, SKEW_TOKEN_S, PAIR_S = 2e-7, 5e-8, 3e-9
 

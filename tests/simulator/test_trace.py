@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumsched.simulator.trace import Trace, TraceError, make_trace
+from llumsched.simulator.traces.trace import Trace, TraceError, make_trace
 
 
 def make(**changed: object) -> Trace:

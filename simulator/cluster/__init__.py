@@ -1,0 +1,1 @@
+"""The simulated pool: instances, moves and the scheduler on one clock."""

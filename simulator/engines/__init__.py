@@ -1,0 +1,1 @@
+"""Models of an inference engine: steps, batches, KV cache."""

@@ -1,0 +1,1 @@
+"""Hardware files: step times, KV capacity and links of an instance."""

@@ -1,0 +1,1 @@
+"""What a simulation gives: records, metrics, tables, pages."""

@@ -1,0 +1,128 @@
+"""The HTML report: one file, to open without a network and to hand on.
+
+The page is `report_page/`: markup, style and script. They are put into one file with the figures as
+JSON, and the script draws them. Nothing is fetched from anywhere.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llumsched.simulator.results.comparison import (
+    Run,
+    Spread,
+    best_labels,
+    by_label,
+    shown_columns,
+    spreads,
+)
+from llumsched.simulator.results.export import quantile_curve
+
+_CURVES = (("ttft_s", "TTFT", "s", 1.0), ("tpot_s", "TPOT", "ms", 1e3), ("e2e_s", "E2E", "s", 1.0))
+
+
+def write_report(
+    path: Path,
+    runs: Sequence[Run],
+    *,
+    title: str,
+    subtitle: str,
+    settings: Mapping[str, str],
+    notes: Sequence[str] = (),
+) -> None:
+    """Write the page for these runs; `settings` are shown as they are, in their order."""
+    page = _part("page.html")
+    content = json.dumps(
+        report_data(runs, subtitle=subtitle, settings=settings, notes=notes),
+        allow_nan=False,
+        separators=(",", ":"),
+    )
+    for name, text in (
+        ("TITLE", html.escape(title)),
+        ("STYLE", _part("style.css")),
+        ("SCRIPT", _part("script.js")),
+        # A closing tag inside a string would end the element that holds the JSON.
+        ("DATA", content.replace("<", "\\u003c")),
+    ):
+        page = page.replace(f"%{name}%", text)
+    path.write_text(page, encoding="utf-8")
+
+
+def report_data(
+    runs: Sequence[Run], *, subtitle: str, settings: Mapping[str, str], notes: Sequence[str]
+) -> dict[str, Any]:
+    """What the page's script draws."""
+    table = spreads(runs)
+    grouped = by_label(runs)
+    timelines = {
+        label: {**run.timeline, "seed": run.seed}
+        for label, group in grouped.items()
+        for run in group[:1]
+        if run.timeline is not None
+    }
+    warnings = dict.fromkeys(
+        f"{run.label}: {warning}" for run in runs for warning in _warnings_of(run)
+    )
+    return {
+        "subtitle": subtitle,
+        "policies": list(table),
+        "num_seeds": max(len(group) for group in grouped.values()),
+        "columns": [
+            {
+                "key": column.key,
+                "label": column.label,
+                "unit": column.unit,
+                "best": sorted(best_labels(column, table)),
+            }
+            for column in shown_columns(table)
+        ],
+        "table": {
+            label: {key: _spread(spread) for key, spread in row.items()}
+            for label, row in table.items()
+        },
+        "cdfs": [_cdf(grouped, *curve) for curve in _CURVES],
+        "timelines": timelines,
+        "settings": list(settings.items()),
+        "notes": list(notes),
+        "warnings": list(warnings),
+    }
+
+
+def _warnings_of(run: Run) -> list[str]:
+    cut = [] if run.is_complete else [f"seed {run.seed} was cut short: its figures are partial"]
+    return [*cut, *run.warnings]
+
+
+def _cdf(
+    grouped: Mapping[str, Sequence[Run]], attribute: str, label: str, unit: str, scale: float
+) -> dict[str, Any]:
+    curves = {}
+    for policy, group in grouped.items():
+        pooled = np.concatenate([getattr(run.samples, attribute) for run in group])
+        values, shares = quantile_curve(pooled * scale)
+        curves[policy] = {"values": [float(f"{v:.5g}") for v in values], "shares": shares}
+    return {"label": label, "unit": unit, "curves": curves}
+
+
+def _spread(spread: Spread) -> dict[str, float | None]:
+    def plain(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    return {
+        "mean": plain(spread.mean),
+        "least": plain(spread.least),
+        "greatest": plain(spread.greatest),
+    }
+
+
+def _part(name: str) -> str:
+    folder = files("llumsched.simulator") / "report_page"
+    return (folder / name).read_text(encoding="utf-8").rstrip("\n")

@@ -1,0 +1,207 @@
+"""CSV traces: each format is a row of the table at the end, read by one reader.
+
+Columns are found by name, in any order; columns that nobody asks for are ignored. Rows of public
+traces without a token in or out are failed requests: they are left out, and their number is noted.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from llumsched.simulator.traces.reader import Columns, Format, ReadOptions, Source
+
+Row = Mapping[str, str]
+ReadArrival = Callable[[Source, int, Row, str], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CsvFormat:
+    """Names of the columns; an empty name is a column that the format does not have."""
+
+    name: str
+    summary: str
+    prompt: str
+    output: str
+    arrival: str
+    read_arrival: ReadArrival
+    arrival_is_optional: bool = False
+    no_arrival: str = ""
+    """A value in the arrival column that stands for none."""
+    client: str = ""
+    predicted: str = ""
+    scheduling_priority: str = ""
+    execution_priority: str = ""
+    prefix_hashes: str = ""
+    hash_block_size: str = ""
+    drops_empty: bool = True
+    spreads: bool = False
+
+    def as_format(self) -> Format:
+        """The format as the registry knows it."""
+        return Format(
+            name=self.name,
+            summary=self.summary,
+            matches=lambda start: set(self.required) <= set(_header(start)),
+            read=self.read,
+            spreads=self.spreads,
+        )
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The columns that a file of this format has in any case."""
+        lengths = (self.prompt, self.output)
+        return lengths if self.arrival_is_optional else (self.arrival, *lengths)
+
+    def read(self, source: Source, options: ReadOptions) -> Columns:
+        """Every row, or as many as are wanted."""
+        reader = csv.reader(source.file, skipinitialspace=True)
+        header = [name.strip() for name in next(reader, [])]
+        missing = [name for name in self.required if name not in header]
+        if missing:
+            raise source.error(
+                1,
+                f"a trace of format {self.name!r} has the columns {', '.join(self.required)};"
+                f" missing here: {', '.join(missing)}",
+            )
+        columns = Columns()
+        self._add_optional(columns, header)
+        num_dropped = 0
+        for line, row in _rows(source, reader, header):
+            least = 0 if self.drops_empty else 1
+            num_prompt_tokens = source.whole(line, row, self.prompt, at_least=least)
+            num_output_tokens = source.whole(line, row, self.output, at_least=least)
+            if num_prompt_tokens == 0 or num_output_tokens == 0:
+                num_dropped += 1
+                continue
+            if columns.arrival_s is not None:
+                if self.no_arrival and row[self.arrival] == self.no_arrival:
+                    columns.arrival_s = None
+                else:
+                    columns.arrival_s.append(self.read_arrival(source, line, row, self.arrival))
+            columns.num_prompt_tokens.append(num_prompt_tokens)
+            columns.num_output_tokens.append(num_output_tokens)
+            self._read_optional(source, line, row, columns)
+            if options.is_enough(columns):
+                break
+        if num_dropped:
+            columns.notes.append(f"{num_dropped} rows without prompt or output tokens left out")
+        return columns
+
+    def _add_optional(self, columns: Columns, header: list[str]) -> None:
+        if self.arrival not in header:
+            columns.arrival_s = None
+        if self.client in header:
+            columns.client_ids = []
+        if self.predicted in header:
+            columns.predicted_output_tokens = []
+        if self.scheduling_priority in header:
+            columns.scheduling_priority = []
+        if self.execution_priority in header:
+            columns.execution_priority = []
+        if self.prefix_hashes in header:
+            columns.prefix_hashes = []
+
+    def _read_optional(self, source: Source, line: int, row: Row, columns: Columns) -> None:
+        if columns.client_ids is not None:
+            columns.client_ids.append(row[self.client])
+        for values, name in (
+            (columns.predicted_output_tokens, self.predicted),
+            (columns.scheduling_priority, self.scheduling_priority),
+            (columns.execution_priority, self.execution_priority),
+        ):
+            if values is not None:
+                values.append(source.whole(line, row, name))
+        if columns.prefix_hashes is not None:
+            columns.hash_block_size = source.whole(line, row, self.hash_block_size, at_least=1)
+            try:
+                hashes = [int(word) for word in row[self.prefix_hashes].split()]
+            except ValueError:
+                raise source.error(
+                    line, f"{self.prefix_hashes!r} must be whole numbers with spaces between"
+                ) from None
+            columns.prefix_hashes.append(hashes)
+
+
+def _header(start: str) -> list[str]:
+    return [name.strip() for name in next(csv.reader(start.splitlines()[:1]), [])]
+
+
+def _rows(
+    source: Source, reader: Iterator[list[str]], header: list[str]
+) -> Iterator[tuple[int, Row]]:
+    for line, row in enumerate(reader, start=2):
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise source.error(line, f"{len(row)} values where the header has {len(header)}")
+        yield line, dict(zip(header, row, strict=True))
+
+
+def _utc(source: Source, line: int, row: Row, key: str) -> float:
+    """Seconds since 1970 of a date and time, which is UTC unless it says otherwise."""
+    try:
+        when = datetime.fromisoformat(row[key])
+    except ValueError:
+        raise source.error(
+            line, f"{key!r} must be a date and time (2023-11-16 18:15:46.68), not {row[key]!r}"
+        ) from None
+    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+
+
+def _seconds(source: Source, line: int, row: Row, key: str) -> float:
+    return source.seconds(line, row, key)
+
+
+OWN_CSV = CsvFormat(
+    name="llumsched-csv",
+    summary="our own CSV: arrival_s, num_prompt_tokens, num_output_tokens, and optional columns",
+    arrival="arrival_s",
+    read_arrival=_seconds,
+    arrival_is_optional=True,
+    prompt="num_prompt_tokens",
+    output="num_output_tokens",
+    client="client_id",
+    predicted="predicted_output_tokens",
+    scheduling_priority="scheduling_priority",
+    execution_priority="execution_priority",
+    prefix_hashes="prefix_hashes",
+    hash_block_size="hash_block_size",
+    drops_empty=False,
+)
+
+CSV_FORMATS = (
+    OWN_CSV,
+    CsvFormat(
+        name="azure",
+        summary="Azure LLM inference 2023 and 2024: TIMESTAMP, ContextTokens, GeneratedTokens",
+        arrival="TIMESTAMP",
+        read_arrival=_utc,
+        # What files of lengths alone, in the same columns, have for a time (those of Nanoflow).
+        no_arrival="XXX",
+        prompt="ContextTokens",
+        output="GeneratedTokens",
+    ),
+    CsvFormat(
+        name="burstgpt",
+        summary="BurstGPT v1 and v2: Timestamp (s), Request tokens, Response tokens",
+        arrival="Timestamp",
+        read_arrival=_seconds,
+        prompt="Request tokens",
+        output="Response tokens",
+        client="Session ID",
+        spreads=True,
+    ),
+    CsvFormat(
+        name="vidur",
+        summary="Vidur: arrived_at (s; may be missing), num_prefill_tokens, num_decode_tokens",
+        arrival="arrived_at",
+        read_arrival=_seconds,
+        arrival_is_optional=True,
+        prompt="num_prefill_tokens",
+        output="num_decode_tokens",
+        predicted="num_predicted_decode_tokens",
+    ),
+)
