@@ -4,7 +4,7 @@ Invariant: an action names its reason, so a host can log and count without knowi
 This module does not know how an action is carried out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from llumsched.core.quick import quick
@@ -90,6 +90,9 @@ class PolicyFailed:
 
     policy: str
     error: str
+    frames: tuple[tuple[str, int, str], ...] = field(default=(), compare=False)
+    """Where it raised: (file, line, function), the innermost last; none of an answer that is wrong.
+    The same failure read from a log of another machine is still the same."""
 
 
 Action = (

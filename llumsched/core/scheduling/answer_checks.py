@@ -7,9 +7,13 @@ without further care. Whether an answer makes sense in this cluster is for the a
 import functools
 import types
 import typing
+from traceback import walk_tb
 from typing import Any
 
 from llumsched.core.actions import PolicyFailed
+
+MOST_FRAMES = 20
+"""Innermost frames that a report keeps: enough to find the fault, also of an endless recursion."""
 
 
 def malformed(answer: object, *kinds: type) -> str | None:
@@ -39,6 +43,16 @@ def _accepted(hint: Any) -> frozenset[type]:
 
 
 def policy_failed(policy: object, error: object) -> PolicyFailed:
-    """The report of a failed policy; an exception is given with its type."""
-    text = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else str(error)
-    return PolicyFailed(policy=type(policy).__qualname__, error=text)
+    """The report of a failed policy; an exception is given with its type and where it came from."""
+    name = type(policy).__qualname__
+    if not isinstance(error, Exception):
+        return PolicyFailed(policy=name, error=str(error))
+    frames = [] if error.__traceback__ is None else list(walk_tb(error.__traceback__.tb_next))
+    return PolicyFailed(
+        policy=name,
+        error=f"{type(error).__name__}: {error}",
+        frames=tuple(
+            (frame.f_code.co_filename, line, frame.f_code.co_name)
+            for frame, line in frames[-MOST_FRAMES:]
+        ),
+    )
