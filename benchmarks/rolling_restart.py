@@ -154,7 +154,8 @@ async def _restart(server: Server) -> None:
     command = (sys.executable, "-m", "llumsched", "restart", "--url", server.url)
     process = await asyncio.create_subprocess_exec(*command, cwd=Path(__file__).parents[1])
     try:
-        status = await asyncio.wait_for(process.wait(), RESTART_TIMEOUT_S)
+        async with asyncio.timeout(RESTART_TIMEOUT_S):
+            status = await process.wait()
     except TimeoutError:
         process.kill()
         raise

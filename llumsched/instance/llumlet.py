@@ -191,9 +191,8 @@ class Llumlet:
                 await self._tell_prefix_blocks(changes)
             await asyncio.sleep(MIN_REPORT_INTERVAL_S)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(
-                    self._report_now.wait(), REPORT_INTERVAL_S - MIN_REPORT_INTERVAL_S
-                )
+                async with asyncio.timeout(REPORT_INTERVAL_S - MIN_REPORT_INTERVAL_S):
+                    await self._report_now.wait()
             self._report_now.clear()
             self._report_pending = False
 

@@ -366,7 +366,8 @@ class IncomingMigrations:
                 self._free(arriving, request_id)  # given up while the engine was at it
                 return
             if reservation.grammar is not None:
-                await asyncio.wait_for(asyncio.wrap_future(reservation.grammar), GRAMMAR_TIMEOUT_S)
+                async with asyncio.timeout(GRAMMAR_TIMEOUT_S):
+                    await asyncio.wrap_future(reservation.grammar)
         except Exception as error:
             self._free(arriving, request_id)
             reason = str(error) or type(error).__name__

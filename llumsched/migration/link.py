@@ -103,13 +103,11 @@ class Link:
             self._opening = asyncio.create_task(
                 self._shake_hands(instance_id, fingerprint, transport)
             )
-        try:
-            await asyncio.shield(self._opening)
-        except asyncio.CancelledError:
-            if not self._opening.cancelled():
-                raise
+        await asyncio.wait({self._opening})
+        if self._opening.cancelled():
             # The link was closed meanwhile, not the caller stopped.
-            raise CannotMigrate("the destination is gone", Refusal.UNREACHABLE) from None
+            raise CannotMigrate("the destination is gone", Refusal.UNREACHABLE)
+        self._opening.result()
 
     async def _shake_hands(self, instance_id: str, fingerprint: str, transport: str) -> None:
         await self.send(
@@ -121,7 +119,8 @@ class Link:
             )
         )
         try:
-            welcome = await asyncio.wait_for(asyncio.shield(self._welcome), HANDSHAKE_TIMEOUT_S)
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                welcome = await self._welcome
         except TimeoutError:
             raise CannotMigrate("the destination does not answer", Refusal.UNREACHABLE) from None
         if welcome.refused is not None:

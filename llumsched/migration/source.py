@@ -218,7 +218,8 @@ class OutgoingMigration:
                     raise
             first_token = await self._engine(lambda: self._port.await_first_token(self.request_id))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.wrap_future(first_token), left_s)
+                async with asyncio.timeout(left_s):
+                    await asyncio.wrap_future(first_token)
 
     async def _drive(self, commands: tuple[protocol.MigrationCommand, ...]) -> None:
         deadline_s = self._deadline(self._migration)
@@ -229,9 +230,8 @@ class OutgoingMigration:
             if migration.is_terminal:
                 return
             try:
-                event = await asyncio.wait_for(
-                    self._events.get(), max(0.0, deadline_s - time.monotonic())
-                )
+                async with asyncio.timeout(max(0.0, deadline_s - time.monotonic())):
+                    event = await self._events.get()
             except TimeoutError:
                 event = protocol.DeadlineExpired(
                     migration_id=self.migration_id, state=migration.state, stage=migration.stage

@@ -97,7 +97,8 @@ def test_a_server_that_dies_while_it_serves_is_noticed(
     async def run() -> None:
         server.start()
         try:
-            await asyncio.wait_for(server.ended(), timeout=10)
+            async with asyncio.timeout(10):
+                await server.ended()
         finally:
             await server.stop()
 

@@ -54,4 +54,8 @@ def test_the_instance_whose_connection_breaks_is_told() -> None:
         gate.close()
         context.destroy(linger=0)
 
-    asyncio.run(asyncio.wait_for(play(), TIMEOUT_S))
+    async def bounded() -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            await play()
+
+    asyncio.run(bounded())

@@ -81,7 +81,8 @@ def run(
         endpoint = socket.get_string(zmq.LAST_ENDPOINT)
         link = SchedulerLink(endpoint, keys, lambda: least_loaded, prefix_hashes)
         try:
-            await asyncio.wait_for(scenario(link), TIMEOUT_S)
+            async with asyncio.timeout(TIMEOUT_S):
+                await scenario(link)
         finally:
             link.close()
             serving.cancel()
@@ -159,6 +160,29 @@ def test_the_scheduler_hears_what_the_client_said_of_its_request() -> None:
     assert predicted_output_tokens(asked.sampling_params) == 17
     assert asked.sampling_params.extra_args["theirs"] == 1
     assert own_args == {"theirs": 1}
+
+
+@pytest.mark.parametrize("placed_first", [True, False])
+def test_a_client_that_leaves_as_its_request_is_placed_has_left(placed_first: bool) -> None:
+    """A cancellation that comes as the placement does must not be lost (Python 3.11)."""
+
+    async def scenario(link: SchedulerLink) -> None:
+        placing = asyncio.create_task(link.place(request()))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        if not placed_first:
+            placing.cancel()
+        link._placements["r1"].set_result(
+            Placed(request_id="r1", instance_id="instance-0", engine_index=0, reason="")
+        )
+        if placed_first:
+            await asyncio.sleep(0)
+            placing.cancel()
+        await asyncio.wait({placing})
+        assert placing.cancelled()
+        assert not link._placements
+
+    run(lambda _: None, scenario)
 
 
 def test_a_rejection_says_why_and_when_to_come_again() -> None:

@@ -152,11 +152,13 @@ def test_a_stream_begins_when_it_is_placed_and_not_before() -> None:
             await asyncio.sleep(0)
         assert sent.empty()
         may_place.set()
-        head = await asyncio.wait_for(sent.get(), 10.0)
+        async with asyncio.timeout(10.0):
+            head = await sent.get()
         assert (head["type"], head["status"]) == ("http.response.start", 200)
         assert sent.empty()
         may_compute.set()
-        await asyncio.wait_for(answering, 10.0)
+        async with asyncio.timeout(10.0):
+            await answering
         bodies = [sent.get_nowait() for _ in range(sent.qsize())]
         assert b"".join(m["body"] for m in bodies) == b"data: 0\n\ndata: [DONE]\n\n"
 
@@ -179,7 +181,8 @@ def test_a_client_that_leaves_before_leaves_nothing_behind() -> None:
             return messages.pop(0) if len(messages) > 1 else messages[0]
 
         app = served(lambda: as_vllm_streams(place))
-        await asyncio.wait_for(app(dict(SCOPE), receive, sent.put), 10.0)
+        async with asyncio.timeout(10.0):
+            await app(dict(SCOPE), receive, sent.put)
         await asyncio.sleep(0)
         assert sent.empty()
         assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -67,7 +67,8 @@ def scraped(monkeypatch: pytest.MonkeyPatch, *answers: ClusterDescription | None
         metrics = PoolMetrics(lambda: {"frontend": 2}, registry)
         link = Link(answers)
         following = asyncio.create_task(metrics.follow(cast("SchedulerLink", link)))
-        await asyncio.wait_for(link.done.wait(), 5)
+        async with asyncio.timeout(5):
+            await link.done.wait()
         await asyncio.sleep(0.01)
         values = {
             (sample.name, tuple(sample.labels.values())): sample.value

@@ -110,7 +110,11 @@ class World:
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scenario(), TIMEOUT_S))
+    async def bounded() -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            await scenario()
+
+    asyncio.run(bounded())
 
 
 async def settle() -> None:

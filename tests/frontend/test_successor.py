@@ -214,3 +214,28 @@ def test_whatever_it_finds_of_the_one_before_ends(ports: FrontendPorts) -> None:
             assert placer.ended_ids == ["a", "b"]
 
     play(ports, scenario)
+
+
+def test_a_client_that_leaves_as_its_request_is_sent_leaves_nothing(ports: FrontendPorts) -> None:
+    async def scenario(engine: Engine) -> None:
+        placer = Placer()
+        async with frontend(ports, placer) as client:
+            send = client.add
+
+            async def add_and_hang(instance: int, asked: EngineCoreRequest) -> None:
+                await send(instance, asked)
+                await asyncio.Event().wait()
+
+            patched: Any = client
+            patched.add = add_and_hang
+            sending = asyncio.create_task(client.add_request_async(request("left")))
+            request_type, _ = await engine.hear()
+            assert request_type is EngineCoreRequestType.ADD
+            sending.cancel()
+            await asyncio.wait({sending})
+            assert sending.cancelled()
+            assert await engine.hear() == (EngineCoreRequestType.ABORT, ["left"])
+            assert len(client.routes) == 0
+            assert placer.ended_ids == ["left"]
+
+    play(ports, scenario)

@@ -50,7 +50,8 @@ class Destination:
 
     async def answer(self) -> PeerMessage:
         """The next one."""
-        return await asyncio.wait_for(self.answers.get(), PATIENCE_S)
+        async with asyncio.timeout(PATIENCE_S):
+            return await self.answers.get()
 
     async def reserve(self) -> None:
         state = msgspec.msgpack.encode(STATE)

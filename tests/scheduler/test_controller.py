@@ -65,7 +65,8 @@ class Peer:
         await self.socket.send(encode(message))
 
     async def hear(self) -> Any:
-        return decode_control(await asyncio.wait_for(self.socket.recv(), TIMEOUT_S))
+        async with asyncio.timeout(TIMEOUT_S):
+            return decode_control(await self.socket.recv())
 
 
 class Stage:
@@ -129,7 +130,8 @@ def run(
         stage = Stage(controller)
         serving = asyncio.create_task(stage.controller.serve())
         try:
-            await asyncio.wait_for(scenario(stage), TIMEOUT_S)
+            async with asyncio.timeout(TIMEOUT_S):
+                await scenario(stage)
         finally:
             serving.cancel()
             stage.controller.close()
@@ -654,7 +656,8 @@ def test_a_frontend_that_dies_is_forgotten_with_all_it_has() -> None:
         stage.controller.frontend_lost("frontend-0", [])
         await dying.say(place("sent before it died"))
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(dying.socket.recv(), 0.2)
+            async with asyncio.timeout(0.2):
+                await dying.socket.recv()
         known = [await is_known(other, name) for name in ("of frontend-0", "sent before it died")]
         assert known == [False, False]
         assert await is_known(other, "of frontend-1")

@@ -369,6 +369,18 @@ INTERNALS: tuple[Internal, ...] = (
     ),
     Internal("vllm.v1.engine.async_llm:AsyncLLM", "shutdown", "end requests", ("timeout",)),
     Internal(
+        "vllm.v1.engine.async_llm:AsyncLLM",
+        "_add_request",
+        "forget what is not taken",
+        ("request", "prompt", "parent_req", "index", "queue"),
+    ),
+    Internal(
+        "vllm.v1.engine.output_processor:OutputProcessor",
+        "abort_requests",
+        "forget what is not taken",
+        ("request_ids", "internal"),
+    ),
+    Internal(
         "vllm.v1.engine.async_llm:AsyncLLM", "output_processor", "end requests", on_instances=True
     ),
     Internal(

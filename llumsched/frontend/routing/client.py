@@ -121,18 +121,17 @@ class RoutingEngineClient(ConnectedInstances):
         self._resumer.keep(request)
         try:
             instance = await self._place(request)
-        except Exception:
-            self._end(request_id, "rejected")
+            overload.placed()
+            self._metrics.placement_s.observe(time.monotonic() - route.opened_s)
+            if self.routes.get(request_id) is not route:
+                return  # aborted while the scheduler was choosing
+            route.instance = instance
+            await self.add(instance, request)
+        except BaseException as error:
+            # Nobody waits for it any more, nor aborts it.
+            if self.routes.get(request_id) is route:
+                self._drop(request_id, "rejected" if isinstance(error, Exception) else "aborted")
             raise
-        except BaseException:
-            self._end(request_id, "aborted")
-            raise
-        overload.placed()
-        self._metrics.placement_s.observe(time.monotonic() - route.opened_s)
-        if self.routes.get(request_id) is not route:
-            return  # aborted while the scheduler was choosing
-        route.instance = instance
-        await self.add(instance, request)
 
     async def _place(self, request: EngineCoreRequest) -> int:
         lost: int | None = None
@@ -164,14 +163,20 @@ class RoutingEngineClient(ConnectedInstances):
             self._metrics.ended(route, outcome)
         return route
 
+    def _drop(self, request_id: str, outcome: str) -> bool:
+        """``_end`` a request also at the instances that may run it; whether it was followed."""
+        route = self._end(request_id, outcome)
+        if route is None:
+            return False
+        for instance in self.routes.holders(route):
+            self.abort_soon(instance, request_id)
+        return True
+
     def _give_up(self, request_id: str, reason: str) -> None:
         """End a request with an error."""
         logger.error("Request %s ends with an error: %s", request_id, reason)
-        route = self._end(request_id, "instance_lost")
-        if route is None:
+        if not self._drop(request_id, "instance_lost"):
             return
-        for instance in self.routes.holders(route):
-            self.abort_soon(instance, request_id)
         self.outputs_queue.put_nowait(
             EngineCoreOutputs(
                 outputs=[

@@ -20,6 +20,8 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine import async_llm as async_llm_module
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from llumsched.frontend.options.preflight import TASKS_UNASKED
 from llumsched.frontend.routing.client import RoutingEngineClient
@@ -41,6 +43,21 @@ class Engine(AsyncLLM):
             return await super().get_supported_tasks()
         except NoInstance:
             return TASKS_UNASKED
+
+    async def _add_request(
+        self,
+        request: EngineCoreRequest,
+        prompt: str | None,
+        parent_req: ParentRequest | None,
+        index: int,
+        queue: RequestOutputCollector,
+    ) -> None:
+        try:
+            await super()._add_request(request, prompt, parent_req, index, queue)
+        except BaseException:
+            # AsyncLLM has registered it and forgets it on its last output, which never comes.
+            self.output_processor.abort_requests([request.request_id], internal=True)
+            raise
 
     def shutdown(self, timeout: float | None = None) -> None:
         # AsyncLLM leaves them waiting for outputs, and their clients for the connection to break.

@@ -16,7 +16,6 @@ class CallsByInstance:
 
     def __init__(self) -> None:
         self._pending: dict[int, set[asyncio.Future[Any]]] = {}
-        self._dead: set[int] = set()
 
     async def answer(self, instance: int, call: Coroutine[Any, Any, Any]) -> Any:
         """What the call returns or raises.
@@ -28,16 +27,16 @@ class CallsByInstance:
         calls = self._pending.setdefault(instance, set())
         calls.add(pending)
         try:
-            return await pending
-        except asyncio.CancelledError:
-            if instance not in self._dead:
-                raise
-            raise ConnectionError(f"instance {instance} died before it answered") from None
+            # Not awaited itself: its own cancellation could not be told from the caller's.
+            await asyncio.wait({pending})
         finally:
+            pending.cancel()
             calls.discard(pending)
+        if pending.cancelled():
+            raise ConnectionError(f"instance {instance} died before it answered")
+        return pending.result()
 
     def died(self, instance: int) -> None:
         """Nothing will answer for this instance any more."""
-        self._dead.add(instance)
         for call in self._pending.pop(instance, set()):
             call.cancel()

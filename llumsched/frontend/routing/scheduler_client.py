@@ -146,14 +146,14 @@ class SchedulerLink:
             heard_s = loop.time()
             while True:
                 await self._socket.send(encode(asked))
-                try:
-                    placed = await asyncio.wait_for(asyncio.shield(future), PLACEMENT_TIMEOUT_S)
+                done, _ = await asyncio.wait({future}, timeout=PLACEMENT_TIMEOUT_S)
+                # A scheduler that was started again has never heard of the request.
+                if not done and await self._is_alive():
+                    heard_s = loop.time()
+                    continue
+                if future.done():
+                    placed = future.result()
                     break
-                except TimeoutError:
-                    # A scheduler that was started again has never heard of the request.
-                    if await self._is_alive():
-                        heard_s = loop.time()
-                        continue
                 instance = self._least_loaded()
                 if instance is not None:
                     logger.warning(

@@ -164,7 +164,8 @@ async def _look_after(
                     "is above."
                 )
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stopping.wait(), TICK_S)
+            async with asyncio.timeout(TICK_S):
+                await stopping.wait()
     return 0 if serving else INTERRUPTED
 
 
