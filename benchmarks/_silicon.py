@@ -33,8 +33,9 @@ from llumsched.simulator.hardware.spec import (
     MeasuredRange,
     StepCoefficients,
 )
+from llumsched.simulator.options import SimulationOptions
 from llumsched.simulator.results.metrics import latencies
-from llumsched.simulator.simulation import ExtrapolationWarning, SimulationOptions, simulate
+from llumsched.simulator.simulation import ExtrapolationWarning, simulate
 from llumsched.simulator.traces.trace import make_trace
 from scripts.fit_hardware import fit
 from scripts.hardware.h100 import Shape, h100

@@ -24,7 +24,8 @@ from benchmarks import _vidur_driver
 from llumsched.config import Config
 from llumsched.simulator.engines.cost import tokens_s
 from llumsched.simulator.hardware.spec import Hardware, StepCoefficients
-from llumsched.simulator.simulation import SimulationOptions, simulate
+from llumsched.simulator.options import SimulationOptions
+from llumsched.simulator.simulation import simulate
 from llumsched.simulator.traces.trace import Trace
 
 NUM_INSTANCES = 8

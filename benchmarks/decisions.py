@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from benchmarks._report import Figure, Report, Table, main
-from llumsched.config import Config
+from llumsched.config import Config, build_bundle
 from llumsched.core.actions import Action, DispatchRequest, StartMigration
 from llumsched.core.events import (
     Event,
@@ -36,7 +36,6 @@ from llumsched.core.load import InstanceLoad, InstanceSpec
 from llumsched.core.scheduling.prefix_index import PrefixIndex
 from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.core.types import SchedulingRequest
-from llumsched.plugins import build_bundle
 from llumsched.policies import BUILT_IN
 
 BENCHMARK = "Time of one decision"

@@ -36,8 +36,9 @@ from benchmarks import _report, _silicon
 from benchmarks._report import Figure, Report, Table
 from llumsched.config import Config
 from llumsched.simulator.hardware.spec import load_hardware
+from llumsched.simulator.options import SimulationOptions
 from llumsched.simulator.results.metrics import Distribution, latencies
-from llumsched.simulator.simulation import SimulationOptions, simulate
+from llumsched.simulator.simulation import simulate
 from llumsched.simulator.traces.loaders import load_trace
 from llumsched.simulator.traces.trace import Floats, Trace
 

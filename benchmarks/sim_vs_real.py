@@ -59,9 +59,10 @@ from llumsched.simulator.hardware.spec import (
     StepCoefficients,
 )
 from llumsched.simulator.hardware.step_fit import fit_steps
+from llumsched.simulator.options import SimulationOptions
 from llumsched.simulator.results.comparison import number
 from llumsched.simulator.results.metrics import Distribution, Latencies, latencies
-from llumsched.simulator.simulation import SimulationOptions, simulate
+from llumsched.simulator.simulation import simulate
 from llumsched.simulator.traces.trace import Trace, make_trace
 
 BENCHMARK = "The simulator beside real instances"

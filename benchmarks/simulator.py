@@ -25,7 +25,8 @@ from benchmarks import _vidur
 from benchmarks._report import Figure, Report, Table, main
 from llumsched.config import Config
 from llumsched.simulator.hardware.spec import load_hardware
-from llumsched.simulator.simulation import SimulationOptions, simulate
+from llumsched.simulator.options import SimulationOptions
+from llumsched.simulator.simulation import simulate
 from llumsched.simulator.traces.generators import GeneratorOptions, generate
 
 BENCHMARK = "Speed of the simulator"

@@ -11,11 +11,12 @@
 
 Invariant: a `Config` names only what differs from the defaults in the code, so there is one place
 for each default. What `load` returns can be built: every mistake is an error that names file, line
-and the nearest valid name. A `Config` holds no policies: `plugins.build_bundle` makes new ones.
+and the nearest valid name. A `Config` holds no policies: `build_bundle` makes new ones.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from llumsched import plugins
 from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.params import ParamError, check_param, params_of
+from llumsched.core.policy import PolicyBundle
 from llumsched.core.transfer_options import TransferOptions
 
 DEFAULT_POLICY = "latency"
@@ -214,7 +216,7 @@ class _Reader:
     ) -> None:
         """Building is the check; an error is put on the line of what it names."""
         try:
-            plugins.build_bundle(config)
+            build_bundle(config)
         except ParamError as error:
             raise self._error((lines or {}).get(error.name, node), str(error)) from error
         except plugins.PluginError as error:
@@ -254,3 +256,21 @@ class _Reader:
 
     def _error(self, node: yaml.Node, message: str) -> ConfigError:
         return ConfigError(f"{self._source}:{node.start_mark.line + 1}: {message}")
+
+
+def build_bundle(config: Config) -> PolicyBundle:
+    """New policies as the configuration describes them; state is never shared between two.
+
+    Raises:
+        PluginError: a policy cannot be found or built.
+        ParamError: a parameter is unknown, of the wrong type or out of range.
+    """
+    bundle = plugins.bundle_of(config.policy)
+    parts: dict[str, Any] = {}
+    for kind, part in config.parts.items():
+        parts[kind] = (
+            None if part is None else plugins.build_part(bundle, kind, part.name, part.params)
+        )
+    bundle = plugins.with_params(dataclasses.replace(bundle, **parts), config.params)
+    options = plugins.checked("scheduler", params_of(type(bundle.options)), config.scheduler)
+    return dataclasses.replace(bundle, options=dataclasses.replace(bundle.options, **options))

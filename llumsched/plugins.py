@@ -1,4 +1,4 @@
-"""Find policies by name and build the bundle a configuration asks for.
+"""Find policies by name, and build the parts of a bundle.
 
 A name is an installed policy (entry-point group `llumsched.policies`) or `package.module:Class`,
 which needs no installation. The kind of a policy follows from the method it has.
@@ -17,14 +17,11 @@ import importlib.metadata
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llumsched.core.params import Param, ParamError, check_param, params_of
 from llumsched.core.policy import PolicyBundle
 from llumsched.policies import BUILT_IN
-
-if TYPE_CHECKING:
-    from llumsched.config import Config
 
 ENTRY_POINT_GROUP = "llumsched.policies"
 
@@ -214,23 +211,7 @@ def bundle_of(name: str) -> PolicyBundle:
     )
 
 
-def build_bundle(config: Config) -> PolicyBundle:
-    """New policies as the configuration describes them; state is never shared between two.
-
-    Raises:
-        PluginError: a policy cannot be found or built.
-        ParamError: a parameter is unknown, of the wrong type or out of range.
-    """
-    bundle = bundle_of(config.policy)
-    parts: dict[str, Any] = {}
-    for kind, part in config.parts.items():
-        parts[kind] = None if part is None else build_part(bundle, kind, part.name, part.params)
-    bundle = _with_params(dataclasses.replace(bundle, **parts), config.params)
-    options = checked("scheduler", params_of(type(bundle.options)), config.scheduler)
-    return dataclasses.replace(bundle, options=dataclasses.replace(bundle.options, **options))
-
-
-def _with_params(bundle: PolicyBundle, params: Mapping[str, Any]) -> PolicyBundle:
+def with_params(bundle: PolicyBundle, params: Mapping[str, Any]) -> PolicyBundle:
     """The bundle with these parameters in every part that has them."""
     current = {kind: getattr(bundle, kind) for kind in KINDS}
     described = {

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llumsched import plugins
-from llumsched.config import NO_POLICY, Config
+from llumsched.config import NO_POLICY, Config, build_bundle
 from llumsched.core.params import Param, params_of
 
 WIDTH = 100
@@ -19,7 +19,7 @@ WIDTH = 100
 
 def yaml_of(config: Config) -> str:
     """The whole configuration in force, each parameter with its doc and range above it."""
-    bundle = plugins.build_bundle(config)
+    bundle = build_bundle(config)
     policy = plugins.find(config.policy)
     names = {id(p.target): p.name for p in plugins.installed()}
     lines = [

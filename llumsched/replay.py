@@ -15,12 +15,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llumsched.config import Config
+from llumsched.config import Config, build_bundle
 from llumsched.core.actions import Action, DispatchRequest, PolicyFailed
 from llumsched.core.events import Ticked
 from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.decision_log import Decision, read_segment, segments_of
-from llumsched.plugins import build_bundle
 
 TICK_LATENCY_S = 0.1
 """A recorded tick may come this much after its deadline; until then none is added."""

@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llumsched.config import Config
+from llumsched.config import Config, build_bundle
 from llumsched.core.actions import DispatchRequest, StartMigration
 from llumsched.core.events import (
     Event,
@@ -30,7 +30,6 @@ from llumsched.core.load import InstanceLoad, InstanceSpec
 from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.core.types import SchedulingRequest, num_blocks_for
 from llumsched.decision_log import DecisionLog, segments_of
-from llumsched.plugins import build_bundle
 
 PATH = Path(__file__).parents[1] / "docs" / "example-decisions.jsonl"
 NUM_INSTANCES = 4

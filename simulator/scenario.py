@@ -13,15 +13,10 @@ from pathlib import Path
 from typing import cast
 
 from llumsched import plugins
-from llumsched.config import Config, load
+from llumsched.config import Config, build_bundle, load
 from llumsched.core.params import ParamError, check_params, param
 from llumsched.simulator.hardware.spec import load_hardware
-from llumsched.simulator.simulation import (
-    ENGINES,
-    EngineName,
-    SimulationError,
-    SimulationOptions,
-)
+from llumsched.simulator.options import ENGINES, EngineName, SimulationError, SimulationOptions
 from llumsched.simulator.traces.generators import GENERATORS, GeneratorOptions, generate
 from llumsched.simulator.traces.loaders import FORMATS, load_trace
 from llumsched.simulator.traces.trace import Trace, TraceError
@@ -103,7 +98,7 @@ class Scenario:
             ConfigError, PluginError, ParamError: there is no such policy, or it cannot be built.
         """
         config = load(self.policy) if _is_file(self.policy) else Config.default(self.policy)
-        plugins.build_bundle(config)
+        build_bundle(config)
         return config
 
     def options(

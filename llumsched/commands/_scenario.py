@@ -16,10 +16,11 @@ from llumsched.config import ConfigError
 from llumsched.core.params import Param, ParamError, params_of
 from llumsched.plugins import PluginError
 from llumsched.simulator.hardware.spec import HardwareError
+from llumsched.simulator.options import SimulationError
 from llumsched.simulator.results.export import ExportError
 from llumsched.simulator.results.metrics import Slo
 from llumsched.simulator.scenario import EXAMPLE, Scenario
-from llumsched.simulator.simulation import ExtrapolationWarning, SimulationError
+from llumsched.simulator.simulation import ExtrapolationWarning
 from llumsched.simulator.traces.generators import GENERATORS
 from llumsched.simulator.traces.trace import TraceError
 

@@ -28,8 +28,9 @@ from llumsched.simulator.results.chrome_trace import write_chrome_trace
 from llumsched.simulator.results.comparison import Run, as_json, by_label, reduce_run, text_table
 from llumsched.simulator.results.export import check_parquet, write_csv, write_parquet
 from llumsched.simulator.results.report import write_report
+from llumsched.simulator.results.result import SimulationResult
 from llumsched.simulator.scenario import Scenario
-from llumsched.simulator.simulation import SimulationResult, simulate
+from llumsched.simulator.simulation import simulate
 from llumsched.simulator.traces.trace import Trace
 
 if TYPE_CHECKING:

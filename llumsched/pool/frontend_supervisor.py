@@ -18,13 +18,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from llumsched.pool.backoff import BackOff
+from llumsched.wire.names import frontend_id
 
 logger = logging.getLogger(__name__)
-
-
-def frontend_id(index: int) -> str:
-    """The name of the frontend in a place, whichever process it is."""
-    return f"frontend-{index}"
 
 
 class FrontendProcess(Protocol):

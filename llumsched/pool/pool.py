@@ -28,9 +28,8 @@ import ray
 from llumsched.config import Config
 from llumsched.engine.compatibility import differences_in_pool
 from llumsched.instance.actor import InstancePlan
-from llumsched.instance.heartbeat import HeartbeatListener
 from llumsched.pool.frontend_cleanup import FrontendLoss
-from llumsched.pool.frontend_supervisor import frontend_id
+from llumsched.pool.heartbeat_listener import HeartbeatListener
 from llumsched.pool.instance_actor import (
     A_SHARE,
     InstanceActor,
@@ -42,8 +41,10 @@ from llumsched.pool.instance_process import NodeWatches
 from llumsched.pool.instance_supervisor import TICK_S, Supervisor
 from llumsched.pool.node_drain import LOOK_INTERVAL_S, DrainingMachines
 from llumsched.pool.ray_cluster import LaunchError, cluster_resources, in_words, start_ray
-from llumsched.scheduler.actor import ACTOR_NAME, ControllerActor, SchedulerWatch
+from llumsched.pool.scheduler_watch import SchedulerWatch
+from llumsched.scheduler.actor import ACTOR_NAME, ControllerActor
 from llumsched.wire.keys import Gate, PoolKeys
+from llumsched.wire.names import frontend_id
 
 logger = logging.getLogger(__name__)
 

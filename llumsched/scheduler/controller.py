@@ -20,7 +20,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from llumsched.config import Config
+from llumsched.config import Config, build_bundle
 from llumsched.core.actions import (
     Action,
     LaunchInstance,
@@ -46,7 +46,6 @@ from llumsched.core.events import (
 from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.core.types import InstanceState, PriorityClass
 from llumsched.decision_log import DecisionLog
-from llumsched.plugins import build_bundle
 from llumsched.scheduler.action_executor import Orders
 from llumsched.scheduler.decision_recorder import DecisionNotes
 from llumsched.scheduler.frontend_registry import KnownFrontends

@@ -17,3 +17,8 @@ def instance_name(engine_index: int) -> str:
 def engine_index(instance_id: str) -> int:
     """The engine of an instance of this name."""
     return int(instance_id.removeprefix(_PREFIX))
+
+
+def frontend_id(index: int) -> str:
+    """The name of the frontend in a place, whichever process it is."""
+    return f"frontend-{index}"

@@ -17,8 +17,9 @@ from llumsched.config import Config
 from llumsched.policies import BUILT_IN
 from llumsched.simulator.engines.cost import tokens_s
 from llumsched.simulator.hardware.spec import Hardware, load_hardware
+from llumsched.simulator.options import SimulationOptions
 from llumsched.simulator.results.metrics import Slo, Summary, summarise
-from llumsched.simulator.simulation import SimulationOptions, simulate
+from llumsched.simulator.simulation import simulate
 from llumsched.simulator.traces.loaders import load_trace
 
 BASELINES = ("round_robin", "random", "power_of_two", "least_requests")

@@ -18,7 +18,8 @@ from llumsched.core.snapshot import ClusterSnapshot
 from llumsched.simulator.engines.cost import StepCost, copy_ps
 from llumsched.simulator.hardware.spec import load_hardware
 from llumsched.simulator.kernel import PS_PER_S
-from llumsched.simulator.simulation import SimulationOptions, simulate
+from llumsched.simulator.options import SimulationOptions
+from llumsched.simulator.simulation import simulate
 from llumsched.simulator.traces.trace import make_trace
 
 _OUTPUT_TOKENS = 400

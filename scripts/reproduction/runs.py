@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 
 from llumsched.simulator.hardware.spec import Hardware, load_hardware
+from llumsched.simulator.options import SimulationOptions
 from llumsched.simulator.results.metrics import Distribution, instance_seconds, latencies
-from llumsched.simulator.simulation import SimulationOptions, SimulationResult, simulate
+from llumsched.simulator.results.result import SimulationResult
+from llumsched.simulator.simulation import simulate
 from llumsched.simulator.traces.generators import GeneratorOptions, generate
 from llumsched.simulator.traces.lengths import PAPER_NUM_REQUESTS
 from llumsched.simulator.traces.trace import Bools

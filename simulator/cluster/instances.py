@@ -13,8 +13,8 @@ from llumsched.simulator.engines.machine import Machine, MachineCosts
 from llumsched.simulator.engines.vllm_v01 import EngineV01
 from llumsched.simulator.engines.vllm_v1 import EngineV1
 from llumsched.simulator.kernel import Kernel, to_s
+from llumsched.simulator.options import SimulationOptions
 from llumsched.simulator.results.records import InstanceLifetime
-from llumsched.simulator.simulation import SimulationOptions
 
 
 class Instances:

@@ -20,7 +20,7 @@ from llumsched.simulator.cluster.migration_source import Migrations
 from llumsched.simulator.cluster.results import TimelineRecorder
 from llumsched.simulator.engines.base import Engine
 from llumsched.simulator.kernel import PS_PER_S, Kernel, to_ps
-from llumsched.simulator.simulation import SimulationOptions
+from llumsched.simulator.options import SimulationOptions
 
 # As `runtime.llumlet` and `engine.vllm.load` have them, which import what no simulation needs.
 LARGE_CHANGE_OF_BLOCKS = 0.1

@@ -47,8 +47,9 @@ from llumsched.simulator.engines.base import Engine
 from llumsched.simulator.engines.cost import copy_ps
 from llumsched.simulator.engines.request import AWAY, LiveRequest
 from llumsched.simulator.kernel import NEVER, PS_PER_S, STEP, Kernel, to_ps
+from llumsched.simulator.options import SimulationOptions
 from llumsched.simulator.results.records import RequestStatus
-from llumsched.simulator.simulation import SimulationOptions, SimulationResult
+from llumsched.simulator.results.result import SimulationResult
 from llumsched.simulator.traces.trace import Trace
 
 # How many turns of the loop pass between two looks at progress and stop.

@@ -19,6 +19,7 @@ from llumsched.simulator.cluster.migration_record import Move
 from llumsched.simulator.cluster.migration_source import Migrations
 from llumsched.simulator.engines.request import DECODING, LiveRequest
 from llumsched.simulator.kernel import PS_PER_S, to_s
+from llumsched.simulator.options import SimulationOptions
 from llumsched.simulator.results.records import (
     FloatArray,
     IntArray,
@@ -27,7 +28,7 @@ from llumsched.simulator.results.records import (
     Timeline,
     TokenGaps,
 )
-from llumsched.simulator.simulation import SimulationOptions, SimulationResult
+from llumsched.simulator.results.result import SimulationResult
 from llumsched.simulator.traces.trace import Trace
 
 NAN = math.nan

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from llumsched.config import build_bundle
 from llumsched.core.actions import Action
 from llumsched.core.events import Event, Ticked
 from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.decision_log import DecisionLog
-from llumsched.plugins import build_bundle
 from llumsched.simulator.kernel import NEVER, PS_PER_S
-from llumsched.simulator.simulation import SimulationOptions
+from llumsched.simulator.options import SimulationOptions
 
 # The scheduler is not woken more often than this, whatever it asks for.
 SHORTEST_WAIT = PS_PER_S // 1_000_000

@@ -19,7 +19,7 @@ from typing import Any
 
 from llumsched.simulator.results.metrics import COMMITTED
 from llumsched.simulator.results.records import MigrationRecord, RequestStatus
-from llumsched.simulator.simulation import SimulationResult
+from llumsched.simulator.results.result import SimulationResult
 
 DEFAULT_MAX_REQUESTS = 20_000
 _US = 1e6

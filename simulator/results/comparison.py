@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from llumsched.simulator.results.metrics import Slo, Summary, latencies, summarise
+from llumsched.simulator.results.result import SimulationResult
 from llumsched.simulator.results.timeline import timeline_of
-from llumsched.simulator.simulation import SimulationResult
 from llumsched.simulator.traces.trace import Floats
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from llumsched.simulator.results.metrics import latencies
 from llumsched.simulator.results.records import RequestStatus
-from llumsched.simulator.simulation import SimulationResult
+from llumsched.simulator.results.result import SimulationResult
 from llumsched.simulator.traces.trace import Floats, Trace
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llumsched.simulator.results.records import RequestStatus
-from llumsched.simulator.simulation import SimulationResult
+from llumsched.simulator.results.result import SimulationResult
 from llumsched.simulator.traces.trace import Bools, Floats, Ints
 
 PERCENTILES = (50, 90, 95, 99)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llumsched.simulator.results.metrics import COMMITTED
-from llumsched.simulator.simulation import SimulationResult
+from llumsched.simulator.results.result import SimulationResult
 
 _MAX_SAMPLES = 400
 _MAX_MIGRATIONS = 3000

@@ -16,7 +16,8 @@ import pytest
 import llumsched
 from llumsched import cli
 from llumsched.commands import simulate as command
-from llumsched.simulator.simulation import SimulationResult, simulate
+from llumsched.simulator.results.result import SimulationResult
+from llumsched.simulator.simulation import simulate
 from llumsched.simulator.traces.loaders import load_trace
 from scripts import example_trace
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llumsched.config import Config, ConfigError, PartConfig, load, loads
+from llumsched.config import Config, ConfigError, PartConfig, build_bundle, load, loads
 from llumsched.core.options import SchedulerOptions
-from llumsched.plugins import build_bundle
 from llumsched.policies import BUILT_IN
 from llumsched.policies.freeness import Freeness
 from llumsched.policies.moving_quantile import MovingQuantile

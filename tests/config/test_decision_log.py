@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from llumsched import plugins
 from llumsched.commands import CommandError
 from llumsched.commands import replay as replay_command
-from llumsched.config import Config, PartConfig
+from llumsched.config import Config, PartConfig, build_bundle
 from llumsched.core.actions import DispatchRequest, StartMigration
 from llumsched.core.events import (
     DrainRequested,
@@ -57,7 +56,7 @@ def run(
 ) -> None:
     """A small deployment that logs what it decides."""
     rng = random.Random(1)
-    scheduler = GlobalScheduler(plugins.build_bundle(config), seed=config.seed)
+    scheduler = GlobalScheduler(build_bundle(config), seed=config.seed)
     log = DecisionLog(
         folder,
         config,

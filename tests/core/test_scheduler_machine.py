@@ -17,8 +17,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from llumsched import plugins
-from llumsched.config import Config
+from llumsched.config import Config, build_bundle
 from llumsched.core.events import MigrationRequested, ScaleRequested
 from llumsched.core.policy import MigrationPair, Placement, PolicyBundle
 from llumsched.core.snapshot import ClusterSnapshot
@@ -63,7 +62,7 @@ def make_bundle(name: str, *, is_fair: bool = False, min_instances: int = 1) -> 
     bundle = (
         PolicyBundle(name=CHAOS, dispatch=Chaos(), migration=Chaos())
         if name == CHAOS
-        else plugins.build_bundle(Config.default(name))
+        else build_bundle(Config.default(name))
     )
     options = dataclasses.replace(
         bundle.options,

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from llumsched.frontend.http.admin import OtherFrontends, admin_router
 from llumsched.frontend.routing.routes import Routes
 from llumsched.frontend.routing.scheduler_client import SchedulerLink
-from llumsched.frontend.workers.messages import RequestStatus
+from llumsched.frontend.routing.status import RequestStatus
 from llumsched.pool.frontend_supervisor import FrontendStatus
 from llumsched.pool.instance_supervisor import BerthStatus
 from llumsched.wire.control import MigrateAnswer, ReportMigration

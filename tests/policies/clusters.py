@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llumsched import plugins
-from llumsched.config import Config
+from llumsched.config import Config, build_bundle
 from llumsched.core.actions import StartMigration
 from llumsched.core.events import Ticked
 from llumsched.core.policy import MigrationPair, MigrationPolicy, PolicyBundle
@@ -14,7 +13,7 @@ from tests.core.builders import Driver
 
 
 def bundle_named(name: str, **params: Any) -> PolicyBundle:
-    return plugins.build_bundle(Config(policy=name, params=params))
+    return build_bundle(Config(policy=name, params=params))
 
 
 def make_driver(

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from llumsched.instance.heartbeat import HeartbeatListener, Silence, start_beating
+from llumsched.instance.heartbeat import start_beating
 from llumsched.pool.backoff import MAX_BACK_OFF_S
+from llumsched.pool.heartbeat_listener import HeartbeatListener
 from llumsched.pool.instance_supervisor import TICK_S, Supervisor
 from llumsched.pool.liveness import Limits
 from llumsched.pool.process_activity import Work
 from llumsched.wire.keys import PoolKeys
+from llumsched.wire.ping import Silence
 
 LIMITS = Limits(heartbeat_s=10.0, step_s=60.0, loop_uses_cpu=True)
 

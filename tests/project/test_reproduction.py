@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from llumsched.plugins import build_bundle
+from llumsched.config import build_bundle
 from scripts.chart import Line, Panel, chart
 from scripts.reproduction import experiments
 from scripts.reproduction.experiments import MIXES, published

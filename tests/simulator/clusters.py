@@ -17,7 +17,8 @@ from llumsched.simulator.hardware.spec import (
     MeasuredRange,
     StepCoefficients,
 )
-from llumsched.simulator.simulation import EngineName, SimulationOptions, SimulationResult
+from llumsched.simulator.options import EngineName, SimulationOptions
+from llumsched.simulator.results.result import SimulationResult
 from llumsched.simulator.traces.trace import Trace, make_trace
 
 REQUEST_COLUMNS = (

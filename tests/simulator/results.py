@@ -14,6 +14,7 @@ from llumsched.simulator.hardware.spec import (
     MeasuredRange,
     StepCoefficients,
 )
+from llumsched.simulator.options import SimulationOptions
 from llumsched.simulator.results.records import (
     InstanceLifetime,
     MigrationRecord,
@@ -21,7 +22,7 @@ from llumsched.simulator.results.records import (
     Timeline,
     TokenGaps,
 )
-from llumsched.simulator.simulation import SimulationOptions, SimulationResult
+from llumsched.simulator.results.result import SimulationResult
 from llumsched.simulator.traces.trace import make_trace
 
 NAN = float("nan")

@@ -17,8 +17,10 @@ from llumsched.replay import replay
 from llumsched.simulator.cluster.loop import Cluster
 from llumsched.simulator.cluster.migration_source import Migrations
 from llumsched.simulator.engines.base import Engine
+from llumsched.simulator.options import SimulationOptions
 from llumsched.simulator.results.records import RequestStatus
-from llumsched.simulator.simulation import SimulationOptions, SimulationResult, simulate
+from llumsched.simulator.results.result import SimulationResult
+from llumsched.simulator.simulation import simulate
 from llumsched.simulator.traces.trace import Trace
 from tests.campaigns import examples
 from tests.simulator.clusters import REQUEST_COLUMNS, assert_same, clusters

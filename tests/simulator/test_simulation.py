@@ -11,8 +11,9 @@ from llumsched.config import Config, PartConfig
 from llumsched.simulator.cluster.loop import Cluster
 from llumsched.simulator.hardware.spec import MachineSharing
 from llumsched.simulator.kernel import to_ps
+from llumsched.simulator.options import SimulationError, SimulationOptions
 from llumsched.simulator.results.records import RequestStatus
-from llumsched.simulator.simulation import SimulationError, SimulationOptions, simulate
+from llumsched.simulator.simulation import simulate
 from tests.simulator.clusters import make_hardware, make_options, make_requests
 
 MOVING = Config(

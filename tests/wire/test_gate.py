@@ -18,10 +18,11 @@ import zmq.asyncio
 from llumsched.config import Config
 from llumsched.frontend.routing.disconnects import BrokenConnections
 from llumsched.frontend.routing.sockets import FrontendSockets
-from llumsched.instance.heartbeat import BEAT_NUM_BYTES, HeartbeatListener
+from llumsched.pool.heartbeat_listener import HeartbeatListener
 from llumsched.scheduler.controller import Controller
 from llumsched.wire import keys as trust
 from llumsched.wire.keys import Gate, PoolKeys
+from llumsched.wire.ping import BEAT_NUM_BYTES
 from tests.wire import strangers
 
 PATIENCE_S = 30

@@ -20,10 +20,10 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from llumsched.core.events import MigrationOutcome
 from llumsched.frontend.routing.routes import Routes
 from llumsched.frontend.routing.scheduler_client import SchedulerLink, SchedulerUnavailable
-from llumsched.frontend.workers.messages import RequestStatus
-from llumsched.pool.frontend_supervisor import FrontendStatus, frontend_id
+from llumsched.frontend.routing.status import RequestStatus
+from llumsched.pool.frontend_supervisor import FrontendStatus
 from llumsched.pool.instance_supervisor import BerthStatus
-from llumsched.wire.names import instance_name
+from llumsched.wire.names import frontend_id, instance_name
 
 MIGRATION_TIMEOUT_S = 120.0
 DESCRIBE_TIMEOUT_S = 5.0

@@ -13,8 +13,7 @@ import yaml
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from llumsched.config import DEFAULT_POLICY, KEYS, Config, load
-from llumsched.plugins import build_bundle
+from llumsched.config import DEFAULT_POLICY, KEYS, Config, build_bundle, load
 
 # Keys of the scheduler's configuration that no flag of vLLM's has.
 SCHEDULER_KEYS = frozenset(KEYS) - {"seed"}

@@ -10,12 +10,12 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.engine.utils import EngineZmqAddresses
 
+from llumsched.config import build_bundle
 from llumsched.core.policy import VictimPolicy
 from llumsched.engine.vllm.core import EngineSettings
 from llumsched.frontend.options.arguments import ServeOptions
 from llumsched.frontend.options.preflight import cpu_threads_per_worker
 from llumsched.instance.actor import InstancePlan
-from llumsched.plugins import build_bundle
 from llumsched.policies.low_priority_short import LowPriorityShort
 from llumsched.pool.instance_actor import InstanceResources
 from llumsched.pool.liveness import Limits

@@ -28,7 +28,7 @@ from llumsched.frontend.routing.client import RoutingEngineClient
 from llumsched.frontend.routing.connections import NoInstance, Roster
 from llumsched.frontend.routing.scheduler_client import SchedulerLink
 from llumsched.frontend.routing.sockets import FrontendSockets
-from llumsched.pool.frontend_supervisor import frontend_id
+from llumsched.wire.names import frontend_id
 
 PrefixHasher = Callable[[EngineCoreRequest], tuple[int, ...]]
 

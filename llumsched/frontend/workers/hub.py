@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from llumsched.frontend.routing.status import RequestStatus
 from llumsched.frontend.workers.channel import Channel, ChannelClosed
 from llumsched.frontend.workers.messages import (
     AskOthers,
@@ -28,11 +29,10 @@ from llumsched.frontend.workers.messages import (
     PoolStatus,
     ReplaceInstance,
     Requests,
-    RequestStatus,
     decode_from_frontend,
 )
-from llumsched.pool.frontend_supervisor import frontend_id
 from llumsched.wire.control import Message, encode
+from llumsched.wire.names import frontend_id
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from llumsched.frontend.http.admin import requests_of
 from llumsched.frontend.routing.client import RoutingEngineClient
 from llumsched.frontend.routing.instance_events import Departures
+from llumsched.frontend.routing.status import RequestStatus
 from llumsched.frontend.workers.channel import Channel, ChannelClosed
 from llumsched.frontend.workers.messages import (
     AskOthers,
@@ -29,7 +30,6 @@ from llumsched.frontend.workers.messages import (
     PoolStatus,
     ReplaceInstance,
     Requests,
-    RequestStatus,
     decode_from_launcher,
 )
 from llumsched.pool.frontend_supervisor import FrontendStatus

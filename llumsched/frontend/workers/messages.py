@@ -9,22 +9,10 @@ from collections.abc import Mapping
 
 import msgspec
 
+from llumsched.frontend.routing.status import RequestStatus
 from llumsched.pool.frontend_supervisor import FrontendStatus
 from llumsched.pool.instance_supervisor import BerthStatus
 from llumsched.wire.control import Message
-
-
-class RequestStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """An unfinished request, as ``GET /llumsched/requests`` shows it."""
-
-    request_id: str
-    external_id: str
-    frontend_id: str
-    instance_id: str | None
-    num_output_tokens: int
-    num_moves: int
-    num_resumptions: int
-
 
 # ---- launcher -> frontend -----------------------------------------------------------------------
 

@@ -27,8 +27,8 @@ from llumsched.frontend.routing.instance_events import Departures
 from llumsched.frontend.routing.sockets import FrontendSockets, max_output_num_bytes
 from llumsched.frontend.workers.channel import Channel
 from llumsched.frontend.workers.launcher_client import Supervision
-from llumsched.pool.frontend_supervisor import frontend_id
 from llumsched.wire.keys import PoolKeys
+from llumsched.wire.names import frontend_id
 
 # A number of connections is an int of four bytes.
 LOAD_NUM_BYTES = 4
