@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
+
+from llumsched import __version__, logs
+
+logger = logging.getLogger(__name__)
 
 PASSTHROUGH = True
 
 
 def main(argv: Sequence[str]) -> int:
+    if not {"-h", "--help"} & {argument.partition("=")[0] for argument in argv}:
+        # vLLM takes long to import, and longer on a machine that is busy.
+        logs.set_up("llumsched", logs.options_of(argv))
+        logger.info("llumsched %s: importing vLLM, then checking the arguments", __version__)
+    logs.prepare_ray()
     from llumsched.frontend import server
 
     status = server.main(argv)

@@ -30,7 +30,7 @@ from llumsched.frontend.http.admin import admin_router
 from llumsched.frontend.http.app import serve_app
 from llumsched.frontend.http.pool_metrics import PoolMetrics
 from llumsched.frontend.options.arguments import ServeOptions, UsageError, parse
-from llumsched.frontend.options.console import interrupt, on_signals, progress
+from llumsched.frontend.options.console import PROCESS, interrupt, on_signals, progress
 from llumsched.frontend.options.instance_plan import limits_of, planner, resources_of
 from llumsched.frontend.options.preflight import (
     check_model,
@@ -44,6 +44,7 @@ from llumsched.frontend.routing.engine import Surroundings, build_engine
 from llumsched.frontend.routing.instance_events import Departures
 from llumsched.frontend.routing.sockets import FrontendSockets, max_output_num_bytes
 from llumsched.frontend.workers import launcher
+from llumsched.logs import set_up
 from llumsched.pool.pool import Pool
 from llumsched.pool.ray_cluster import LaunchError
 from llumsched.wire.keys import PoolKeys
@@ -54,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the server until it is told to stop; the process's exit status."""
     try:
         args, options = parse(argv)
+        set_up(PROCESS, options.logs)
         check_version(allow_other=options.allow_other_vllm)
         check_model(args.model)
         check_several_frontends(options.num_frontends)
@@ -134,7 +136,7 @@ async def _serve(
     ) as pool:
         host = pool.connect()
         sockets = FrontendSockets(host, pool.keys, max_output_num_bytes(vllm_config))
-        pool.start_scheduler(options.config, host, options.decision_log)
+        pool.start_scheduler(options.config, host, options.decision_log, options.logs)
         on_signals(interrupt)  # Ray has put its own handler there
         pool.start_instances(
             planner(

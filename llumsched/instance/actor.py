@@ -26,6 +26,7 @@ from llumsched.instance.cpu_affinity import OwnCores
 from llumsched.instance.heartbeat import start_beating
 from llumsched.instance.llumlet import Llumlet
 from llumsched.instance.signals import act_on
+from llumsched.logs import LogOptions, set_up
 from llumsched.wire.keys import PoolKeys
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class InstancePlan:
     victim: VictimPolicy
     migration: MigrationOptions
     transfer: TransferOptions
+    logs: LogOptions
     reports_prefix_blocks: bool = False
     launch_id: str | None = None
     num_cores: int = 0
@@ -66,6 +68,8 @@ class Instance:
 
     def __init__(self, plan: InstancePlan) -> None:
         self._plan = plan
+        set_up(plan.instance_id, plan.logs)
+        logger.info("Loads the model")
         prove_membership(plan.keys)
         self._engine = LlumschedEngineCore(plan.engine)
         self._port = MigrationPort(self._engine)

@@ -29,6 +29,7 @@ from llumsched.engine.vllm.load import LoadReader
 from llumsched.engine.vllm.migration import MigrationPort
 from llumsched.engine.vllm.migration.resumption import Resumption
 from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
+from llumsched.logs import FailureLog
 from llumsched.migration.migrator import Migrator
 from llumsched.wire.control import (
     InstanceGone,
@@ -44,6 +45,7 @@ from llumsched.wire.control import (
 from llumsched.wire.keys import PoolKeys
 
 logger = logging.getLogger(__name__)
+_failures = FailureLog(logger)
 
 T = TypeVar("T")
 
@@ -63,7 +65,8 @@ def choose_victims(
         known = {candidate.request_id for candidate in candidates}
         return [chosen for chosen in victim.choose(candidates) if chosen.request_id in known]
     except Exception:
-        logger.exception("Policy %s failed; any request may move", type(victim).__name__)
+        name = type(victim).__name__
+        _failures.failed(name, "Policy %s failed; any request may move", name)
         return candidates
 
 

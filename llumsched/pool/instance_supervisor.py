@@ -246,8 +246,11 @@ class Supervisor:
         berth.vital_signs = None
         instance_id = instance_name(berth.engine_index)
         expected = berth.is_ending
-        log = logger.info if expected else logger.error
-        log("Instance %s ended: %s", instance_id, reason)
+        extra = {"instance_id": instance_id}
+        if expected:
+            logger.info("%s has left, as it was told to", instance_id, extra=extra)
+        else:
+            logger.error("%s ended: %s", instance_id, reason, extra=extra)
         if not self._pool.tell_scheduler(instance_id, reason):
             self._untold[instance_id] = reason
         self._pool.gone(berth.engine_index, expected=expected)
@@ -278,7 +281,7 @@ class Supervisor:
         berth.is_running = False
         berth.retry_at_s = now_s + wait_s
         logger.warning(
-            "Another instance takes the place of %s in %.0f s; %d have died here",
+            "Another instance takes the place of %s in %.0f s; deaths in this place: %d",
             instance_name(berth.engine_index),
             wait_s,
             berth.back_off.num_deaths,

@@ -28,6 +28,7 @@ import ray
 from llumsched.config import Config
 from llumsched.engine.compatibility import differences_in_pool
 from llumsched.instance.actor import InstancePlan
+from llumsched.logs import FailureLog, LogOptions
 from llumsched.pool.frontend_cleanup import FrontendLoss
 from llumsched.pool.heartbeat_listener import HeartbeatListener
 from llumsched.pool.instance_actor import (
@@ -51,6 +52,8 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 # Whoever may add machines to a cluster takes longer.
 PLACEMENT_TIMEOUT_S = 30.0
+# While instances boot.
+PROGRESS_INTERVAL_S = 10.0
 STOP_TIMEOUT_S = 1.5
 END_TIMEOUT_S = 1.0
 TELL_TIMEOUT_S = 0.5
@@ -78,6 +81,7 @@ class Pool:
         any_node: bool = False,
     ) -> None:
         self._progress = progress
+        self._failures = FailureLog(logger)
         self.keys = keys
         self._num_instances = num_instances
         self._planned_instances = planned_instances
@@ -121,7 +125,9 @@ class Pool:
         address: str = ray.util.get_node_ip_address()
         return address
 
-    def start_scheduler(self, config: Config, host: str, decision_log: Path | None) -> None:
+    def start_scheduler(
+        self, config: Config, host: str, decision_log: Path | None, logs: LogOptions
+    ) -> None:
         """Start the global scheduler, which Ray starts again if it dies."""
         actor = ray.remote(ControllerActor).options(
             name=f"{ACTOR_NAME}-{os.getpid()}",
@@ -130,7 +136,9 @@ class Pool:
             max_restarts=-1,
             resources={this_node(): A_SHARE},
         )
-        self._controller = actor.remote(config, self.keys, host, _free_port(host), decision_log)
+        self._controller = actor.remote(
+            config, self.keys, host, _free_port(host), decision_log, logs
+        )
         self._heartbeats = HeartbeatListener(host, self.keys)
         self.heartbeat_endpoint = self._heartbeats.endpoint
         self.scheduler_endpoint = ray.get(self._controller.endpoint.remote(), timeout=60)
@@ -160,7 +168,7 @@ class Pool:
         for index in range(self._num_instances):
             self._actors[index] = InstanceActor(make_plan(index, None), resources, self._watches)
         self._await_places(timeout_s if self._any_node else PLACEMENT_TIMEOUT_S)
-        started_s = time.monotonic()
+        started_s = said_s = time.monotonic()
         self._progress(f"booting {self._num_instances} instances (each loads the model)")
         pending = {actor.booted: actor for actor in self._actors.values()}
         while pending:
@@ -173,6 +181,10 @@ class Pool:
                         f"Instances {names} were not ready within {timeout_s:.0f} s; "
                         "VLLM_ENGINE_READY_TIMEOUT_S sets this limit."
                     )
+                if time.monotonic() - said_s >= PROGRESS_INTERVAL_S:
+                    said_s = time.monotonic()
+                    names = ", ".join(sorted(actor.instance_id for actor in pending.values()))
+                    self._progress(f"waiting for {names}, {said_s - started_s:.0f} s so far")
                 continue
             actor = pending.pop(done[0])
             failure = actor.boot_failure()
@@ -242,7 +254,7 @@ class Pool:
                 tick()
             except Exception:
                 if not self._ending.is_set():
-                    logger.exception("The supervisor failed, and goes on")
+                    self._failures.failed("supervisor", "The supervisor failed, and goes on")
 
     def _run_thread(self, name: str, run: Callable[[], None]) -> None:
         thread = threading.Thread(target=run, name=name, daemon=True)

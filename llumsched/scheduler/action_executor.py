@@ -113,13 +113,11 @@ class Orders:
                 order_launch = OrderLaunch(launch_id=action.launch_id, reason=action.reason)
                 self.tell_supervisor(order_launch)
             case TerminateInstance():
-                logger.info("Instance %s may leave: %s", action.instance_id, action.reason)
                 order = OrderTermination(instance_id=action.instance_id, reason=action.reason)
                 self._terminations[action.instance_id] = order
                 self.tell_supervisor(order)
             case PolicyFailed():
                 self.policy_failures[action.policy] += 1
-                logger.error("Policy %s failed: %s", action.policy, action.error)
 
     def answer_placement(self, answer: Placed) -> None:
         """Tell the frontend that asked."""

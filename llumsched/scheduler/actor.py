@@ -16,11 +16,14 @@ from typing import Any
 import zmq.asyncio
 
 from llumsched.config import Config
+from llumsched.logs import LogOptions, set_up
 from llumsched.scheduler.controller import Controller
 from llumsched.wire.keys import PoolKeys
 
 logger = logging.getLogger(__name__)
 
+# Its name in log lines.
+PROCESS = "scheduler"
 ACTOR_NAME = "llumsched-global-scheduler"
 
 
@@ -32,8 +35,16 @@ class ControllerActor:
     """
 
     def __init__(
-        self, config: Config, keys: PoolKeys, host: str, port: int, decision_log: Path | None
+        self,
+        config: Config,
+        keys: PoolKeys,
+        host: str,
+        port: int,
+        decision_log: Path | None,
+        logs: LogOptions | None = None,
     ) -> None:
+        if logs is not None:
+            set_up(PROCESS, logs)
         self._controller = Controller(config, decision_log=decision_log)
         self._context = zmq.asyncio.Context()
         self._endpoint = self._controller.bind(self._context, host, keys, port)

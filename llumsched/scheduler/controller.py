@@ -46,8 +46,10 @@ from llumsched.core.events import (
 from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.core.types import InstanceState, PriorityClass
 from llumsched.decision_log import DecisionLog
+from llumsched.logs import FailureLog
 from llumsched.scheduler.action_executor import Orders
 from llumsched.scheduler.decision_recorder import DecisionNotes
+from llumsched.scheduler.event_log import SchedulerLog
 from llumsched.scheduler.frontend_registry import KnownFrontends
 from llumsched.scheduler.instance_registry import KnownInstances
 from llumsched.scheduler.pending_migrations import OperatorCalls
@@ -116,6 +118,8 @@ class Controller:
         self._frontends = KnownFrontends()
         self._orders = Orders(self._instances, self._frontends, self._handle)
         self._operator_calls = OperatorCalls()
+        self._failures = FailureLog(logger)
+        self._log = SchedulerLog(lambda: self._scheduler.draining)
         self._outcomes: Counter[str] = Counter()
         self._causes: Counter[str] = Counter()
         self._socket: zmq.asyncio.Socket | None = None
@@ -188,7 +192,7 @@ class Controller:
             identity, payload = frames
             message = decode_control(payload)
         except (ValueError, msgspec.DecodeError) as error:
-            logger.warning("Dropped a malformed control message: %s", error)
+            self._failures.failed("malformed", "Dropped a malformed control message: %s", error)
             return
         if self._frontends.is_dead(identity):
             return
@@ -226,7 +230,8 @@ class Controller:
             case DescribeCluster():
                 self._orders.send(identity, self._describe(message.call_id))
             case _:
-                logger.warning("Dropped a message not meant for here: %s", type(message).__name__)
+                kind = type(message).__name__
+                self._failures.failed(kind, "Dropped a message not meant for here: %s", kind)
 
     def _register(self, identity: bytes, message: RegisterInstance) -> None:
         instance_id = message.spec.instance_id
@@ -296,14 +301,7 @@ class Controller:
         self._outcomes[report.outcome] += 1
         if report.cause:
             self._causes[report.cause] += 1
-        logger.info(
-            "Migration of %s from %s to %s: %s%s",
-            report.request_id,
-            report.source,
-            report.destination,
-            report.outcome,
-            f" ({report.reason})" if report.reason else "",
-        )
+        self._log.migration_ended(report)
         self._handle(
             MigrationFinished(
                 migration_id=report.migration_id,
@@ -358,6 +356,7 @@ class Controller:
         actions = self._scheduler.handle(event, now_s)
         if self._notes is not None:
             self._notes.note(now_s, event, actions)
+        self._log.handled(event, actions)
         for action in actions:
             if isinstance(action, LaunchInstance) and self._is_learning():
                 reason = "the scheduler has just started, and learns what there is"

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # What `llumsched serve` says itself; all else on its output is vLLM's and Ray's log.
-OURS = "llumsched: "
+OURS = re.compile(r"\(llumsched pid=\d+\) \S+ \S+ \S+ \[\S+\] (?P<sentence>.*)")
 REFUSAL = "llumsched serve: "
 READY = "serving "
 
@@ -100,11 +100,12 @@ class Server:
             async with asyncio.timeout(BOOT_TIMEOUT_S):
                 while True:
                     is_running = self._is_running()
-                    said = [line for line in self._lines() if line.startswith(OURS)]
-                    for line in said[num_passed_on:]:
-                        on_progress(line.removeprefix(OURS))
+                    found = map(OURS.fullmatch, self._lines())
+                    said = [match["sentence"] for match in found if match is not None]
+                    for sentence in said[num_passed_on:]:
+                        on_progress(sentence)
                     num_passed_on = len(said)
-                    if said and said[-1].startswith(OURS + READY) and await self._accepts():
+                    if said and said[-1].startswith(READY) and await self._accepts():
                         return
                     if not is_running:
                         raise self._failure()

@@ -8,7 +8,7 @@ requests are held again and its migrations are over; an instance that is gone is
 This module does not decide that an instance should drain (`scaling`, or an operator).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from llumsched.core.actions import Action, TerminateInstance
@@ -47,6 +47,11 @@ class Instances:
         self._arbiter = arbiter
         self._prefix_index = prefix_index
         self._draining: dict[str, InstanceRecord] = {}
+
+    @property
+    def draining(self) -> Collection[str]:
+        """Ids of the instances that are being emptied."""
+        return self._draining.keys()
 
     def join(self, event: InstanceJoined, now: float) -> None:
         """Take in an instance; one that joins again has lost what it does not name."""

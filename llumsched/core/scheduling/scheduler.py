@@ -13,7 +13,7 @@ request is dispatched again while it runs; `Ticked` comes at the deadline.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from llumsched.core.actions import Action
@@ -168,6 +168,11 @@ class GlobalScheduler:
     def num_requests(self) -> int:
         """Live requests, queued ones included."""
         return len(self._ledger.requests)
+
+    @property
+    def draining(self) -> Collection[str]:
+        """Ids of the instances that are being drained; a view of the present moment."""
+        return self._instances.draining
 
     def num_queued_by_class(self) -> dict[int, int]:
         """Requests held in the dispatch queue, by scheduling priority class."""

@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import zmq
 from vllm.config import VllmConfig
+from vllm.logger import configure_logging
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine import core as engine_core_module
@@ -96,6 +97,8 @@ class LlumschedEngineCore(EngineCoreProc):
     scheduler: Scheduler
 
     def __init__(self, settings: EngineSettings) -> None:
+        # As vLLM does where it starts an engine in a process of its own.
+        configure_logging(settings.vllm_config.logging_config)
         self._frontend_addresses = settings.frontend_addresses
         self._after_step: list[Callable[[], None]] = []
         self._on_abort: list[Callable[[list[str]], None]] = []

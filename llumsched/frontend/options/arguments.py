@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
+from vllm.config.logging import LoggingConfig
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from llumsched.config import DEFAULT_POLICY, KEYS, Config, build_bundle, load
+from llumsched.logs import FORMAT_FLAG, FORMATS, LogOptions
 
 # Keys of the scheduler's configuration that no flag of vLLM's has.
 SCHEDULER_KEYS = frozenset(KEYS) - {"seed"}
@@ -49,6 +51,7 @@ class ServeOptions:
     allow_other_vllm: bool
     heartbeat_timeout_s: float
     step_timeout_s: float
+    logs: LogOptions
 
     @property
     def most_instances(self) -> int:
@@ -143,6 +146,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         "oldest are removed. Default: none is kept.",
     )
     group.add_argument(
+        FORMAT_FLAG,
+        choices=FORMATS,
+        help="How every process logs: lines of text, or a JSON object a line, with the ids of "
+        "requests, migrations and instances as keys. vLLM's --log-level sets the level of all. "
+        "Default: text.",
+    )
+    group.add_argument(
         "--allow-other-vllm",
         action="store_true",
         help="Start with a vLLM version this release was not written for.",
@@ -192,6 +202,19 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         allow_other_vllm=args.allow_other_vllm,
         heartbeat_timeout_s=args.heartbeat_timeout,
         step_timeout_s=args.step_timeout,
+        logs=_logs(args),
+    )
+
+
+def _logs(args: argparse.Namespace) -> LogOptions:
+    """The log options, which from here on vLLM's own loggers have as well."""
+    logging_config = getattr(args, "logging_config", None) or LoggingConfig()
+    if args.log_format is not None:
+        logging_config = replace(logging_config, formatter=args.log_format)
+    args.logging_config = logging_config
+    return LogOptions(
+        format=logging_config.formatter,
+        level=getattr(args, "log_level", None) or logging_config.log_level,
     )
 
 

@@ -3,9 +3,14 @@ and SIGTERM end it."""
 
 from __future__ import annotations
 
+import logging
 import signal
-import sys
 from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+# The name, in log lines, of the process that starts the others.
+PROCESS = "llumsched"
 
 
 def on_signals(handler: Callable[..., None] | signal.Handlers) -> None:
@@ -22,6 +27,5 @@ def interrupt(*_: object) -> None:
 
 
 def progress(sentence: str) -> None:
-    """Print a sentence for whoever waits."""
-    sys.stdout.write(f"llumsched: {sentence}\n")
-    sys.stdout.flush()
+    """Log a sentence for whoever waits."""
+    logger.info("%s", sentence, stacklevel=2)

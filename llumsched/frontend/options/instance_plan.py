@@ -61,6 +61,7 @@ def planner(
             reports_prefix_blocks=options.wants_prefix_blocks,
             launch_id=launch_id,
             num_cores=num_cores,
+            logs=options.logs,
         )
 
     return plan

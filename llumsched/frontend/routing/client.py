@@ -38,6 +38,7 @@ from llumsched.frontend.routing.request_metrics import FrontendMetrics
 from llumsched.frontend.routing.resumer import Resumer
 from llumsched.frontend.routing.routes import Arrival, Finished, Passed, Route, Routes
 from llumsched.frontend.routing.sockets import FrontendSockets
+from llumsched.wire.names import instance_name
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,12 @@ class RoutingEngineClient(ConnectedInstances):
 
     def _give_up(self, request_id: str, reason: str) -> None:
         """End a request with an error."""
-        logger.error("Request %s ends with an error: %s", request_id, reason)
+        logger.error(
+            "Request %s ends with an error: %s",
+            request_id,
+            reason,
+            extra={"request_id": request_id},
+        )
         if not self._drop(request_id, "instance_lost"):
             return
         self.outputs_queue.put_nowait(
@@ -301,7 +307,14 @@ class RoutingEngineClient(ConnectedInstances):
         if is_counted and not expected:
             self._metrics.lost_instances.inc()
         if lost or not expected:
-            logger.error("Instance %d is gone; %d requests go on elsewhere", instance, len(lost))
+            log = logger.info if expected else logger.warning
+            name = instance_name(instance)
+            log(
+                "%s is gone; %d requests go on elsewhere",
+                name,
+                len(lost),
+                extra={"instance_id": name},
+            )
         self._metrics.resumptions.inc(len(lost))
         self._resumer.resume(lost, instance)
 

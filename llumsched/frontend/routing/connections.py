@@ -27,6 +27,7 @@ from llumsched.frontend.routing.disconnects import BrokenConnections
 from llumsched.frontend.routing.engine_labels import EngineLabels
 from llumsched.frontend.routing.pending_calls import CallsByInstance
 from llumsched.frontend.routing.sockets import FrontendSockets, engine_identity
+from llumsched.wire.names import instance_name
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,8 @@ class ConnectedInstances(AsyncMPClient):
             received = cast(Any, self.input_socket.recv_multipart(copy=False))
             identity, response = cast("list[zmq.Frame]", await received)
             if self._heard_ready(identity):
-                logger.info("Instance %d is up", int.from_bytes(identity.bytes, "little"))
+                index = int.from_bytes(identity.bytes, "little")
+                logger.info("%s is connected", instance_name(index))
                 if not self._effective_attention_block_sizes:
                     # The first of all: what it found out on booting is true of each.
                     self._apply_ready_response(response.bytes)

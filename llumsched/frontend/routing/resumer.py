@@ -24,6 +24,7 @@ from vllm.v1.engine import EngineCoreRequest
 
 from llumsched.engine.vllm.migration.resumption import state_to_resume, why_not_resumable
 from llumsched.frontend.routing.routes import Route, Routes
+from llumsched.wire.names import instance_name
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,12 @@ class Resumer:
         except GracefulHTTPError as error:
             refused = str(error)
         except ConnectionError as error:
-            logger.warning("Request %s is placed again: %s", request_id, error)
+            logger.warning(
+                "Request %s is placed again: %s",
+                request_id,
+                error,
+                extra={"request_id": request_id},
+            )
             if self._is_still(route, request_id, stay):
                 instance = route.instance
                 gone = instance is not None and self._instances.is_gone(instance)
@@ -146,6 +152,7 @@ class Resumer:
     ) -> str | None:
         """Why the request cannot go on, or ``None`` when it does."""
         request_id, stay = request.request_id, route.stay
+        origin = lost
         obstacle = why_not_resumable(request)
         if obstacle is not None and route.num_tokens:
             return obstacle
@@ -164,10 +171,12 @@ class Resumer:
         for other in leftovers:
             self._instances.abort_soon(other, request_id)
         logger.info(
-            "Request %s goes on at instance %d from token %d",
+            "Request %s goes on at %s from token %d, since %s",
             request_id,
-            instance,
+            instance_name(instance),
             route.num_tokens,
+            "its instance was lost" if origin is None else f"{instance_name(origin)} was lost",
+            extra={"request_id": request_id, "instance_id": instance_name(instance)},
         )
         if obstacle is not None:
             await self._instances.add(instance, request)

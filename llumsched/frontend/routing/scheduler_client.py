@@ -24,6 +24,7 @@ from llumsched.core.types import SchedulingRequest, priority_class
 from llumsched.engine.vllm.hints import predict
 from llumsched.frontend.request.hints import Hints, current
 from llumsched.frontend.request.rejection import Rejected
+from llumsched.logs import FailureLog
 from llumsched.wire.control import (
     Accepted,
     ClusterDescription,
@@ -106,6 +107,7 @@ class SchedulerLink:
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._given_once: dict[int, asyncio.Future[Any]] = {}
         self._scheduler_id: str | None = None
+        self._failures = FailureLog(logger)
         self._call_ids = itertools.count(1)
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -156,10 +158,12 @@ class SchedulerLink:
                     break
                 instance = self._least_loaded()
                 if instance is not None:
-                    logger.warning(
-                        "The global scheduler is silent; request %s goes to instance %d",
+                    self._failures.failed(
+                        "silent",
+                        "The global scheduler is silent; request %s goes to %s",
                         request.request_id,
-                        instance,
+                        instance_name(instance),
+                        level=logging.WARNING,
                     )
                     return instance
                 if loop.time() - heard_s > SILENT_TIMEOUT_S:
@@ -319,7 +323,8 @@ class SchedulerLink:
                 case Welcomed():
                     self._welcomed(message.scheduler_id)
                 case _:
-                    logger.warning("Dropped an unexpected %s", type(message).__name__)
+                    kind = type(message).__name__
+                    self._failures.failed(kind, "Dropped an unexpected %s", kind)
 
 
 def for_scheduling(

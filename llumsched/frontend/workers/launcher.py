@@ -71,7 +71,7 @@ async def serve(
         )
         host = pool.connect()
         ports = stack.enter_context(FrontendPorts(host, options.num_frontends))
-        pool.start_scheduler(options.config, host, options.decision_log)
+        pool.start_scheduler(options.config, host, options.decision_log, options.logs)
         on_signals(interrupt)  # Ray has put its own handler there
         pool.start_instances(
             planner(

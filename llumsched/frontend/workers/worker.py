@@ -27,6 +27,7 @@ from llumsched.frontend.routing.instance_events import Departures
 from llumsched.frontend.routing.sockets import FrontendSockets, max_output_num_bytes
 from llumsched.frontend.workers.channel import Channel
 from llumsched.frontend.workers.launcher_client import Supervision
+from llumsched.logs import set_up
 from llumsched.wire.keys import PoolKeys
 from llumsched.wire.names import frontend_id
 
@@ -63,6 +64,7 @@ def connections_of_all(descriptor: int, num_frontends: int) -> MutableSequence[i
 async def serve(plan: FrontendPlan, index: int, channel: Channel) -> None:
     """Serve in this place until a signal, or the end of the launcher, ends it."""
     name = frontend_id(index)
+    set_up(name, plan.options.logs)
     decorate_logs(name)
     supervision = Supervision(channel, name, plan.options.most_instances)
     supervision.await_status()

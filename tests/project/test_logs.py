@@ -1,0 +1,145 @@
+"""Log lines: one shape in every process, ids as keys of JSON, repeated failures once in a while."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from llumsched.logs import FailureLog, LogFormat, LogOptions, options_of, set_up
+
+LINE = re.compile(
+    r"\(instance-7 pid=\d+\) INFO \d\d-\d\d \d\d:\d\d:\d\d \[test_logs\.py:\d+\] (?P<said>.*)\n"
+)
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    logger, process = logging.getLogger("llumsched"), multiprocessing.current_process()
+    before = (logger.handlers[:], logger.level, logger.propagate, process.name)
+    yield
+    logger.handlers[:], logger.level, logger.propagate, process.name = before
+
+
+def written(format_: LogFormat) -> str:
+    stream = io.StringIO()
+    set_up("instance-7", LogOptions(format=format_), stream)
+    ids = {"request_id": "r-1", "migration_id": "m-1"}
+    logging.getLogger("llumsched.somewhere").info("moved %s", "r-1", extra=ids)
+    logging.getLogger("llumsched.somewhere").debug("not said")
+    return stream.getvalue()
+
+
+def test_a_line_has_process_level_time_and_place() -> None:
+    match = LINE.fullmatch(written("text"))
+    assert match is not None
+    assert match["said"] == "moved r-1"
+
+
+def test_a_json_line_has_the_ids_as_keys() -> None:
+    line = json.loads(written("json"))
+    assert line["message"] == "moved r-1"
+    assert (line["request_id"], line["migration_id"]) == ("r-1", "m-1")
+    assert (line["levelname"], line["processName"]) == ("INFO", "instance-7")
+    assert line["name"] == "llumsched.somewhere"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", line["asctime"])
+
+
+def test_set_up_twice_still_writes_once() -> None:
+    written("json")
+    assert len(written("text").splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["model"], "text"),
+        (["model", "--log-format", "json"], "json"),
+        (["--log-format=json", "model"], "json"),
+        (["--log-format"], "text"),
+    ],
+)
+def test_the_format_is_known_before_the_arguments_are_parsed(
+    argv: list[str], expected: str
+) -> None:
+    assert options_of(argv).format == expected
+
+
+def test_an_unknown_level_of_the_environment_is_left_to_vllm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "loud")
+    assert options_of([]).level == "INFO"
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_failure_that_goes_on_is_said_once_in_full_and_then_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = Clock()
+    log = FailureLog(logging.getLogger("llumsched.test"), interval_s=60, clock=clock)
+
+    def fail(kind: str) -> None:
+        try:
+            raise KeyError(kind)
+        except KeyError as error:
+            log.failed(kind, "Policy failed: %r", error)
+
+    for _ in range(3):
+        fail("a")
+    fail("b")
+    clock.now_s = 60.0
+    fail("a")
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "Policy failed: KeyError('a')",
+        "Policy failed: KeyError('b')",
+        "Policy failed: KeyError('a') (and 2 times more since the last such line)",
+    ]
+    assert [bool(record.exc_info) for record in caplog.records] == [True, True, False]
+
+
+def test_details_take_the_place_of_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    log = FailureLog(logging.getLogger("llumsched.test"))
+    log.failed("a", "Policy %s failed", "Broken", details="Traceback ...\n  line 3\n")
+    assert caplog.messages == ["Policy Broken failed\nTraceback ...\n  line 3"]
+
+
+def test_serve_says_something_before_it_imports_vllm() -> None:
+    program = (
+        "import sys\n"
+        "sys.modules['llumsched.frontend.server'] = None\n"
+        "import llumsched.commands.serve as serve\n"
+        "try:\n"
+        "    serve.main(['model', '--log-format', sys.argv[1]])\n"
+        "except ImportError:\n"
+        "    print('vllm' in sys.modules, 'ray' in sys.modules)\n"
+    )
+
+    def said(format_: str) -> list[str]:
+        environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+        command = [sys.executable, "-c", program, format_]
+        finished = subprocess.run(
+            command, capture_output=True, text=True, check=True, env=environment
+        )
+        return finished.stdout.splitlines()
+
+    line, imported = said("text")
+    assert re.match(r"\(llumsched pid=\d+\) INFO .* importing vLLM", line)
+    assert imported == "False False"
+    line, _ = said("json")
+    assert "importing vLLM" in json.loads(line)["message"]
