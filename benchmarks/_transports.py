@@ -17,10 +17,10 @@ import zmq
 import zmq.asyncio
 
 from llumsched.core.transfer_options import TransferOptions
+from llumsched.engine.transfer.access import LocalKV
+from llumsched.engine.transfer.blocks import BlockLayout, KVBlocks, Runs
 from llumsched.engine.transfer.shared_ring import ReceiveRing, SendRing
 from llumsched.engine.transfer.torch_channel import free_rendezvous
-from llumsched.engine.vllm.migration.kv import KVBlocks
-from llumsched.engine.vllm.migration.kv_access import LocalKV
 from llumsched.migration.link import Link, Session, receiving_channel
 from llumsched.migration.messages import (
     Hello,
@@ -45,8 +45,16 @@ def _kv() -> KVBlocks:
     """A cache of the shape that SmolLM2-135M has on CPU, in float32."""
     # As in an instance, whose migrator must not take the cores from the steps.
     torch.set_num_threads(1)
-    layers = [torch.zeros(NUM_BLOCKS, 3, BLOCK_SIZE, 128) for _ in range(NUM_LAYERS)]
-    return KVBlocks(layers, NUM_BLOCKS)
+    buffer = torch.zeros(NUM_LAYERS, NUM_BLOCKS, 3 * BLOCK_SIZE * 128)
+    layer_num_bytes = buffer[0].nbytes
+    runs = Runs(
+        offset=0,
+        num_runs=NUM_LAYERS,
+        run_stride=layer_num_bytes,
+        block_stride=layer_num_bytes // NUM_BLOCKS,
+        run_num_bytes=layer_num_bytes // NUM_BLOCKS,
+    )
+    return KVBlocks(buffer, BlockLayout(name="LBHNC", num_blocks=NUM_BLOCKS, runs=(runs,)))
 
 
 def measure(num_blocks: int, *, quick: bool) -> dict[str, float]:

@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     print(summary(cluster))
     print()
     print("\n".join(instance_table(cluster["instances"])))
+    for line in migration_lines(cluster["instances"]):
+        print(line)
     for line in berth_lines(cluster["berths"]):
         print(line)
     for line in frontend_lines(cluster["frontends"]):
@@ -77,6 +79,15 @@ def instance_table(instances: Sequence[Mapping[str, Any]]) -> list[str]:
     if not instances:
         return ["no instance serves"]
     return _table(INSTANCE_COLUMNS, [_instance_row(instance) for instance in instances], text=2)
+
+
+def migration_lines(instances: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why requests cannot move, one line an instance that they can neither leave nor reach."""
+    return [
+        f"{instance['instance_id']}: no request can leave or reach it: {instance['cannot_migrate']}"
+        for instance in instances
+        if instance["cannot_migrate"]
+    ]
 
 
 def berth_lines(berths: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 import msgspec
 
 # Counts changes of the messages and of the state that travels with a request.
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Compatibility(msgspec.Struct, frozen=True, kw_only=True):
     """One instance, as far as its KV and its requests are another's to take over.
 
-    ``kv_layout`` is that of a block's bytes in memory, ``kv_spec`` what vLLM says a block holds.
+    ``kv_layout`` names the order of a block's bytes in memory and the sizes of its pages;
+    ``kv_spec`` is what vLLM says a block holds.
     """
 
     protocol: int
@@ -31,6 +32,7 @@ class Compatibility(msgspec.Struct, frozen=True, kw_only=True):
     kv_dtype: str
     kv_spec: tuple[str, ...]
     kv_layout: str
+    attention_backend: str
     tensor_parallel: int
     pipeline_parallel: int
     model_runner: int

@@ -176,6 +176,7 @@ class Llumlet:
                     engine_index=self._engine.engine_index,
                     peer_endpoint=self._migrator.endpoint,
                     fingerprint=self._port.fingerprint(),
+                    cannot_migrate=self._port.refusal or "",
                 )
             )
         )

@@ -25,9 +25,9 @@ import zmq
 import zmq.asyncio
 
 from llumsched.engine.base import CannotMigrate, Refusal
+from llumsched.engine.transfer.access import KVAccess
 from llumsched.engine.transfer.shared_ring import ReceiveRing, SendRing, Staging
 from llumsched.engine.transfer.torch_channel import GroupChannel
-from llumsched.engine.vllm.migration.kv_access import KVAccess
 from llumsched.migration.messages import (
     CommitAnswer,
     Hello,

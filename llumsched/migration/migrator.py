@@ -28,10 +28,10 @@ from llumsched.core.migration.source import machine as protocol
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.compatibility import differences
+from llumsched.engine.transfer.access import KVAccess
 from llumsched.engine.transfer.shared_ring import ReceiveRing, SendRing
 from llumsched.engine.transfer.torch_channel import free_rendezvous
 from llumsched.engine.vllm.migration import MigrationPort
-from llumsched.engine.vllm.migration.kv_access import KVAccess
 from llumsched.migration.destination import ANSWER_AFTER_S, IncomingMigrations, Reply
 from llumsched.migration.link import Link, Session, receiving_channel
 from llumsched.migration.messages import (

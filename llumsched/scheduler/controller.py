@@ -115,6 +115,7 @@ class Controller:
             else None
         )
         self._instances = KnownInstances()
+        self._reasons_told: set[str] = set()
         self._frontends = KnownFrontends()
         self._orders = Orders(self._instances, self._frontends, self._handle)
         self._operator_calls = OperatorCalls()
@@ -237,6 +238,13 @@ class Controller:
         instance_id = message.spec.instance_id
         known = instance_id in self._instances
         self._instances.register(identity, message)
+        if message.cannot_migrate and message.cannot_migrate not in self._reasons_told:
+            self._reasons_told.add(message.cannot_migrate)
+            logger.warning(
+                "No request can leave or reach %s, nor instances like it: %s",
+                instance_id,
+                message.cannot_migrate,
+            )
         if not known:
             self._handle(
                 InstanceJoined(

@@ -68,6 +68,7 @@ class KnownInstances:
                     freeness=freeness if freeness is None or math.isfinite(freeness) else None,
                     report_age_s=cluster.now - reported_s if reported_s is not None else None,
                     load=self._loads.get(instance_id),
+                    cannot_migrate=self._registered[instance_id].cannot_migrate,
                 )
             )
         return described

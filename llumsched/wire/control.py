@@ -28,12 +28,14 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class RegisterInstance(Message, frozen=True, kw_only=True):
     """An instance is ready. ``peer_endpoint`` is where other instances reach its migrator;
     ``fingerprint`` must be equal on two instances for KV to move between them. ``request_ids`` are
-    those it holds already: a scheduler that restarts learns them from here."""
+    those it holds already: a scheduler that restarts learns them from here. ``cannot_migrate`` is
+    why none of its requests can move; empty if they can."""
 
     spec: InstanceSpec
     engine_index: int
     peer_endpoint: str
     fingerprint: str
+    cannot_migrate: str = ""
     launch_id: str | None = None
     request_ids: tuple[str, ...] = ()
 
@@ -275,12 +277,15 @@ class InstanceGone(Message, frozen=True, kw_only=True):
 
 
 class InstanceDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """``cannot_migrate`` is why no request of the instance can move; empty if they can."""
+
     instance_id: str
     state: str
     role: str
     freeness: float | None
     report_age_s: float | None
     load: InstanceLoad | None
+    cannot_migrate: str = ""
 
 
 class ClusterDescription(Message, frozen=True, kw_only=True):

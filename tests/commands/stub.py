@@ -34,6 +34,7 @@ def make_instance(instance_id: str, load: dict[str, Any] | None, **fields: Any) 
         "freeness": None,
         "report_age_s": 0.08,
         "load": load,
+        "cannot_migrate": "",
     }
     return instance | fields
 

@@ -78,6 +78,14 @@ def test_instances_and_requests_are_two_tables(capsys: pytest.CaptureFixture[str
     ]
 
 
+def test_instances_that_no_request_can_leave(capsys: pytest.CaptureFixture[str]) -> None:
+    stuck = BUSY | {"cannot_migrate": "speculative decoding is on"}
+    with serving(answers(CLUSTER | {"instances": [stuck]})) as stub:
+        assert cli.main(["status", "--url", stub.url]) == 0
+    said = "instance-0: no request can leave or reach it: speculative decoding is on"
+    assert said in capsys.readouterr().out.splitlines()
+
+
 def test_an_idle_pool_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     cluster = CLUSTER | {"instances": [], "migrations": {}, "berths": []}
     with serving(answers(cluster, {"requests": []})) as stub:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from llumsched.engine.compatibility import Compatibility
 
 HERE = Compatibility(
-    protocol=2,
+    protocol=3,
     vllm="0.32.0",
     model="m",
     revision="",
@@ -15,7 +15,8 @@ HERE = Compatibility(
     block_size=32,
     kv_dtype="auto",
     kv_spec=("full attention",),
-    kv_layout="30x[(3, 32, 128)]",
+    kv_layout="LBHNC: 30 x 24576 bytes",
+    attention_backend="CPU_ATTN",
     tensor_parallel=1,
     pipeline_parallel=1,
     model_runner=1,

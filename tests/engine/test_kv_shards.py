@@ -7,15 +7,19 @@ import gc
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
 import torch
 
+from llumsched.engine.transfer.blocks import BlockLayout, KVBlocks, Runs
+from llumsched.engine.transfer.shards import (
+    LENGTH_NUM_BYTES,
+    ShardedKV,
+    ShardOpened,
+    serve_shard,
+)
 from llumsched.engine.transfer.shared_ring import SendRing, Staging
-from llumsched.engine.vllm.migration.kv_shards import LENGTH_NUM_BYTES, ShardedKV
 
 NUM_BLOCKS = 6
 # Bytes of a block in each of two layers; the ranks of an engine may have different ones.
@@ -25,25 +29,31 @@ SHARDS = (48, 16)
 class Workers:
     """The workers of one engine; their caches are of random bytes."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, refused: str = "") -> None:
         random = torch.Generator().manual_seed(seed)
         self.caches = [
-            [
-                torch.randint(0, 256, (NUM_BLOCKS, size), dtype=torch.uint8, generator=random)
-                for _ in range(2)
-            ]
+            torch.randint(0, 256, (2, NUM_BLOCKS, size), dtype=torch.uint8, generator=random)
             for size in SHARDS
         ]
-        self.kv = ShardedKV(self.collective_rpc, num_workers=len(SHARDS), num_blocks=NUM_BLOCKS)
+        self._refused = refused
+        self.kv = ShardedKV(self.open_shards, num_workers=len(SHARDS))
 
-    def collective_rpc(self, function: Any, args: tuple[Any, ...]) -> list[Any]:
-        return [
-            function(SimpleNamespace(rank=r, model_runner=SimpleNamespace(kv_caches=c)), *args)
-            for r, c in enumerate(self.caches)
-        ]
+    def open_shards(self, pid: int, pipes: list[tuple[int, int]]) -> list[ShardOpened]:
+        opened = []
+        for cache, size, pipe in zip(self.caches, SHARDS, pipes, strict=True):
+            runs = Runs(
+                offset=0,
+                num_runs=2,
+                run_stride=NUM_BLOCKS * size,
+                block_stride=size,
+                run_num_bytes=size,
+            )
+            layout = BlockLayout(name="L", num_blocks=NUM_BLOCKS, runs=(runs,), backend="A")
+            opened.append(serve_shard(KVBlocks(cache, layout), pid, pipe))
+        return [*opened[:-1], ShardOpened(refused=self._refused)] if self._refused else opened
 
     def block(self, block_id: int) -> list[list[int]]:
-        return [cache[block_id].tolist() for caches in self.caches for cache in caches]
+        return [layer[block_id].tolist() for cache in self.caches for layer in cache]
 
 
 @pytest.fixture
@@ -77,7 +87,8 @@ def test_every_shard_arrives_and_nothing_else_changes(
 ) -> None:
     source, destination = engines
     assert source.kv.block_num_bytes == 2 * sum(SHARDS)
-    assert source.kv.layout == destination.kv.layout
+    assert source.kv.layout == destination.kv.layout == "L: 2 x 48 bytes | L: 2 x 16 bytes"
+    assert source.kv.backend == "A | A"
     before = [destination.block(i) for i in range(NUM_BLOCKS)]
     for moved in ({0: 5, 3: 1, 4: 2}, {1: 4}, {0: 0, 1: 1, 2: 2, 5: 3}):
         copy(source, destination, moved, is_mapped=is_mapped)
@@ -105,12 +116,9 @@ def test_a_worker_that_is_gone(engines: tuple[Workers, Workers]) -> None:
             copy(source, destination, {2: 4})
 
 
-def test_blocks_that_are_no_rows_are_refused() -> None:
-    workers = Workers(3)
-    workers.kv.close()
-    workers.caches[1] = [torch.zeros(NUM_BLOCKS, 4, 2).transpose(1, 2)]
-    with pytest.raises(ValueError, match="not 6 contiguous blocks"):
-        ShardedKV(workers.collective_rpc, num_workers=len(SHARDS), num_blocks=NUM_BLOCKS)
+def test_one_worker_that_refuses() -> None:
+    with pytest.raises(ValueError, match="host memory"):
+        Workers(3, refused="a part of the KV cache is in host memory")
 
 
 def mapped_rings() -> set[str]:

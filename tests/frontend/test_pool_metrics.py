@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, cast
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -100,7 +101,15 @@ def test_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(blocks.values()) == 100
     assert values["llumsched_instance_requests", ("a", "running")] == 3
     assert values["llumsched_instance_requests", ("a", "waiting")] == 1
+    assert values["llumsched_instance_can_migrate", ("a",)] == 1
     assert values["llumsched_unproven_connections", ("scheduler",)] == 1
+
+
+def test_an_instance_that_no_request_can_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    (instance,) = description().instances
+    stuck = msgspec.structs.replace(instance, cannot_migrate="speculative decoding is on")
+    values = scraped(monkeypatch, description(instances=[stuck]))
+    assert values["llumsched_instance_can_migrate", ("a",)] == 0
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import vllm.envs as envs
 from vllm.lora.request import LoRARequest
 
 from llumsched.core.transfer_options import TransferOptions
-from llumsched.engine.vllm.migration.kv_shards import CopyShard, ShardedKV
+from llumsched.engine.transfer.shards import CopyShard, ShardedKV
 from tests.campaigns import THOROUGH
 from tests.migration import adapters
 from tests.migration.answers import seen_by_client

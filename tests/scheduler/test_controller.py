@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,6 +165,28 @@ def test_a_request_that_came_before_any_instance_waits_for_one() -> None:
         assert placed.instance_id == "a"
 
     run(scenario)
+
+
+def test_why_nothing_can_move_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """In the log at the first such instance, and of each in the description of the pool."""
+
+    async def scenario(stage: Stage) -> None:
+        frontend = stage.peer()
+        for index, name in enumerate(("a", "b", "b")):
+            peer = stage.peer()
+            stuck = replace_struct(
+                registration(name, index), cannot_migrate="speculative decoding is on"
+            )
+            await peer.say(stuck)
+            assert isinstance(await peer.hear(), Welcomed)
+        await frontend.say(DescribeCluster(call_id=1))
+        described = await frontend.hear()
+        assert [i.cannot_migrate for i in described.instances] == ["speculative decoding is on"] * 2
+
+    with caplog.at_level(logging.WARNING):
+        run(scenario)
+    (said,) = [r.message for r in caplog.records if "speculative decoding" in r.message]
+    assert said.startswith("No request can leave or reach a, nor instances like it")
 
 
 def test_a_report_of_an_unknown_instance_makes_it_register_again() -> None:

@@ -184,6 +184,22 @@ INTERNALS: tuple[Internal, ...] = (
     ),
     Internal("vllm.v1.request:Request", "block_hashes", "read the names", on_instances=True),
     Internal("vllm.v1.kv_cache_interface", "FullAttentionSpec", "check the cache's kind"),
+    Internal(
+        "vllm.v1.kv_cache_interface",
+        "compute_layout_strides",
+        "find the bytes of a block",
+        ("spec", "num_blocks", "num_layers", "layout", "fixed_strides"),
+    ),
+    Internal(
+        "vllm.v1.kv_cache_interface",
+        "compute_layer_kv_cache_shape_bytes",
+        "find the bytes of a block",
+        ("spec", "num_blocks"),
+    ),
+    Internal("vllm.v1.kv_cache_layout", "KVCacheLayout", "find the bytes of a block"),
+    Internal(
+        "vllm.config:CacheConfig", "get_resolved_kv_cache_layout", "find the bytes of a block"
+    ),
     # A request.
     Internal(_REQUEST, "append_output_token_ids", "restore outputs", ("token_ids",)),
     *(
@@ -248,6 +264,8 @@ INTERNALS: tuple[Internal, ...] = (
         on_instances=True,
     ),
     Internal(_RUNNER, "kv_caches", "copy blocks", on_instances=True),
+    Internal(_RUNNER, "attn_groups", "name the attention backend", on_instances=True),
+    Internal(_RUNNER, "cache_config", "find the bytes of a block", on_instances=True),
     Internal("vllm.v1.executor", "UniProcExecutor", "find the KV cache"),
     Internal(
         "vllm.v1.worker.gpu_input_batch",

@@ -128,8 +128,14 @@ def _instances(instances: list[InstanceDescription]) -> Iterator[Metric]:
         "Since its last load report.",
         labels=("instance",),
     )
+    can_migrate = GaugeMetricFamily(
+        "llumsched_instance_can_migrate",
+        "1 if requests can leave and reach it; the status command says why they cannot.",
+        labels=("instance",),
+    )
     for instance in instances:
         name = instance.instance_id
+        can_migrate.add_metric((name,), float(not instance.cannot_migrate))
         if instance.freeness is not None:
             value = instance.freeness
         else:
@@ -145,4 +151,4 @@ def _instances(instances: list[InstanceDescription]) -> Iterator[Metric]:
         blocks.add_metric((name, "used"), load.num_used_blocks - load.num_reserved_blocks)
         requests.add_metric((name, "running"), load.num_running)
         requests.add_metric((name, "waiting"), load.num_waiting)
-    yield from (freeness, blocks, requests, report_age)
+    yield from (freeness, blocks, requests, report_age, can_migrate)

@@ -12,11 +12,11 @@ from vllm.v1.executor import UniProcExecutor
 from vllm.v1.request import Request
 
 from llumsched.engine.compatibility import PROTOCOL_VERSION, Compatibility, fingerprint_of
+from llumsched.engine.transfer.access import KVAccess, LocalKV
+from llumsched.engine.transfer.shards import ShardedKV
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.internals import installed_version
-from llumsched.engine.vllm.migration.kv import KVBlocks
-from llumsched.engine.vllm.migration.kv_access import KVAccess, LocalKV
-from llumsched.engine.vllm.migration.kv_shards import ShardedKV
+from llumsched.engine.vllm.migration.kv import open_blocks, open_shard
 from llumsched.engine.vllm.migration.state import why_engine_cannot_migrate
 
 
@@ -58,15 +58,12 @@ class EnginePort:
 
     def _open_kv_cache(self) -> KVAccess | None:
         executor = self._engine.model_executor
-        num_blocks = self._kv_manager.kv_cache_config.num_blocks
         try:
             if isinstance(executor, UniProcExecutor):
-                runner = executor.driver_worker.worker.model_runner
-                return LocalKV(KVBlocks(runner.kv_caches, num_blocks))
+                return LocalKV(open_blocks(executor.driver_worker.worker.model_runner))
             return ShardedKV(
-                self._engine.collective_rpc,
+                lambda pid, pipes: self._engine.collective_rpc(open_shard, args=(pid, pipes)),
                 num_workers=self._engine.vllm_config.parallel_config.world_size,
-                num_blocks=num_blocks,
             )
         except ValueError as error:
             self.refusal = str(error)
@@ -90,6 +87,7 @@ class EnginePort:
                 kv_dtype=str(cache.cache_dtype),
                 kv_spec=tuple(sorted({str(group.kv_cache_spec) for group in groups})),
                 kv_layout=self.kv.layout if self.kv is not None else "",
+                attention_backend=self.kv.backend if self.kv is not None else "",
                 tensor_parallel=parallel.tensor_parallel_size,
                 pipeline_parallel=parallel.pipeline_parallel_size,
                 model_runner=2 if config.use_v2_model_runner else 1,

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from llumsched.engine.transfer.blocks import KVBlocks
 from llumsched.engine.transfer.shared_ring import Staging
-from llumsched.engine.vllm.migration.kv import KVBlocks
 
 
 class KVAccess(Protocol):
-    """``layout`` is equal where blocks can move, ``block_num_bytes`` what they need of a slot.
+    """``layout`` and ``backend`` are equal where blocks can move; ``block_num_bytes`` is the size
+    of a block in a slot.
 
     ``pins_staging``: the copies are faster from and to memory that is locked for a GPU.
     ``copies_on_cores``: they take the cores that the steps compute on.
@@ -24,6 +25,9 @@ class KVAccess(Protocol):
 
     @property
     def layout(self) -> str: ...
+
+    @property
+    def backend(self) -> str: ...
 
     @property
     def block_num_bytes(self) -> int: ...
@@ -53,7 +57,8 @@ class LocalKV:
 
     def __init__(self, blocks: KVBlocks) -> None:
         self.blocks = blocks
-        self.layout = blocks.layout
+        self.layout = blocks.layout.text
+        self.backend = blocks.layout.backend
         self.block_num_bytes = blocks.block_num_bytes
         self.pins_staging = blocks.device.type == "cuda"
         self.copies_on_cores = blocks.device.type == "cpu"

@@ -17,12 +17,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
-from typing import Any
 
 import msgspec
 
+from llumsched.engine.transfer.blocks import KVBlocks
 from llumsched.engine.transfer.shared_ring import ReceiveRing, RingOffer, SendRing, Staging
-from llumsched.engine.vllm.migration.kv import KVBlocks
 
 LENGTH_NUM_BYTES = 4
 
@@ -32,6 +31,7 @@ class ShardOpened(msgspec.Struct, frozen=True, kw_only=True):
     cannot be copied."""
 
     layout: str = ""
+    backend: str = ""
     block_num_bytes: int = 0
     device_type: str = ""
     refused: str = ""
@@ -61,8 +61,8 @@ class ShardedKV:
     """The blocks of all workers, seen from the engine's process.
 
     Args:
-        collective_rpc: calls a function in every worker; the answers are in the order of ranks.
-        num_blocks: number of blocks of the pool, the null block included.
+        open_shards: has every worker call ``serve_shard`` with the process id and its own pair of
+            the descriptors given; the answers are in the order of ranks.
 
     Raises:
         ValueError: if a worker's blocks cannot be copied.
@@ -71,7 +71,10 @@ class ShardedKV:
     pins_staging = False
 
     def __init__(
-        self, collective_rpc: Callable[..., list[Any]], *, num_workers: int, num_blocks: int
+        self,
+        open_shards: Callable[[int, list[tuple[int, int]]], list[ShardOpened]],
+        *,
+        num_workers: int,
     ) -> None:
         commands = [os.pipe() for _ in range(num_workers)]
         answers = [os.pipe() for _ in range(num_workers)]
@@ -86,9 +89,7 @@ class ShardedKV:
         self._inbox: SendRing | None = None
         self._inbox_lock = asyncio.Lock()
         try:
-            shards: list[ShardOpened] = collective_rpc(
-                open_shard, args=(os.getpid(), theirs, num_blocks)
-            )
+            shards = open_shards(os.getpid(), theirs)
         finally:
             for pair in theirs:
                 for descriptor in pair:
@@ -100,6 +101,7 @@ class ShardedKV:
         self._shard_num_bytes = [shard.block_num_bytes for shard in shards]
         self.copies_on_cores = any(shard.device_type == "cpu" for shard in shards)
         self.layout = " | ".join(shard.layout for shard in shards)
+        self.backend = " | ".join(shard.backend for shard in shards)
         self.block_num_bytes = sum(self._shard_num_bytes)
 
     async def gather(self, block_ids: Sequence[int], staging: Staging) -> float:
@@ -175,22 +177,19 @@ class ShardedKV:
 # ---- run inside a worker ----------------------------------------------------------------------
 
 
-def open_shard(
-    worker: Any, engine_pid: int, pipes: Sequence[tuple[int, int]], num_blocks: int
-) -> ShardOpened:
-    """Begin to copy for the engine; ``pipes`` are its descriptors, a pair for each rank."""
-    try:
-        kv = KVBlocks(worker.model_runner.kv_caches, num_blocks)
-    except ValueError as error:
-        return ShardOpened(refused=str(error))
-    command, answer = pipes[worker.rank]
+def serve_shard(kv: KVBlocks, engine_pid: int, pipe: tuple[int, int]) -> ShardOpened:
+    """Begin to copy for the engine; ``pipe`` are its descriptors for this rank."""
+    command, answer = pipe
     commands = FileIO(f"/proc/{engine_pid}/fd/{command}", "rb")
     answers = FileIO(f"/proc/{engine_pid}/fd/{answer}", "wb")
     threading.Thread(
         target=_serve, args=(kv, commands, answers), name="kv-shard", daemon=True
     ).start()
     return ShardOpened(
-        layout=kv.layout, block_num_bytes=kv.block_num_bytes, device_type=kv.device.type
+        layout=kv.layout.text,
+        backend=kv.layout.backend,
+        block_num_bytes=kv.block_num_bytes,
+        device_type=kv.device.type,
     )
 
 
