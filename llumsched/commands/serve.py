@@ -13,8 +13,19 @@ logger = logging.getLogger(__name__)
 
 PASSTHROUGH = True
 
+ALLOW_OTHER_VLLM = "--allow-other-vllm"
+
 
 def main(argv: Sequence[str]) -> int:
+    from llumsched.engine.vllm.compat import UnsupportedVersion
+    from llumsched.engine.vllm.version_check import check_version
+
+    try:
+        # Before vLLM is imported: what has moved would be a traceback.
+        check_version(allow_other=ALLOW_OTHER_VLLM in argv)
+    except UnsupportedVersion as error:
+        sys.stderr.write(f"llumsched serve: {error}\n")
+        return 2
     if not {"-h", "--help"} & {argument.partition("=")[0] for argument in argv}:
         # vLLM takes long to import, and longer on a machine that is busy.
         logs.set_up("llumsched", logs.options_of(argv))

@@ -24,7 +24,6 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from llumsched.engine.vllm.internals import UnsupportedVersion, check_version
 from llumsched.engine.vllm.prefix_blocks import prefix_hasher, record_kv_events
 from llumsched.frontend.http.admin import admin_router
 from llumsched.frontend.http.app import serve_app
@@ -56,7 +55,6 @@ def main(argv: Sequence[str]) -> int:
     try:
         args, options = parse(argv)
         set_up(PROCESS, options.logs)
-        check_version(allow_other=options.allow_other_vllm)
         check_model(args.model)
         check_several_frontends(options.num_frontends)
         vllm_config = _engine_config(args, options.num_frontends)
@@ -71,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
             if kv_bytes is not None:
                 vllm_config.cache_config.kv_cache_memory_bytes = kv_bytes
         listen_address, sock = _bind(args)
-    except (UsageError, UnsupportedVersion) as error:
+    except UsageError as error:
         sys.stderr.write(f"llumsched serve: {error}\n")
         return 2
     try:

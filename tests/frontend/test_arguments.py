@@ -32,7 +32,6 @@ def test_defaults() -> None:
     assert options.config.policy == DEFAULT_POLICY
     assert options.ray_address is None
     assert options.admin_api
-    assert not options.allow_other_vllm
 
 
 def test_flags_of_vllm_keep_their_meaning() -> None:
@@ -51,7 +50,6 @@ def test_our_flags() -> None:
     assert (options.num_instances, options.num_frontends) == (3, 2)
     assert options.config.policy == "round_robin"
     assert options.ray_address == "auto"
-    assert options.allow_other_vllm
 
 
 def test_limits_of_scaling_are_flags_and_go_before_the_configuration(tmp_path: Path) -> None:

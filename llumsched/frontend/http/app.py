@@ -16,6 +16,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import serve_http
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
+from llumsched.engine.vllm.compat import accepted
 from llumsched.frontend.http.api_keys import guard, num_keys
 from llumsched.frontend.http.exposition import expose
 from llumsched.frontend.options.arguments import is_local
@@ -77,7 +78,7 @@ async def serve_app(
         app,
         sock=sock,
         enable_ssl_refresh=args.enable_ssl_refresh,
-        peer_loads=peer_loads,
+        **accepted(serve_http, peer_loads=peer_loads),
         host=args.host,
         port=args.port,
         log_level=args.uvicorn_log_level,

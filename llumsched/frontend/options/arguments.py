@@ -11,11 +11,14 @@ from pathlib import Path
 
 import yaml
 from vllm.config.logging import LoggingConfig
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from llumsched.config import DEFAULT_POLICY, KEYS, Config, build_bundle, load
+from llumsched.engine.vllm.compat import CLI_ARGS, first_of
 from llumsched.logs import FORMAT_FLAG, FORMATS, LogOptions
+
+make_arg_parser = first_of(CLI_ARGS, "make_arg_parser")
+validate_parsed_serve_args = first_of(CLI_ARGS, "validate_parsed_serve_args")
 
 # Keys of the scheduler's configuration that no flag of vLLM's has.
 SCHEDULER_KEYS = frozenset(KEYS) - {"seed"}
@@ -48,7 +51,6 @@ class ServeOptions:
     any_node: bool
     admin_api: bool
     decision_log: Path | None
-    allow_other_vllm: bool
     heartbeat_timeout_s: float
     step_timeout_s: float
     logs: LogOptions
@@ -155,7 +157,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
     group.add_argument(
         "--allow-other-vllm",
         action="store_true",
-        help="Start with a vLLM version this release was not written for.",
+        help="Start with a vLLM that this release was not written for, or that lacks some of what "
+        "is used of it: whatever follows.",
     )
     group.add_argument(
         "--heartbeat-timeout",
@@ -199,7 +202,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         any_node=args.any_node,
         admin_api=_admin_api(args),
         decision_log=Path(args.decision_log).absolute() if args.decision_log else None,
-        allow_other_vllm=args.allow_other_vllm,
         heartbeat_timeout_s=args.heartbeat_timeout,
         step_timeout_s=args.step_timeout,
         logs=_logs(args),

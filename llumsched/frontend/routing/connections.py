@@ -86,6 +86,8 @@ class ConnectedInstances(AsyncMPClient):
         self._engine_status: dict[int, dict[str, Any]] = {}
         self.engines_running = False
         self.stats_update_address = None
+        # No data-parallel coordinator: engines name none.
+        self.coordinator_input_address = self.coordinator_output_address = None
         self.client_index = client_index
         self.client_count = client_count
         self.utility_results: dict[int, Any] = {}

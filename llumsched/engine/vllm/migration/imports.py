@@ -23,6 +23,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import UtilityResult
 
 from llumsched.engine.base import CannotMigrate, Refusal
+from llumsched.engine.vllm.compat import accepted, takes
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.migration.port import Arrival, EnginePort
 from llumsched.engine.vllm.migration.state import (
@@ -106,6 +107,12 @@ class ImportingPort(EnginePort):
     def _allocate(self, request: Request) -> tuple[int, int]:
         """Hold blocks for an arriving request; the tokens they have room for, and of these the
         tokens that are in the prefix cache."""
+        if self._scheduler.needs_kv_cache_zeroing and not takes(
+            self._kv_manager.allocate_slots, "skip_zeroing_group_ids"
+        ):
+            raise CannotMigrate(
+                "this version of vLLM zeroes the blocks of arrivals", Refusal.UNSUPPORTED_ENGINE
+            )
         num_reserved_tokens = min(
             (self._num_blocks(request.num_tokens) + RESERVED_GROWTH_BLOCKS) * self._block_size,
             self._scheduler.max_model_len,
@@ -118,8 +125,8 @@ class ImportingPort(EnginePort):
             new_computed_blocks=cached_blocks,
             num_external_computed_tokens=num_reserved_tokens - num_cached_tokens,
             delay_cache_blocks=True,
-            skip_zeroing_group_ids=(0,),
             has_scheduled_reqs=False,
+            **accepted(self._kv_manager.allocate_slots, skip_zeroing_group_ids=(0,)),
         )
         if allocated is None:
             raise CannotMigrate(

