@@ -17,6 +17,7 @@ TORCH = ">=2.13,<2.15"
 
 # What serving needs besides: the runtime, and its way of talking.
 SERVING = [
+    "matplotlib>=3.9",
     "msgspec>=0.19",
     "psutil>=6",
     "pyzmq>=26",

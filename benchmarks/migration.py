@@ -24,10 +24,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import _batch_effects, _plot, _transports
+from benchmarks import _batch_effects, _transports
 from benchmarks._migration_client import Move, Moves, staging_num_bytes
 from benchmarks._report import Figure, Report, Table, main, number
 from benchmarks._servers import ENGINE_FLAGS, llumsched
+from scripts import plots
 
 BENCHMARK = "Migration"
 
@@ -261,10 +262,10 @@ def _tables(measured: Measured) -> list[Table]:
 
 
 def _draw(measured: Measured) -> None:
-    def points(by_context: dict[int, list[float]]) -> _plot.Points:
+    def points(by_context: dict[int, list[float]]) -> plots.Points:
         return [(context, 1000 * _median(times)) for context, times in by_context.items()]
 
-    def of(moves: dict[int, list[Move]], field: str) -> _plot.Points:
+    def of(moves: dict[int, list[Move]], field: str) -> plots.Points:
         return points({c: [getattr(m, field) for m in found] for c, found in moves.items()})
 
     live, stopped = measured.live, measured.stop_and_copy
@@ -280,7 +281,7 @@ def _draw(measured: Measured) -> None:
     DOCS.mkdir(parents=True, exist_ok=True)
     for name, title in PLOTS.items():
         title = f"{title} ({number(len(live[LONG]))} moves each)"
-        plot = _plot.lines(title, "tokens of context", "ms", series[name])
+        plot = plots.lines(title, "tokens of context", "ms", series[name])
         (DOCS / f"migration-{name}.svg").write_text(plot, encoding="utf-8")
 
 

@@ -24,10 +24,10 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 
-from benchmarks import _plot
 from benchmarks._report import Figure, Report, Table, main
 from benchmarks._servers import ENGINE_FLAGS, Server, llumsched
 from benchmarks._streams import AnswerBroken, Stream, clients, prompt_of, read
+from scripts import plots
 
 BENCHMARK = "Rolling restart under load"
 
@@ -235,7 +235,7 @@ def _draw(found: dict[str, Measured]) -> None:
                     for share in reached
                 ]
         title = f"{what}: share of values above, with migration and without"
-        text = _plot.lines(title, f"{what} in ms", "% above", series)
+        text = plots.lines(title, f"{what} in ms", "% above", series)
         (PLOTS / f"rolling-restart-{what.lower()}.svg").write_text(text, encoding="utf-8")
 
 

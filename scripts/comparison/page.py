@@ -8,8 +8,8 @@ from pathlib import Path
 
 from llumsched.simulator.results.comparison import Spread, number
 from llumsched.simulator.results.metrics import Summary
-from scripts.chart import Line, Panel, chart
 from scripts.comparison.runs import DELAYS_S, POLICIES, RATED_POLICY, RATED_SHARE, Run, Workload
+from scripts.plots import Line, Panel, chart
 
 TEMPLATE = Path(__file__).with_name("page.md")
 CHARTED = ("latency", "late_binding", "prefix_aware", "infaas", "least_requests", "round_robin")

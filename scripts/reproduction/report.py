@@ -17,7 +17,7 @@ from llumsched.simulator.kernel import PS_PER_S
 from llumsched.simulator.results.comparison import Spread, number
 from llumsched.simulator.traces.generators import GeneratorOptions, generate
 from llumsched.simulator.traces.lengths import PAPER_NUM_REQUESTS
-from scripts.chart import PUBLISHED, Line, Panel, chart
+from scripts.plots import PUBLISHED, Line, Panel, chart
 from scripts.reproduction import experiments
 from scripts.reproduction.experiments import OURS, ROOM_FIRST, Point, published
 from scripts.reproduction.migration_downtime import downtimes_ms

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from llumsched.config import build_bundle
-from scripts.chart import Line, Panel, chart
+from scripts.plots import Line, Panel, chart
 from scripts.reproduction import experiments
 from scripts.reproduction.experiments import MIXES, published
 from scripts.reproduction.migration_downtime import downtimes_ms

@@ -118,8 +118,14 @@ def test_too_few_steps_are_refused() -> None:
 def test_the_plot_has_a_dot_a_step_and_is_well_formed() -> None:
     measured = np.array([0.01, 0.02, 0.04])
     text = residual_plot(measured, measured * np.array([1.0, 3.0, 0.9]), title="a < b")
-    root = ET.fromstring(text)
-    circles = root.findall("{http://www.w3.org/2000/svg}circle")
-    assert len(circles) == 3
-    heights = [float(circle.attrib["cy"]) for circle in circles]
+    dots = [
+        element
+        for group in ET.fromstring(text).iter()
+        if group.get("id") == "residuals"
+        for element in group.iter("{http://www.w3.org/2000/svg}use")
+    ]
+    assert len(dots) == 3
+    heights = [float(dot.attrib["y"]) for dot in dots]
     assert heights[1] < heights[0] < heights[2]
+    again = residual_plot(measured, measured * np.array([1.0, 3.0, 0.9]), title="a < b")
+    assert text == again, "the same figure is the same bytes"
