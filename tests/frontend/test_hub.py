@@ -25,6 +25,7 @@ PATIENCE_S = 20.0
 
 def status(**changes: Any) -> PoolStatus:
     values: dict[str, Any] = {
+        "max_instances": 8,
         "berths": (),
         "frontends": (),
         "labels": {4: 0},
@@ -63,7 +64,7 @@ class Member:
         self.num_counted = 0
         self.breaks: Callable[[int], None] | None = None
         self.supervision = Supervision(
-            Channel(theirs), f"frontend-{index}", 8, launcher_lost=self.lost.set
+            Channel(theirs), f"frontend-{index}", launcher_lost=self.lost.set
         )
         hub.join(index, Channel(ours))
 

@@ -124,7 +124,6 @@ async def frontend(ports: FrontendPorts, placer: Placer) -> AsyncIterator[Routin
     client = RoutingEngineClient(
         cast(VllmConfig, config),
         sockets=sockets,
-        engine_indices=(),
         placer=placer,
         client_index=PLACE,
         client_count=PLACE + 1,

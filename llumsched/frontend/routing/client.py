@@ -58,7 +58,6 @@ class RoutingEngineClient(ConnectedInstances):
     Args:
         vllm_config: the configuration every instance shares.
         sockets: bound already; every instance must have been told their addresses.
-        engine_indices: the instances to wait for, each once.
         placer: chooses the instance of every new request.
         roster: as for ``ConnectedInstances``.
         num_labels: labels of instances in vLLM's metrics.
@@ -73,12 +72,11 @@ class RoutingEngineClient(ConnectedInstances):
         vllm_config: VllmConfig,
         *,
         sockets: FrontendSockets,
-        engine_indices: Sequence[int],
         placer: Placer,
         renderer: Any = None,
         client_index: int = 0,
         client_count: int = 1,
-        roster: Roster | None = None,
+        roster: Roster,
         num_labels: int = 1,
         ready_timeout_s: float = 60.0,
         metrics: FrontendMetrics | None = None,
@@ -90,7 +88,6 @@ class RoutingEngineClient(ConnectedInstances):
         super().__init__(
             vllm_config,
             sockets=sockets,
-            engine_indices=engine_indices,
             renderer=renderer,
             client_index=client_index,
             client_count=client_count,
@@ -222,8 +219,7 @@ class RoutingEngineClient(ConnectedInstances):
             receive_outputs(), name="EngineCoreOutputQueueTask"
         )
         self._spawn(self._receive_ready())
-        if self._roster is not None:
-            self._spawn(self._greet())
+        self._spawn(self._greet())
         self._spawn(self._inputs.run())
         self._spawn(self._outputs.run())
         self._spawn(Auditor(self.routes, self, self._found_missing).run())

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from http import HTTPStatus
 from typing import Any, Protocol, cast
 
@@ -54,9 +54,8 @@ class ConnectedInstances(AsyncMPClient):
     Args:
         vllm_config: the configuration every instance shares.
         sockets: bound already; every instance must have been told their addresses.
-        engine_indices: the instances to wait for, each once; there may be none.
-        roster: the instances there are, where this frontend may have been started after them: it
-            makes itself known to them, and takes nobody else for an instance.
+        roster: the instances there are, as the launcher tells. The frontend makes itself known to
+            them, and takes nobody else for an instance.
         num_labels: labels of instances in vLLM's metrics.
         ready_timeout_s: how long to wait for an instance's first message.
 
@@ -69,11 +68,10 @@ class ConnectedInstances(AsyncMPClient):
         vllm_config: VllmConfig,
         *,
         sockets: FrontendSockets,
-        engine_indices: Sequence[int],
         renderer: Any,
         client_index: int,
         client_count: int,
-        roster: Roster | None,
+        roster: Roster,
         num_labels: int,
         ready_timeout_s: float,
     ) -> None:
@@ -107,7 +105,7 @@ class ConnectedInstances(AsyncMPClient):
         self._tasks: set[asyncio.Future[None]] = set()
         self._gone: set[int] = set()
         self._roster = roster
-        self.labels = EngineLabels(max(num_labels, len(engine_indices)))
+        self.labels = EngineLabels(num_labels)
         self._calls = CallsByInstance()
         self._unheard: set[int] = set()
         self._connection_broke: Callable[[int], None] | None = None
@@ -119,7 +117,7 @@ class ConnectedInstances(AsyncMPClient):
         self.engine_ranks_managed = self.labels.all
         self.core_engines: list[EngineIdentity] = []
         self._start_mm_warmup()
-        self._await_ready(set(engine_indices), ready_timeout_s)
+        self._await_ready(ready_timeout_s)
 
     def shutdown(self, timeout: float | None = None) -> None:
         for task in self._tasks:
@@ -129,18 +127,17 @@ class ConnectedInstances(AsyncMPClient):
 
     # ---- coming and going -----------------------------------------------------------------
 
-    def _await_ready(self, expected: set[int], timeout_s: float) -> None:
+    def _await_ready(self, timeout_s: float) -> None:
         socket: zmq.Socket[bytes] = zmq.Socket.shadow(self.input_socket)
         deadline_s = time.monotonic() + timeout_s
-        while missing := self._missing(expected):
+        while missing := self._missing():
             if time.monotonic() > deadline_s:
                 raise TimeoutError(
                     f"Instances {sorted(missing)} did not reach the frontend within "
                     f"{timeout_s:.0f} s."
                 )
-            if self._roster is not None:
-                for index in missing:
-                    socket.send_multipart([engine_identity(index), GREETING])
+            for index in missing:
+                socket.send_multipart([engine_identity(index), GREETING])
             if socket.poll(timeout=int(1000 * GREETING_INTERVAL_S)):
                 identity, payload = socket.recv_multipart(copy=False)
                 if self._heard_ready(identity):
@@ -160,17 +157,15 @@ class ConnectedInstances(AsyncMPClient):
     async def _greet(self) -> None:
         """Make this frontend known to instances that have not heard of it, until cancelled."""
         while True:
-            for index in self._missing(set()):
+            for index in self._missing():
                 await cast(
                     Any, self.input_socket.send_multipart([engine_identity(index), GREETING])
                 )
             await asyncio.sleep(GREETING_INTERVAL_S)
 
-    def _missing(self, expected: set[int]) -> set[int]:
-        """Of those that are expected, or on the roster, the ones that have not come."""
-        if self._roster is not None:
-            expected = set(self._roster.labels())
-        return expected - set(self.instances) - self._gone
+    def _missing(self) -> set[int]:
+        """Engine indices on the roster whose instances have not come."""
+        return set(self._roster.labels()) - set(self.instances) - self._gone
 
     def _heard_ready(self, identity: zmq.Frame) -> bool:
         """Take in that an instance is ready; whether it has come by that."""
@@ -178,13 +173,10 @@ class ConnectedInstances(AsyncMPClient):
         self._inputs.heard(index, identity)
         if index in self._gone or self.is_up(index):
             return False
-        if self._roster is None:
-            self.labels.take(index)
-        else:
-            label = self._roster.labels().get(index)
-            if label is None:
-                return False  # it is greeted once it is on the roster
-            self.labels.take(index, label)
+        label = self._roster.labels().get(index)
+        if label is None:
+            return False  # it is greeted once it is on the roster
+        self.labels.take(index, label)
         self._list_engines()
         return True
 

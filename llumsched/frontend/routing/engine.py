@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, cast
@@ -70,16 +70,15 @@ class Engine(AsyncLLM):
 class Surroundings:
     """Where a frontend finds instances and scheduler.
 
-    ``engine_indices`` are the instances to wait for, unless a ``roster`` says which there are.
-    ``client_index`` is its place among ``client_count`` frontends of the same instances.
+    ``roster`` says which instances there are. ``client_index`` is the frontend's place among
+    ``client_count`` frontends of the same instances.
     """
 
     sockets: FrontendSockets
     scheduler_endpoint: str
     prefix_hashes: PrefixHasher | None
     num_labels: int
-    engine_indices: Sequence[int] = ()
-    roster: Roster | None = None
+    roster: Roster
     client_index: int = 0
     client_count: int = 1
 
@@ -138,7 +137,6 @@ def _our_client(surroundings: Surroundings, links: list[SchedulerLink]) -> Itera
         client = RoutingEngineClient(
             vllm_config,
             sockets=surroundings.sockets,
-            engine_indices=surroundings.engine_indices,
             placer=link,
             renderer=renderer,
             client_index=surroundings.client_index,

@@ -1,8 +1,9 @@
-"""A process of its own for one of several frontends; started by ``launcher``, never by hand.
+"""The process of a frontend; started by ``processes``, never by hand.
 
     python -m llumsched.frontend.workers PLACE CHANNEL PLAN
 
-The last two are file descriptors that it inherits.
+The last two are file descriptors that it inherits. The libraries are loaded at once; the plan is
+read when the launcher tells how the pool is, which it does when all else is up.
 """
 
 from __future__ import annotations
@@ -15,23 +16,28 @@ import traceback
 
 from prometheus_client import values
 
-from llumsched.frontend.workers.channel import Channel
+from llumsched.frontend.workers.channel import METRICS_FOLDER, Channel
+from llumsched.wire.names import frontend_id
 
 
 def main(argv: list[str]) -> None:
     index, channel_descriptor, plan_descriptor = map(int, argv)
-    # Before any metric is made: whoever takes this place next goes on with its counts.
-    values.ValueClass = values.MultiProcessValue(lambda: index)  # type: ignore[no-untyped-call]
+    if METRICS_FOLDER in os.environ:
+        # Before any metric is made: the successor in this place goes on with its counts.
+        values.ValueClass = values.MultiProcessValue(lambda: index)  # type: ignore[no-untyped-call]
     channel = Channel(socket.socket(fileno=channel_descriptor))
-    # It comes from the process that has started this one, as its command line does.
-    plan = pickle.loads(os.pread(plan_descriptor, os.fstat(plan_descriptor).st_size, 0))
     import uvloop
 
-    from llumsched.frontend.workers import worker as member
+    from llumsched.frontend.workers import worker
+    from llumsched.frontend.workers.launcher_client import Supervision
 
     status = 0
     try:
-        uvloop.run(member.serve(plan, index, channel))
+        supervision = Supervision(channel, frontend_id(index))
+        supervision.await_status()
+        # The plan comes from the process that has started this one, as its command line does.
+        plan = pickle.loads(os.pread(plan_descriptor, os.fstat(plan_descriptor).st_size, 0))
+        uvloop.run(worker.serve(plan, index, supervision))
     except Exception:
         traceback.print_exc()
         status = 1

@@ -10,6 +10,8 @@ import socket
 import struct
 import threading
 
+# Where processes that count together keep their counts: `prometheus_client` looks there.
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 _LENGTH = struct.Struct("!I")
 
 

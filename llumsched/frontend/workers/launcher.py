@@ -1,10 +1,11 @@
-"""``llumsched serve --frontends K``: this process starts everything, and serves nothing itself.
+"""``llumsched serve``: this process starts everything else, and serves nothing itself.
 
     llumsched serve (this) --+-- frontend-0 ... frontend-K-1: vLLM's server, each a process
                              +-- Ray: the global scheduler and the instances
 
-Only what is in a frontend ends with it: its clients' connections and their requests. So what looks
-after the instances is here, and there is nothing here that a request could end.
+Only what is in a frontend ends with it: its clients' connections and their requests. Another takes
+its place at the same port. So what looks after the instances is here, and there is nothing here
+that a request could end.
 """
 
 from __future__ import annotations
@@ -71,77 +72,69 @@ async def serve(
         )
         host = pool.connect()
         ports = stack.enter_context(FrontendPorts(host, options.num_frontends))
-        pool.start_scheduler(options.config, host, options.decision_log, options.logs)
-        on_signals(interrupt)  # Ray has put its own handler there
-        pool.start_instances(
-            planner(
-                options,
-                vllm_config,
-                ports.addresses(),
-                pool,
-                log_stats=not args.disable_log_stats,
-            ),
-            resources_of(vllm_config, options.planned_instances),
-            timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S,
-        )
-        stopping = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stopping.set)
-        link = SchedulerLink(
-            pool.scheduler_endpoint, keys, least_loaded=lambda: None, frontend_id="launcher"
-        )
         hub = Hub()
-        supervisor = pool.supervise(
-            Departures(loop, hub, link),
-            max_instances=options.most_instances,
-            boot_timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S,
-            limits=limits_of(options),
-        )
-        link.supervise_with(supervisor)
-        hub.supervise_with(supervisor)
-
-        def plan(listener: int, loads: int) -> FrontendPlan:
-            return FrontendPlan(
-                args=args,
-                options=options,
-                vllm_config=vllm_config,
-                keys=keys,
-                host=host,
-                ports=tuple(ports.of(index) for index in range(options.num_frontends)),
-                scheduler_endpoint=pool.scheduler_endpoint,
-                listen_address=listen_address,
-                listener=listener,
-                loads=loads,
+        async with Children(
+            options.num_frontends,
+            sock,
+            hub,
+            pool,
+            closing_timeout_s=vllm_config.shutdown_timeout + CLOSING_TIMEOUT_S + END_MARGIN_S,
+        ) as children:
+            # They load their libraries while the instances boot, which may take its whole time.
+            frontends = Frontends(
+                children, options.num_frontends, boot_timeout_s=2 * envs.VLLM_ENGINE_READY_TIMEOUT_S
             )
-
-        try:
-            async with Children(
-                plan,
-                options.num_frontends,
-                sock,
-                hub,
-                pool,
-                closing_timeout_s=vllm_config.shutdown_timeout + CLOSING_TIMEOUT_S + END_MARGIN_S,
-            ) as children:
-                progress(f"starting {options.num_frontends} frontends")
-                frontends = Frontends(
-                    children,
-                    options.num_frontends,
-                    boot_timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S,
+            pool.start_scheduler(options.config, host, options.decision_log, options.logs)
+            on_signals(interrupt)  # Ray has put its own handler there
+            pool.start_instances(
+                planner(
+                    options,
+                    vllm_config,
+                    ports.addresses(),
+                    pool,
+                    log_stats=not args.disable_log_stats,
+                ),
+                resources_of(vllm_config, options.planned_instances),
+                timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S,
+            )
+            stopping = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, stopping.set)
+            link = SchedulerLink(
+                pool.scheduler_endpoint, keys, least_loaded=lambda: None, frontend_id="launcher"
+            )
+            stack.callback(link.close)
+            stack.callback(pool.stop_supervising)
+            supervisor = pool.supervise(
+                Departures(loop, hub, link),
+                max_instances=options.most_instances,
+                boot_timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S,
+                limits=limits_of(options),
+            )
+            link.supervise_with(supervisor)
+            hub.supervise_with(supervisor)
+            children.publish(
+                lambda listener, loads: FrontendPlan(
+                    args=args,
+                    options=options,
+                    vllm_config=vllm_config,
+                    keys=keys,
+                    host=host,
+                    ports=tuple(ports.of(index) for index in range(options.num_frontends)),
+                    scheduler_endpoint=pool.scheduler_endpoint,
+                    listen_address=listen_address,
+                    listener=listener,
+                    loads=loads,
                 )
-                reporter = _Reporter(options, pool, supervisor, frontends, hub)
-                status = await _look_after(
-                    frontends,
-                    reporter,
-                    stopping,
-                    f"{args.model} on {listen_address}",
-                )
-                progress("stopping")
-        finally:
-            pool.stop_supervising()
-            link.close()
-            pool.stop()
+            )
+            status = await _look_after(
+                frontends,
+                _Reporter(options, pool, supervisor, frontends, hub),
+                stopping,
+                f"{args.model} on {listen_address}",
+            )
+            progress("stopping")
     return status
 
 
@@ -156,7 +149,8 @@ async def _look_after(
         statuses = frontends.describe()
         if not serving and all(status.state == "serving" for status in statuses):
             serving = True
-            progress(f"serving {what}, with {len(statuses)} frontends")
+            several = f", with {len(statuses)} frontends" if len(statuses) > 1 else ""
+            progress(f"serving {what}{several}")
         for status in statuses:
             if not serving and status.num_deaths:
                 raise LaunchError(
@@ -184,6 +178,7 @@ class _Reporter:
         self._supervisor = supervisor
         self._frontends = frontends
         self._hub = hub
+        self._max_instances = options.most_instances
         self._labels = EngineLabels(options.most_instances)
 
     def report(self) -> None:
@@ -197,6 +192,7 @@ class _Reporter:
             self._labels.take(index)
         self._hub.tell(
             PoolStatus(
+                max_instances=self._max_instances,
                 berths=tuple(_in_whole_seconds(berth) for berth in berths),
                 frontends=tuple(self._frontends.describe()),
                 labels=self._labels.by_instance,

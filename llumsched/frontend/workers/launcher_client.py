@@ -53,7 +53,6 @@ class Supervision:
     """Implements ``connections.Roster``, ``admin.Berths`` and ``admin.OtherFrontends``.
 
     Args:
-        max_instances: no more are started than this, whoever asks.
         launcher_lost: called, on another thread, when the launcher is gone.
     """
 
@@ -61,10 +60,8 @@ class Supervision:
         self,
         channel: Channel,
         frontend_id: str,
-        max_instances: int,
         launcher_lost: Callable[[], None] = end_this_process,
     ) -> None:
-        self.max_instances = max_instances
         self._channel = channel
         self._frontend_id = frontend_id
         self._launcher_lost = launcher_lost
@@ -116,6 +113,11 @@ class Supervision:
     def labels(self) -> Mapping[int, int]:
         """The instances that serve, with their labels."""
         return self._status.labels if self._status is not None else {}
+
+    @property
+    def max_instances(self) -> int:
+        """The launcher starts no more instances than this, whoever asks."""
+        return self._status.max_instances if self._status is not None else 0
 
     def describe(self) -> Sequence[BerthStatus]:
         """Every berth of an instance."""

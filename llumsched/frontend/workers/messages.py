@@ -20,11 +20,12 @@ from llumsched.wire.control import Message
 class PoolStatus(Message, frozen=True, kw_only=True):
     """How everything that the launcher has started is; told whenever it changes.
 
-    ``labels`` are those that the serving instances have in vLLM's metrics, by engine index; the
-    first ``num_labels_used`` have ever been in use. ``unproven`` counts what the gates of frontends
-    and launcher have turned away.
+    ``max_instances`` is the most that will ever be started. ``labels`` are those that the serving
+    instances have in vLLM's metrics, by engine index; the first ``num_labels_used`` have ever been
+    in use. ``unproven`` counts what the gates of frontends and launcher have turned away.
     """
 
+    max_instances: int
     berths: tuple[BerthStatus, ...]
     frontends: tuple[FrontendStatus, ...]
     labels: Mapping[int, int]

@@ -1,8 +1,9 @@
-"""The processes of several frontends: started, watched, ended.
+"""The processes of the frontends: started, watched, ended.
 
 All inherit the socket that clients connect to, which the launcher holds as well: a connection that
-no frontend has taken yet waits there, whichever of them dies. What they count lies in files that
-the one which comes after goes on with.
+no frontend has taken yet waits there, whichever of them dies. What several count lies in
+files that the one which comes after goes on with; one alone counts from zero, as any server does
+that was started again.
 """
 
 from __future__ import annotations
@@ -22,14 +23,13 @@ from typing import BinaryIO, Protocol
 from ray import cloudpickle
 from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
 
-from llumsched.frontend.workers.channel import Channel
+from llumsched.frontend.workers.channel import METRICS_FOLDER, Channel
 from llumsched.frontend.workers.hub import Hub
 from llumsched.frontend.workers.worker import LOAD_NUM_BYTES, FrontendPlan, connections_of_all
 
 # To vLLM's servers, the load of one that takes no connection.
 TAKES_NONE = 2**31 - 1
 KILL_TIMEOUT_S = 5.0
-_METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
 def _memory(name: str) -> BinaryIO:
@@ -38,7 +38,7 @@ def _memory(name: str) -> BinaryIO:
 
 
 class Child:
-    """Implements ``frontends.FrontendProcess``."""
+    """Implements ``frontend_supervisor.FrontendProcess``."""
 
     def __init__(self, process: subprocess.Popen[bytes], index: int, hub: Hub) -> None:
         self._process = process
@@ -88,17 +88,18 @@ class Pool(Protocol):
 
 
 class Children:
-    """Implements ``frontends.Host``. Use as a context manager: leaving it ends all of them.
+    """Implements ``frontend_supervisor.Host``. Use as a context manager: leaving it ends them all.
+
+    A process that was started loads its libraries and then waits for the plan, so frontends and
+    instances boot side by side.
 
     Args:
-        make_plan: what all are told, given the descriptors of listener and loads.
         listener: the socket that clients connect to.
         closing_timeout_s: how long they may take to end when they are asked to.
     """
 
     def __init__(
         self,
-        make_plan: Callable[[int, int], FrontendPlan],
         num_frontends: int,
         listener: socket.socket,
         hub: Hub,
@@ -117,14 +118,24 @@ class Children:
             loads.flush()
             self._loads = connections_of_all(loads.fileno(), num_frontends)
             self._plan = stack.enter_context(_memory("plan"))
-            maybe_register_config_serialize_by_value()
-            self._plan.write(cloudpickle.dumps(make_plan(listener.fileno(), loads.fileno())))
-            self._plan.flush()
             self._stack = stack.pop_all()
         for index in range(num_frontends):
             self._loads[index] = TAKES_NONE
         self._inherited = (listener.fileno(), loads.fileno(), self._plan.fileno())
-        self._environment = {**os.environ, _METRICS_FOLDER: metrics}
+        self._environment = dict(os.environ)
+        if num_frontends > 1:
+            self._environment[METRICS_FOLDER] = metrics
+
+    def publish(self, make_plan: Callable[[int, int], FrontendPlan]) -> None:
+        """Give every frontend, also those to come, its plan; before the hub tells any of the pool.
+
+        Args:
+            make_plan: the plan, given the descriptors of listener and loads.
+        """
+        listener, loads, _ = self._inherited
+        maybe_register_config_serialize_by_value()
+        self._plan.write(cloudpickle.dumps(make_plan(listener, loads)))
+        self._plan.flush()
 
     async def __aenter__(self) -> Children:
         return self

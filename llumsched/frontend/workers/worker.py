@@ -1,4 +1,4 @@
-"""One of several frontends: vLLM's ``AsyncLLM`` and app, over instances that it did not start."""
+"""A frontend: vLLM's ``AsyncLLM`` and app, over instances that it did not start."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from llumsched.frontend.options.preflight import check_tasks
 from llumsched.frontend.routing.engine import Surroundings, build_engine
 from llumsched.frontend.routing.instance_events import Departures
 from llumsched.frontend.routing.sockets import FrontendSockets, max_output_num_bytes
-from llumsched.frontend.workers.channel import Channel
 from llumsched.frontend.workers.launcher_client import Supervision
 from llumsched.logs import set_up
 from llumsched.wire.keys import PoolKeys
@@ -61,13 +60,11 @@ def connections_of_all(descriptor: int, num_frontends: int) -> MutableSequence[i
     return cast("MutableSequence[int]", shared.cast("i"))
 
 
-async def serve(plan: FrontendPlan, index: int, channel: Channel) -> None:
+async def serve(plan: FrontendPlan, index: int, supervision: Supervision) -> None:
     """Serve in this place until a signal, or the end of the launcher, ends it."""
     name = frontend_id(index)
     set_up(name, plan.options.logs)
     decorate_logs(name)
-    supervision = Supervision(channel, name, plan.options.most_instances)
-    supervision.await_status()
     args, vllm_config = plan.args, plan.vllm_config
     if not supervision.labels():
         check_tasks(vllm_config)
@@ -111,7 +108,10 @@ async def serve(plan: FrontendPlan, index: int, channel: Channel) -> None:
             plan.listen_address,
             socket.socket(fileno=plan.listener),
             begins=supervision.serves,
-            peer_loads=(connections_of_all(plan.loads, plan.options.num_frontends), index),
+            # Alone, a frontend need not ask whose turn it is.
+            peer_loads=(connections_of_all(plan.loads, plan.options.num_frontends), index)
+            if plan.options.num_frontends > 1
+            else None,
         )
         await closing
     finally:
