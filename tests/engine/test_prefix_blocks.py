@@ -25,6 +25,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
 from llumsched.core.events import KvBlocksRemoved, KvBlocksStored, KvCacheCleared
+from llumsched.engine.vllm import prefix_blocks
 from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder, prefix_hasher
 
 BLOCK_SIZE = 4
@@ -96,10 +97,8 @@ def test_the_operators_own_publisher_hears_everything() -> None:
     assert publisher.is_shut_down
 
 
-@pytest.mark.parametrize("num_tokens", [1, 4, 5, 8, 9, 11])
-def test_the_frontend_names_blocks_as_the_engine_does(num_tokens: int) -> None:
-    """Those an engine could reuse: it always computes at least one token of a prompt."""
-    asked = EngineCoreRequest(
+def asked(num_tokens: int) -> EngineCoreRequest:
+    return EngineCoreRequest(
         request_id="r1",
         prompt_token_ids=list(range(num_tokens)),
         mm_features=None,
@@ -110,21 +109,72 @@ def test_the_frontend_names_blocks_as_the_engine_does(num_tokens: int) -> None:
         cache_salt="salt",
         data_parallel_rank=None,
     )
-    config: Any = SimpleNamespace(
-        cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256", block_size=BLOCK_SIZE)
+
+
+def make_config(block_size: int = BLOCK_SIZE, num_context_workers: int = 1) -> Any:
+    """The part of vLLM's configuration that is looked at."""
+    return SimpleNamespace(
+        cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256", block_size=block_size),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=num_context_workers),
     )
-    named = prefix_hasher(config)(asked)
+
+
+def named_by_an_engine(request: EngineCoreRequest, block_size: int) -> list[Any]:
+    """The blocks that an engine could reuse: it always computes at least one token of a prompt."""
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(block_size, sha256)
+    in_engine = Request.from_engine_core_request(request, hasher).block_hashes
+    assert request.prompt_token_ids is not None
+    reusable = in_engine[: (len(request.prompt_token_ids) - 1) // block_size]
+    return [maybe_convert_block_hash(block_hash) for block_hash in reusable]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 5, 8, 9, 11])
+def test_the_frontend_names_blocks_as_the_engine_does(num_tokens: int) -> None:
+    request = asked(num_tokens)
+    named = prefix_hasher(make_config())(request)
+    assert list(named) == named_by_an_engine(request, BLOCK_SIZE)
 
     init_none_hash(sha256)
-    hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
-    in_engine = Request.from_engine_core_request(asked, hasher).block_hashes
-    reusable = in_engine[: (num_tokens - 1) // BLOCK_SIZE]
-    assert list(named) == [maybe_convert_block_hash(block_hash) for block_hash in reusable]
-
+    in_engine = Request.from_engine_core_request(
+        request, get_request_block_hasher(BLOCK_SIZE, sha256)
+    ).block_hashes[: len(named)]
     recorder, _, _ = make_recorder(
-        make_block_hash_with_group_id(block_hash, 0) for block_hash in reusable
+        make_block_hash_with_group_id(block_hash, 0) for block_hash in in_engine
     )
     assert recorder.all() == [
         KvCacheCleared(instance_id="a"),
         KvBlocksStored(instance_id="a", block_hashes=named),
     ]
+
+
+def test_the_size_of_a_block_is_the_one_that_the_engine_has_chosen() -> None:
+    """Which a frontend learns when the engine is up: after the hasher was made."""
+    config, request = make_config(block_size=16), asked(100)
+    hashes = prefix_hasher(config)
+    assert list(hashes(request)) == named_by_an_engine(request, 16)
+    config.cache_config.block_size = 64
+    assert list(hashes(request)) == named_by_an_engine(request, 64)
+
+
+def test_a_block_that_several_workers_share() -> None:
+    hashes = prefix_hasher(make_config(num_context_workers=2))
+    assert list(hashes(asked(20))) == named_by_an_engine(asked(20), 2 * BLOCK_SIZE)
+
+
+def test_hashes_look_as_far_ahead_as_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where this version of vLLM looks ahead at all: with EAGLE, from 0.33 on."""
+    given: list[tuple[int, int]] = []
+
+    def get_request_block_hasher(
+        hash_block_size: int, caching_hash_fn: Any, num_hash_lookahead_tokens: int = 0
+    ) -> Any:
+        given.append((hash_block_size, num_hash_lookahead_tokens))
+        return lambda _request: []
+
+    get_request_block_hasher.__qualname__ = "get_request_block_hasher"
+    monkeypatch.setattr(prefix_blocks, "get_request_block_hasher", get_request_block_hasher)
+    config = make_config()
+    config.num_hash_lookahead_tokens = 3
+    assert prefix_hasher(config)(asked(20)) == ()
+    assert given == [(BLOCK_SIZE, 3)]

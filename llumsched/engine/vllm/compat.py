@@ -80,6 +80,11 @@ def accepted(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
     }
 
 
+def hash_lookahead(vllm_config: Any) -> int:
+    """Tokens after a block that its hash covers as well: 0 before 0.33, and without EAGLE."""
+    return int(getattr(vllm_config, "num_hash_lookahead_tokens", 0))
+
+
 @functools.cache
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)

@@ -11,6 +11,7 @@ not know: who listens, or what a match is worth.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from vllm.distributed.kv_events import (
 )
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
     get_block_hash,
     get_request_block_hasher,
     init_none_hash,
@@ -34,6 +36,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
 from llumsched.core.events import Event, KvBlocksRemoved, KvBlocksStored, KvCacheCleared
+from llumsched.engine.vllm.compat import accepted, hash_lookahead
 
 # Its hash depends on a seed that each process draws for itself unless PYTHONHASHSEED names one.
 SEEDED_ALGORITHMS = frozenset({"xxhash", "xxhash_cbor"})
@@ -50,17 +53,30 @@ def record_kv_events(vllm_config: VllmConfig) -> None:
 def prefix_hasher(vllm_config: VllmConfig) -> Callable[[EngineCoreRequest], tuple[int, ...]]:
     """Names the full blocks of a request's prompt as the engines will.
 
-    The last block is left out where the prompt ends with it: an engine always computes at least
-    one token, so it is never reused.
+    The size of a block is read from the configuration at each request: on a GPU it is the engine
+    that chooses it, when it has loaded the model, and the frontend's configuration has it from the
+    first that is up. The last block is left out where the prompt ends with it: an engine always
+    computes at least one token, so it is never reused.
     """
     cache = vllm_config.cache_config
     hash_function = get_hash_fn_by_name(cache.prefix_caching_hash_algo)
     init_none_hash(hash_function)
-    block_hasher = get_request_block_hasher(cache.block_size, hash_function)
+
+    @functools.lru_cache(maxsize=1)
+    def hasher_of(block_size: int) -> Callable[[Request], list[BlockHash]]:
+        lookahead = accepted(
+            get_request_block_hasher, num_hash_lookahead_tokens=hash_lookahead(vllm_config)
+        )
+        hasher: Callable[[Request], list[BlockHash]] = get_request_block_hasher(
+            block_size, hash_function, **lookahead
+        )
+        return hasher
 
     def hashes(request: EngineCoreRequest) -> tuple[int, ...]:
-        known = Request.from_engine_core_request(request, block_hasher)
-        num_usable = (known.num_prompt_tokens - 1) // cache.block_size
+        # A block is spread over the workers of a context-parallel group.
+        block_size = cache.block_size * vllm_config.parallel_config.decode_context_parallel_size
+        known = Request.from_engine_core_request(request, hasher_of(block_size))
+        num_usable = (known.num_prompt_tokens - 1) // block_size
         return tuple(_name(block_hash) for block_hash in known.block_hashes[:num_usable])
 
     return hashes

@@ -135,7 +135,7 @@ ENGINE_INTERNALS: tuple[Internal, ...] = (
         "vllm.v1.core.kv_cache_utils",
         "get_request_block_hasher",
         "name the blocks of a prompt",
-        ("hash_block_size", "caching_hash_fn"),
+        ("hash_block_size", "caching_hash_fn", "num_hash_lookahead_tokens"),
     ),
     Internal(
         "vllm.v1.core.kv_cache_utils", "init_none_hash", "name the blocks of a prompt", ("hash_fn",)

@@ -146,5 +146,11 @@ RELIED_ON: tuple[Internal, ...] = (
         "pause_generation",
     ),
     *_each("vllm.config:VllmConfig", "tell the runner", "use_v2_model_runner"),
+    Internal(
+        "vllm.config:VllmConfig",
+        "num_hash_lookahead_tokens",
+        "name blocks as engines do",
+        since="0.33",
+    ),
     *_each("vllm.config:VllmConfig", "tell how many steps overlap", "max_concurrent_batches"),
 )
