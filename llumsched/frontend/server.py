@@ -22,6 +22,7 @@ from vllm.usage.usage_lib import UsageContext
 from llumsched.engine.vllm.prefix_blocks import record_kv_events
 from llumsched.frontend.options.arguments import UsageError, parse
 from llumsched.frontend.options.console import PROCESS
+from llumsched.frontend.options.gpu_share import check_device, share_gpus
 from llumsched.frontend.options.preflight import (
     check_model,
     check_prefix_hashes,
@@ -42,8 +43,10 @@ def main(argv: Sequence[str]) -> int:
         set_up(PROCESS, options.logs)
         check_model(args.model)
         check_several_frontends(options.num_frontends)
+        check_device()
         vllm_config = _engine_config(args, options.num_frontends)
         check_serialization()
+        share_gpus(vllm_config, options)
         if not options.num_instances:
             check_tasks(vllm_config)
         if options.wants_prefix_blocks:
@@ -80,7 +83,7 @@ def _engine_config(args: argparse.Namespace, num_frontends: int) -> VllmConfig:
         config: VllmConfig = engine_args.create_engine_config(
             usage_context=UsageContext.OPENAI_API_SERVER
         )
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         message = " ".join(lines[:3]) if lines else type(error).__name__
         raise UsageError(f"{args.model} cannot be served: {message}") from error

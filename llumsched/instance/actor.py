@@ -8,6 +8,7 @@ engine's state is a closure on the engine's loop thread.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore, prov
 from llumsched.engine.vllm.migration import MigrationPort
 from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
 from llumsched.instance.cpu_affinity import OwnCores
+from llumsched.instance.gpu_turn import gpu_turn
 from llumsched.instance.heartbeat import start_beating
 from llumsched.instance.llumlet import Llumlet
 from llumsched.instance.signals import act_on
@@ -42,7 +44,7 @@ class InstancePlan:
     sockets bind to, without one that of its machine in the Ray cluster.
     ``reports_prefix_blocks`` needs an engine that records KV events. ``launch_id`` is the
     scheduler's order that it answers, if any. ``num_cores`` are for it alone, if they are free;
-    0 lets it run on all."""
+    0 lets it run on all. With ``shares_gpu`` it boots when no other instance of its GPU does."""
 
     instance_id: str
     engine: EngineSettings
@@ -57,6 +59,7 @@ class InstancePlan:
     reports_prefix_blocks: bool = False
     launch_id: str | None = None
     num_cores: int = 0
+    shares_gpu: bool = False
 
 
 class Instance:
@@ -69,9 +72,10 @@ class Instance:
     def __init__(self, plan: InstancePlan) -> None:
         self._plan = plan
         set_up(plan.instance_id, plan.logs)
-        logger.info("Loads the model")
         prove_membership(plan.keys)
-        self._engine = LlumschedEngineCore(plan.engine)
+        with gpu_turn(os.environ) if plan.shares_gpu else contextlib.nullcontext():
+            logger.info("Loads the model")
+            self._engine = LlumschedEngineCore(plan.engine)
         self._port = MigrationPort(self._engine)
         self._stopping = threading.Event()
         self._ready = threading.Event()

@@ -28,9 +28,25 @@ from llumsched.pool.instance_process import (
 from llumsched.pool.process_activity import Work
 
 # Environment variables that instances on other machines need as well.
-FORWARDED_PREFIXES = ("VLLM_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "LLUMSCHED_", "TOKENIZERS_")
-# Clients prove themselves to the frontend alone, and Ray shows this environment to its users.
-NOT_FORWARDED = frozenset({"VLLM_API_KEY"})
+FORWARDED_PREFIXES = (
+    "CUBLAS_",
+    "CUDA_",
+    "FLASHINFER_",
+    "HF_",
+    "HUGGING_FACE_",
+    "LLUMSCHED_",
+    "NCCL_",
+    "PYTORCH_",
+    "TOKENIZERS_",
+    "TORCH",
+    "TRANSFORMERS_",
+    "TRITON_",
+    "UCX_",
+    "VLLM_",
+)
+# Clients prove themselves to the frontend alone, and Ray shows this environment to its users. Which
+# GPUs an instance has is for Ray to say.
+NOT_FORWARDED = frozenset({"VLLM_API_KEY", "CUDA_VISIBLE_DEVICES"})
 PID_TIMEOUT_S = 5.0
 A_SHARE = 0.001  # of a resource that only says where
 NO_WORK = Work(cpu_s=0.0, is_ready=False)
@@ -56,6 +72,15 @@ class InstanceResources:
         if self.num_gpus:
             bundle["GPU"] = self.num_gpus
         return bundle
+
+
+def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of the server's environment an instance gets, wherever it is."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(FORWARDED_PREFIXES) and name not in NOT_FORWARDED
+    }
 
 
 class Likeness:
@@ -92,11 +117,7 @@ class InstanceActor:
         self.node_id: str | None = None
         self.instance_id = plan.instance_id
         self.group: PlacementGroup = placement_group([resources.bundle()])
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name.startswith(FORWARDED_PREFIXES) and name not in NOT_FORWARDED
-        } | dict(resources.environment)
+        environment = forwarded(os.environ) | dict(resources.environment)
         remote: Any = ray.remote  # its types know no concurrency groups
         options = remote(concurrency_groups={WHILE_SERVING: 1})(Instance).options(
             num_cpus=resources.num_cpus,

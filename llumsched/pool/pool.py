@@ -209,7 +209,10 @@ class Pool:
             placed, waiting = ray.wait(ready, num_returns=len(ready), timeout=left_s)
         if waiting:
             room = self._too_little(len(placed), len(groups))
-            raise LaunchError(f"{room[0].upper()}{room[1:]}. Lower --instances.")
+            fix = "Lower --instances"
+            if self._resources.num_gpus == 1:
+                fix += ", or let instances share a GPU (--gpus-per-instance 0.5)"
+            raise LaunchError(f"{room[0].upper()}{room[1:]}. {fix}.")
 
     def _too_little(self, num_placed: int, num_wanted: int) -> str:
         where = "" if self._any_node else " on this machine"

@@ -11,7 +11,7 @@ import ray
 
 from llumsched.engine.compatibility import Compatibility, fingerprint_of
 from llumsched.pool import pool as launch
-from llumsched.pool.instance_actor import InstanceResources, Likeness
+from llumsched.pool.instance_actor import InstanceResources, Likeness, forwarded
 from llumsched.pool.instance_process import NodeWatches
 from llumsched.pool.pool import Pool
 from llumsched.pool.ray_cluster import LaunchError
@@ -98,3 +98,34 @@ def test_the_first_instance_says_what_the_others_must_be_like() -> None:
     assert not like.differences(fingerprint_of(HERE))
     other = fingerprint_of(msgspec.structs.replace(HERE, dtype="bfloat16"))
     assert "dtype" in like.differences(other)
+
+
+def test_instances_elsewhere_get_the_settings_of_their_libraries() -> None:
+    """And neither a secret of the frontend's nor the number of its GPU."""
+    settings = {
+        "NCCL_DEBUG": "INFO",
+        "CUDA_LAUNCH_BLOCKING": "1",
+        "TRITON_CACHE_DIR": "/a",
+        "TORCHINDUCTOR_CACHE_DIR": "/b",
+        "TORCH_LOGS": "all",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "FLASHINFER_WORKSPACE_BASE": "/c",
+        "VLLM_BATCH_INVARIANT": "1",
+        "HF_HOME": "/d",
+    }
+    others = {"VLLM_API_KEY": "secret", "CUDA_VISIBLE_DEVICES": "3", "PATH": "/bin", "HOME": "/"}
+    assert forwarded(settings | others) == settings
+
+
+def test_a_pool_that_finds_too_few_gpus_says_that_they_can_be_shared(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InstanceResources, "bundle", lambda _self: {"CPU": 1, "GPU": 1})
+    monkeypatch.setattr(ray, "wait", lambda found, **_: (found[:1], found[1:]))
+    monkeypatch.setattr(launch, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    with pytest.raises(LaunchError, match=r"has room for 1 of 3 .*--gpus-per-instance 0\.5"):
+        pool.start_instances(
+            lambda index, _: SimpleNamespace(instance_id=f"instance-{index}"),  # type: ignore[arg-type,return-value]
+            InstanceResources(num_cpus=1, num_gpus=1),
+            timeout_s=1.0,
+        )

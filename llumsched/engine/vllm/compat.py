@@ -32,6 +32,9 @@ DROPPABLE: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "skip_zeroing_group_ids": "0.31 may zero the blocks of an arrival after they were "
             "filled: an engine that zeroes blocks refuses requests with KV",
         },
+        "LoggingConfig": {
+            "formatter": "with --log-format json, lines of 0.31's own stay text",
+        },
         "get_request_block_hasher": {
             "num_hash_lookahead_tokens": "engines before 0.33 do not look ahead either",
         },

@@ -14,7 +14,7 @@ from vllm.config.logging import LoggingConfig
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from llumsched.config import DEFAULT_POLICY, KEYS, Config, build_bundle, load
-from llumsched.engine.vllm.compat import CLI_ARGS, first_of
+from llumsched.engine.vllm.compat import CLI_ARGS, accepted, first_of
 from llumsched.logs import FORMAT_FLAG, FORMATS, LogOptions
 
 make_arg_parser = first_of(CLI_ARGS, "make_arg_parser")
@@ -49,6 +49,7 @@ class ServeOptions:
     config: Config
     ray_address: str | None
     any_node: bool
+    gpus_per_instance: float | None
     admin_api: bool
     decision_log: Path | None
     heartbeat_timeout_s: float
@@ -134,6 +135,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         "pool's keys only. Default: all instances are on this machine, and listen on loopback.",
     )
     group.add_argument(
+        "--gpus-per-instance",
+        type=float,
+        metavar="F",
+        help="A part of a GPU, such as 0.5: two instances share one. --gpu-memory-utilization is "
+        "what they take together, --kv-cache-memory-bytes what each has; they boot one after the "
+        "other. Only for instances of one worker. Default: a GPU for each worker.",
+    )
+    group.add_argument(
         "--admin-api",
         choices=("auto", "on", "off"),
         default="auto",
@@ -200,6 +209,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         config=config,
         ray_address=args.ray_address,
         any_node=args.any_node,
+        gpus_per_instance=args.gpus_per_instance,
         admin_api=_admin_api(args),
         decision_log=Path(args.decision_log).absolute() if args.decision_log else None,
         heartbeat_timeout_s=args.heartbeat_timeout,
@@ -211,11 +221,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
 def _logs(args: argparse.Namespace) -> LogOptions:
     """The log options, which from here on vLLM's own loggers have as well."""
     logging_config = getattr(args, "logging_config", None) or LoggingConfig()
-    if args.log_format is not None:
-        logging_config = replace(logging_config, formatter=args.log_format)
+    log_format = args.log_format or getattr(logging_config, "formatter", "text")
+    logging_config = replace(logging_config, **accepted(LoggingConfig, formatter=log_format))
     args.logging_config = logging_config
     return LogOptions(
-        format=logging_config.formatter,
+        format=log_format,
         level=getattr(args, "log_level", None) or logging_config.log_level,
     )
 
@@ -225,6 +235,10 @@ def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
         raise UsageError(f"--instances {args.instances}: a number of instances is needed.")
     if args.frontends < 1:
         raise UsageError(f"--frontends {args.frontends}: at least 1 frontend is needed.")
+    if args.gpus_per_instance is not None and not args.gpus_per_instance > 0:
+        raise UsageError(
+            f"--gpus-per-instance {args.gpus_per_instance:g}: give a part of a GPU, such as 0.5."
+        )
     for name in ("heartbeat_timeout", "step_timeout"):
         if getattr(args, name) <= 0:
             flag = "--" + name.replace("_", "-")

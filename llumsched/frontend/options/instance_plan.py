@@ -14,6 +14,7 @@ from llumsched.config import build_bundle
 from llumsched.core.policy import VictimPolicy
 from llumsched.engine.vllm.core import EngineSettings
 from llumsched.frontend.options.arguments import ServeOptions
+from llumsched.frontend.options.gpu_share import instances_per_gpu
 from llumsched.frontend.options.preflight import cpu_threads_per_worker
 from llumsched.instance.actor import InstancePlan
 from llumsched.policies.low_priority_short import LowPriorityShort
@@ -61,6 +62,7 @@ def planner(
             reports_prefix_blocks=options.wants_prefix_blocks,
             launch_id=launch_id,
             num_cores=num_cores,
+            shares_gpu=instances_per_gpu(options.gpus_per_instance or 1) > 1,
             logs=options.logs,
         )
 
@@ -90,8 +92,8 @@ def cores_of_instance(vllm_config: VllmConfig, num_instances: int) -> int:
     return num_threads if enough else 0
 
 
-def resources_of(vllm_config: VllmConfig, num_instances: int) -> InstanceResources:
-    """What one of so many instances needs, and its environment."""
+def resources_of(vllm_config: VllmConfig, options: ServeOptions) -> InstanceResources:
+    """What an instance needs, and its environment."""
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # The workers of an engine are on one machine; gloo asks nobody who connects for a proof.
@@ -99,8 +101,9 @@ def resources_of(vllm_config: VllmConfig, num_instances: int) -> InstanceResourc
     }
     num_workers = vllm_config.parallel_config.world_size
     if not current_platform.is_cpu():
-        return InstanceResources(num_cpus=1, num_gpus=num_workers, environment=environment)
-    num_threads = cpu_threads_per_worker(num_instances * num_workers, os.environ)
+        num_gpus = options.gpus_per_instance or num_workers
+        return InstanceResources(num_cpus=1, num_gpus=num_gpus, environment=environment)
+    num_threads = cpu_threads_per_worker(options.planned_instances * num_workers, os.environ)
     environment["OMP_NUM_THREADS"] = str(num_threads)
     if num_workers > 1:
         # By itself vLLM wants a NUMA node for each worker, and binds all instances to the same.

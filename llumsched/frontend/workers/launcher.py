@@ -94,7 +94,7 @@ async def serve(
                     pool,
                     log_stats=not args.disable_log_stats,
                 ),
-                resources_of(vllm_config, options.planned_instances),
+                resources_of(vllm_config, options),
                 timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S,
             )
             stopping = asyncio.Event()

@@ -74,6 +74,7 @@ FRONTEND_INTERNALS: tuple[Internal, ...] = (
         ("ctx", "path"),
     ),
     # The server.
+    Internal("vllm.config.logging", "LoggingConfig", "log as vLLM does", ("formatter",)),
     Internal(
         "vllm.entrypoints.serve.middleware.authenticate", "GUARDED_PREFIX", "ask for the API key"
     ),
