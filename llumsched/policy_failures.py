@@ -10,7 +10,7 @@ are equal complaints about its answers. This module does not know who is told.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from llumsched.core.actions import PolicyFailed
@@ -62,6 +62,15 @@ class PolicyFailures:
     def __iter__(self) -> Iterator[Failure]:
         """Every kind, in the order of its first time."""
         return iter(self._kinds.values())
+
+
+def tracebacks(failures: Iterable[Failure]) -> Iterator[str]:
+    """The traceback of each place that raised, once."""
+    seen = set()
+    for failure in failures:
+        if failure.first.frames and failure.first.frames[-1] not in seen:
+            seen.add(failure.first.frames[-1])
+            yield traceback_of(failure.first)
 
 
 def traceback_of(failed: PolicyFailed) -> str:

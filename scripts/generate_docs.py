@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llumsched import plugins
+from llumsched.commands._scenario import options_of
 from llumsched.core.migration.destination import rules as migration_destination_rules
 from llumsched.core.migration.source import rules as migration_rules
 from llumsched.core.migration.table import Rule, TransitionTable
@@ -99,7 +100,7 @@ def simulate_options() -> str:
     """The options that a scenario has."""
     rows = [
         (
-            f"`--{param.name.replace('_', '-')}`",
+            ", ".join(f"`{option}`" for option in options_of(param.name)),
             "" if param.default is None or param.type is bool else f"`{param.default}`",
             param.spec.range_text(),
             param.spec.doc,

@@ -16,6 +16,7 @@ from llumsched import plugins
 from llumsched.config import Config, build_bundle, load
 from llumsched.core.params import ParamError, check_params, param
 from llumsched.simulator.hardware.spec import load_hardware
+from llumsched.simulator.labels import is_file
 from llumsched.simulator.options import ENGINES, EngineName, SimulationError, SimulationOptions
 from llumsched.simulator.traces.generators import GENERATORS, GeneratorOptions, generate
 from llumsched.simulator.traces.loaders import FORMATS, load_trace
@@ -37,6 +38,9 @@ class Scenario:
         None, "requests a second: scales time, or draws arrivals where there are none", above=0
     )
     cv: float = param(1.0, "burstiness of drawn arrivals (CV of the gaps); 1: Poisson", above=0)
+    resample: bool = param(
+        False, "draw a recorded trace's gaps anew with each seed above 0, in blocks"
+    )
     requests: int | None = param(
         None, "how many, the first ones; default: all of a file, or 10,000", at_least=1
     )
@@ -69,10 +73,6 @@ class Scenario:
     fail: str | None = param(None, "instances that die, as INSTANCE@SECONDS,...: 0@60,2@90")
     until_s: float | None = param(None, "stop at this time; default: when all is done", above=0)
 
-    def label(self) -> str:
-        """The policy as tables name it."""
-        return Path(self.policy).stem if _is_file(self.policy) else self.policy
-
     def trace(self, seed: int) -> Trace:
         """The traffic, drawn with this seed where it is drawn.
 
@@ -86,6 +86,8 @@ class Scenario:
         trace = self._traffic(seed)
         if self.requests is not None:
             trace = trace.head(self.requests)
+        if self.resample and seed:
+            trace = trace.resampled(seed)
         trace = trace.scaled(length=self.length_scale)
         if self.high_share > 0:
             trace = trace.with_priorities(self.high_share, seed=seed)
@@ -97,7 +99,7 @@ class Scenario:
         Raises:
             ConfigError, PluginError, ParamError: there is no such policy, or it cannot be built.
         """
-        config = load(self.policy) if _is_file(self.policy) else Config.default(self.policy)
+        config = load(self.policy) if is_file(self.policy) else Config.default(self.policy)
         build_bundle(config)
         return config
 
@@ -141,6 +143,10 @@ class Scenario:
                 num_clients=self.clients,
                 seed=seed,
             )
+            if self.resample:
+                raise TraceError(
+                    f"resample is for recorded traces: {self.traffic!r} is drawn with the seed"
+                )
             return generate(self.traffic, options)
         if self.traffic == EXAMPLE:
             with as_file(files("llumsched.simulator") / "data" / "example.csv") as path:
@@ -162,10 +168,6 @@ class Scenario:
             max_requests=self.requests,
             hash_block_size=self.hash_block_size,
         )
-
-
-def _is_file(policy: str) -> bool:
-    return Path(policy).suffix in (".yaml", ".yml")
 
 
 def _failures(text: str | None) -> tuple[tuple[int, float], ...]:

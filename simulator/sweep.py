@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llumsched.core.params import check_param, params_of
+from llumsched.policy_failures import Failure
 from llumsched.simulator.results.comparison import COLUMNS, reduce_run
 from llumsched.simulator.results.metrics import Slo
 from llumsched.simulator.scenario import Scenario
@@ -42,7 +43,10 @@ class Row:
 
     point: Point
     figures: Mapping[str, float]
+    policy_failures: tuple[Failure, ...]
     is_complete: bool
+    seed_matters: bool
+    """Whether another seed would be another run."""
 
 
 def grid(scenario: Scenario, axes: Mapping[str, Sequence[Any]], num_seeds: int) -> list[Point]:
@@ -68,9 +72,16 @@ def simulate_point(point: Point, slo: Slo) -> Row:
     scenario = point.scenario
     # Fragmentation is computed from the time line.
     options = scenario.options(point.seed, record_timeline=True)
-    result = simulate(scenario.trace(point.seed), options)
-    run = reduce_run(result, label=scenario.label(), seed=point.seed, slo=slo, draw=False)
-    return Row(point=point, figures=run.figures(), is_complete=run.is_complete)
+    trace = scenario.trace(point.seed)
+    result = simulate(trace, options)
+    run = reduce_run(result, label=scenario.policy, seed=point.seed, slo=slo, draw=False)
+    return Row(
+        point=point,
+        figures=run.figures(),
+        policy_failures=run.policy_failures,
+        is_complete=run.is_complete,
+        seed_matters=run.seed_matters or not scenario.trace(point.seed + 1).is_same(trace),
+    )
 
 
 def sweep(
@@ -83,22 +94,56 @@ def sweep(
 ) -> Iterator[Row]:
     """Simulate the points in processes; rows come in the order of the points.
 
-    When `stop` says so, what has not begun is left out.
+    A combination whose first seed says that seeds change nothing has one row. When `stop` says so,
+    what has not begun is left out.
     """
+    first_of: dict[tuple[Any, ...], int] = {}
+    for index, point in enumerate(points):
+        first_of.setdefault(_combination(point), index)
+    rows: dict[int, Row] = {}
+
+    def others() -> Iterator[int]:
+        for index, point in enumerate(points):
+            first = rows.get(first_of[_combination(point)])
+            if index not in rows and first is not None and first.seed_matters:
+                yield index
+
     with ProcessPoolExecutor(num_processes, initializer=_ignore_interrupts) as pool:
-        futures = [pool.submit(simulate_point, point, slo) for point in points]
-        pending: set[Future[Row]] = set(futures)
         try:
-            while pending:
-                done, pending = wait_for(pending, timeout=_POLL_S)
-                if progress is not None:
-                    progress(len(futures) - len(pending))
-                if any(future.exception() for future in done) or (stop is not None and stop()):
-                    pool.shutdown(wait=True, cancel_futures=True)
+            for indices in (iter(list(first_of.values())), others()):
+                futures = {pool.submit(simulate_point, points[i], slo): i for i in indices}
+                if not _collect(futures, rows, progress, stop):
                     break
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-    yield from (future.result() for future in futures if not future.cancelled())
+    yield from (rows[index] for index in sorted(rows))
+
+
+def _combination(point: Point) -> tuple[Any, ...]:
+    return tuple(point.values.values())
+
+
+def _collect(
+    futures: Mapping[Future[Row], int],
+    rows: dict[int, Row],
+    progress: Callable[[int], None] | None,
+    stop: Callable[[], bool] | None,
+) -> bool:
+    """Take in rows as they come; False if it is to stop, once those that have begun have ended."""
+    pending = set(futures)
+    goes_on = True
+    while pending:
+        done, pending = wait_for(pending, timeout=_POLL_S)
+        for future in done:
+            if not future.cancelled():
+                rows[futures[future]] = future.result()
+        if progress is not None:
+            progress(len(rows))
+        if goes_on and stop is not None and stop():
+            goes_on = False
+            for future in pending:
+                future.cancel()
+    return goes_on
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:

@@ -30,11 +30,14 @@ FIELDS: Mapping[str, Param] = {
 """What a scenario has besides its traffic."""
 
 
+SHORT: Mapping[str, str] = {"rate_rps": "rate"}
+"""Options with a shorter name besides their own."""
+
 _METAVARS: Mapping[Callable[[str], Any], str] = {str: "NAME", int: "N", float: "X"}
 
 
 def add_scenario(parser: argparse.ArgumentParser, *, without: frozenset[str] = frozenset()) -> None:
-    """The traffic, and an option for each other field of a scenario."""
+    """The traffic, and an option for each other field of a scenario, absent where not given."""
     parser.add_argument(
         "traffic",
         metavar="TRAFFIC",
@@ -47,19 +50,30 @@ def add_scenario(parser: argparse.ArgumentParser, *, without: frozenset[str] = f
     for described in FIELDS.values():
         if described.name in without:
             continue
-        option = "--" + described.name.replace("_", "-")
+        options = options_of(described.name)
         if described.type is bool:
-            group.add_argument(option, action="store_true", help=described.spec.doc)
+            group.add_argument(
+                *options,
+                action="store_true",
+                default=argparse.SUPPRESS,
+                help=described.spec.doc,
+            )
             continue
         default = "" if described.default is None else f" (default: {described.default})"
         group.add_argument(
-            option,
+            *options,
+            dest=described.name,
             type=type_of(described),
-            default=described.default,
+            default=argparse.SUPPRESS,
             choices=described.spec.choices,
             metavar=None if described.spec.choices else _METAVARS[type_of(described)],
             help=(described.spec.doc + default).replace("%", "%%"),
         )
+
+
+def options_of(name: str) -> list[str]:
+    """The options that set a field, the shorter one first."""
+    return [f"--{spelling.replace('_', '-')}" for spelling in (SHORT.get(name), name) if spelling]
 
 
 def add_slo(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Self
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from llumsched import __version__
 from llumsched.commands import CommandError
+from llumsched.commands._failures import add_failures, status_of_failures
 from llumsched.commands._scenario import (
     FIELDS,
     add_scenario,
@@ -24,9 +25,11 @@ from llumsched.commands._scenario import (
     scenario_of,
     slo_of,
 )
+from llumsched.simulator.labels import file_name, labels
 from llumsched.simulator.results.chrome_trace import write_chrome_trace
 from llumsched.simulator.results.comparison import Run, as_json, by_label, reduce_run, text_table
 from llumsched.simulator.results.export import check_parquet, write_csv, write_parquet
+from llumsched.simulator.results.remarks import remarks
 from llumsched.simulator.results.report import write_report
 from llumsched.simulator.results.result import SimulationResult
 from llumsched.simulator.scenario import Scenario
@@ -46,7 +49,8 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         help="simulate a trace under one policy or several, on modelled hardware",
         description=(
             "Simulate traffic on modelled instances under the scheduler that serves, and print the"
-            " figures of each policy side by side. Ctrl-C ends the run and keeps what there is."
+            " figures of each policy side by side. Ctrl-C ends the run and keeps what there is. The"
+            " exit status is 1 if a policy raised or answered nonsense."
         ),
     )
     add_scenario(parser)
@@ -57,6 +61,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         "--seeds", type=int, default=1, metavar="K", help="runs with seeds 0 to K-1 (default: 1)"
     )
     add_slo(parser)
+    add_failures(parser)
     output = parser.add_argument_group("results")
     output.add_argument(
         "--out",
@@ -83,50 +88,84 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--parquet, --chrome-trace and --decision-log need --out DIR")
     with said_in_one_line():
         scenarios = _scenarios(args)
-        for scenario in scenarios:
+        for scenario in scenarios.values():
             scenario.options(seed=0)  # every mistake shows before the first long run
         if args.parquet:
             check_parquet()
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
         with Interrupt() as interrupt:
-            runs, trace = _run_all(args, scenarios, interrupt)
+            done = _run_all(args, scenarios, interrupt)
+        runs = done.runs
+        said = [*remarks(runs), *done.notes]
         print(text_table(runs))
+        print("\n" + "\n".join(said))
         for warning in dict.fromkeys(f"{r.label}: {w}" for r in runs for w in r.warnings):
             print(f"warning: {warning}", file=sys.stderr)
         if args.out is not None:
-            _write_comparison(args.out, scenarios[0], trace, runs)
+            _write_comparison(args.out, next(iter(scenarios.values())), done, said)
             print(f"\nwritten: {args.out / 'report.html'} and the files that it sums up")
     if interrupt.is_set:
         print("interrupted: the figures are of what had been simulated by then", file=sys.stderr)
         return INTERRUPTED
-    return 0
+    return status_of_failures(args, [failure for run in runs for failure in run.policy_failures])
 
 
-def _scenarios(args: argparse.Namespace) -> list[Scenario]:
+def _scenarios(args: argparse.Namespace) -> dict[str, Scenario]:
+    """The scenario of each policy by its label."""
     scenario = scenario_of(args)
-    if args.compare is None:
-        return [scenario]
-    names = [name.strip() for name in args.compare.split(",") if name.strip()]
-    if not names:
-        raise CommandError("--compare: name policies with commas between: latency,round_robin")
-    return [dataclasses.replace(scenario, policy=name) for name in dict.fromkeys(names)]
+    names = [scenario.policy]
+    if args.compare is not None:
+        if hasattr(args, "policy"):
+            raise CommandError(
+                f"--compare and --policy: name {args.policy!r} in --compare with the others"
+            )
+        names = [name.strip() for name in args.compare.split(",") if name.strip()]
+        if not names:
+            raise CommandError("--compare: name policies with commas between: latency,round_robin")
+    try:
+        named = labels(names)
+    except ValueError as error:
+        raise CommandError(f"--compare {error}") from error
+    return {
+        label: dataclasses.replace(scenario, policy=name)
+        for label, name in zip(named, names, strict=True)
+    }
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class _Done:
+    """What was simulated, and what there is to say about the traffic."""
+
+    runs: list[Run] = dataclasses.field(default_factory=list)
+    trace: Trace
+    """Of the first seed."""
+    notes: list[str]
 
 
 def _run_all(
-    args: argparse.Namespace, scenarios: Sequence[Scenario], interrupt: Interrupt
-) -> tuple[list[Run], Trace]:
-    """Every policy with every seed, or as many as came before the interruption."""
-    runs: list[Run] = []
+    args: argparse.Namespace, scenarios: Mapping[str, Scenario], interrupt: Interrupt
+) -> _Done:
+    """Every policy with every seed, or as many as came before the interruption.
+
+    Where neither the trace nor a policy draws anything, one seed is all seeds.
+    """
+    first = next(iter(scenarios.values()))
+    done = _Done(trace=first.trace(0), notes=[])
+    done.notes += [f"note: {note}" for note in done.trace.notes]
+    is_drawn = args.seeds > 1 and not first.trace(1).is_same(done.trace)
+    settled: set[str] = set()
     with tqdm(
         unit=" requests", unit_scale=True, leave=False, disable=True if args.quiet else None
     ) as bar:
         for seed in range(args.seeds):
-            trace = scenarios[0].trace(seed)
+            trace = first.trace(seed)
             bar.total = len(trace) * len(scenarios) * args.seeds
-            for scenario in scenarios:
-                bar.set_description(f"{scenario.label()}, seed {seed}")
-                start = len(runs) * len(trace)
+            for label, scenario in scenarios.items():
+                if label in settled:
+                    continue
+                bar.set_description(f"{label}, seed {seed}")
+                start = len(done.runs) * len(trace)
 
                 def progress(num_done: int, _now_s: float, start: int = start) -> None:
                     bar.update(start + num_done - bar.n)
@@ -135,39 +174,46 @@ def _run_all(
                     trace,
                     scenario.options(
                         seed,
-                        record_timeline=args.out is not None,
-                        decision_log=_decision_log(args, scenario, seed),
+                        record_timeline=True,
+                        decision_log=_decision_log(args, label, seed),
                     ),
                     progress=progress,
                     stop=lambda: interrupt.is_set,
                 )
-                runs.append(
-                    reduce_run(
-                        result,
-                        label=scenario.label(),
-                        seed=seed,
-                        slo=slo_of(args),
-                        draw=seed == 0,
-                    )
+                done.runs.append(
+                    reduce_run(result, label=label, seed=seed, slo=slo_of(args), draw=seed == 0)
                 )
                 if args.out is not None:
-                    _write_run(args, scenario, seed, result)
+                    _write_run(args, label, seed, result)
                 if interrupt.is_set:
-                    return runs, trace
-    return runs, trace
+                    return done
+                if not is_drawn and not result.uses_randomness:
+                    settled.add(label)
+    if settled and args.seeds > 1:
+        done.notes.append(_seeds_change_nothing(args, list(scenarios), settled))
+    return done
 
 
-def _decision_log(args: argparse.Namespace, scenario: Scenario, seed: int) -> Path | None:
+def _seeds_change_nothing(
+    args: argparse.Namespace, every: Sequence[str], settled: Collection[str]
+) -> str:
+    whose = "" if len(settled) == len(every) else f" under {', '.join(settled)}"
+    again = "; --resample draws its arrivals anew" if not hasattr(args, "resample") else ""
+    return (
+        f"note: one run{whose} is all {args.seeds} seeds: the trace is recorded and no decision"
+        f" draws anything, so it says nothing about chance{again}"
+    )
+
+
+def _decision_log(args: argparse.Namespace, label: str, seed: int) -> Path | None:
     if not args.decision_log:
         return None
-    folder: Path = args.out / f"decisions-{scenario.label()}-{seed}"
+    folder: Path = args.out / f"decisions-{file_name(label)}-{seed}"
     return folder
 
 
-def _write_run(
-    args: argparse.Namespace, scenario: Scenario, seed: int, result: SimulationResult
-) -> None:
-    name = f"{scenario.label()}-{seed}"
+def _write_run(args: argparse.Namespace, label: str, seed: int, result: SimulationResult) -> None:
+    name = f"{file_name(label)}-{seed}"
     write_csv(result, args.out / f"requests-{name}.csv")
     if args.parquet:
         write_parquet(result, args.out / f"requests-{name}.parquet")
@@ -175,8 +221,9 @@ def _write_run(
         write_chrome_trace(result, args.out / f"chrome-trace-{name}.json")
 
 
-def _write_comparison(folder: Path, scenario: Scenario, trace: Trace, runs: Sequence[Run]) -> None:
+def _write_comparison(folder: Path, scenario: Scenario, done: _Done, said: Sequence[str]) -> None:
     """The files about all runs: ``summary.json`` and ``report.html``."""
+    runs, trace = done.runs, done.trace
     settings = {
         "traffic": f"{scenario.traffic}: {len(trace):,} requests at {trace.rate_rps:.3g}/s",
         **{
@@ -191,6 +238,7 @@ def _write_comparison(folder: Path, scenario: Scenario, trace: Trace, runs: Sequ
         "version": __version__,
         "scenario": {**dataclasses.asdict(scenario), "policy": list(by_label(runs))},
         "trace_notes": list(trace.notes),
+        "remarks": list(said),
         "runs": as_json(runs),
     }
     (folder / "summary.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -201,6 +249,7 @@ def _write_comparison(folder: Path, scenario: Scenario, trace: Trace, runs: Sequ
         subtitle=f"{scenario.hardware}, {scenario.engine}; simulated by llumsched {__version__}",
         settings=settings,
         notes=trace.notes,
+        remarks=remarks(runs),
     )
 
 

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from llumsched.commands import CommandError
+from llumsched.commands._failures import add_failures, status_of_failures
 from llumsched.commands._scenario import (
     FIELDS,
+    SHORT,
     add_scenario,
     add_slo,
     said_in_one_line,
@@ -23,7 +25,7 @@ from llumsched.commands._scenario import (
 )
 from llumsched.commands.simulate import INTERRUPTED, Interrupt
 from llumsched.plugins import unknown_name
-from llumsched.simulator.results.comparison import COLUMNS, Spread, number
+from llumsched.simulator.results.comparison import COLUMNS, Spread, numbers
 from llumsched.simulator.sweep import Row, grid, sweep, write_rows
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 _SHOWN = (
     *("ttft_mean", "ttft_p99", "tpot_mean", "tpot_p99", "gap_p99", "e2e_p99"),
-    *("goodput", "mean_instances"),
+    *("slo", "goodput", "mean_instances"),
 )
 
 
@@ -60,6 +62,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         "--jobs", type=int, metavar="N", help="processes (default: one a core that may be used)"
     )
     add_slo(parser)
+    add_failures(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every row there, as CSV")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -70,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     for name, value in (("--seeds", args.seeds), ("--jobs", args.jobs)):
         if value is not None and value < 1:
             raise CommandError(f"{name} {value}: at least 1 is needed")
-    axes = dict(_axis(text) for text in args.grid)
+    axes = _axes(args)
     with said_in_one_line():
         points = grid(scenario_of(args), axes, args.seeds)
         for point in points:
@@ -96,18 +99,41 @@ def run(args: argparse.Namespace) -> int:
                 )
             )
         print(_table(list(axes), rows))
+        _say_failures(list(axes), rows)
+        settled = sum(not row.seed_matters for row in rows)
+        if settled and args.seeds > 1:
+            print(
+                f"note: for {settled} points one run is all {args.seeds} seeds: their trace is"
+                " recorded and no decision draws anything (--resample draws its arrivals anew)"
+            )
         if args.out is not None:
             write_rows(rows, args.out)
             print(f"\nwritten: {args.out}, {len(rows)} of {len(points)} runs")
     if interrupt.is_set:
         print(f"interrupted: {len(rows)} of {len(points)} runs are done", file=sys.stderr)
         return INTERRUPTED
-    return 0
+    return status_of_failures(args, [failure for row in rows for failure in row.policy_failures])
+
+
+def _axes(args: argparse.Namespace) -> dict[str, list[Any]]:
+    """Option -> values; what is given twice is a mistake."""
+    axes: dict[str, list[Any]] = {}
+    for text in args.grid:
+        name, values = _axis(text)
+        if name in axes or hasattr(args, name):
+            where = "two --grid" if name in axes else f"--grid and --{name.replace('_', '-')}"
+            raise CommandError(f"{name} is given by {where}: give all its values in one --grid")
+        double = [value for index, value in enumerate(values) if value in values[:index]]
+        if double:
+            raise CommandError(f"--grid {text}: {double[0]} is named twice: each value once")
+        axes[name] = values
+    return axes
 
 
 def _axis(text: str) -> tuple[str, list[Any]]:
     name, _, values = text.partition("=")
     name = name.strip().replace("-", "_")
+    name = next((field for field, short in SHORT.items() if short == name), name)
     if name not in FIELDS:
         raise CommandError("--grid: " + unknown_name("option", name, FIELDS))
     if FIELDS[name].type is bool:
@@ -126,20 +152,35 @@ def _boolean(name: str, word: str) -> bool:
         raise CommandError(f"--grid {name}: true or false, not {word!r}") from None
 
 
+def _say_failures(axes: Sequence[str], rows: Sequence[Row]) -> None:
+    """Which points are not what they are called, and why."""
+    said: dict[str, int] = {}
+    for row in rows:
+        point = ", ".join(f"{axis}={row.point.values[axis]}" for axis in axes)
+        for failure in row.policy_failures:
+            text = f"{point}: {failure.sentence()}"
+            said[text] = said.get(text, 0) + failure.count
+    for text, count in said.items():
+        print(f"{text} ({count:,} times; the scheduler decided by itself)")
+
+
 def _table(axes: Sequence[str], rows: Sequence[Row]) -> str:
     """A line a point: the mean of each figure over its seeds."""
-    columns = [column for column in COLUMNS if column.key in _SHOWN]
+    columns = [
+        column
+        for column in COLUMNS
+        if column.key in _SHOWN
+        and any(r.figures[column.key] == r.figures[column.key] for r in rows)
+    ]
     header = [*axes, *(f"{c.label} ({c.unit})" if c.unit else c.label for c in columns)]
     by_point: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         by_point.setdefault(tuple(row.point.values.values()), []).append(row)
-    lines = [
-        [
-            *map(str, values),
-            *(number(Spread.of(r.figures[c.key] for r in group).mean) for c in columns),
-        ]
-        for values, group in by_point.items()
+    figures = [
+        numbers([Spread.of(r.figures[c.key] for r in group).mean for group in by_point.values()])
+        for c in columns
     ]
+    lines = [[*map(str, values), *cells] for values, *cells in zip(by_point, *figures, strict=True)]
     widths = [max(map(len, cells)) for cells in zip(header, *lines, strict=True)]
     return "\n".join(
         "  ".join(

@@ -51,6 +51,15 @@ class Instances:
             longest = min(longest, options.effective_batched_tokens)
         return longest if options.max_model_len is None else min(longest, options.max_model_len)
 
+    @property
+    def too_long(self) -> str:
+        """Why the frontend refuses a prompt that no instance takes."""
+        return (
+            f"a prompt of {self.max_model_len:,} tokens or more: an instance takes no more than"
+            f" {self.max_model_len:,} of prompt and output together (its KV cache, or"
+            " max_model_len)"
+        )
+
     def launch(self, now: int) -> Engine:
         """Begin to pay for one more instance; it boots."""
         options = self._options

@@ -38,6 +38,7 @@ from llumsched.core.events import (
 )
 from llumsched.core.load import InstanceSpec
 from llumsched.core.types import InstanceRole
+from llumsched.policy_failures import PolicyFailures
 from llumsched.simulator.cluster.instances import Instances
 from llumsched.simulator.cluster.load_reports import Reports
 from llumsched.simulator.cluster.migration_source import Migrations
@@ -48,7 +49,6 @@ from llumsched.simulator.engines.cost import copy_ps
 from llumsched.simulator.engines.request import AWAY, LiveRequest
 from llumsched.simulator.kernel import NEVER, PS_PER_S, STEP, Kernel, to_ps
 from llumsched.simulator.options import SimulationOptions
-from llumsched.simulator.results.records import RequestStatus
 from llumsched.simulator.results.result import SimulationResult
 from llumsched.simulator.traces.trace import Trace
 
@@ -90,6 +90,7 @@ class Cluster:
         self._num_ended = 0
         self._held: set[str] = set()
         self._counters: Counter[str] = Counter()
+        self._failures = PolicyFailures()
         self._timeline = TimelineRecorder() if options.record_timeline else None
         self._reports = Reports(
             options,
@@ -135,7 +136,9 @@ class Cluster:
             instances=self._instances,
             migrations=self._migrations,
             timeline=self._timeline,
+            failures=self._failures,
             counters=self._counters,
+            uses_randomness=self._port.has_drawn,
             now=self._kernel.now,
             is_complete=is_complete,
         )
@@ -240,7 +243,7 @@ class Cluster:
                 self._dispatch(action, now)
             case RejectRequest():
                 request = self._live.pop(action.request_id)
-                self._columns.write(request, RequestStatus.REJECTED)
+                self._columns.write_rejected(request, action.reason)
                 self._held.discard(action.request_id)
                 self._num_ended += 1
             case StartMigration():
@@ -251,7 +254,9 @@ class Cluster:
             case TerminateInstance():
                 engine = self._instances.by_id[action.instance_id]
                 self._kernel.send(now + 1, lambda at: self._leave(engine, at))
-            case PolicyFailed() | RefuseMigration():
+            case PolicyFailed():
+                self._failures.add(action)
+            case RefuseMigration():
                 pass
 
     # ---- requests -------------------------------------------------------------------------
@@ -262,7 +267,7 @@ class Cluster:
         if request.num_prompt >= self._instances.max_model_len:
             # The frontend's answer: no engine takes it.
             self._counters["prompts too long"] += 1
-            columns.write(request, RequestStatus.REJECTED)
+            columns.write_rejected(request, self._instances.too_long)
             self._num_ended += 1
             return
         self._live[request.request_id] = request
@@ -383,6 +388,11 @@ class Cluster:
             return
         named = None if action.request_id is None else self._live.get(action.request_id)
         self._migrations.start(action, named, source, destination, now)
+
+    def policy_failed(self, failed: PolicyFailed) -> None:
+        """A source could not ask which request is to move."""
+        self._counters["PolicyFailed"] += 1
+        self._failures.add(failed)
 
     def migration_ended(self, event: MigrationFinished, now: int) -> None:
         """The source's report has come."""

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from llumsched.core.actions import StartMigration
+from llumsched.core.actions import PolicyFailed, StartMigration
 from llumsched.core.events import MigrationFinished, MigrationOutcome
 from llumsched.core.migration.destination import machine as destination_side
 from llumsched.core.migration.source import machine as protocol
 from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.policy import MigrationCandidate, VictimPolicy, settled
+from llumsched.core.scheduling.answer_checks import policy_failed
 from llumsched.simulator.cluster.migration_destination import Reservations
 from llumsched.simulator.cluster.migration_record import Move, OpenMoves
 from llumsched.simulator.engines.base import Engine
@@ -31,6 +32,8 @@ _PRIORITY_AND_SIZE = ("execution_priority", "num_blocks")
 
 class MigrationHost(Protocol):
     """Whom the migrations tell how they ended."""
+
+    def policy_failed(self, failed: PolicyFailed) -> None: ...
 
     def migration_ended(self, event: MigrationFinished, now: int) -> None: ...
 
@@ -63,7 +66,6 @@ class Migrations:
         self._leaving = OpenMoves()
         self.moves: list[Move] = []
         """Every migration that chose a request, in the order of their start."""
-        self.num_victim_failures = 0
 
     def counts(self, index: int) -> tuple[int, int]:
         """Migrations that have a reservation at an instance, and that are leaving it."""
@@ -129,9 +131,9 @@ class Migrations:
             return candidates
         try:
             return self._victim.choose(candidates)
-        except Exception:
+        except Exception as error:
             # As at a real source: any request may move, and somebody counts it.
-            self.num_victim_failures += 1
+            self._host.policy_failed(policy_failed(self._victim, error))
             return candidates
 
     def _candidates(self, source: Engine, now: int) -> list[MigrationCandidate]:

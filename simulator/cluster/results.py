@@ -14,12 +14,13 @@ import numpy as np
 
 from llumsched.core.load import InstanceLoad
 from llumsched.core.types import SchedulingRequest
+from llumsched.policy_failures import PolicyFailures
 from llumsched.simulator.cluster.instances import Instances
 from llumsched.simulator.cluster.migration_record import Move
 from llumsched.simulator.cluster.migration_source import Migrations
 from llumsched.simulator.engines.request import DECODING, LiveRequest
 from llumsched.simulator.kernel import PS_PER_S, to_s
-from llumsched.simulator.options import SimulationOptions
+from llumsched.simulator.options import SimulationError, SimulationOptions
 from llumsched.simulator.results.records import (
     FloatArray,
     IntArray,
@@ -43,8 +44,8 @@ class Columns:
         self._client_ids = trace.client_ids
         self._predicted = trace.predicted_output_tokens
         n = len(trace)
+        self.arrivals = _picoseconds(trace.arrival_s)
         # Arrays rather than lists: eight bytes a value, for a million requests.
-        self.arrivals = array("q", np.rint(trace.arrival_s * PS_PER_S).astype(np.int64).tobytes())
         self._prompts = array("q", trace.num_prompt_tokens.astype(np.int64).tobytes())
         self._outputs = array("q", trace.num_output_tokens.astype(np.int64).tobytes())
         self._scheduling = array("q", trace.scheduling_priority.astype(np.int64).tobytes())
@@ -65,6 +66,7 @@ class Columns:
         self.instance = array("q", [-1]) * n
         self.status = zero[:]
         self.num_cut_short = 0
+        self.rejections: dict[int, str] = {}
         self.last_end = 0
 
     def live_request(self, row: int, now: int, instances: Instances) -> LiveRequest:
@@ -121,9 +123,10 @@ class Columns:
         self.last_end = now
         self._write(request, FINISHED)
 
-    def write(self, request: LiveRequest, status: RequestStatus) -> None:
-        """It ended otherwise, or has not ended."""
-        self._write(request, int(status))
+    def write_rejected(self, request: LiveRequest, reason: str) -> None:
+        """It was answered with an error."""
+        self.rejections[request.row] = reason
+        self._write(request, int(RequestStatus.REJECTED))
 
     def write_unfinished(self, request: LiveRequest, now: int, *, is_known: bool) -> None:
         """The simulation ended first; `is_known`: the scheduler has it on some instance."""
@@ -131,7 +134,7 @@ class Columns:
             steps_left = request.finish_step - request.place.progress_at(now)
             request.generated = request.num_output - steps_left
         is_lost = request.place is None and not is_known and request.dispatched >= 0
-        self.write(request, RequestStatus.LOST if is_lost else RequestStatus.UNFINISHED)
+        self._write(request, int(RequestStatus.LOST if is_lost else RequestStatus.UNFINISHED))
 
     def _write(self, request: LiveRequest, status: int) -> None:
         row = request.row
@@ -156,6 +159,14 @@ class Columns:
         if request.num_migrations:
             self.num_migrations[row] = request.num_migrations
             self.downtime[row] = request.downtime / PS_PER_S
+
+
+def _picoseconds(seconds: FloatArray) -> Sequence[int]:
+    """Whole picoseconds; as plain integers where they are more than 64 bits hold (106 days)."""
+    rounded = np.rint(seconds * PS_PER_S)
+    if len(rounded) and np.abs(rounded).max() >= 2.0**62:
+        return [int(value) for value in rounded.tolist()]
+    return array("q", rounded.astype(np.int64).tobytes())
 
 
 class TimelineRecorder:
@@ -210,13 +221,15 @@ def result_of(
     instances: Instances,
     migrations: Migrations,
     timeline: TimelineRecorder | None,
+    failures: PolicyFailures,
     counters: Mapping[str, int],
     now: int,
+    uses_randomness: bool,
     is_complete: bool,
 ) -> SimulationResult:
     """Everything that is known at the end."""
     first_arrival = columns.arrivals[0] if len(trace) else 0
-    return SimulationResult(
+    result = SimulationResult(
         trace=trace,
         options=options,
         policy=policy,
@@ -241,9 +254,36 @@ def result_of(
         end_s=to_s(now),
         num_steps=sum(engine.num_steps for engine in instances.engines),
         counters=dict(sorted(counters.items())),
+        rejections=columns.rejections,
+        policy_failures=tuple(failures),
         warnings=tuple(_warnings(options, columns, instances)),
+        uses_randomness=uses_randomness,
         is_complete=is_complete,
     )
+    check_times(result, columns.arrivals)
+    return result
+
+
+def check_times(result: SimulationResult, arrivals: Sequence[int]) -> None:
+    """Refuse a history that cannot be, before anybody sees a figure of it.
+
+    Raises:
+        SimulationError: something of a request came before what it follows from, or took less than
+            no time. It is a fault of the simulator.
+    """
+    before = np.array([arrival / PS_PER_S for arrival in arrivals])
+    for name in ("dispatched_s", "scheduled_s", "first_token_s", "finished_s"):
+        after = getattr(result, name)
+        if (after < before).any():
+            row = int(np.argmax(after < before))
+            raise SimulationError(
+                f"a fault of the simulator: {name} of request {row} is {after[row]:.6f} s, before"
+                f" what it follows from ({before[row]:.6f} s); please report it"
+            )
+        before = np.where(np.isnan(after), before, after)
+    for name in ("itl_max_s", "preemption_loss_s", "migration_downtime_s"):
+        if (getattr(result, name) < 0).any():
+            raise SimulationError(f"a fault of the simulator: a negative {name}; please report it")
 
 
 def _token_gaps(instances: Instances) -> TokenGaps:

@@ -33,6 +33,8 @@ class SchedulerPort:
         self.bundle = build_bundle(config)
         self.scheduler = GlobalScheduler(self.bundle, seed=config.seed)
         self.migration_options = config.migration_options
+        self._rng = self.scheduler.snapshot(0.0).rng
+        self._seeded = self._rng.getstate()
         self.wake_at = NEVER
         self._deadline_s = math.inf
         self._log: DecisionLog | None = None
@@ -70,6 +72,11 @@ class SchedulerPort:
         else:
             self._deadline_s = deadline_s
             self.wake_at = max(at_least, int(deadline_s * PS_PER_S) + 1)
+
+    @property
+    def has_drawn(self) -> bool:
+        """Whether any decision took something from the scheduler's randomness."""
+        return self._rng.getstate() != self._seeded
 
     def close(self) -> None:
         """End the log."""

@@ -292,9 +292,12 @@ function fillText() {
     byId("settings").append(element("dt", {}, name), element("dd", {}, value));
   }
   for (const note of data.notes) byId("notes").append(element("li", {}, note));
-  const warnings = byId("warnings");
-  for (const warning of data.warnings) warnings.append(element("li", {}, warning));
-  warnings.hidden = data.warnings.length === 0;
+  for (const name of ["warnings", "remarks"]) {
+    for (const text of data[name]) byId(name).append(element("li", {}, text));
+    byId(name).hidden = data[name].length === 0;
+  }
+  byId("tracebacks").textContent = data.tracebacks.join("\n\n");
+  byId("tracebacks").hidden = data.tracebacks.length === 0;
 }
 
 chooseTheme();

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from llumsched.policy_failures import Failure, traceback_of
 from llumsched.simulator.results.metrics import Slo, Summary, latencies, summarise
 from llumsched.simulator.results.result import SimulationResult
 from llumsched.simulator.results.timeline import timeline_of
@@ -44,8 +45,9 @@ def _column(
     return FigureColumn(key=key, label=label, unit=unit, better=better, scale=scale, get=get)
 
 
-# Less of a difference than this is none.
+# Less of a difference than this is none, and where nobody is further behind than this, nobody wins.
 _AS_GOOD_AS = 0.01
+_WORTH_A_WORD = 0.03
 
 COLUMNS: Sequence[FigureColumn] = (
     _column("finished", "finished", "%", lambda s: s.num_finished / s.num_requests,
@@ -63,6 +65,7 @@ COLUMNS: Sequence[FigureColumn] = (
     _column("queueing_p99", "queueing P99", "s", lambda s: s.queueing_s.p99),
     _column("output_tps", "output tokens", "1/s", lambda s: s.output_throughput_tps,
             better="higher"),
+    _column("slo", "SLO kept", "%", lambda s: s.slo_attainment, better="higher", scale=100),
     _column("goodput", "goodput", "req/s", lambda s: s.goodput_rps, better="higher"),
     _column("preemptions", "preemptions", "", lambda s: float(s.num_preemptions)),
     _column("preemption_loss", "preemption loss", "s", lambda s: s.preemption_loss_s.mean),
@@ -75,8 +78,11 @@ COLUMNS: Sequence[FigureColumn] = (
             better="neither", scale=1e3),
     _column("pause_max", "move's pause max", "ms", lambda s: s.migration_downtime_s.max,
             better="neither", scale=1e3),
+    _column("kv_usage", "KV use", "%", lambda s: s.kv_usage, better="neither", scale=100),
     _column("fragmentation", "fragmentation", "%", lambda s: s.fragmentation, scale=100),
     _column("mean_instances", "mean instances", "", lambda s: s.mean_instances),
+    _column("policy_failures", "policy failures", "", lambda s: s.num_policy_failures or math.nan,
+            better="neither"),
 )  # fmt: skip
 """What the tables show, in their order."""
 
@@ -116,7 +122,10 @@ class Run:
     summary: Summary
     samples: Samples
     warnings: tuple[str, ...]
+    policy_failures: tuple[Failure, ...]
     is_complete: bool
+    seed_matters: bool = True
+    """Whether the scheduler drew anything."""
     timeline: Mapping[str, Any] | None = None
     """The time line as the report draws it, of the runs that are to be drawn."""
 
@@ -136,7 +145,9 @@ def reduce_run(
         summary=summarise(result, slo),
         samples=Samples(ttft_s=times.ttft_s, tpot_s=times.tpot_s, e2e_s=times.e2e_s),
         warnings=result.warnings,
+        policy_failures=result.policy_failures,
         is_complete=result.is_complete,
+        seed_matters=result.uses_randomness,
         timeline=timeline_of(result) if draw else None,
     )
 
@@ -169,7 +180,7 @@ def shown_columns(table: Mapping[str, Mapping[str, Spread]]) -> list[FigureColum
 
 
 def best_labels(column: FigureColumn, table: Mapping[str, Mapping[str, Spread]]) -> set[str]:
-    """Who has the best mean, or one within 1 % of it; nobody where that is everybody."""
+    """Who has the best mean, or one within 1 % of it; nobody where all are within 3 %."""
     means = {
         label: row[column.key].mean
         for label, row in table.items()
@@ -177,43 +188,64 @@ def best_labels(column: FigureColumn, table: Mapping[str, Mapping[str, Spread]])
     }
     if column.better == "neither" or not means:
         return set()
-    best = (min if column.better == "lower" else max)(means.values())
-    labels = {
-        label for label, mean in means.items() if math.isclose(mean, best, rel_tol=_AS_GOOD_AS)
-    }
-    return set() if len(labels) == len(means) else labels
+    best, worst = min(means.values()), max(means.values())
+    if math.isclose(best, worst, rel_tol=_WORTH_A_WORD):
+        return set()
+    if column.better == "higher":
+        best = worst
+    return {label for label, mean in means.items() if math.isclose(mean, best, rel_tol=_AS_GOOD_AS)}
 
 
 def text_table(runs: Sequence[Run]) -> str:
     """The comparison for a terminal: a line a figure, a column a policy, `*` the best means.
 
-    With several seeds, the least and the greatest value follow the mean in brackets.
+    With several seeds, the least and the greatest value follow the mean in brackets. The legend of
+    the stars is the last line, where there are any.
     """
     table = spreads(runs)
-    header = ["", *table]
+    header = ["", *(f"{label}  " for label in table)]
     lines = [
         [f"{column.label} ({column.unit})" if column.unit else column.label, *_cells(column, table)]
         for column in shown_columns(table)
     ]
     widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
-    return "\n".join(
+    shown = [
         "  ".join(
+            # A header ends where its numbers do, and the star stands beyond.
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in (header, *lines)
-    )
+    ]
+    if any(line.endswith("*") or "* " in line for line in shown):
+        shown.append("* the best mean, and those within 1 % of it")
+    return "\n".join(shown)
 
 
 def _cells(column: FigureColumn, table: Mapping[str, Mapping[str, Spread]]) -> Iterator[str]:
     best = best_labels(column, table)
-    for label, row in table.items():
-        spread = row[column.key]
-        cell = number(spread.mean)
-        least, greatest = number(spread.least), number(spread.greatest)
+    spreads = [row[column.key] for row in table.values()]
+    shown = iter(numbers([v for s in spreads for v in (s.mean, s.least, s.greatest)]))
+    for label in table:
+        cell, least, greatest = next(shown), next(shown), next(shown)
         if least != greatest:
             cell += f" [{least}, {greatest}]"
         yield f"{cell} *" if label in best else f"{cell}  "
+
+
+def numbers(values: Sequence[float]) -> list[str]:
+    """Numbers that stand together, with as many decimals each: three digits of the least of them,
+    but for those that would be nothing beside the greatest."""
+    sizes = [abs(value) for value in values if math.isfinite(value) and value]
+    digits = 0
+    if any(value % 1 for value in values if math.isfinite(value)):
+        digits = min(_decimals(min(sizes)), _decimals(max(sizes)) + 2)
+    return [f"{value:,.{digits}f}" if math.isfinite(value) else "-" for value in values]
+
+
+def _decimals(size: float) -> int:
+    """Decimals of a number above 0 that is to have three digits."""
+    return max(0, min(6, 2 - math.floor(math.log10(size))))
 
 
 def number(value: float) -> str:
@@ -222,8 +254,7 @@ def number(value: float) -> str:
         return "-"
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:.{min(digits, 6)}f}"
+    return f"{value:.{_decimals(abs(value))}f}"
 
 
 def as_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -234,6 +265,15 @@ def as_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "seed": run.seed,
             "is_complete": run.is_complete,
             "warnings": list(run.warnings),
+            "policy_failures": [
+                {
+                    "policy": failure.first.policy,
+                    "error": failure.first.error,
+                    "count": failure.count,
+                    "traceback": traceback_of(failure.first),
+                }
+                for failure in run.policy_failures
+            ],
             "summary": _plain(dataclasses.asdict(run.summary)),
         }
         for run in runs

@@ -4,7 +4,10 @@ Definitions are those of `vllm bench serve`, so that the numbers can be laid bes
 
 * TTFT: from arrival to the first token; TPOT: the rest of the answer by its other tokens, for
   answers of two tokens or more; E2E: from arrival to the last token; percentiles are interpolated
-  linearly; goodput counts the finished requests a second that keep every bound of the SLO.
+  linearly.
+* Goodput: the requests a second that keep every bound of the SLO, which is the rate at which they
+  arrive times the share that keeps it. vLLM's divides by the duration, and so by the drain after
+  the last arrival, when nothing is offered any more.
 * ITL: the gaps between two tokens of a request, all of them together, also those of requests that
   have not finished; `itl_max` is the longest gap of each request.
 * Queueing: from arrival until an engine first schedules the request.
@@ -12,7 +15,7 @@ Definitions are those of `vllm bench serve`, so that the numbers can be laid bes
 Beyond it: the prefix hit rate is the share of prompt tokens that the cache held when their request
 was first scheduled (vLLM's `cached_tokens`); preemption loss is what recomputation cost a request,
 over all requests; fragmentation is the share of all KV blocks that were free while some instance
-had a request waiting, averaged over time; instance-seconds count from launch to end.
+had a request waiting, averaged over time (`occupancy`); instance-seconds count from launch to end.
 
 Only finished requests enter the latencies. This module reads a result and changes nothing.
 """
@@ -20,10 +23,14 @@ Only finished requests enter the latencies. This module reads a result and chang
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from llumsched.simulator.kernel import PS_PER_S
+from llumsched.simulator.results.occupancy import occupancy
 from llumsched.simulator.results.records import RequestStatus
 from llumsched.simulator.results.result import SimulationResult
 from llumsched.simulator.traces.trace import Bools, Floats, Ints
@@ -109,6 +116,8 @@ class Summary:
     num_requests: int
     num_finished: int
     num_rejected: int
+    rejections: Mapping[str, int]
+    """Reason -> requests rejected for it; numbers that differ between them are `N`."""
     num_lost: int
     num_unfinished: int
     duration_s: float
@@ -116,9 +125,10 @@ class Summary:
     output_throughput_tps: float
     total_throughput_tps: float
     goodput_rps: float
-    """Finished requests a second that keep the SLO; NaN without one."""
+    """Requests a second that keep the SLO, over the time in which requests arrive; NaN without one.
+    """
     slo_attainment: float
-    """Share of all requests that keep the SLO; NaN without one."""
+    """Share of the requests that had arrived which keep the SLO; NaN without one."""
     ttft_s: Distribution
     tpot_s: Distribution
     itl_s: Distribution
@@ -135,7 +145,11 @@ class Summary:
     migration_downtime_s: Distribution
     """The pause of each move as its client sees it: from the last token at the source to the first
     at the destination."""
+    kv_usage: float
+    """Mean share of the KV blocks in use while requests arrive; NaN without a time line."""
     fragmentation: float
+    num_policy_failures: int
+    """Decisions that the scheduler made by itself, since a policy raised or answered nonsense."""
     instance_seconds: float
     mean_instances: float
 
@@ -146,16 +160,18 @@ def latencies(result: SimulationResult) -> Latencies:
     is_finished = result.status == RequestStatus.FINISHED
     finished_s = np.where(is_finished, result.finished_s, np.nan)
     first_token_s = np.where(is_finished, result.first_token_s, np.nan)
+    # As the simulation has them: what begins at once must not begin a picosecond early.
+    arrival_s = np.rint(trace.arrival_s * PS_PER_S) / PS_PER_S
     num_gaps = result.num_output_tokens - 1
     decode_s = finished_s - first_token_s
     has_gaps = num_gaps > 0
     return Latencies(
-        ttft_s=first_token_s - trace.arrival_s,
+        ttft_s=first_token_s - arrival_s,
         tpot_s=np.divide(
             decode_s, num_gaps, out=np.full(len(trace), np.nan), where=has_gaps & is_finished
         ),
-        e2e_s=finished_s - trace.arrival_s,
-        queueing_s=np.where(is_finished, result.scheduled_s - trace.arrival_s, np.nan),
+        e2e_s=finished_s - arrival_s,
+        queueing_s=np.where(is_finished, result.scheduled_s - arrival_s, np.nan),
         itl_max_s=np.where(is_finished & has_gaps, result.itl_max_s, np.nan),
     )
 
@@ -167,7 +183,10 @@ def summarise(result: SimulationResult, slo: Slo | None = None) -> Summary:
     duration_s = result.makespan_s
     num_outputs = int(result.num_output_tokens[is_finished].sum())
     num_prompts = int(trace.num_prompt_tokens[is_finished].sum())
-    num_kept = _num_keeping(times, is_finished, slo)
+    has_arrived = trace.arrival_s <= result.end_s
+    attainment = _ratio(_num_keeping(times, is_finished, slo), int(has_arrived.sum()))
+    last_arrival_s = float(trace.arrival_s[has_arrived][-1]) if has_arrived.any() else 0.0
+    filled = occupancy(result, last_arrival_s)
     seconds = instance_seconds(result)
     downtimes = [m.downtime_s for m in result.migrations if m.outcome == COMMITTED]
 
@@ -178,14 +197,15 @@ def summarise(result: SimulationResult, slo: Slo | None = None) -> Summary:
         num_requests=len(trace),
         num_finished=count(RequestStatus.FINISHED),
         num_rejected=count(RequestStatus.REJECTED),
+        rejections=reasons(result.rejections.values()),
         num_lost=count(RequestStatus.LOST),
         num_unfinished=count(RequestStatus.UNFINISHED),
         duration_s=duration_s,
         request_throughput_rps=_ratio(int(is_finished.sum()), duration_s),
         output_throughput_tps=_ratio(num_outputs, duration_s),
         total_throughput_tps=_ratio(num_outputs + num_prompts, duration_s),
-        goodput_rps=_ratio(num_kept, duration_s),
-        slo_attainment=_ratio(num_kept, len(trace)),
+        goodput_rps=attainment * _offered_rps(trace.arrival_s[has_arrived], duration_s),
+        slo_attainment=attainment,
         ttft_s=Distribution.of(times.ttft_s),
         tpot_s=Distribution.of(times.tpot_s),
         itl_s=Distribution.of_weighted(*result.token_gaps.weighted()),
@@ -197,26 +217,30 @@ def summarise(result: SimulationResult, slo: Slo | None = None) -> Summary:
         prefix_hit_rate=_prefix_hit_rate(result),
         num_migrations=len(downtimes),
         migration_downtime_s=Distribution.of(np.array(downtimes, dtype=np.float64)),
-        fragmentation=fragmentation(result),
+        kv_usage=filled.kv_usage,
+        fragmentation=filled.fragmentation,
+        num_policy_failures=sum(failure.count for failure in result.policy_failures),
         instance_seconds=seconds,
         mean_instances=_ratio(seconds, result.end_s),
     )
 
 
-def fragmentation(result: SimulationResult) -> float:
-    """Mean share of the KV blocks that were free while a request waited; NaN without a timeline."""
-    timeline = result.timeline
-    if timeline is None or not len(timeline.time_s):
-        return float("nan")
-    _, sample = np.unique(timeline.time_s, return_inverse=True)
-    free = np.bincount(sample, weights=timeline.num_free_blocks)
-    total = np.bincount(
-        sample,
-        weights=timeline.num_free_blocks + timeline.num_used_blocks + timeline.num_reserved_blocks,
-    )
-    waiting = np.bincount(sample, weights=timeline.num_waiting)
-    stranded = np.where(waiting > 0, free, 0.0)
-    return float(np.mean(np.divide(stranded, total, out=np.zeros_like(free), where=total > 0)))
+def reasons(given: Iterable[str]) -> dict[str, int]:
+    """How often each reason was given; those that differ in their numbers alone are one."""
+    alike: dict[str, dict[str, int]] = {}
+    for reason in given:
+        texts = alike.setdefault(re.sub(r"\d[\d.,]*", "N", reason), {})
+        texts[reason] = texts.get(reason, 0) + 1
+    return {
+        next(iter(texts)) if len(texts) == 1 else pattern: sum(texts.values())
+        for pattern, texts in alike.items()
+    }
+
+
+def _offered_rps(arrival_s: Floats, duration_s: float) -> float:
+    """Arrivals a second; where all come at once, what is finished a second."""
+    span_s = float(arrival_s[-1] - arrival_s[0]) if len(arrival_s) else 0.0
+    return (len(arrival_s) - 1) / span_s if span_s > 0 else _ratio(len(arrival_s), duration_s)
 
 
 def _prefix_hit_rate(result: SimulationResult) -> float:

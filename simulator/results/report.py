@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from llumsched.policy_failures import tracebacks
 from llumsched.simulator.results.comparison import (
     Run,
     Spread,
@@ -37,11 +38,13 @@ def write_report(
     subtitle: str,
     settings: Mapping[str, str],
     notes: Sequence[str] = (),
+    remarks: Sequence[str] = (),
 ) -> None:
-    """Write the page for these runs; `settings` are shown as they are, in their order."""
+    """Write the page for these runs; `settings` are shown as they are, in their order, and the
+    remarks above everything else."""
     page = _part("page.html")
     content = json.dumps(
-        report_data(runs, subtitle=subtitle, settings=settings, notes=notes),
+        report_data(runs, subtitle=subtitle, settings=settings, notes=notes, remarks=remarks),
         allow_nan=False,
         separators=(",", ":"),
     )
@@ -57,7 +60,12 @@ def write_report(
 
 
 def report_data(
-    runs: Sequence[Run], *, subtitle: str, settings: Mapping[str, str], notes: Sequence[str]
+    runs: Sequence[Run],
+    *,
+    subtitle: str,
+    settings: Mapping[str, str],
+    notes: Sequence[str],
+    remarks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What the page's script draws."""
     table = spreads(runs)
@@ -92,6 +100,8 @@ def report_data(
         "timelines": timelines,
         "settings": list(settings.items()),
         "notes": list(notes),
+        "remarks": list(remarks),
+        "tracebacks": list(tracebacks(failure for run in runs for failure in run.policy_failures)),
         "warnings": list(warnings),
     }
 

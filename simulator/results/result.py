@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from llumsched.policy_failures import Failure
 from llumsched.simulator.options import SimulationOptions
 from llumsched.simulator.results.records import (
     FloatArray,
@@ -57,9 +58,15 @@ class SimulationResult:
     """When the simulation stopped."""
     num_steps: int
     """Engine steps of all instances together."""
+    rejections: Mapping[int, str]
+    """Row of each rejected request -> why."""
+    policy_failures: tuple[Failure, ...]
+    """What policies raised and answered wrongly, each kind once; the scheduler decided instead."""
     counters: Mapping[str, int]
     """Actions of the scheduler by type, migrations by outcome, and what else is worth a count."""
     warnings: tuple[str, ...] = ()
     """What to know before believing the numbers: fits that were extrapolated, outputs cut short."""
+    uses_randomness: bool = True
+    """Whether the scheduler drew anything; if not, its seed changes nothing."""
     is_complete: bool = True
     """False if `stop` or `until_s` ended it."""

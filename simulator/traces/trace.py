@@ -108,6 +108,37 @@ class Trace:
             notes=(*self.notes, f"lengths {factor:g} times those of the trace"),
         )
 
+    def resampled(self, seed: int) -> Trace:
+        """The same requests in the same order, with gaps drawn from those of the trace.
+
+        Runs of about the square root of their number are drawn together and wrap around at the end
+        (circular block bootstrap; Politis and Romano, 1992), so that a burst stays one; the rate is
+        that of the trace.
+        """
+        gaps = np.diff(self.arrival_s)
+        if not len(gaps) or not self.span_s > 0:
+            return self
+        size = max(1, round(len(gaps) ** 0.5))
+        rng = np.random.default_rng([seed, 2])
+        starts = rng.integers(0, len(gaps), -(-len(gaps) // size))
+        drawn = gaps[(starts[:, None] + np.arange(size)).ravel()[: len(gaps)] % len(gaps)]
+        if not drawn.sum() > 0:
+            return self
+        arrivals = np.concatenate([[0.0], np.cumsum(drawn * (self.span_s / drawn.sum()))])
+        note = f"gaps between arrivals drawn anew in blocks of {size}, seed {seed}"
+        return replace(self, arrival_s=self.arrival_s[0] + arrivals, notes=(*self.notes, note))
+
+    def is_same(self, other: Trace) -> bool:
+        """Whether a simulation could not tell the two apart; names and notes do not count."""
+        return all(
+            np.array_equal(mine, theirs)
+            if isinstance(mine, np.ndarray) and isinstance(theirs, np.ndarray)
+            else mine is theirs or bool(mine == theirs)
+            for name in self.__dataclass_fields__
+            if name not in ("name", "notes")
+            for mine, theirs in [(getattr(self, name), getattr(other, name))]
+        )
+
     def with_priorities(self, high_share: float, *, seed: int) -> Trace:
         """A random share of the requests made high priority, in both senses of the word.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from llumsched.core.actions import StartMigration
+from llumsched.core.actions import PolicyFailed, StartMigration
 from llumsched.core.events import MigrationFinished, MigrationOutcome
 from llumsched.core.migration.source.machine import MigrationOptions
 from llumsched.simulator.cluster.migration_source import Migrations
@@ -128,6 +128,9 @@ class SimulatedInstances:
     def preempted(self, engine: Engine, request: LiveRequest, now: int) -> None:
         if request.migration is not None:
             self._migrations.request_preempted(request, now)
+
+    def policy_failed(self, failed: PolicyFailed) -> None:
+        raise AssertionError(failed)
 
     def migration_ended(self, event: MigrationFinished, now: int) -> None:
         self._ended.append(event)

@@ -97,6 +97,8 @@ def make_result(**changed: Any) -> SimulationResult:
         "makespan_s": 5.0,
         "end_s": 5.0,
         "num_steps": 20,
+        "rejections": {2: "the queue is full"},
+        "policy_failures": (),
         "counters": {},
         "is_complete": False,
     }

@@ -17,6 +17,7 @@ from llumsched.simulator.results.comparison import (
     as_json,
     best_labels,
     number,
+    numbers,
     reduce_run,
     spreads,
     text_table,
@@ -140,3 +141,20 @@ def test_the_page_is_one_file_that_fetches_nothing(tmp_path: Path) -> None:
     content: dict[str, Any] = json.loads(page.data)
     assert content["subtitle"] == "</script><script>alert(1)</script>"
     assert content["settings"] == [["hardware", "test"]]
+
+
+def test_numbers_that_stand_together_have_as_many_decimals() -> None:
+    assert numbers([10.0, 9.876, float("nan")]) == ["10.00", "9.88", "-"]
+    assert numbers([98.0, 0.0]) == ["98", "0"]
+    assert numbers([1060.4, 31.27]) == ["1,060.4", "31.3"]
+    # What is nothing beside the greatest need not be told to the microsecond.
+    assert numbers([177.0, 0.000123]) == ["177.00", "0.00"]
+
+
+def test_a_star_has_a_legend_and_hardly_any_difference_has_no_star() -> None:
+    runs = [
+        make_run(label, 0, first_token_s=seconds)
+        for label, seconds in (("a", 0.9), ("b", 0.901), ("c", 0.905))
+    ]
+    assert "*" not in text_table(runs)
+    assert text_table(RUNS).splitlines()[-1] == "* the best mean, and those within 1 % of it"

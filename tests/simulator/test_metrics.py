@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from llumsched.simulator.results.metrics import Distribution, Slo, latencies, summarise
+from llumsched.simulator.results.metrics import Distribution, Slo, latencies, reasons, summarise
+from llumsched.simulator.results.records import Timeline
 from llumsched.simulator.traces.trace import make_trace
 from tests.simulator.results import NAN, make_result
 
@@ -63,9 +64,37 @@ def test_instances_are_paid_for_from_launch_to_end() -> None:
 
 
 def test_fragmentation_is_what_is_free_while_a_request_waits() -> None:
-    # Nobody waits in the first sample; in the second 40 of 200 blocks are free.
-    assert summarise(make_result()).fragmentation == pytest.approx((0.0 + 0.2) / 2)
-    assert math.isnan(summarise(make_result(timeline=None)).fragmentation)
+    # Nobody waits in the second before the last arrival but one; then 40 of 200 blocks are free.
+    summary = summarise(make_result())
+    assert summary.fragmentation == pytest.approx((0.0 + 0.2) / 2)
+    assert summary.kv_usage == pytest.approx((150 / 200 + 160 / 200) / 2)
+    nothing = summarise(make_result(timeline=None))
+    assert math.isnan(nothing.fragmentation)
+    assert math.isnan(nothing.kv_usage)
+
+
+def test_an_instance_that_reports_at_another_moment_counts_as_it_was() -> None:
+    """Reports are spread over the interval: one sample is of one instance."""
+    timeline = Timeline(
+        time_s=np.array([0.0, 0.5, 1.0, 1.5]),
+        instance=np.array([0, 1, 0, 1]),
+        num_used_blocks=np.array([100, 0, 100, 0]),
+        num_reserved_blocks=np.zeros(4, dtype=np.int64),
+        num_free_blocks=np.array([0, 100, 0, 100]),
+        num_running=np.array([1, 0, 1, 0]),
+        num_waiting=np.array([3, 0, 3, 0]),
+    )
+    # From 0.5 on one instance is full with a queue, and the other empty.
+    summary = summarise(make_result(timeline=timeline))
+    assert summary.fragmentation == pytest.approx(0.5 * 2.5 / 3)
+
+
+def test_reasons_that_differ_in_a_number_are_one() -> None:
+    assert reasons(["full (3 wait)", "full (41 wait)", "too long"]) == {
+        "full (N wait)": 2,
+        "too long": 1,
+    }
+    assert reasons(["full (3 wait)"] * 2) == {"full (3 wait)": 2}
 
 
 @pytest.mark.parametrize(
@@ -80,8 +109,14 @@ def test_fragmentation_is_what_is_free_while_a_request_waits() -> None:
 )
 def test_goodput_counts_what_keeps_every_bound(slo: Slo, num_kept: int) -> None:
     summary = summarise(make_result(), slo)
-    assert summary.goodput_rps == pytest.approx(num_kept / 5)
+    # One request a second arrives; the two seconds after the last arrival do not count.
+    assert summary.goodput_rps == pytest.approx(num_kept / 4)
     assert summary.slo_attainment == pytest.approx(num_kept / 4)
+
+
+def test_a_run_that_was_cut_short_is_not_blamed_for_what_had_not_arrived() -> None:
+    summary = summarise(make_result(end_s=1.5), Slo(ttft_s=1.0))
+    assert (summary.slo_attainment, summary.goodput_rps) == pytest.approx((1.0, 1.0))
 
 
 @pytest.mark.parametrize("slo", [None, Slo()])

@@ -89,3 +89,26 @@ def test_columns_that_do_not_fit_are_refused(changed: dict[str, object], said: s
 def test_a_factor_must_be_positive(factor: float) -> None:
     with pytest.raises(TraceError, match="must be above 0"):
         make().scaled(rate=factor)
+
+
+def test_resampled_gaps_are_those_of_the_trace_and_keep_its_rate() -> None:
+    rng = np.random.default_rng(1)
+    trace = make_trace(
+        "t",
+        arrival_s=np.cumsum(rng.exponential(1.0, 500)),
+        num_prompt_tokens=np.arange(1, 501),
+        num_output_tokens=[1] * 500,
+    )
+    one, other = trace.resampled(1), trace.resampled(2)
+    assert trace.resampled(1).is_same(one)
+    assert not one.is_same(other)
+    assert not one.is_same(trace)
+    for made in (one, other):
+        assert made.num_prompt_tokens.tolist() == trace.num_prompt_tokens.tolist()
+        assert made.rate_rps == pytest.approx(trace.rate_rps)
+        gaps = np.diff(made.arrival_s)
+        # All are stretched alike, so that neighbours of a block are neighbours of the trace.
+        ratios = gaps[1:10] / gaps[:9]
+        known = np.diff(trace.arrival_s)
+        assert any(np.allclose(known[i + 1 : i + 10] / known[i : i + 9], ratios)
+                   for i in range(489))  # fmt: skip
