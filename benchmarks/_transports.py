@@ -1,6 +1,6 @@
 """How fast each transport moves the blocks of a KV cache from one process to another.
 
-Both ends are the migrator's own (``Link`` and ``Session``) with a KV cache of plain tensors, so
+Both ends are the migrator's own (``PeerConnection``, ``Session``), with plain tensors as KV, so
 what is timed is gather, transfer and scatter, and no engine.
 """
 
@@ -21,7 +21,7 @@ from llumsched.engine.transfer.access import LocalKV
 from llumsched.engine.transfer.blocks import BlockLayout, KVBlocks, Runs
 from llumsched.engine.transfer.shared_ring import ReceiveRing, SendRing
 from llumsched.engine.transfer.torch_channel import free_rendezvous
-from llumsched.migration.link import Link, Session, receiving_channel
+from llumsched.migration.link import PeerConnection, Session, receiving_channel
 from llumsched.migration.messages import (
     Hello,
     PeerMessage,
@@ -31,7 +31,7 @@ from llumsched.migration.messages import (
     Welcome,
     decode_peer,
 )
-from llumsched.migration.rate_limit import Pacer
+from llumsched.migration.rate_limit import RateLimiter
 from llumsched.wire.control import encode
 from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
@@ -111,8 +111,15 @@ async def _send(
         return True
 
     context = zmq.asyncio.Context()
-    link = Link(
-        context, keys, endpoint, ring, LocalKV(kv), Pacer(0), checksum=False, on_answer=on_answer
+    link = PeerConnection(
+        context,
+        keys,
+        endpoint,
+        ring,
+        LocalKV(kv),
+        RateLimiter(0),
+        checksum=False,
+        on_answer=on_answer,
     )
     await link.open("sender", "", transport)
     times_s = []

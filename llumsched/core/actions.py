@@ -7,11 +7,11 @@ This module does not know how an action is carried out.
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from llumsched.core.quick import quick
+from llumsched.core.fast_init import fast_init
 from llumsched.core.types import InstanceRole
 
 
-@quick
+@fast_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchRequest:
     """Send a request to an instance.

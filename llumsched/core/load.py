@@ -14,7 +14,7 @@ This module does not know where reports come from, or when one is stale.
 import math
 from dataclasses import dataclass
 
-from llumsched.core.quick import quick
+from llumsched.core.fast_init import fast_init
 from llumsched.core.types import InstanceRole, PriorityClass
 
 
@@ -30,7 +30,7 @@ class InstanceSpec:
     role: InstanceRole = InstanceRole.MIXED
 
 
-@quick
+@fast_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceLoad:
     """One load report, pushed by the llumlet of an instance.

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from llumsched.core.fast_init import fast_init
 from llumsched.core.options import SchedulerOptions
-from llumsched.core.quick import quick
 from llumsched.core.snapshot import ClusterSnapshot
 from llumsched.core.types import InstanceRole, SchedulingRequest
 
@@ -116,7 +116,7 @@ class ScalingPolicy(Protocol):
         """The wish of this moment; the scheduler acts on one that lasts."""
 
 
-@quick
+@fast_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationCandidate:
     """A request that could move, as its own instance knows it."""

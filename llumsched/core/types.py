@@ -7,7 +7,7 @@ This module does not know how load is measured (`load`) or what happens to a req
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 
-from llumsched.core.quick import quick
+from llumsched.core.fast_init import fast_init
 
 
 class InstanceState(StrEnum):
@@ -62,7 +62,7 @@ def num_blocks_for(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
-@quick
+@fast_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulingRequest:
     """What the scheduler may know of a request; never its text.

@@ -21,7 +21,7 @@ from llumsched.core.migration.source.machine import MigrationOptions
 from llumsched.core.policy import VictimPolicy
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore, prove_membership
-from llumsched.engine.vllm.migration import MigrationPort
+from llumsched.engine.vllm.migration import MigrationAdapter
 from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
 from llumsched.instance.cpu_affinity import OwnCores
 from llumsched.instance.gpu_turn import gpu_turn
@@ -76,7 +76,7 @@ class Instance:
         with gpu_turn(os.environ) if plan.shares_gpu else contextlib.nullcontext():
             logger.info("Loads the model")
             self._engine = LlumschedEngineCore(plan.engine)
-        self._port = MigrationPort(self._engine)
+        self._port = MigrationAdapter(self._engine)
         self._stopping = threading.Event()
         self._ready = threading.Event()
         self._llumlet: Llumlet | None = None

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import zmq
 
 from llumsched.wire.keys import PoolKeys
-from llumsched.wire.ping import Silence, encode_beat
+from llumsched.wire.ping import PingTimer, encode_beat
 
 INTERVAL_S = 0.1
 
@@ -35,7 +35,7 @@ def start_beating(
         socket.set_hwm(1)  # a listener that was away has no use for old ones
         keys.connect_with(socket)
         socket.connect(endpoint)
-        silence = Silence(ping_loop, interval_s=INTERVAL_S)
+        silence = PingTimer(ping_loop, interval_s=INTERVAL_S)
         pause = threading.Event()
         while not pause.wait(INTERVAL_S):
             silence.tick(INTERVAL_S)

@@ -26,7 +26,7 @@ from llumsched.core.policy import MigrationCandidate, VictimPolicy, settled
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.load import LoadReader
-from llumsched.engine.vllm.migration import MigrationPort
+from llumsched.engine.vllm.migration import MigrationAdapter
 from llumsched.engine.vllm.migration.resumption import Resumption
 from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
 from llumsched.logs import FailureLog
@@ -86,7 +86,7 @@ class Llumlet:
         self,
         *,
         engine: LlumschedEngineCore,
-        port: MigrationPort,
+        port: MigrationAdapter,
         instance_id: str,
         victim: VictimPolicy,
         scheduler_endpoint: str,
@@ -189,7 +189,11 @@ class Llumlet:
         while True:
             load, changes = await self._on_engine(self._read)
             await self._socket.send(
-                encode(ReportLoad(load=load, num_unproven=self._migrator.gate.num_unproven))
+                encode(
+                    ReportLoad(
+                        load=load, num_unauthenticated=self._migrator.gate.num_unauthenticated
+                    )
+                )
             )
             if changes:
                 await self._tell_prefix_blocks(changes)

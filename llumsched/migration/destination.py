@@ -21,7 +21,7 @@ import msgspec
 
 from llumsched.core.migration.destination import machine as protocol
 from llumsched.engine.base import CannotMigrate
-from llumsched.engine.vllm.migration import MigrationPort
+from llumsched.engine.vllm.migration import MigrationAdapter
 from llumsched.engine.vllm.migration.state import FinalState, RequestState
 from llumsched.migration.messages import (
     AbortMigrated,
@@ -92,7 +92,7 @@ class IncomingMigrations:
     def __init__(
         self,
         *,
-        port: MigrationPort,
+        port: MigrationAdapter,
         call: Callable[[Callable[[], Any]], Future[Any]],
         abort: Callable[[str], None],
         options: protocol.ReservationOptions,

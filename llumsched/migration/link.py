@@ -38,7 +38,7 @@ from llumsched.migration.messages import (
     Welcome,
     decode_peer,
 )
-from llumsched.migration.rate_limit import Pacer
+from llumsched.migration.rate_limit import RateLimiter
 from llumsched.wire.control import encode
 from llumsched.wire.keys import PoolKeys
 
@@ -48,7 +48,7 @@ HANDSHAKE_TIMEOUT_S = 5.0
 GROUP_TIMEOUT_S = 30.0
 
 
-class Link:
+class PeerConnection:
     """The way to one destination.
 
     Args:
@@ -65,7 +65,7 @@ class Link:
         endpoint: str,
         ring: SendRing,
         kv: KVAccess,
-        pacer: Pacer,
+        pacer: RateLimiter,
         *,
         checksum: bool,
         on_answer: Callable[[PeerMessage], bool],

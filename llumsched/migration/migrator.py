@@ -31,9 +31,9 @@ from llumsched.engine.compatibility import differences
 from llumsched.engine.transfer.access import KVAccess
 from llumsched.engine.transfer.shared_ring import ReceiveRing, SendRing
 from llumsched.engine.transfer.torch_channel import free_rendezvous
-from llumsched.engine.vllm.migration import MigrationPort
+from llumsched.engine.vllm.migration import MigrationAdapter
 from llumsched.migration.destination import ANSWER_AFTER_S, IncomingMigrations, Reply
-from llumsched.migration.link import Link, Session, receiving_channel
+from llumsched.migration.link import PeerConnection, Session, receiving_channel
 from llumsched.migration.messages import (
     CommitAnswer,
     Hello,
@@ -46,7 +46,7 @@ from llumsched.migration.messages import (
     Welcome,
     decode_peer,
 )
-from llumsched.migration.rate_limit import Pacer
+from llumsched.migration.rate_limit import RateLimiter
 from llumsched.migration.source import OutgoingMigration
 from llumsched.wire.control import OrderMigration, ReportMigration, encode
 from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
@@ -71,7 +71,7 @@ class Migrator:
         self,
         *,
         instance_id: str,
-        port: MigrationPort,
+        port: MigrationAdapter,
         call: Callable[[Callable[[], Any]], Future[Any]],
         abort: Callable[[str], None],
         keys: PoolKeys,
@@ -85,7 +85,7 @@ class Migrator:
         self._port = port
         self._host = host
         self._transfer = transfer
-        self._pacer = Pacer(
+        self._pacer = RateLimiter(
             transfer.bandwidth_limit_mb_s * BYTES_PER_MB,
             # Beside a GPU a core waits for the copies, and no step waits for the core.
             transfer.core_share if port.kv is not None and port.kv.copies_on_cores else 1.0,
@@ -103,7 +103,7 @@ class Migrator:
         self.gate = Gate(self._context, keys, [(self._router, max_num_bytes)], instance_id)
         self._router.bind(f"tcp://{host}:*")
         self.endpoint: str = self._router.get_string(zmq.LAST_ENDPOINT)
-        self._links: dict[str, Link] = {}
+        self._links: dict[str, PeerConnection] = {}
         self._ring: SendRing | None = None
         self._outgoing: dict[str, OutgoingMigration] = {}
         self._sessions: dict[bytes, tuple[str, Session]] = {}
@@ -250,7 +250,7 @@ class Migrator:
         slot_num_bytes = int(self._transfer.staging_slot_mb * BYTES_PER_MB)
         return max(1, slot_num_bytes // kv.block_num_bytes) * kv.block_num_bytes
 
-    async def _link(self, destination: str, endpoint: str, kv: KVAccess) -> Link:
+    async def _link(self, destination: str, endpoint: str, kv: KVAccess) -> PeerConnection:
         link = self._links.get(destination)
         if link is not None and link.is_broken:
             if any(other.destination == destination for other in self._outgoing.values()):
@@ -271,7 +271,7 @@ class Migrator:
                     slot_num_bytes=self._slot_num_bytes(kv),
                     pinned=kv.pins_staging,
                 )
-            link = self._links[destination] = Link(
+            link = self._links[destination] = PeerConnection(
                 self._context,
                 self._keys,
                 endpoint,

@@ -6,7 +6,7 @@ Kept by saying how long to wait. Knows no clock and no socket.
 from __future__ import annotations
 
 
-class Pacer:
+class RateLimiter:
     """Spreads bytes and copying evenly over time.
 
     Args:

@@ -23,7 +23,7 @@ import msgspec
 from llumsched.core.events import MigrationOutcome
 from llumsched.core.migration.source import machine as protocol
 from llumsched.engine.base import CannotMigrate, Refusal
-from llumsched.engine.vllm.migration import MigrationPort, SuspendedRequest
+from llumsched.engine.vllm.migration import MigrationAdapter, SuspendedRequest
 from llumsched.engine.vllm.migration.state import RequestState
 from llumsched.migration.messages import (
     AbortMigrated,
@@ -78,7 +78,7 @@ class OutgoingMigration:
         request_id: str,
         source: str,
         destination: str,
-        port: MigrationPort,
+        port: MigrationAdapter,
         call: Callable[[Callable[[], Any]], Future[Any]],
         link: PeerLink,
         step_time_s: Callable[[], float],

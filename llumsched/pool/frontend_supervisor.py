@@ -73,7 +73,7 @@ class _Place:
     back_off: BackOff = field(default_factory=BackOff)
 
 
-class Frontends:
+class FrontendSupervisor:
     """Args:
     boot_timeout_s: how long a frontend may take until it serves.
     """

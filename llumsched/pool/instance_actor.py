@@ -83,7 +83,7 @@ def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-class Likeness:
+class PoolCompatibility:
     """What the instances of a pool have in common: the first to boot says it for all."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class InstanceActor:
         plan: InstancePlan,
         resources: InstanceResources,
         watches: NodeWatches,
-        like: Likeness | None = None,
+        like: PoolCompatibility | None = None,
     ) -> None:
         self._like = like
         self._watches = watches

@@ -82,7 +82,7 @@ class LocalProcess:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
+class ProcessSample:
     """What was seen of a process. ``descendants`` is None if they were not looked for, which takes
     a while, and a work of nothing if there are none."""
 
@@ -98,15 +98,15 @@ class NodeWatch:
     def __init__(self) -> None:
         self._processes: dict[int, LocalProcess] = {}
 
-    def look(self, pid: int, of_descendants: bool) -> Look | None:
+    def look(self, pid: int, of_descendants: bool) -> ProcessSample | None:
         """What a process does; ``None`` if there is none."""
         process = self._find(pid)
         if process is None:
             return None
-        look = Look(is_stopped=process.is_stopped(), work=process.work())
+        look = ProcessSample(is_stopped=process.is_stopped(), work=process.work())
         if not of_descendants:
             return look
-        return Look(
+        return ProcessSample(
             is_stopped=look.is_stopped,
             work=look.work,
             has_descendants=process.has_descendants(),
@@ -172,7 +172,7 @@ class RemoteProcess:
         self._clock = clock
         self._question: Any = None
         self._asked_s = self._seen_s = -math.inf
-        self._seen: Look | None = None
+        self._seen: ProcessSample | None = None
         self._of_descendants = False
 
     def is_stopped(self) -> bool:
@@ -195,7 +195,7 @@ class RemoteProcess:
     def kill(self) -> None:
         self._watch.kill.remote(self.pid)
 
-    def _look(self) -> Look | None:
+    def _look(self) -> ProcessSample | None:
         if self._question is not None and ray.wait([self._question], timeout=0)[0]:
             # The watch may have died, as with its machine.
             with contextlib.suppress(ray.exceptions.RayError):

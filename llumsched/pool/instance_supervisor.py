@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from llumsched.pool.backoff import BackOff, pause_s
-from llumsched.pool.liveness import Limits, VitalSigns, Watched
+from llumsched.pool.liveness import LivenessLimits, LivenessProbe, Watched
 from llumsched.wire.names import instance_name
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class RunningInstance(Watched, Protocol):
         """The address of its machine, once it has booted."""
 
 
-class Pool(Protocol):
+class InstanceHost(Protocol):
     """What the supervisor acts on."""
 
     def start(self, engine_index: int, launch_id: str | None) -> RunningInstance:
@@ -76,7 +76,7 @@ class Pool(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BerthStatus:
+class InstanceSlotStatus:
     """``pid`` is that of its process and ``node`` the address of its machine in the Ray cluster,
     once it has booted.
 
@@ -99,7 +99,7 @@ class _Berth:
     launch_id: str | None
     instance: RunningInstance | None
     since_s: float
-    vital_signs: VitalSigns | None = None
+    vital_signs: LivenessProbe | None = None
     has_started: bool = False
     is_running: bool = False
     is_ending: bool = False
@@ -116,7 +116,7 @@ class _Berth:
         return is_on_its_way and self.launch_id is None and not self.is_claimed
 
 
-class Supervisor:
+class InstanceSupervisor:
     """Args:
     max_instances: no more are started than this, whoever asks.
     boot_timeout_s: how long an instance may take to load the model.
@@ -126,11 +126,11 @@ class Supervisor:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: InstanceHost,
         *,
         max_instances: int,
         boot_timeout_s: float,
-        limits: Limits,
+        limits: LivenessLimits,
         first_index: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -145,7 +145,9 @@ class Supervisor:
         self._untold: dict[str, str] = {}
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._last_tick_s = clock()
-        self._status: tuple[BerthStatus, ...] = ()  # replaced whole, so any thread may read it
+        self._status: tuple[
+            InstanceSlotStatus, ...
+        ] = ()  # replaced whole, so any thread may read it
 
     # ---- from any thread ------------------------------------------------------------------
 
@@ -169,7 +171,7 @@ class Supervisor:
         """An operator wants so many: beyond that, nothing comes in the place of another."""
         self._orders.put(lambda: self._limit(num_instances))
 
-    def describe(self) -> Sequence[BerthStatus]:
+    def describe(self) -> Sequence[InstanceSlotStatus]:
         """Every berth, as it was a moment ago."""
         return self._status
 
@@ -238,7 +240,7 @@ class Supervisor:
         berth.is_running = True
         berth.launch_id = None
         berth.since_s = self._clock()
-        berth.vital_signs = VitalSigns(self._limits)
+        berth.vital_signs = LivenessProbe(self._limits)
 
     def _gone(self, berth: _Berth, instance: RunningInstance, reason: str) -> None:
         instance.kill()
@@ -376,9 +378,9 @@ class Supervisor:
         matches = (b for b in self._berths if instance_name(b.engine_index) == instance_id)
         return next(matches, None)
 
-    def _describe(self, berth: _Berth, now_s: float) -> BerthStatus:
+    def _describe(self, berth: _Berth, now_s: float) -> InstanceSlotStatus:
         waits = berth.instance is None
-        return BerthStatus(
+        return InstanceSlotStatus(
             instance_id=instance_name(berth.engine_index),
             pid=berth.instance.pid if berth.instance is not None else None,
             state="backing off" if waits else "running" if berth.is_running else "booting",

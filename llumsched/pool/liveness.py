@@ -52,7 +52,7 @@ class Watched(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class LivenessLimits:
     """``heartbeat_s``: the longest silence of a process that is busy; ``step_s``: the longest step
     of an engine; ``loop_uses_cpu``: whether an engine's loop that works uses processor time."""
 
@@ -61,10 +61,10 @@ class Limits:
     loop_uses_cpu: bool
 
 
-class VitalSigns:
+class LivenessProbe:
     """Those of one instance, from when it begins to serve."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: LivenessLimits) -> None:
         self._limits = limits
         self._stopped_s = 0.0
         self._silent_s = 0.0

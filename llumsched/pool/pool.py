@@ -35,15 +35,15 @@ from llumsched.pool.instance_actor import (
     A_SHARE,
     InstanceActor,
     InstanceResources,
-    Likeness,
+    PoolCompatibility,
     this_node,
 )
 from llumsched.pool.instance_process import NodeWatches
-from llumsched.pool.instance_supervisor import TICK_S, Supervisor
+from llumsched.pool.instance_supervisor import TICK_S, InstanceSupervisor
 from llumsched.pool.node_drain import LOOK_INTERVAL_S, DrainingMachines
 from llumsched.pool.ray_cluster import LaunchError, cluster_resources, in_words, start_ray
 from llumsched.pool.scheduler_watch import SchedulerWatch
-from llumsched.scheduler.actor import ACTOR_NAME, ControllerActor
+from llumsched.scheduler.actor import ACTOR_NAME, SchedulerActor
 from llumsched.wire.keys import Gate, PoolKeys
 from llumsched.wire.names import frontend_id
 
@@ -86,7 +86,7 @@ class Pool:
         self._num_instances = num_instances
         self._planned_instances = planned_instances
         self._any_node = any_node
-        self._likeness = Likeness()
+        self._likeness = PoolCompatibility()
         self._watches = NodeWatches()
         self._ray_address = ray_address
         self._actors: dict[int, InstanceActor] = {}
@@ -129,7 +129,7 @@ class Pool:
         self, config: Config, host: str, decision_log: Path | None, logs: LogOptions
     ) -> None:
         """Start the global scheduler, which Ray starts again if it dies."""
-        actor = ray.remote(ControllerActor).options(
+        actor = ray.remote(SchedulerActor).options(
             name=f"{ACTOR_NAME}-{os.getpid()}",
             num_cpus=0,
             max_concurrency=64,
@@ -231,14 +231,14 @@ class Pool:
             raise LaunchError(differing)
         self._likeness.fingerprint = found[0]
 
-    def supervise(self, listener: PoolListener, **limits: Any) -> Supervisor:
+    def supervise(self, listener: PoolListener, **limits: Any) -> InstanceSupervisor:
         """Look after instances and scheduler, on threads of their own, until ``stop``.
 
         Args:
             listener: hears of instances that are gone or will not come, on the supervisor's thread.
-            limits: those of ``Supervisor``.
+            limits: those of ``InstanceSupervisor``.
         """
-        supervisor = Supervisor(_RayPool(self, listener), **limits)
+        supervisor = InstanceSupervisor(_RayPool(self, listener), **limits)
         for index, actor in self._actors.items():
             supervisor.adopt(index, actor)
         self._run_thread("supervise-instances", lambda: self._until_end(supervisor.tick))

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import ray
 
-from llumsched.wire.ping import Silence
+from llumsched.wire.ping import PingTimer
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class SchedulerWatch:
 
     def __init__(self, controller: Any) -> None:
         self._controller = controller
-        self._silence = Silence(self._ping, interval_s=PING_INTERVAL_S)
+        self._silence = PingTimer(self._ping, interval_s=PING_INTERVAL_S)
         self._process: psutil.Process | None = None
 
     def tick(self, awake_s: float) -> None:

@@ -21,8 +21,8 @@ from llumsched.core.actions import (
     TerminateInstance,
 )
 from llumsched.core.events import Event, MigrationFinished, MigrationOutcome
-from llumsched.scheduler.frontend_registry import KnownFrontends
-from llumsched.scheduler.instance_registry import KnownInstances
+from llumsched.scheduler.frontend_registry import FrontendRegistry
+from llumsched.scheduler.instance_registry import InstanceRegistry
 from llumsched.wire.control import (
     Message,
     OrderLaunch,
@@ -34,7 +34,7 @@ from llumsched.wire.control import (
 logger = logging.getLogger(__name__)
 
 
-class Orders:
+class ActionExecutor:
     """Args:
     instances: those that can be told something.
     frontends: those that wait for placements.
@@ -45,8 +45,8 @@ class Orders:
 
     def __init__(
         self,
-        instances: KnownInstances,
-        frontends: KnownFrontends,
+        instances: InstanceRegistry,
+        frontends: FrontendRegistry,
         handle: Callable[[Event], object],
     ) -> None:
         self._instances = instances

@@ -27,7 +27,7 @@ PROCESS = "scheduler"
 ACTOR_NAME = "llumsched-global-scheduler"
 
 
-class ControllerActor:
+class SchedulerActor:
     """The Ray actor around ``Controller``; its methods are coroutines of one event loop.
 
     Ray starts it again if it dies: at the same ``port``, so that everybody's connection finds it.

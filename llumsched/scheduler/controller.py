@@ -47,12 +47,12 @@ from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.core.types import InstanceState, PriorityClass
 from llumsched.decision_log import DecisionLog
 from llumsched.logs import FailureLog
-from llumsched.scheduler.action_executor import Orders
-from llumsched.scheduler.decision_recorder import DecisionNotes
+from llumsched.scheduler.action_executor import ActionExecutor
+from llumsched.scheduler.decision_recorder import DecisionRecorder
 from llumsched.scheduler.event_log import SchedulerLog
-from llumsched.scheduler.frontend_registry import KnownFrontends
-from llumsched.scheduler.instance_registry import KnownInstances
-from llumsched.scheduler.pending_migrations import OperatorCalls
+from llumsched.scheduler.frontend_registry import FrontendRegistry
+from llumsched.scheduler.instance_registry import InstanceRegistry
+from llumsched.scheduler.pending_migrations import PendingMigrations
 from llumsched.wire.control import (
     Accepted,
     ClusterDescription,
@@ -110,15 +110,15 @@ class Controller:
         self._policy = bundle.name
         self._scheduler = GlobalScheduler(bundle, bundle.options, seed=config.seed)
         self._notes = (
-            DecisionNotes(DecisionLog(decision_log, config, self._scheduler.checkpoint))
+            DecisionRecorder(DecisionLog(decision_log, config, self._scheduler.checkpoint))
             if decision_log
             else None
         )
-        self._instances = KnownInstances()
+        self._instances = InstanceRegistry()
         self._reasons_told: set[str] = set()
-        self._frontends = KnownFrontends()
-        self._orders = Orders(self._instances, self._frontends, self._handle)
-        self._operator_calls = OperatorCalls()
+        self._frontends = FrontendRegistry()
+        self._orders = ActionExecutor(self._instances, self._frontends, self._handle)
+        self._operator_calls = PendingMigrations()
         self._failures = FailureLog(logger)
         self._log = SchedulerLog(lambda: self._scheduler.draining)
         self._outcomes: Counter[str] = Counter()
@@ -352,7 +352,7 @@ class Controller:
             },
             policy_failures=dict(self._orders.policy_failures),
             unproven={
-                "scheduler": self._gate.num_unproven if self._gate is not None else 0,
+                "scheduler": self._gate.num_unauthenticated if self._gate is not None else 0,
                 **self._instances.unproven,
             },
         )

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 FLUSH_INTERVAL_S = 1.0
 
 
-class DecisionNotes:
+class DecisionRecorder:
     """Writes to ``log`` until that fails."""
 
     def __init__(self, log: DecisionLog) -> None:

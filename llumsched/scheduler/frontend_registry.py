@@ -10,7 +10,7 @@ that is started in its place has the same name and another connection.
 from __future__ import annotations
 
 
-class KnownFrontends:
+class FrontendRegistry:
     """Connections are those of the scheduler's socket."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from llumsched.core.snapshot import ClusterSnapshot
 from llumsched.wire.control import InstanceDescription, RegisterInstance, ReportLoad
 
 
-class KnownInstances:
+class InstanceRegistry:
     """Invariant: an instance is here from its registration until it is forgotten.
 
     By instance id, ``identities`` are those of their connections, ``unproven`` counts the
@@ -40,7 +40,7 @@ class KnownInstances:
     def report(self, message: ReportLoad, now_s: float) -> None:
         """The latest load of an instance."""
         load = message.load
-        self.unproven[load.instance_id] = message.num_unproven
+        self.unproven[load.instance_id] = message.num_unauthenticated
         self._loads[load.instance_id] = load
         self._load_times_s[load.instance_id] = now_s
 

@@ -21,7 +21,7 @@ class _Call:
     source: str
 
 
-class OperatorCalls:
+class PendingMigrations:
     """By migration. Answers are pairs of the operator's connection and the message for it."""
 
     def __init__(self) -> None:

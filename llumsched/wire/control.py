@@ -47,10 +47,10 @@ class InstanceLeaves(Message, frozen=True, kw_only=True):
 
 
 class ReportLoad(Message, frozen=True, kw_only=True):
-    """``num_unproven`` is ``Gate.num_unproven`` of the instance."""
+    """``num_unauthenticated`` is ``Gate.num_unauthenticated`` of the instance."""
 
     load: InstanceLoad
-    num_unproven: int = 0
+    num_unauthenticated: int = 0
 
 
 class PrefixBlockChange(msgspec.Struct, frozen=True, kw_only=True):

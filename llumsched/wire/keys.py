@@ -114,7 +114,7 @@ class Gate:
             raise RuntimeError("a context can have one gate")
 
     @property
-    def num_unproven(self) -> int:
+    def num_unauthenticated(self) -> int:
         """Connections that have not proved to be a member's since the start; one that is just being
         made is among them until it has."""
         return max(0, self._num_accepted - self._num_proven)
@@ -126,9 +126,9 @@ class Gate:
                 self._num_accepted += 1
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._num_proven += 1
-            case zmq.EVENT_DISCONNECTED if self.num_unproven >= max(1, 2 * self._num_told):
+            case zmq.EVENT_DISCONNECTED if self.num_unauthenticated >= max(1, 2 * self._num_told):
                 # Told less and less often, for whoever knocks may do so for ever.
-                self._num_told = self.num_unproven
+                self._num_told = self.num_unauthenticated
                 logger.warning(
                     "%s has turned away %d connections that did not hold the pool's keys",
                     self._name,

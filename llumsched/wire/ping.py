@@ -1,7 +1,7 @@
 """Signs of life on the wire: heartbeats of instances, and pings that a process answers.
 
 A heartbeat names the engine that sends it and for how long the engine's loop has not answered. A
-``Silence`` keeps one ping under way at a time. What follows from a silence is not decided here.
+``PingTimer`` keeps one ping under way at a time. What follows from a silence is not decided here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def decode_beat(beat: bytes) -> tuple[int, float] | None:
     return engine_index, silence_ms / 1000
 
 
-class Silence:
+class PingTimer:
     """Whether a process still answers pings: one is sent, and the next when it is answered.
 
     Args:

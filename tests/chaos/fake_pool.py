@@ -2,7 +2,7 @@
 
 To the world of migrations (``tests.migration_table.world``) it adds the frontend: ordered pipes
 from and to each instance, what ``Routes`` makes of them, and resumptions as ``Resumer``,
-``Resumption`` and ``Auditor`` carry them out. Every byte string is a run.
+``Resumption`` and ``LostRequestDetector`` carry them out. Every byte string is a run.
 
 Whatever happens, while one instance lives: each token comes once, in order, and is the one that the
 request would have had undisturbed. In the end every request whose client has stayed is finished,
@@ -91,8 +91,10 @@ class FakePool(World):
         else:
             self._announce(instance_id, request_id, num_moves, len(request.output_token_ids))
 
-    def _announce(self, instance_id: str, request_id: str, stay: int, num_tokens: int) -> None:
-        arrival = Arrival(INSTANCE_IDS.index(instance_id), stay, num_tokens)
+    def _announce(
+        self, instance_id: str, request_id: str, placement_number: int, num_tokens: int
+    ) -> None:
+        arrival = Arrival(INSTANCE_IDS.index(instance_id), placement_number, num_tokens)
         self.outputs[instance_id].append((request_id, arrival))
 
     def _keep_news_apart(self, instance: Instance) -> None:
@@ -100,11 +102,11 @@ class FakePool(World):
         tell = instance.engine.on_lost
 
         def tell_of_this_one(request_id: str, what: str) -> None:
-            stay = self._stays.get((instance.instance_id, request_id), 0)
+            placement_number = self._stays.get((instance.instance_id, request_id), 0)
             for outgoing in instance.outgoing.values():
                 migration = outgoing.migration
                 if migration.request_id == request_id and not migration.is_terminal:
-                    if outgoing.state.num_moves > stay:
+                    if outgoing.state.num_moves > placement_number:
                         tell(request_id, what)
                     return
             tell(request_id, what)
@@ -192,8 +194,8 @@ class FakePool(World):
         assert route is not None
         self.resumed.append(request_id)
         chosen = self._placing.choice([i for i in INSTANCE_IDS if i not in self._gone])
-        leftovers = self.routes.settle(route, INSTANCE_IDS.index(chosen), is_announced=True)
-        for index in leftovers:
+        stale_copies = self.routes.settle(route, INSTANCE_IDS.index(chosen), is_announced=True)
+        for index in stale_copies:
             self.inputs[INSTANCE_IDS[index]].append(Abort(request_id=request_id))
         self.inputs[chosen].append(
             FakeState(
@@ -202,7 +204,7 @@ class FakePool(World):
                 output_token_ids=tuple(route.output_token_ids),
                 max_output_tokens=len(self.clients[request_id].expected),
                 num_preemptions=0,
-                num_moves=route.stay,
+                num_moves=route.placement_number,
             )
         )
 
@@ -285,7 +287,7 @@ class FakePool(World):
         return self._hear_of_death() or super()._progress(begin_steps) or self._audit()
 
     def _audit(self) -> bool:
-        """As ``Auditor`` does it, where nothing comes any more."""
+        """As ``LostRequestDetector`` does it, where nothing comes any more."""
         for request_id, route in self.routes:
             assert route.instance is not None
             instance = self.instances[INSTANCE_IDS[route.instance]]

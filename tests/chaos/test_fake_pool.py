@@ -65,7 +65,7 @@ def leave_copies_alone(patch: pytest.MonkeyPatch) -> None:
 
     def forget_them(routes: Routes, route: Route) -> None:
         begin_again(routes, route)
-        route.leftovers = set()
+        route.stale_copies = set()
 
     patch.setattr(Routes, "begin_again", forget_them)
 
@@ -74,7 +74,7 @@ def forget_where_it_came_from(patch: pytest.MonkeyPatch) -> None:
     begin_again = Routes.begin_again
 
     def forget_it(routes: Routes, route: Route) -> None:
-        route.came_from = None
+        route.previous_instance = None
         begin_again(routes, route)
 
     patch.setattr(Routes, "begin_again", forget_it)
@@ -84,9 +84,9 @@ def number_a_resumption_as_a_move(patch: pytest.MonkeyPatch) -> None:
     begin_again = Routes.begin_again
 
     def count_on(routes: Routes, route: Route) -> None:
-        stay = route.stay
+        placement_number = route.placement_number
         begin_again(routes, route)
-        route.stay = stay + 1
+        route.placement_number = placement_number + 1
 
     patch.setattr(Routes, "begin_again", count_on)
 

@@ -46,16 +46,16 @@ def seeded(seed: int) -> torch.Generator:
 
 def test_the_request_is_carried_as_it_was_sent() -> None:
     asked = request()
-    state = state_to_resume(asked, [4, 5], stay=77)
+    state = state_to_resume(asked, [4, 5], placement_number=77)
     assert decode_request(state) == asked
-    assert (state.output_token_ids, state.num_moves, state.has_kv) == ([4, 5], 77, False)
+    assert (state.output_token_ids, state.placement_number, state.has_kv) == ([4, 5], 77, False)
 
 
 def test_the_original_keeps_its_prompt_logprobs() -> None:
     """It may have to be sent again, from its beginning."""
     sampling = SamplingParams(prompt_logprobs=1)
     asked = request(sampling_params=sampling)
-    state_to_resume(asked, [4], stay=1)
+    state_to_resume(asked, [4], placement_number=1)
     assert asked.sampling_params is sampling
     assert sampling.prompt_logprobs == 1
 

@@ -10,19 +10,19 @@ from starlette.testclient import TestClient
 
 from llumsched.frontend.http.admin import OtherFrontends, admin_router
 from llumsched.frontend.routing.routes import Routes
-from llumsched.frontend.routing.scheduler_client import SchedulerLink
+from llumsched.frontend.routing.scheduler_client import SchedulerClient
 from llumsched.frontend.routing.status import RequestStatus
 from llumsched.pool.frontend_supervisor import FrontendStatus
-from llumsched.pool.instance_supervisor import BerthStatus
+from llumsched.pool.instance_supervisor import InstanceSlotStatus
 from llumsched.wire.control import MigrateAnswer, ReportMigration
 
 
-class Berths:
+class InstanceSlots:
     """No instance."""
 
     max_instances = 8
 
-    def describe(self) -> Sequence[BerthStatus]:
+    def describe(self) -> Sequence[InstanceSlotStatus]:
         return ()
 
     def replace(self, instance_id: str) -> None: ...
@@ -54,7 +54,7 @@ class Others:
         return [theirs]
 
 
-class Link:
+class PeerConnection:
     """Moves whatever it is told to move."""
 
     async def migrate(self, request_id: str, destination: str | None, _: float) -> MigrateAnswer:
@@ -73,7 +73,9 @@ def client(others: OtherFrontends | None) -> TestClient:
     routes = Routes()
     routes.open("cmpl-1-0-efgh", "cmpl-1-0").instance = 0
     app = FastAPI()
-    app.include_router(admin_router(cast(SchedulerLink, Link()), routes, Berths(), others))
+    app.include_router(
+        admin_router(cast(SchedulerClient, PeerConnection()), routes, InstanceSlots(), others)
+    )
     return TestClient(app)
 
 

@@ -19,8 +19,8 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from llumsched.frontend.http.admin import admin_router
 from llumsched.frontend.request.rejection import RetryAfterMiddleware
 from llumsched.frontend.routing.routes import Routes
-from llumsched.frontend.routing.scheduler_client import SchedulerLink, SchedulerUnavailable
-from llumsched.pool.instance_supervisor import BerthStatus
+from llumsched.frontend.routing.scheduler_client import SchedulerClient, SchedulerUnavailable
+from llumsched.pool.instance_supervisor import InstanceSlotStatus
 from llumsched.wire.control import Accepted, ClusterDescription, MigrateAnswer, ReportMigration
 from tests.campaigns import examples
 
@@ -29,14 +29,14 @@ INSTANCE = "instance-0"
 REQUEST = "cmpl-1"
 
 
-class Berths:
+class InstanceSlots:
     """One instance, and room for many."""
 
     max_instances = 1000
 
-    def describe(self) -> list[BerthStatus]:
+    def describe(self) -> list[InstanceSlotStatus]:
         return [
-            BerthStatus(
+            InstanceSlotStatus(
                 instance_id=INSTANCE,
                 pid=1,
                 state="running",
@@ -53,7 +53,7 @@ class Berths:
         assert 0 <= num_instances <= self.max_instances
 
 
-class Link:
+class PeerConnection:
     """A scheduler that agrees, refuses and is silent in turn."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Link:
         return Accepted(call_id=1, refused=self._refused())
 
     async def scale(self, num_instances: int, timeout_s: float) -> Accepted:
-        assert 0 <= num_instances <= Berths.max_instances
+        assert 0 <= num_instances <= InstanceSlots.max_instances
         return Accepted(call_id=1, refused=self._refused())
 
     async def migrate(
@@ -99,7 +99,9 @@ def make_app() -> FastAPI:
     app.state.args = Namespace(log_error_stack=False)
     routes = Routes()
     routes.open(REQUEST, REQUEST)
-    app.include_router(admin_router(cast("SchedulerLink", Link()), routes, Berths()))
+    app.include_router(
+        admin_router(cast("SchedulerClient", PeerConnection()), routes, InstanceSlots())
+    )
     init_exception_handler(app)
     app.add_middleware(RetryAfterMiddleware)
     return app

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
-from llumsched.frontend.routing.lost_requests import Auditor
+from llumsched.frontend.routing.lost_requests import LostRequestDetector
 from llumsched.frontend.routing.routes import Routes
 
 
@@ -28,7 +28,9 @@ class World:
 
     def __post_init__(self) -> None:
         self.routes = Routes()
-        self.auditor = Auditor(self.routes, self, lambda ids, i: self.found.append((ids, i)))
+        self.auditor = LostRequestDetector(
+            self.routes, self, lambda ids, i: self.found.append((ids, i))
+        )
         for request_id in ("here", "nowhere"):
             self.routes.open(request_id).instance = 0
 

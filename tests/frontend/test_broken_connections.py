@@ -50,7 +50,7 @@ def test_the_instance_whose_connection_breaks_is_told() -> None:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         theirs.destroy(linger=0)
-        assert gate.num_unproven == 0
+        assert gate.num_unauthenticated == 0
         gate.close()
         context.destroy(linger=0)
 

@@ -7,15 +7,15 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from llumsched.frontend.routing.pending_calls import CallsByInstance
+from llumsched.frontend.routing.pending_calls import PendingCalls
 
-Scenario = Callable[[CallsByInstance, "asyncio.Future[str]"], Awaitable[None]]
+Scenario = Callable[[PendingCalls, "asyncio.Future[str]"], Awaitable[None]]
 
 
 def run(scenario: Scenario) -> None:
     async def play() -> None:
         async with asyncio.timeout(10):
-            await scenario(CallsByInstance(), asyncio.get_running_loop().create_future())
+            await scenario(PendingCalls(), asyncio.get_running_loop().create_future())
 
     asyncio.run(play())
 
@@ -24,14 +24,14 @@ async def awaiting(future: asyncio.Future[str]) -> str:
     return await future
 
 
-async def begin(calls: CallsByInstance, future: asyncio.Future[str]) -> asyncio.Task[str]:
+async def begin(calls: PendingCalls, future: asyncio.Future[str]) -> asyncio.Task[str]:
     calling = asyncio.create_task(calls.answer(1, awaiting(future)))
     await asyncio.sleep(0)
     return calling
 
 
 def test_an_answer_is_returned_though_another_instance_dies() -> None:
-    async def scenario(calls: CallsByInstance, future: asyncio.Future[str]) -> None:
+    async def scenario(calls: PendingCalls, future: asyncio.Future[str]) -> None:
         calling = await begin(calls, future)
         calls.died(2)
         future.set_result("done")
@@ -41,7 +41,7 @@ def test_an_answer_is_returned_though_another_instance_dies() -> None:
 
 
 def test_a_call_to_an_instance_that_dies_fails() -> None:
-    async def scenario(calls: CallsByInstance, future: asyncio.Future[str]) -> None:
+    async def scenario(calls: PendingCalls, future: asyncio.Future[str]) -> None:
         calling = await begin(calls, future)
         calls.died(1)
         with pytest.raises(ConnectionError, match="died before it answered"):
@@ -52,7 +52,7 @@ def test_a_call_to_an_instance_that_dies_fails() -> None:
 
 @pytest.mark.parametrize("dies_first", [True, False])
 def test_a_caller_who_leaves_as_the_instance_dies_has_left(dies_first: bool) -> None:
-    async def scenario(calls: CallsByInstance, future: asyncio.Future[str]) -> None:
+    async def scenario(calls: PendingCalls, future: asyncio.Future[str]) -> None:
         calling = await begin(calls, future)
         if dies_first:
             calls.died(1)
@@ -66,7 +66,7 @@ def test_a_caller_who_leaves_as_the_instance_dies_has_left(dies_first: bool) -> 
 
 
 def test_a_caller_who_leaves_ends_the_call() -> None:
-    async def scenario(calls: CallsByInstance, future: asyncio.Future[str]) -> None:
+    async def scenario(calls: PendingCalls, future: asyncio.Future[str]) -> None:
         calling = await begin(calls, future)
         calling.cancel()
         await asyncio.wait({calling})

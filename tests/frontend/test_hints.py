@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from llumsched.core.types import PriorityClass
 from llumsched.frontend.request.hints import (
     NO_HINTS,
-    Hints,
-    HintsMiddleware,
+    SchedulingHints,
+    SchedulingHintsMiddleware,
     current,
     let_keys_name_clients,
     parse,
@@ -37,7 +37,7 @@ def test_every_header() -> None:
             x_request_priority="HIGH", x_slo_ttft_ms="250", x_slo_tpot_ms="40.5", x_client_id="a"
         )
     )
-    assert found == Hints(
+    assert found == SchedulingHints(
         priority=PriorityClass.HIGH, ttft_slo_s=0.25, tpot_slo_s=0.0405, client_id="a"
     )
 
@@ -112,7 +112,7 @@ def ask(path: str, *, several_keys: bool = False, **values: str) -> httpx.Respon
 
         return StreamingResponse(parts())
 
-    app.add_middleware(HintsMiddleware)
+    app.add_middleware(SchedulingHintsMiddleware)
 
     async def get() -> httpx.Response:
         transport = httpx.ASGITransport(app=app)

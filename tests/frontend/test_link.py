@@ -13,11 +13,11 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from llumsched.core.types import SchedulingRequest
-from llumsched.engine.vllm.hints import predicted_output_tokens
-from llumsched.frontend.request.hints import Hints, hinted
+from llumsched.engine.vllm.predicted_length import predicted_output_tokens
+from llumsched.frontend.request.hints import SchedulingHints, hinted
 from llumsched.frontend.request.rejection import Rejected
 from llumsched.frontend.routing import scheduler_client as link_module
-from llumsched.frontend.routing.scheduler_client import SchedulerLink, SchedulerUnavailable
+from llumsched.frontend.routing.scheduler_client import SchedulerClient, SchedulerUnavailable
 from llumsched.wire.control import (
     Accepted,
     ClusterDescription,
@@ -57,7 +57,7 @@ def request(request_id: str = "r1") -> EngineCoreRequest:
 
 def run(
     answer: Answer,
-    scenario: Callable[[SchedulerLink], Awaitable[None]],
+    scenario: Callable[[SchedulerClient], Awaitable[None]],
     prefix_hashes: Callable[[EngineCoreRequest], tuple[int, ...]] | None = None,
     least_loaded: int | None = 1,
 ) -> None:
@@ -79,7 +79,7 @@ def run(
 
         serving = asyncio.create_task(serve())
         endpoint = socket.get_string(zmq.LAST_ENDPOINT)
-        link = SchedulerLink(endpoint, keys, lambda: least_loaded, prefix_hashes)
+        link = SchedulerClient(endpoint, keys, lambda: least_loaded, prefix_hashes)
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 await scenario(link)
@@ -113,7 +113,7 @@ def test_a_request_goes_where_the_scheduler_says() -> None:
             )
         return None
 
-    async def scenario(link: SchedulerLink) -> None:
+    async def scenario(link: SchedulerClient) -> None:
         assert await link.place(request()) == 0
 
     run(answer, scenario)
@@ -134,13 +134,13 @@ def test_the_scheduler_hears_what_the_client_said_of_its_request() -> None:
             )
         return None
 
-    hints = Hints(ttft_slo_s=0.5, tpot_slo_s=0.05, client_id="tenant")
+    hints = SchedulingHints(ttft_slo_s=0.5, tpot_slo_s=0.05, client_id="tenant")
     asked = request()
     own_args = {"theirs": 1}
     assert asked.sampling_params is not None
     asked.sampling_params.extra_args = own_args
 
-    async def scenario(link: SchedulerLink) -> None:
+    async def scenario(link: SchedulerClient) -> None:
         with hinted(hints):
             await link.place(asked)
 
@@ -166,7 +166,7 @@ def test_the_scheduler_hears_what_the_client_said_of_its_request() -> None:
 def test_a_client_that_leaves_as_its_request_is_placed_has_left(placed_first: bool) -> None:
     """A cancellation that comes as the placement does must not be lost (Python 3.11)."""
 
-    async def scenario(link: SchedulerLink) -> None:
+    async def scenario(link: SchedulerClient) -> None:
         placing = asyncio.create_task(link.place(request()))
         for _ in range(20):
             await asyncio.sleep(0)
@@ -193,7 +193,7 @@ def test_a_rejection_says_why_and_when_to_come_again() -> None:
             )
         return None
 
-    async def scenario(link: SchedulerLink) -> None:
+    async def scenario(link: SchedulerClient) -> None:
         with pytest.raises(Rejected, match=r"the queue is full\. Try again in 2 s\.") as error:
             await link.place(request())
         assert error.value.http_status == 503
@@ -202,7 +202,7 @@ def test_a_rejection_says_why_and_when_to_come_again() -> None:
 
 
 def test_a_silent_scheduler_does_not_stop_serving() -> None:
-    async def scenario(link: SchedulerLink) -> None:
+    async def scenario(link: SchedulerClient) -> None:
         assert await link.place(request()) == 1  # the least loaded
 
     run(lambda _: None, scenario)
@@ -213,7 +213,7 @@ def test_without_scheduler_and_instance_a_request_does_not_wait_for_ever(
 ) -> None:
     monkeypatch.setattr(link_module, "SILENT_TIMEOUT_S", 0.5)
 
-    async def scenario(link: SchedulerLink) -> None:
+    async def scenario(link: SchedulerClient) -> None:
         with pytest.raises(Rejected, match="silent, and no instance is up") as caught:
             await link.place(request())
         assert caught.value.http_status == 503
@@ -237,7 +237,7 @@ def test_a_held_request_waits_as_long_as_the_scheduler_lives() -> None:
             )
         return None
 
-    async def scenario(link: SchedulerLink) -> None:
+    async def scenario(link: SchedulerClient) -> None:
         assert await link.place(request()) == 1
         assert probes >= 3
 
@@ -262,7 +262,7 @@ def test_a_scheduler_that_restarts_is_asked_again() -> None:
                 )
         return None
 
-    async def scenario(link: SchedulerLink) -> None:
+    async def scenario(link: SchedulerClient) -> None:
         assert await link.place(request()) == 0
 
     run(answer, scenario)
@@ -278,7 +278,7 @@ def test_a_request_that_lost_its_instance_says_so() -> None:
             return Placed(request_id="r1", instance_id="instance-0", engine_index=0, reason="")
         return None
 
-    async def scenario(link: SchedulerLink) -> None:
+    async def scenario(link: SchedulerClient) -> None:
         assert await link.place(request(), lost=3, num_output_tokens=4) == 0
 
     run(answer, scenario)
@@ -286,7 +286,7 @@ def test_a_request_that_lost_its_instance_says_so() -> None:
     assert asked[0].request.num_prompt_tokens == 3 + 4, "its outputs are computed again"
 
 
-class Orders:
+class ActionExecutor:
     """A supervisor that notes what it is told."""
 
     def __init__(self) -> None:
@@ -313,8 +313,8 @@ def test_orders_of_the_scheduler_are_carried_out_by_the_supervisor() -> None:
                 return OrderLaunch(launch_id="l1", reason="load")
         return None
 
-    async def scenario(link: SchedulerLink) -> None:
-        orders = Orders()
+    async def scenario(link: SchedulerClient) -> None:
+        orders = ActionExecutor()
         link.supervise_with(orders)
         with contextlib.suppress(SchedulerUnavailable):
             await link.describe(0.1)
@@ -342,7 +342,7 @@ def test_what_died_with_a_scheduler_is_asked_again() -> None:
                 return Accepted(call_id=message.call_id)
         return None
 
-    async def scenario(link: SchedulerLink) -> None:
+    async def scenario(link: SchedulerClient) -> None:
         assert (await link.describe(TIMEOUT_S)).policy == "latency"
         assert (await link.drain("instance-0", None, TIMEOUT_S)).refused is None
         assert (await link.scale(3, TIMEOUT_S)).refused is None
@@ -366,7 +366,7 @@ def test_an_order_given_once_ends_with_the_scheduler_it_was_given_to() -> None:
             return Welcomed(scheduler_id=next(scheduler_ids, "b"))
         return None
 
-    async def scenario(link: SchedulerLink) -> None:
+    async def scenario(link: SchedulerClient) -> None:
         with pytest.raises(SchedulerUnavailable, match="started again"):
             await link.migrate("r1", None, 2 * TIMEOUT_S)
 

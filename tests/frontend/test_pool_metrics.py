@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from llumsched.core.load import InstanceLoad
 from llumsched.frontend.http import pool_metrics
 from llumsched.frontend.http.pool_metrics import PoolMetrics
-from llumsched.frontend.routing.scheduler_client import SchedulerLink, SchedulerUnavailable
+from llumsched.frontend.routing.scheduler_client import SchedulerClient, SchedulerUnavailable
 from llumsched.wire.control import ClusterDescription, InstanceDescription
 
 
@@ -43,7 +43,7 @@ def description(**changes: Any) -> ClusterDescription:
     return ClusterDescription(**(values | changes))
 
 
-class Link:
+class PeerConnection:
     """Answers each call with the next of its answers; ``None`` is silence."""
 
     def __init__(self, answers: Sequence[ClusterDescription | None]) -> None:
@@ -66,8 +66,8 @@ def scraped(monkeypatch: pytest.MonkeyPatch, *answers: ClusterDescription | None
 
     async def follow() -> dict[tuple[str, tuple[str, ...]], float]:
         metrics = PoolMetrics(lambda: {"frontend": 2}, registry)
-        link = Link(answers)
-        following = asyncio.create_task(metrics.follow(cast("SchedulerLink", link)))
+        link = PeerConnection(answers)
+        following = asyncio.create_task(metrics.follow(cast("SchedulerClient", link)))
         async with asyncio.timeout(5):
             await link.done.wait()
         await asyncio.sleep(0.01)

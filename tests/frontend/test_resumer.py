@@ -13,9 +13,9 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from llumsched.engine.stays import STAYS_PER_SERIES
+from llumsched.engine.placement_numbers import PLACEMENTS_PER_EPOCH
 from llumsched.engine.vllm.migration.state import RequestState, decode_request
-from llumsched.frontend.request.hints import Hints, current, hinted
+from llumsched.frontend.request.hints import SchedulingHints, current, hinted
 from llumsched.frontend.request.rejection import Rejected
 from llumsched.frontend.routing import resumer as resumer_module
 from llumsched.frontend.routing.resumer import MAX_FRUITLESS_RESUMPTIONS, Resumer
@@ -60,7 +60,7 @@ class World:
     added: list[int] = field(default_factory=list)
     aborted: list[int] = field(default_factory=list)
     given_up: list[str] = field(default_factory=list)
-    asked: list[tuple[int | None, int, Hints]] = field(default_factory=list)
+    asked: list[tuple[int | None, int, SchedulingHints]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.routes = Routes()
@@ -130,21 +130,21 @@ def _no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_prompt_parameters_and_delivered_tokens_go_to_the_next_instance() -> None:
     async def scenario() -> None:
         world = World([1])
-        with hinted(Hints(client_id="tenant")):
+        with hinted(SchedulingHints(client_id="tenant")):
             world.open(request())
         world.lose(0)
         await settle()
         ((instance, state),) = world.resumed
         assert instance == 1
         assert state.output_token_ids == [0, 1]
-        assert state.num_moves == STAYS_PER_SERIES
+        assert state.placement_number == PLACEMENTS_PER_EPOCH
         assert not state.has_kv
         carried = decode_request(state)
         assert carried.prompt_token_ids == [1, 2, 3]
         assert carried.sampling_params is not None
         assert carried.sampling_params.max_tokens == 9
         assert carried.sampling_params.prompt_logprobs is None, "the client has them"
-        assert world.asked == [(0, 2, Hints(client_id="tenant"))]
+        assert world.asked == [(0, 2, SchedulingHints(client_id="tenant"))]
         assert world.given_up == []
 
     run(scenario)
@@ -170,7 +170,7 @@ def test_an_instance_that_dies_as_well_is_left_for_the_next() -> None:
         world.lose(0)
         await settle()
         assert [instance for instance, _ in world.resumed] == [2]
-        assert world.resumed[0][1].num_moves == 2 * STAYS_PER_SERIES
+        assert world.resumed[0][1].placement_number == 2 * PLACEMENTS_PER_EPOCH
         assert [lost for lost, *_ in world.asked] == [0, 7, 1]
 
     run(scenario)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumsched.engine.stays import STAYS_PER_SERIES
+from llumsched.engine.placement_numbers import PLACEMENTS_PER_EPOCH
 from llumsched.frontend.routing.routes import Arrival, Finished, Passed, Routes
 
 REQUEST = "request"
@@ -81,28 +81,34 @@ class Reader:
         assert self.passed == list(range(len(self.passed))), "lost, doubled or out of order"
 
 
-def pipes_of(stays: Sequence[Stay], *, finishes: bool = True) -> dict[int, deque[Message]]:
+def pipes_of(
+    placement_numbers: Sequence[Stay], *, finishes: bool = True
+) -> dict[int, deque[Message]]:
     """What each instance writes. Tokens count up from 0; the last output carries the end."""
-    pipes: dict[int, deque[Message]] = {stay.instance: deque() for stay in stays}
+    pipes: dict[int, deque[Message]] = {
+        placement_number.instance: deque() for placement_number in placement_numbers
+    }
     num_tokens = 0
     output = None
-    for number, stay in enumerate(stays):
+    for number, placement_number in enumerate(placement_numbers):
         if number:
-            pipes[stay.instance].append(Arrival(stay.instance, number, num_tokens))
-        for size in stay.sizes:
+            pipes[placement_number.instance].append(
+                Arrival(placement_number.instance, number, num_tokens)
+            )
+        for size in placement_number.sizes:
             output = Output(list(range(num_tokens, num_tokens + size)))
-            pipes[stay.instance].append(output)
+            pipes[placement_number.instance].append(output)
             num_tokens += size
     if finishes:
-        if output is None or output is not pipes[stays[-1].instance][-1]:
+        if output is None or output is not pipes[placement_numbers[-1].instance][-1]:
             output = Output([])  # as when its last token is a stop token that is not passed on
-            pipes[stays[-1].instance].append(output)
+            pipes[placement_numbers[-1].instance].append(output)
         output.finish_reason = "stop"
     return pipes
 
 
-def num_tokens_of(stays: Sequence[Stay]) -> int:
-    return sum(sum(stay.sizes) for stay in stays)
+def num_tokens_of(placement_numbers: Sequence[Stay]) -> int:
+    return sum(sum(placement_number.sizes) for placement_number in placement_numbers)
 
 
 @st.composite
@@ -110,11 +116,11 @@ def runs(draw: st.DrawFn) -> list[Stay]:
     """A run over up to three instances, of which no two successive stays share one. A stay may
     be empty: the request moved on before it decoded there."""
     sizes = st.lists(st.integers(1, 3), max_size=4).map(tuple)
-    stays = [Stay(draw(st.integers(0, 2)), draw(sizes))]
+    placement_numbers = [Stay(draw(st.integers(0, 2)), draw(sizes))]
     for _ in range(draw(st.integers(0, 6))):
-        others = [i for i in range(3) if i != stays[-1].instance]
-        stays.append(Stay(draw(st.sampled_from(others)), draw(sizes)))
-    return stays
+        others = [i for i in range(3) if i != placement_numbers[-1].instance]
+        placement_numbers.append(Stay(draw(st.sampled_from(others)), draw(sizes)))
+    return placement_numbers
 
 
 def read_some(data: st.DataObject, reader: Reader, pipes: dict[int, deque[Message]]) -> None:
@@ -126,20 +132,25 @@ def read_some(data: st.DataObject, reader: Reader, pipes: dict[int, deque[Messag
 
 @given(st.data(), runs())
 def test_any_order_of_delivery_gives_the_uninterrupted_run(
-    data: st.DataObject, stays: list[Stay]
+    data: st.DataObject, placement_numbers: list[Stay]
 ) -> None:
-    pipes, reader = pipes_of(stays), Reader(stays[0].instance)
+    pipes, reader = pipes_of(placement_numbers), Reader(placement_numbers[0].instance)
     while any(pipes.values()):
         read_some(data, reader, pipes)
-    assert reader.passed == list(range(num_tokens_of(stays)))
+    assert reader.passed == list(range(num_tokens_of(placement_numbers)))
     assert reader.num_finished == 1
     assert len(reader.routes) == 0
 
 
 @given(st.data(), runs())
-def test_what_was_passed_on_is_all_that_could_be(data: st.DataObject, stays: list[Stay]) -> None:
+def test_what_was_passed_on_is_all_that_could_be(
+    data: st.DataObject, placement_numbers: list[Stay]
+) -> None:
     """Nothing is held back for longer than its predecessors are missing."""
-    pipes, reader = pipes_of(stays, finishes=False), Reader(stays[0].instance)
+    pipes, reader = (
+        pipes_of(placement_numbers, finishes=False),
+        Reader(placement_numbers[0].instance),
+    )
     delivered: set[int] = set()
     announced = {0}
     while any(pipes.values()):
@@ -148,14 +159,14 @@ def test_what_was_passed_on_is_all_that_could_be(data: st.DataObject, stays: lis
         for instance, messages in before.items():
             for message in messages[: len(messages) - len(pipes[instance])]:
                 if isinstance(message, Arrival):
-                    announced.add(message.stay)
+                    announced.add(message.placement_number)
                 else:
                     delivered.update(message.new_token_ids)
         expected = 0
         start = 0
-        for number, stay in enumerate(stays):
-            end = start + sum(stay.sizes)
-            if number not in announced and stay.sizes:
+        for number, placement_number in enumerate(placement_numbers):
+            end = start + sum(placement_number.sizes)
+            if number not in announced and placement_number.sizes:
                 break
             while expected < end and expected in delivered:
                 expected += 1
@@ -167,15 +178,18 @@ def test_what_was_passed_on_is_all_that_could_be(data: st.DataObject, stays: lis
 
 @given(st.data(), runs())
 def test_an_abort_reaches_every_instance_that_may_run_it(
-    data: st.DataObject, stays: list[Stay]
+    data: st.DataObject, placement_numbers: list[Stay]
 ) -> None:
     """The client leaves at any point: each instance from which anything arrives later is either
     told at once or when its announcement comes, and nothing is passed on any more."""
-    pipes, reader = pipes_of(stays, finishes=False), Reader(stays[0].instance)
+    pipes, reader = (
+        pipes_of(placement_numbers, finishes=False),
+        Reader(placement_numbers[0].instance),
+    )
     while any(pipes.values()) and data.draw(st.booleans()):
         read_some(data, reader, pipes)
     num_passed = len(reader.passed)
-    last_known = {stays[0].instance}
+    last_known = {placement_numbers[0].instance}
     route = reader.routes.close(REQUEST)
     assert route is not None
     told = set(reader.routes.holders(route))
@@ -183,7 +197,7 @@ def test_an_abort_reaches_every_instance_that_may_run_it(
     while any(pipes.values()):
         read_some(data, reader, pipes)
     assert len(reader.passed) == num_passed
-    assert stays[-1].instance in told | set(reader.unwanted_at) | last_known
+    assert placement_numbers[-1].instance in told | set(reader.unwanted_at) | last_known
 
 
 @pytest.mark.parametrize("size", [1, 5])
@@ -230,7 +244,7 @@ def test_requests_do_not_disturb_each_other() -> None:
 
 # ---- instances that die --------------------------------------------------------------------------
 
-SERIES = STAYS_PER_SERIES
+SERIES = PLACEMENTS_PER_EPOCH
 
 
 def resumed(reader: Reader, dead: int, instance: int) -> set[int]:
@@ -332,12 +346,12 @@ def test_resumptions_without_a_token_between_are_counted() -> None:
 
 @given(st.data(), runs())
 def test_whatever_dies_when_the_client_has_every_token_once(
-    data: st.DataObject, stays: list[Stay]
+    data: st.DataObject, placement_numbers: list[Stay]
 ) -> None:
     """At any moment an instance dies: what it had not sent is lost, what it had sent may still
     come. If the request was its, another computes it again from what was passed on."""
-    pipes, reader = pipes_of(stays), Reader(stays[0].instance)
-    num_tokens = num_tokens_of(stays)
+    pipes, reader = pipes_of(placement_numbers), Reader(placement_numbers[0].instance)
+    num_tokens = num_tokens_of(placement_numbers)
     dead: set[int] = set()
     spare = 10
     while any(pipes.values()):
@@ -345,7 +359,9 @@ def test_whatever_dies_when_the_client_has_every_token_once(
         route = reader.routes.get(REQUEST)
         if route is None or route.instance is None or not data.draw(st.booleans()):
             continue
-        victim = data.draw(st.sampled_from(sorted({route.instance, stays[-1].instance})))
+        victim = data.draw(
+            st.sampled_from(sorted({route.instance, placement_numbers[-1].instance}))
+        )
         if victim in dead:
             continue
         dead.add(victim)
@@ -358,7 +374,7 @@ def test_whatever_dies_when_the_client_has_every_token_once(
             start = route.num_tokens
             rest = [Output([token]) for token in range(start, num_tokens)] or [Output([])]
             rest[-1].finish_reason = "stop"
-            pipes[spare] = deque([Arrival(spare, route.stay, start), *rest])
+            pipes[spare] = deque([Arrival(spare, route.placement_number, start), *rest])
             spare += 1
         else:
             break

@@ -38,7 +38,7 @@ from vllm.v1.metrics.stats import IterationStats
 from llumsched.core.migration.source.machine import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore
-from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID, MigrationPort
+from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID, MigrationAdapter
 from llumsched.frontend.routing.routes import Arrival, Passed, Routes
 from llumsched.migration.migrator import Migrator
 from llumsched.wire.control import OrderMigration, ReportMigration
@@ -101,7 +101,7 @@ class Instance:
 
     index: int
     core: SteppedCore
-    port: MigrationPort
+    port: MigrationAdapter
     migrator: Migrator
     hangs: bool = False
 
@@ -181,11 +181,11 @@ class Pool:
             log_stats=True,
         )
         core = SteppedCore(settings)
-        port = MigrationPort(core)
+        port = MigrationAdapter(core)
         core.observe(after_step=port.after_step, on_abort=port.on_abort)
         return Instance(index, core, port, self._migrator(index, core, port))
 
-    def _migrator(self, index: int, core: SteppedCore, port: MigrationPort) -> Migrator:
+    def _migrator(self, index: int, core: SteppedCore, port: MigrationAdapter) -> Migrator:
         async def make() -> Migrator:
             return Migrator(
                 instance_id=f"instance-{index}",

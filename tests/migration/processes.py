@@ -32,7 +32,7 @@ from llumsched.core.migration.destination.machine import ReservationOptions
 from llumsched.core.migration.source.machine import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import EngineSettings
-from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID, MigrationPort
+from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID, MigrationAdapter
 from llumsched.migration import destination as incoming
 from llumsched.migration import link as peer_link
 from llumsched.migration import migrator
@@ -121,7 +121,7 @@ class _Instance:
                 log_stats=False,
             )
         )
-        self._port = MigrationPort(self._core)
+        self._port = MigrationAdapter(self._core)
         self._core.observe(after_step=self._port.after_step, on_abort=self._port.on_abort)
         self._loop = asyncio.new_event_loop()
         self._cut_until_s = 0.0

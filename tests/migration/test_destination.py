@@ -24,7 +24,7 @@ from llumsched.migration.messages import (
     StoreBlocks,
 )
 
-STATE = RequestState(request=b"", output_token_ids=[1], num_preemptions=0, num_moves=1)
+STATE = RequestState(request=b"", output_token_ids=[1], num_preemptions=0, placement_number=1)
 BLOCK_IDS = [7, 3, 5]
 PATIENCE_S = 60.0
 

@@ -18,7 +18,7 @@ from llumsched.engine.transfer.shared_ring import RingOffer
 from llumsched.migration import link as peer_link
 from llumsched.migration import migrator
 from llumsched.migration import source as outgoing
-from llumsched.migration.link import Link
+from llumsched.migration.link import PeerConnection
 from llumsched.migration.messages import (
     Hello,
     MigrationClosed,
@@ -306,15 +306,15 @@ def test_closing_is_asked_for_again(pool: Pool, monkeypatch: pytest.MonkeyPatch)
     """The source's word that it knows of the commit is lost: the destination repeats its answer,
     and the request may then move on."""
     lost: list[PeerMessage] = []
-    send = Link.send
+    send = PeerConnection.send
 
-    async def lose_once(self: Link, message: PeerMessage) -> None:
+    async def lose_once(self: PeerConnection, message: PeerMessage) -> None:
         if isinstance(message, MigrationClosed) and not lost:
             lost.append(message)
             return
         await send(self, message)
 
-    monkeypatch.setattr(Link, "send", lose_once)
+    monkeypatch.setattr(PeerConnection, "send", lose_once)
     sequence_id = start(pool)
     assert pool.move(sequence_id, 1).outcome == "committed"
     assert lost

@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumsched.migration.rate_limit import Pacer
+from llumsched.migration.rate_limit import RateLimiter
 
 
 def test_no_limit() -> None:
-    pacer = Pacer(0)
+    pacer = RateLimiter(0)
     assert [pacer.delay_s(10**9, now_s=1.0) for _ in range(3)] == [0, 0, 0]
 
 
 def test_what_comes_next_waits_for_what_was_sent() -> None:
-    pacer = Pacer(100)
+    pacer = RateLimiter(100)
     assert pacer.delay_s(50, now_s=10.0) == 0
     assert pacer.delay_s(50, now_s=10.0) == pytest.approx(0.5)
     assert pacer.delay_s(50, now_s=10.25) == pytest.approx(0.75)
@@ -26,7 +26,7 @@ def test_what_comes_next_waits_for_what_was_sent() -> None:
 
 
 def test_copying_rests_for_as_long_as_its_share_of_a_core_demands() -> None:
-    pacer = Pacer(0, core_share=0.1)
+    pacer = RateLimiter(0, core_share=0.1)
     assert pacer.delay_s(50, now_s=10.0) == 0
     pacer.copied(0.01, now_s=10.01)
     assert pacer.delay_s(50, now_s=10.01) == pytest.approx(0.09)
@@ -37,7 +37,7 @@ def test_copying_rests_for_as_long_as_its_share_of_a_core_demands() -> None:
 
 
 def test_both_limits_are_kept() -> None:
-    pacer = Pacer(100, core_share=0.5)
+    pacer = RateLimiter(100, core_share=0.5)
     assert pacer.delay_s(50, now_s=10.0) == 0
     pacer.copied(0.2, now_s=10.2)
     assert pacer.delay_s(50, now_s=10.2) == pytest.approx(0.3)
@@ -47,7 +47,7 @@ def test_both_limits_are_kept() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 1000), st.floats(0, 2)), max_size=30))
 def test_never_more_than_the_limit(parts: list[tuple[int, float]]) -> None:
-    pacer, now_s, sent = Pacer(100), 0.0, []
+    pacer, now_s, sent = RateLimiter(100), 0.0, []
     for num_bytes, pause_s in parts:
         now_s += pause_s
         sent.append((now_s + pacer.delay_s(num_bytes, now_s), num_bytes))

@@ -120,18 +120,18 @@ def test_a_request_that_decodes_faster_than_the_link_is_left_alone(
     pool.configure(
         options=MigrationOptions(final_stage_blocks=0, max_final_stage_blocks=0, max_stages=2)
     )
-    real = peer_link.Link.send_blocks
+    real = peer_link.PeerConnection.send_blocks
 
     def decode_much() -> None:
         enough = min(pool.num_tokens("fast") + 70, 400)
         while pool.num_tokens("fast") < enough:
             time.sleep(0.005)
 
-    async def slowly(link: peer_link.Link, *arguments: Any, **keywords: Any) -> None:
+    async def slowly(link: peer_link.PeerConnection, *arguments: Any, **keywords: Any) -> None:
         await asyncio.to_thread(decode_much)
         await real(link, *arguments, **keywords)
 
-    monkeypatch.setattr(peer_link.Link, "send_blocks", slowly)
+    monkeypatch.setattr(peer_link.PeerConnection, "send_blocks", slowly)
     prompt = list(range(504, 504 + 30))
     answer = pool.submit("fast", prompt, params(max_tokens=400))
     pool.until(lambda: pool.num_tokens("fast") >= 40)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from llumsched.pool.backoff import FIRST_BACK_OFF_S, GROWN_UP_S, MAX_BACK_OFF_S, BackOff
-from llumsched.pool.frontend_supervisor import Frontends
+from llumsched.pool.frontend_supervisor import FrontendSupervisor
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Stage:
     def __init__(self, host: FakeHost) -> None:
         self.now_s = 0.0
         self.host = host
-        self.frontends = Frontends(host, 2, boot_timeout_s=30.0, clock=lambda: self.now_s)
+        self.frontends = FrontendSupervisor(host, 2, boot_timeout_s=30.0, clock=lambda: self.now_s)
 
     def tick(self, after_s: float = 0.0) -> None:
         self.now_s += after_s

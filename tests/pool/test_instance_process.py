@@ -20,12 +20,12 @@ from llumsched.pool.instance_process import (
     LOOK_INTERVAL_S,
     UNKNOWN,
     LocalProcess,
-    Look,
     NodeWatch,
     NodeWatches,
+    ProcessSample,
     RemoteProcess,
 )
-from llumsched.pool.liveness import Limits, VitalSigns
+from llumsched.pool.liveness import LivenessLimits, LivenessProbe
 from llumsched.pool.process_activity import Work
 
 TICK_S = 0.05
@@ -40,7 +40,7 @@ class Network:
     """Between a supervisor and the watch of another machine; its answers are those of the test."""
 
     now_s: float = 100.0
-    answer: Look | Exception | None = None
+    answer: ProcessSample | Exception | None = None
     reaches: bool = True
     questions: list[tuple[int, bool]] = field(default_factory=list)
 
@@ -52,10 +52,10 @@ class Network:
         assert timeout == 0, "it must not wait"
         return (asked, []) if self.reaches else ([], asked)
 
-    def get(self, question: Any) -> Look | None:
+    def get(self, question: Any) -> ProcessSample | None:
         if isinstance(question.answer, Exception):
             raise question.answer
-        found: Look | None = question.answer
+        found: ProcessSample | None = question.answer
         return found
 
     def process(self) -> RemoteProcess:
@@ -85,7 +85,7 @@ def test_nothing_is_known_before_the_first_answer(network: Network) -> None:
 
 
 def test_an_answer_is_known_until_it_is_old(network: Network) -> None:
-    network.answer = Look(is_stopped=True, work=IDLE)
+    network.answer = ProcessSample(is_stopped=True, work=IDLE)
     process = network.process()
     process.is_stopped()
     assert process.is_stopped()
@@ -105,12 +105,14 @@ def test_a_watch_that_knows_nothing(network: Network, answer: Exception | None) 
 
 
 def test_descendants_are_looked_for_only_once_they_are_asked_for(network: Network) -> None:
-    network.answer = Look(is_stopped=False, work=IDLE)
+    network.answer = ProcessSample(is_stopped=False, work=IDLE)
     process = network.process()
     process.work()
     assert process.has_descendants(), "nobody has looked"
     assert process.descendants_work() == UNKNOWN
-    network.answer = Look(is_stopped=False, work=IDLE, has_descendants=False, descendants=BUSY)
+    network.answer = ProcessSample(
+        is_stopped=False, work=IDLE, has_descendants=False, descendants=BUSY
+    )
     for _ in range(2):
         network.now_s += LOOK_INTERVAL_S
         process.work()
@@ -120,7 +122,7 @@ def test_descendants_are_looked_for_only_once_they_are_asked_for(network: Networ
 
 
 def test_it_is_not_asked_more_often_than_is_of_use(network: Network) -> None:
-    network.answer = Look(is_stopped=False, work=IDLE)
+    network.answer = ProcessSample(is_stopped=False, work=IDLE)
     process = network.process()
     for _ in range(round(10 / TICK_S)):
         network.now_s += TICK_S
@@ -131,7 +133,7 @@ def test_it_is_not_asked_more_often_than_is_of_use(network: Network) -> None:
 
 def dies_after(network: Network) -> tuple[float, str] | None:
     """When a process that gave one sign of life counts as dead, and why."""
-    signs = VitalSigns(Limits(heartbeat_s=HEARTBEAT_S, step_s=60.0, loop_uses_cpu=True))
+    signs = LivenessProbe(LivenessLimits(heartbeat_s=HEARTBEAT_S, step_s=60.0, loop_uses_cpu=True))
     process = network.process()
     for tick in range(round(2 * HEARTBEAT_S / TICK_S)):
         network.now_s += TICK_S
@@ -142,16 +144,18 @@ def dies_after(network: Network) -> tuple[float, str] | None:
 
 
 def test_one_that_is_seen_to_do_nothing_is_dead_at_once(network: Network) -> None:
-    network.answer = Look(is_stopped=False, work=IDLE, has_descendants=False, descendants=IDLE)
+    network.answer = ProcessSample(
+        is_stopped=False, work=IDLE, has_descendants=False, descendants=IDLE
+    )
     found = dies_after(network)
     assert found is not None
     assert found[0] < 3.0
     assert "no work" in found[1]
 
 
-@pytest.mark.parametrize("answer", [None, DIES, Look(is_stopped=False, work=BUSY)])
+@pytest.mark.parametrize("answer", [None, DIES, ProcessSample(is_stopped=False, work=BUSY)])
 def test_one_of_which_nothing_is_known_is_given_its_time(
-    network: Network, answer: Look | Exception | None
+    network: Network, answer: ProcessSample | Exception | None
 ) -> None:
     network.answer = answer
     found = dies_after(network)

@@ -13,13 +13,13 @@ import pytest
 from llumsched.instance.heartbeat import start_beating
 from llumsched.pool.backoff import MAX_BACK_OFF_S
 from llumsched.pool.heartbeat_listener import HeartbeatListener
-from llumsched.pool.instance_supervisor import TICK_S, Supervisor
-from llumsched.pool.liveness import Limits
+from llumsched.pool.instance_supervisor import TICK_S, InstanceSupervisor
+from llumsched.pool.liveness import LivenessLimits
 from llumsched.pool.process_activity import Work
 from llumsched.wire.keys import PoolKeys
-from llumsched.wire.ping import Silence
+from llumsched.wire.ping import PingTimer
 
-LIMITS = Limits(heartbeat_s=10.0, step_s=60.0, loop_uses_cpu=True)
+LIMITS = LivenessLimits(heartbeat_s=10.0, step_s=60.0, loop_uses_cpu=True)
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Stage:
     def __init__(self, **limits: float) -> None:
         self.now_s = 1000.0
         self.pool = FakePool()
-        self.supervisor = Supervisor(
+        self.supervisor = InstanceSupervisor(
             self.pool,
             max_instances=4,
             boot_timeout_s=limits.get("boot_timeout_s", 100.0),
@@ -346,7 +346,7 @@ def test_the_next_ping_follows_the_answer() -> None:
         num_pings += 1
         return lambda: answered
 
-    silence = Silence(ping, interval_s=0.5)
+    silence = PingTimer(ping, interval_s=0.5)
     for _ in range(10):
         silence.tick(0.1)
     assert num_pings == 1

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llumsched.pool.liveness import Limits, VitalSigns
+from llumsched.pool.liveness import LivenessLimits, LivenessProbe
 from llumsched.pool.process_activity import Work, work_of
 from tests.campaigns import examples
 
@@ -76,7 +76,9 @@ def dies_after(
     process: Process, beat: Beat, *, for_s: float = 3 * STEP_S, loop_uses_cpu: bool = True
 ) -> tuple[float, str] | None:
     """When the process counts as dead, and why; ``beat(seconds)`` is what is heard of it."""
-    signs = VitalSigns(Limits(heartbeat_s=HEARTBEAT_S, step_s=STEP_S, loop_uses_cpu=loop_uses_cpu))
+    signs = LivenessProbe(
+        LivenessLimits(heartbeat_s=HEARTBEAT_S, step_s=STEP_S, loop_uses_cpu=loop_uses_cpu)
+    )
     for tick in range(1, round(for_s / TICK_S)):
         process.pass_time(TICK_S)
         reason = signs.tick(TICK_S, beat(tick * TICK_S), process)
@@ -150,7 +152,9 @@ def test_one_that_is_stopped_is_not_waited_for() -> None:
 
 
 def test_one_whose_connection_broke_is_dead_though_it_beats() -> None:
-    signs = VitalSigns(Limits(heartbeat_s=HEARTBEAT_S, step_s=STEP_S, loop_uses_cpu=True))
+    signs = LivenessProbe(
+        LivenessLimits(heartbeat_s=HEARTBEAT_S, step_s=STEP_S, loop_uses_cpu=True)
+    )
     signs.connection_broke()
     assert signs.tick(TICK_S, 0.0, Process()) is None, "Ray may know what it died of"
     reasons = [signs.tick(TICK_S, 0.0, Process()) for _ in range(10)]
@@ -180,7 +184,9 @@ def test_beats_that_come_in_time_prove_life(gaps: list[int], share: float) -> No
     """At most a quarter of a second apart, and none tells of a loop that stands still."""
     beats = set(itertools.accumulate(gaps))
     process = Process(share=share)
-    signs = VitalSigns(Limits(heartbeat_s=HEARTBEAT_S, step_s=STEP_S, loop_uses_cpu=True))
+    signs = LivenessProbe(
+        LivenessLimits(heartbeat_s=HEARTBEAT_S, step_s=STEP_S, loop_uses_cpu=True)
+    )
     for tick in range(1, max(beats) + 1):
         process.pass_time(TICK_S)
         assert signs.tick(TICK_S, 0.2 if tick in beats else None, process) is None

@@ -11,7 +11,7 @@ import ray
 
 from llumsched.engine.compatibility import Compatibility, fingerprint_of
 from llumsched.pool import pool as launch
-from llumsched.pool.instance_actor import InstanceResources, Likeness, forwarded
+from llumsched.pool.instance_actor import InstanceResources, PoolCompatibility, forwarded
 from llumsched.pool.instance_process import NodeWatches
 from llumsched.pool.pool import Pool
 from llumsched.pool.ray_cluster import LaunchError
@@ -93,7 +93,7 @@ def test_a_pool_may_start_with_no_instance(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_first_instance_says_what_the_others_must_be_like() -> None:
-    like = Likeness()
+    like = PoolCompatibility()
     assert not like.differences(fingerprint_of(HERE))
     assert not like.differences(fingerprint_of(HERE))
     other = fingerprint_of(msgspec.structs.replace(HERE, dtype="bfloat16"))

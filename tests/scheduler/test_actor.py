@@ -6,8 +6,8 @@ import asyncio
 import socket
 
 from llumsched.config import Config
-from llumsched.frontend.routing.scheduler_client import SchedulerLink
-from llumsched.scheduler.actor import ControllerActor
+from llumsched.frontend.routing.scheduler_client import SchedulerClient
+from llumsched.scheduler.actor import SchedulerActor
 from llumsched.wire.keys import PoolKeys
 
 TIMEOUT_S = 20.0
@@ -18,8 +18,8 @@ def test_one_that_is_started_again_answers_before_anybody_calls_it() -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         keys = PoolKeys.generate()
-        link = SchedulerLink(f"tcp://127.0.0.1:{port}", keys, lambda: None)
-        actor = ControllerActor(Config(policy="latency"), keys, "127.0.0.1", port, None)
+        link = SchedulerClient(f"tcp://127.0.0.1:{port}", keys, lambda: None)
+        actor = SchedulerActor(Config(policy="latency"), keys, "127.0.0.1", port, None)
         try:
             description = await link.describe(TIMEOUT_S)
         finally:

@@ -44,8 +44,8 @@ class Door:
     def await_unproven(self, count: int) -> None:
         """Wait until so many have been counted."""
         deadline_s = time.monotonic() + PATIENCE_S
-        while self.gate.num_unproven != count:
-            assert time.monotonic() < deadline_s, (self.gate.num_unproven, count)
+        while self.gate.num_unauthenticated != count:
+            assert time.monotonic() < deadline_s, (self.gate.num_unauthenticated, count)
             time.sleep(0.005)
 
 

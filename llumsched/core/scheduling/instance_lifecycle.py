@@ -25,7 +25,7 @@ from llumsched.core.scheduling.request_ledger import Ledger
 from llumsched.core.types import InstanceState
 
 
-class Instances:
+class InstanceLifecycles:
     """Takes instances in, follows their reports, and lets them go."""
 
     def __init__(

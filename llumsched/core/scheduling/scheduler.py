@@ -41,7 +41,7 @@ from llumsched.core.policy import PolicyBundle, Stateful
 from llumsched.core.scheduling.cluster_state import Cluster
 from llumsched.core.scheduling.dispatch_queue import DispatchQueue
 from llumsched.core.scheduling.dispatcher import Dispatcher
-from llumsched.core.scheduling.instance_lifecycle import Instances
+from llumsched.core.scheduling.instance_lifecycle import InstanceLifecycles
 from llumsched.core.scheduling.migration_arbiter import MigrationArbiter
 from llumsched.core.scheduling.prefix_index import PrefixIndex
 from llumsched.core.scheduling.rebalancer import Rebalancer
@@ -94,7 +94,7 @@ class GlobalScheduler:
             dispatcher=self._dispatcher,
             arbiter=self._arbiter,
         )
-        self._instances = Instances(
+        self._instances = InstanceLifecycles(
             options=options,
             cluster=self._cluster,
             ledger=self._ledger,

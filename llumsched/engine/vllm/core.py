@@ -28,7 +28,7 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 
-from llumsched.engine.vllm.introductions import IntroducingSocket
+from llumsched.engine.vllm.reconnect_probe import IntroducingSocket
 from llumsched.wire.keys import PoolKeys
 
 T = TypeVar("T")

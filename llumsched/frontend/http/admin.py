@@ -19,10 +19,10 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from llumsched.core.events import MigrationOutcome
 from llumsched.frontend.routing.routes import Routes
-from llumsched.frontend.routing.scheduler_client import SchedulerLink, SchedulerUnavailable
+from llumsched.frontend.routing.scheduler_client import SchedulerClient, SchedulerUnavailable
 from llumsched.frontend.routing.status import RequestStatus
 from llumsched.pool.frontend_supervisor import FrontendStatus
-from llumsched.pool.instance_supervisor import BerthStatus
+from llumsched.pool.instance_supervisor import InstanceSlotStatus
 from llumsched.wire.names import frontend_id, instance_name
 
 MIGRATION_TIMEOUT_S = 120.0
@@ -56,13 +56,13 @@ class ScaleBody(BaseModel):
     num_instances: int = Field(ge=0)
 
 
-class Berths(Protocol):
+class InstanceSlots(Protocol):
     """Who looks after the instances."""
 
     @property
     def max_instances(self) -> int: ...
 
-    def describe(self) -> Sequence[BerthStatus]: ...
+    def describe(self) -> Sequence[InstanceSlotStatus]: ...
 
     def replace(self, instance_id: str) -> None: ...
 
@@ -104,9 +104,9 @@ def requests_of(routes: Routes, frontend: str) -> Iterator[RequestStatus]:
 
 
 def admin_router(
-    link: SchedulerLink,
+    link: SchedulerClient,
     routes: Routes,
-    berths: Berths,
+    berths: InstanceSlots,
     others: OtherFrontends | None = None,
     frontend: str = frontend_id(0),
 ) -> APIRouter:

@@ -20,7 +20,7 @@ from llumsched.engine.vllm.compat import accepted
 from llumsched.frontend.http.api_keys import guard, num_keys
 from llumsched.frontend.http.exposition import expose
 from llumsched.frontend.options.arguments import is_local
-from llumsched.frontend.request.hints import HintsMiddleware, let_keys_name_clients
+from llumsched.frontend.request.hints import SchedulingHintsMiddleware, let_keys_name_clients
 from llumsched.frontend.request.rejection import RetryAfterMiddleware
 from llumsched.frontend.routing.engine import Engine
 
@@ -56,7 +56,10 @@ async def serve_app(
     # Its flag for middleware: once built, the app takes no more.
     args.middleware = [
         *args.middleware,
-        *(f"{m.__module__}.{m.__name__}" for m in (HintsMiddleware, RetryAfterMiddleware)),
+        *(
+            f"{m.__module__}.{m.__name__}"
+            for m in (SchedulingHintsMiddleware, RetryAfterMiddleware)
+        ),
     ]
     app = build_app(args, supported_tasks, engine.model_config)
     expose(app, engine.engine_core.labels, registry)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from llumsched.frontend.routing.scheduler_client import SchedulerLink, SchedulerUnavailable
+from llumsched.frontend.routing.scheduler_client import SchedulerClient, SchedulerUnavailable
 from llumsched.wire.control import ClusterDescription, InstanceDescription
 
 REFRESH_INTERVAL_S = 2.0
@@ -38,7 +38,7 @@ class PoolMetrics:
         self._last: ClusterDescription | None = None
         registry.register(self)
 
-    async def follow(self, link: SchedulerLink) -> None:
+    async def follow(self, link: SchedulerClient) -> None:
         """Ask the scheduler again and again, until cancelled."""
         try:
             while True:
@@ -97,8 +97,8 @@ def _unproven(by_process: Mapping[str, int]) -> Metric:
         "Connections since its start that have not proved to be the pool's own.",
         labels=("process",),
     )
-    for process, num_unproven in sorted(by_process.items()):
-        family.add_metric((process,), num_unproven)
+    for process, num_unauthenticated in sorted(by_process.items()):
+        family.add_metric((process,), num_unauthenticated)
     return family
 
 

@@ -19,7 +19,7 @@ from llumsched.frontend.options.preflight import cpu_threads_per_worker
 from llumsched.instance.actor import InstancePlan
 from llumsched.policies.low_priority_short import LowPriorityShort
 from llumsched.pool.instance_actor import InstanceResources
-from llumsched.pool.liveness import Limits
+from llumsched.pool.liveness import LivenessLimits
 from llumsched.pool.pool import Pool
 from llumsched.wire.names import instance_name
 
@@ -69,9 +69,9 @@ def planner(
     return plan
 
 
-def limits_of(options: ServeOptions) -> Limits:
+def limits_of(options: ServeOptions) -> LivenessLimits:
     """Beyond which an instance that does not end by itself is dead."""
-    return Limits(
+    return LivenessLimits(
         heartbeat_s=options.heartbeat_timeout_s,
         step_s=options.step_timeout_s,
         loop_uses_cpu=current_platform.is_cpu(),

@@ -40,7 +40,7 @@ MAX_CLIENT_ID_LENGTH = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hints:
+class SchedulingHints:
     """``priority`` is ``None`` where the request's body decides."""
 
     priority: PriorityClass | None = None
@@ -49,17 +49,17 @@ class Hints:
     client_id: str | None = None
 
 
-NO_HINTS = Hints()
-_current: ContextVar[Hints] = ContextVar("llumsched_hints", default=NO_HINTS)
+NO_HINTS = SchedulingHints()
+_current: ContextVar[SchedulingHints] = ContextVar("llumsched_hints", default=NO_HINTS)
 
 
-def current() -> Hints:
+def current() -> SchedulingHints:
     """The hints of the HTTP request that the running task serves."""
     return _current.get()
 
 
 @contextmanager
-def hinted(hints: Hints) -> Iterator[None]:
+def hinted(hints: SchedulingHints) -> Iterator[None]:
     """Make them ``current`` while this lasts, here and in tasks begun meanwhile."""
     token = _current.set(hints)
     try:
@@ -68,7 +68,9 @@ def hinted(hints: Hints) -> Iterator[None]:
         _current.reset(token)
 
 
-def parse(headers: Iterable[tuple[bytes, bytes]], *, key_names_client: bool = False) -> Hints:
+def parse(
+    headers: Iterable[tuple[bytes, bytes]], *, key_names_client: bool = False
+) -> SchedulingHints:
     """The hints in a request's headers, whose names are in lower case.
 
     Args:
@@ -86,7 +88,7 @@ def parse(headers: Iterable[tuple[bytes, bytes]], *, key_names_client: bool = Fa
         priority_class = PriorityClass.parse(priority) if priority is not None else None
     except ValueError as error:
         raise ValueError(f"X-Request-Priority: {error}") from None
-    return Hints(
+    return SchedulingHints(
         priority=priority_class,
         ttft_slo_s=_seconds("X-SLO-TTFT-Ms", texts.get(TTFT_SLO)),
         tpot_slo_s=_seconds("X-SLO-TPOT-Ms", texts.get(TPOT_SLO)),
@@ -128,7 +130,7 @@ def let_keys_name_clients(app: FastAPI) -> None:
 _NAMES = frozenset({PRIORITY, TTFT_SLO, TPOT_SLO, CLIENT_ID, AUTHORIZATION})
 
 
-class HintsMiddleware:
+class SchedulingHintsMiddleware:
     """ASGI middleware that makes a request's hints ``current``; 400 where they cannot be read."""
 
     def __init__(self, app: App) -> None:

@@ -33,7 +33,7 @@ from llumsched.frontend.request import rejection as overload
 from llumsched.frontend.request.hints import current
 from llumsched.frontend.routing import resumer
 from llumsched.frontend.routing.connections import ConnectedInstances, Roster
-from llumsched.frontend.routing.lost_requests import Auditor
+from llumsched.frontend.routing.lost_requests import LostRequestDetector
 from llumsched.frontend.routing.request_metrics import FrontendMetrics
 from llumsched.frontend.routing.resumer import Resumer
 from llumsched.frontend.routing.routes import Arrival, Finished, Passed, Route, Routes
@@ -222,7 +222,7 @@ class RoutingEngineClient(ConnectedInstances):
         self._spawn(self._greet())
         self._spawn(self._inputs.run())
         self._spawn(self._outputs.run())
-        self._spawn(Auditor(self.routes, self, self._found_missing).run())
+        self._spawn(LostRequestDetector(self.routes, self, self._found_missing).run())
 
     def _take_in(self, outputs: EngineCoreOutputs) -> None:
         if outputs.engine_index in self._unheard:
@@ -250,8 +250,8 @@ class RoutingEngineClient(ConnectedInstances):
         self._deliver(passed[1:] if own else passed, finished)
 
     def _take_in_hand_over(self, instance: int, announcement: Sequence[Any]) -> None:
-        request_id, stay, num_tokens = announcement
-        arrival = Arrival(instance, stay, num_tokens)
+        request_id, placement_number, num_tokens = announcement
+        arrival = Arrival(instance, placement_number, num_tokens)
         if not self.is_up(instance):
             if self.routes.was_to_follow(request_id, arrival):
                 self._found_missing([request_id], instance)

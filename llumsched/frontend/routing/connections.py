@@ -22,10 +22,10 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreReque
 from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources, EngineIdentity
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from llumsched.engine.vllm.introductions import GREETING
+from llumsched.engine.vllm.reconnect_probe import RECONNECT_PROBE
 from llumsched.frontend.routing.disconnects import BrokenConnections
 from llumsched.frontend.routing.engine_labels import EngineLabels
-from llumsched.frontend.routing.pending_calls import CallsByInstance
+from llumsched.frontend.routing.pending_calls import PendingCalls
 from llumsched.frontend.routing.sockets import FrontendSockets, engine_identity
 from llumsched.wire.names import instance_name
 
@@ -106,7 +106,7 @@ class ConnectedInstances(AsyncMPClient):
         self._gone: set[int] = set()
         self._roster = roster
         self.labels = EngineLabels(num_labels)
-        self._calls = CallsByInstance()
+        self._calls = PendingCalls()
         self._unheard: set[int] = set()
         self._connection_broke: Callable[[int], None] | None = None
         self._inputs, self._outputs = (
@@ -137,7 +137,7 @@ class ConnectedInstances(AsyncMPClient):
                     f"{timeout_s:.0f} s."
                 )
             for index in missing:
-                socket.send_multipart([engine_identity(index), GREETING])
+                socket.send_multipart([engine_identity(index), RECONNECT_PROBE])
             if socket.poll(timeout=int(1000 * GREETING_INTERVAL_S)):
                 identity, payload = socket.recv_multipart(copy=False)
                 if self._heard_ready(identity):
@@ -159,7 +159,7 @@ class ConnectedInstances(AsyncMPClient):
         while True:
             for index in self._missing():
                 await cast(
-                    Any, self.input_socket.send_multipart([engine_identity(index), GREETING])
+                    Any, self.input_socket.send_multipart([engine_identity(index), RECONNECT_PROBE])
                 )
             await asyncio.sleep(GREETING_INTERVAL_S)
 

@@ -26,7 +26,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from llumsched.frontend.options.preflight import TASKS_UNASKED
 from llumsched.frontend.routing.client import RoutingEngineClient
 from llumsched.frontend.routing.connections import NoInstance, Roster
-from llumsched.frontend.routing.scheduler_client import SchedulerLink
+from llumsched.frontend.routing.scheduler_client import SchedulerClient
 from llumsched.frontend.routing.sockets import FrontendSockets
 from llumsched.wire.names import frontend_id
 
@@ -67,7 +67,7 @@ class Engine(AsyncLLM):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
+class EngineClientConfig:
     """Where a frontend finds instances and scheduler.
 
     ``roster`` says which instances there are. ``client_index`` is the frontend's place among
@@ -89,14 +89,14 @@ class Surroundings:
 
 
 def build_engine(
-    args: argparse.Namespace, vllm_config: VllmConfig, surroundings: Surroundings
-) -> tuple[Engine, SchedulerLink]:
+    args: argparse.Namespace, vllm_config: VllmConfig, surroundings: EngineClientConfig
+) -> tuple[Engine, SchedulerClient]:
     """An engine whose instances have all reported, and its link to the scheduler.
 
     Raises:
         TimeoutError: if an instance does not report in time.
     """
-    links: list[SchedulerLink] = []
+    links: list[SchedulerClient] = []
     with _our_client(surroundings, links):
         engine = Engine.from_vllm_config(
             vllm_config=vllm_config,
@@ -111,7 +111,7 @@ def build_engine(
 
 
 @contextlib.contextmanager
-def _our_client(surroundings: Surroundings, links: list[SchedulerLink]) -> Iterator[None]:
+def _our_client(surroundings: EngineClientConfig, links: list[SchedulerClient]) -> Iterator[None]:
     """While this lasts, ``AsyncLLM`` builds its client as one over the pool.
 
     ``AsyncLLM`` offers no parameter for its client, so the name it looks up is replaced.
@@ -126,7 +126,7 @@ def _our_client(surroundings: Surroundings, links: list[SchedulerLink]) -> Itera
             assert client is not None
             return client.least_loaded()
 
-        link = SchedulerLink(
+        link = SchedulerClient(
             surroundings.scheduler_endpoint,
             surroundings.sockets.keys,
             least_loaded,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from llumsched.frontend.routing.scheduler_client import SchedulerLink
+from llumsched.frontend.routing.scheduler_client import SchedulerClient
 from llumsched.wire.names import instance_name
 
 
@@ -18,14 +18,14 @@ class Client(Protocol):
         """An instance is dead, or was ended: what it had goes on elsewhere."""
 
 
-class Departures:
+class InstanceEventBridge:
     """Tells frontend and scheduler, on the loop, of instances that are gone or will not come.
 
     Its methods may be called from any thread.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, client: Client, link: SchedulerLink
+        self, loop: asyncio.AbstractEventLoop, client: Client, link: SchedulerClient
     ) -> None:
         self._loop = loop
         self._client = client

@@ -23,7 +23,7 @@ MAX_REQUESTS = 256
 Position = tuple[int, int]
 
 
-class Instances(Protocol):
+class EngineCalls(Protocol):
     """What is asked."""
 
     @property
@@ -33,7 +33,7 @@ class Instances(Protocol):
         """Those of the requests that it does not have. Raises ``ConnectionError`` if it dies."""
 
 
-class Auditor:
+class LostRequestDetector:
     """Args:
     found_missing: hears of lost requests and the instance that should have had them.
     """
@@ -41,7 +41,7 @@ class Auditor:
     def __init__(
         self,
         routes: Routes,
-        instances: Instances,
+        instances: EngineCalls,
         found_missing: Callable[[list[str], int], None],
     ) -> None:
         self._routes = routes
@@ -66,7 +66,7 @@ class Auditor:
         seen: dict[str, Position] = {}
         up = set(self._instances.instances)
         for request_id, route in self._routes:
-            position = seen[request_id] = (route.stay, route.num_tokens)
+            position = seen[request_id] = (route.placement_number, route.num_tokens)
             if (
                 route.instance in up
                 and self._seen.get(request_id) == position
@@ -91,7 +91,7 @@ class Auditor:
             route = self._routes.get(request_id)
             if route is None or route.instance != instance:
                 continue
-            position = (route.stay, route.num_tokens)
+            position = (route.placement_number, route.num_tokens)
             if position != self._seen.get(request_id):
                 continue
             if self._suspects.get(request_id) == position:

@@ -11,7 +11,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 
-class CallsByInstance:
+class PendingCalls:
     """Invariant: a call to an instance that died is over."""
 
     def __init__(self) -> None:

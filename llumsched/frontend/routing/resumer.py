@@ -43,7 +43,7 @@ class Placer(Protocol):
         """The ZMQ index of the chosen instance; raises what the client should see as an error."""
 
 
-class Instances(Protocol):
+class ResumptionTargets(Protocol):
     """The frontend's connections to the instances."""
 
     def is_up(self, instance: int) -> bool: ...
@@ -77,7 +77,7 @@ class Resumer:
         self,
         routes: Routes,
         placer: Placer,
-        instances: Instances,
+        instances: ResumptionTargets,
         give_up: Callable[[str, str], None],
     ) -> None:
         self._routes = routes
@@ -121,7 +121,7 @@ class Resumer:
             self._tasks[request_id] = task
 
     async def _run(self, route: Route, request: EngineCoreRequest, lost: int | None) -> None:
-        request_id, stay = request.request_id, route.stay
+        request_id, placement_number = request.request_id, route.placement_number
         try:
             refused = await self._hand_over(route, request, lost)
         except GracefulHTTPError as error:
@@ -133,7 +133,7 @@ class Resumer:
                 error,
                 extra={"request_id": request_id},
             )
-            if self._is_still(route, request_id, stay):
+            if self._is_still(route, request_id, placement_number):
                 instance = route.instance
                 gone = instance is not None and self._instances.is_gone(instance)
                 self._routes.begin_again(route)
@@ -144,14 +144,14 @@ class Resumer:
             refused = f"failed: {error!r}"
         if self._tasks.get(request_id) is _current_task():
             del self._tasks[request_id]
-        if refused is not None and self._is_still(route, request_id, stay):
+        if refused is not None and self._is_still(route, request_id, placement_number):
             self._give_up(request_id, refused)
 
     async def _hand_over(
         self, route: Route, request: EngineCoreRequest, lost: int | None
     ) -> str | None:
         """Why the request cannot go on, or ``None`` when it does."""
-        request_id, stay = request.request_id, route.stay
+        request_id, placement_number = request.request_id, route.placement_number
         origin = lost
         obstacle = why_not_resumable(request)
         if obstacle is not None and route.num_tokens:
@@ -165,10 +165,10 @@ class Resumer:
             # The scheduler answers no more for what it is told lost until it knows of that loss.
             lost = instance if self._instances.is_gone(instance) else None
             await asyncio.sleep(UNKNOWN_INSTANCE_DELAY_S)
-        if not self._is_still(route, request_id, stay):
+        if not self._is_still(route, request_id, placement_number):
             return None
-        leftovers = self._routes.settle(route, instance, is_announced=obstacle is None)
-        for other in leftovers:
+        stale_copies = self._routes.settle(route, instance, is_announced=obstacle is None)
+        for other in stale_copies:
             self._instances.abort_soon(other, request_id)
         logger.info(
             "Request %s goes on at %s from token %d, since %s",
@@ -181,12 +181,12 @@ class Resumer:
         if obstacle is not None:
             await self._instances.add(instance, request)
             return None
-        state = state_to_resume(request, list(route.output_token_ids), stay)
+        state = state_to_resume(request, list(route.output_token_ids), placement_number)
         return await self._instances.resume(instance, msgspec.msgpack.encode(state))
 
-    def _is_still(self, route: Route, request_id: str, stay: int) -> bool:
+    def _is_still(self, route: Route, request_id: str, placement_number: int) -> bool:
         """Whether nothing has happened to the request meanwhile."""
-        return self._routes.get(request_id) is route and route.stay == stay
+        return self._routes.get(request_id) is route and route.placement_number == placement_number
 
 
 def _current_task() -> asyncio.Task[None] | None:

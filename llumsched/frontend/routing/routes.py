@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from llumsched.engine.stays import first_stay, num_moves_within, series_of
+from llumsched.engine.placement_numbers import epoch_of, first_placement_number, num_moves_within
 
 
 class Output(Protocol):
@@ -33,23 +33,23 @@ class Output(Protocol):
 class Route:
     """``instance`` is ``None`` until the scheduler has chosen one. ``external_id`` is the id the
     client knows, of which there may be several sequences (``n`` > 1). ``opened_s`` is the
-    caller's own clock. ``stay`` numbers the present one (``llumsched.engine.stays``)."""
+    caller's own clock. ``placement_number``: see ``llumsched.engine.placement_numbers``."""
 
     external_id: str
     priority_class: int = 0
     opened_s: float = 0.0
     instance: int | None = None
-    stay: int = 0
+    placement_number: int = 0
     output_token_ids: list[int] = field(default_factory=list)
     """What was passed on: from here the request goes on if its instance dies."""
     arrivals: list[Arrival] = field(default_factory=list)
-    stays: dict[int, int] = field(default_factory=dict)
+    placement_numbers: dict[int, int] = field(default_factory=dict)
     """Instance -> the latest stay it has announced."""
     held: dict[int, list[Output]] = field(default_factory=dict)
     """Stay -> outputs that came too early."""
-    came_from: int | None = None
+    previous_instance: int | None = None
     """The instance before this one: it has the request still, until it knows that it moved."""
-    leftovers: set[int] = field(default_factory=set)
+    stale_copies: set[int] = field(default_factory=set)
     """Instances that may have a copy of the request from before it was resumed."""
     num_past_moves: int = 0
     num_fruitless_resumptions: int = 0
@@ -64,21 +64,21 @@ class Route:
     @property
     def num_moves(self) -> int:
         """Migrations so far."""
-        return self.num_past_moves + num_moves_within(self.stay)
+        return self.num_past_moves + num_moves_within(self.placement_number)
 
     @property
     def num_resumptions(self) -> int:
         """How often an instance died with it."""
-        return series_of(self.stay)
+        return epoch_of(self.placement_number)
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
     """An announcement: from token ``num_tokens`` on the request's outputs come from ``instance``,
-    where this is its stay number ``stay``."""
+    where this is its stay number ``placement_number``."""
 
     instance: int
-    stay: int
+    placement_number: int
     num_tokens: int
 
 
@@ -152,8 +152,12 @@ class Routes:
         """Every instance that may run the request now: its own, any it is arriving at, the one it
         came from, which may not know yet that it has moved and would resume it by itself, and
         those that may have a copy from before it was resumed."""
-        found = {i for i, stay in route.stays.items() if stay >= route.stay} | route.leftovers
-        return found | {i for i in (route.instance, route.came_from) if i is not None}
+        found = {
+            i
+            for i, placement_number in route.placement_numbers.items()
+            if placement_number >= route.placement_number
+        } | route.stale_copies
+        return found | {i for i in (route.instance, route.previous_instance) if i is not None}
 
     def lose(self, instance: int) -> list[str]:
         """``instance`` is dead.
@@ -167,9 +171,9 @@ class Routes:
             if route.instance == instance or any(a.instance == instance for a in route.arrivals):
                 self.begin_again(route)
                 lost.append(request_id)
-            route.leftovers.discard(instance)
-            if route.came_from == instance:
-                route.came_from = None
+            route.stale_copies.discard(instance)
+            if route.previous_instance == instance:
+                route.previous_instance = None
         return lost
 
     def was_to_follow(self, request_id: str, arrival: Arrival) -> bool:
@@ -177,20 +181,20 @@ class Routes:
         route = self._routes.get(request_id)
         return (
             route is not None
-            and arrival.stay > route.stay
-            and series_of(arrival.stay) == series_of(route.stay)
+            and arrival.placement_number > route.placement_number
+            and epoch_of(arrival.placement_number) == epoch_of(route.placement_number)
         )
 
     def begin_again(self, route: Route) -> None:
         """Take the request off its instance: whatever comes from there is not passed on."""
-        route.leftovers = self.holders(route)
+        route.stale_copies = self.holders(route)
         route.num_past_moves = route.num_moves
         route.num_fruitless_resumptions = (
             1 if route.is_fruitful else route.num_fruitless_resumptions + 1
         )
         route.is_fruitful = False
-        route.stay = first_stay(series_of(route.stay) + 1)
-        route.instance = route.came_from = None
+        route.placement_number = first_placement_number(epoch_of(route.placement_number) + 1)
+        route.instance = route.previous_instance = None
         route.arrivals = []
         route.held = {}
 
@@ -206,9 +210,9 @@ class Routes:
         """
         route.instance = instance
         if not is_announced:
-            route.stays[instance] = route.stay
-        leftovers, route.leftovers = route.leftovers - {instance}, set()
-        return leftovers
+            route.placement_numbers[instance] = route.placement_number
+        stale_copies, route.stale_copies = route.stale_copies - {instance}, set()
+        return stale_copies
 
     def pass_on(
         self, instance: int, outputs: Sequence[Output]
@@ -227,10 +231,10 @@ class Routes:
                 continue  # aborted meanwhile
             # An instance announces a stay before the first output of it, on the same socket, so
             # an output belongs to the latest stay its instance has announced.
-            stay = route.stays.get(instance, 0)
-            if stay > route.stay:
-                route.held.setdefault(stay, []).append(output)
-            elif stay == route.stay and instance == route.instance:
+            placement_number = route.placement_numbers.get(instance, 0)
+            if placement_number > route.placement_number:
+                route.held.setdefault(placement_number, []).append(output)
+            elif placement_number == route.placement_number and instance == route.instance:
                 own.append(output)
                 self._count(output, route, finished)
                 if route.arrivals and output.finish_reason is None:
@@ -252,14 +256,14 @@ class Routes:
             return [], [], False
         drained: list[Passed] = []
         finished: list[Finished] = []
-        if series_of(arrival.stay) < series_of(route.stay):
+        if epoch_of(arrival.placement_number) < epoch_of(route.placement_number):
             # A copy from before the request was resumed.
             if route.instance is None:
-                route.leftovers.add(arrival.instance)
+                route.stale_copies.add(arrival.instance)
             return [], [], route.instance in (None, arrival.instance)
-        route.stays[arrival.instance] = arrival.stay
+        route.placement_numbers[arrival.instance] = arrival.placement_number
         # Else it has moved on already, from a stay without a single token.
-        if arrival.stay > route.stay:
+        if arrival.placement_number > route.placement_number:
             route.arrivals.append(arrival)
             self._follow(route, drained, finished)
         return drained, finished, True
@@ -268,13 +272,15 @@ class Routes:
         """Go to where the request's next token comes from, as often as it has moved."""
         while due := [a for a in route.arrivals if a.num_tokens == route.num_tokens]:
             # Of two that start at this very token, the later one has the next token.
-            arrival = max(due, key=lambda a: a.stay)
-            route.came_from = route.instance
-            route.instance, route.stay = arrival.instance, arrival.stay
+            arrival = max(due, key=lambda a: a.placement_number)
+            route.previous_instance = route.instance
+            route.instance, route.placement_number = arrival.instance, arrival.placement_number
             if self._observer is not None:
                 self._observer.moved(route)
-            route.arrivals = [a for a in route.arrivals if a.stay > route.stay]
-            held = route.held.pop(arrival.stay, [])
+            route.arrivals = [
+                a for a in route.arrivals if a.placement_number > route.placement_number
+            ]
+            held = route.held.pop(arrival.placement_number, [])
             for output in held:
                 self._count(output, route, finished)
             if held:

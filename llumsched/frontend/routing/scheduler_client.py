@@ -21,8 +21,8 @@ import zmq.asyncio
 from vllm.v1.engine import EngineCoreRequest
 
 from llumsched.core.types import SchedulingRequest, priority_class
-from llumsched.engine.vllm.hints import predict
-from llumsched.frontend.request.hints import Hints, current
+from llumsched.engine.vllm.predicted_length import predict
+from llumsched.frontend.request.hints import SchedulingHints, current
 from llumsched.frontend.request.rejection import Rejected
 from llumsched.logs import FailureLog
 from llumsched.wire.control import (
@@ -67,7 +67,7 @@ class SchedulerUnavailable(Exception):
     """The global scheduler does not answer."""
 
 
-class Supervisor(Protocol):
+class InstanceLauncher(Protocol):
     """Whoever starts and ends the instances; all return at once."""
 
     def launch(self, launch_id: str | None) -> None:
@@ -80,7 +80,7 @@ class Supervisor(Protocol):
         """End an instance, with whatever it still runs."""
 
 
-class SchedulerLink:
+class SchedulerClient:
     """Args:
     endpoint: the scheduler's control socket.
     keys: the pool's.
@@ -101,7 +101,7 @@ class SchedulerLink:
         self._frontend_id = frontend_id
         self._least_loaded = least_loaded
         self._prefix_hashes = prefix_hashes
-        self._supervisor: Supervisor | None = None
+        self._supervisor: InstanceLauncher | None = None
         self._draining: set[str] = set()
         self._placements: dict[str, asyncio.Future[Placed]] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -117,7 +117,7 @@ class SchedulerLink:
         self._sending: set[asyncio.Task[None]] = set()
         self._registering = asyncio.create_task(self._register())
 
-    def supervise_with(self, supervisor: Supervisor) -> None:
+    def supervise_with(self, supervisor: InstanceLauncher) -> None:
         """From now on the scheduler's orders to start and end instances are carried out here."""
         self._supervisor = supervisor
 
@@ -329,7 +329,7 @@ class SchedulerLink:
 
 def for_scheduling(
     request: EngineCoreRequest,
-    hints: Hints,
+    hints: SchedulingHints,
     prefix_hashes: tuple[int, ...] = (),
     num_output_tokens: int = 0,
 ) -> SchedulingRequest:

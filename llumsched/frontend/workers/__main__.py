@@ -29,11 +29,11 @@ def main(argv: list[str]) -> None:
     import uvloop
 
     from llumsched.frontend.workers import worker
-    from llumsched.frontend.workers.launcher_client import Supervision
+    from llumsched.frontend.workers.launcher_client import LauncherClient
 
     status = 0
     try:
-        supervision = Supervision(channel, frontend_id(index))
+        supervision = LauncherClient(channel, frontend_id(index))
         supervision.await_status()
         # The plan comes from the process that has started this one, as its command line does.
         plan = pickle.loads(os.pread(plan_descriptor, os.fstat(plan_descriptor).st_size, 0))

@@ -26,15 +26,15 @@ from llumsched.frontend.options.arguments import ServeOptions
 from llumsched.frontend.options.console import interrupt, on_signals, progress
 from llumsched.frontend.options.instance_plan import limits_of, planner, resources_of
 from llumsched.frontend.routing.engine_labels import EngineLabels
-from llumsched.frontend.routing.instance_events import Departures
-from llumsched.frontend.routing.scheduler_client import SchedulerLink
-from llumsched.frontend.workers.hub import Hub
+from llumsched.frontend.routing.instance_events import InstanceEventBridge
+from llumsched.frontend.routing.scheduler_client import SchedulerClient
+from llumsched.frontend.workers.launcher_server import LauncherServer
 from llumsched.frontend.workers.messages import PoolStatus
 from llumsched.frontend.workers.ports import FrontendPorts
-from llumsched.frontend.workers.processes import Children
+from llumsched.frontend.workers.processes import WorkerProcesses
 from llumsched.frontend.workers.worker import FrontendPlan
-from llumsched.pool.frontend_supervisor import Frontends
-from llumsched.pool.instance_supervisor import TICK_S, BerthStatus, Supervisor
+from llumsched.pool.frontend_supervisor import FrontendSupervisor
+from llumsched.pool.instance_supervisor import TICK_S, InstanceSlotStatus, InstanceSupervisor
 from llumsched.pool.pool import Pool
 from llumsched.pool.ray_cluster import LaunchError
 from llumsched.wire.keys import PoolKeys
@@ -72,8 +72,8 @@ async def serve(
         )
         host = pool.connect()
         ports = stack.enter_context(FrontendPorts(host, options.num_frontends))
-        hub = Hub()
-        async with Children(
+        hub = LauncherServer()
+        async with WorkerProcesses(
             options.num_frontends,
             sock,
             hub,
@@ -81,7 +81,7 @@ async def serve(
             closing_timeout_s=vllm_config.shutdown_timeout + CLOSING_TIMEOUT_S + END_MARGIN_S,
         ) as children:
             # They load their libraries while the instances boot, which may take its whole time.
-            frontends = Frontends(
+            frontends = FrontendSupervisor(
                 children, options.num_frontends, boot_timeout_s=2 * envs.VLLM_ENGINE_READY_TIMEOUT_S
             )
             pool.start_scheduler(options.config, host, options.decision_log, options.logs)
@@ -101,13 +101,13 @@ async def serve(
             loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, stopping.set)
-            link = SchedulerLink(
+            link = SchedulerClient(
                 pool.scheduler_endpoint, keys, least_loaded=lambda: None, frontend_id="launcher"
             )
             stack.callback(link.close)
             stack.callback(pool.stop_supervising)
             supervisor = pool.supervise(
-                Departures(loop, hub, link),
+                InstanceEventBridge(loop, hub, link),
                 max_instances=options.most_instances,
                 boot_timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S,
                 limits=limits_of(options),
@@ -139,7 +139,7 @@ async def serve(
 
 
 async def _look_after(
-    frontends: Frontends, reporter: _Reporter, stopping: asyncio.Event, what: str
+    frontends: FrontendSupervisor, reporter: _Reporter, stopping: asyncio.Event, what: str
 ) -> int:
     """Until a signal comes; the process's exit status."""
     serving = False
@@ -170,9 +170,9 @@ class _Reporter:
         self,
         options: ServeOptions,
         pool: Pool,
-        supervisor: Supervisor,
-        frontends: Frontends,
-        hub: Hub,
+        supervisor: InstanceSupervisor,
+        frontends: FrontendSupervisor,
+        hub: LauncherServer,
     ) -> None:
         self._pool = pool
         self._supervisor = supervisor
@@ -199,13 +199,13 @@ class _Reporter:
                 num_labels_used=self._labels.num_ever_taken,
                 unproven={
                     **self._hub.unproven(),
-                    "supervisor": self._pool.heartbeat_gate.num_unproven,
+                    "supervisor": self._pool.heartbeat_gate.num_unauthenticated,
                 },
             )
         )
 
 
-def _in_whole_seconds(berth: BerthStatus) -> BerthStatus:
+def _in_whole_seconds(berth: InstanceSlotStatus) -> InstanceSlotStatus:
     """So that it does not change all the time."""
     if berth.retry_in_s is None:
         return berth

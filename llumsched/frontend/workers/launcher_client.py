@@ -16,13 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from llumsched.frontend.http.admin import requests_of
 from llumsched.frontend.routing.client import RoutingEngineClient
-from llumsched.frontend.routing.instance_events import Departures
+from llumsched.frontend.routing.instance_events import InstanceEventBridge
 from llumsched.frontend.routing.status import RequestStatus
 from llumsched.frontend.workers.channel import Channel, ChannelClosed
 from llumsched.frontend.workers.messages import (
     AskOthers,
     ConnectionBroke,
-    CountUnproven,
+    CountUnauthenticated,
     FrontendServes,
     InstanceLeft,
     LimitInstances,
@@ -33,7 +33,7 @@ from llumsched.frontend.workers.messages import (
     decode_from_launcher,
 )
 from llumsched.pool.frontend_supervisor import FrontendStatus
-from llumsched.pool.instance_supervisor import BerthStatus
+from llumsched.pool.instance_supervisor import InstanceSlotStatus
 from llumsched.wire.control import Message, encode
 from llumsched.wire.keys import Gate
 from llumsched.wire.names import instance_name
@@ -49,8 +49,8 @@ def end_this_process() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-class Supervision:
-    """Implements ``connections.Roster``, ``admin.Berths`` and ``admin.OtherFrontends``.
+class LauncherClient:
+    """Implements ``connections.Roster``, ``admin.InstanceSlots`` and ``admin.OtherFrontends``.
 
     Args:
         launcher_lost: called, on another thread, when the launcher is gone.
@@ -70,7 +70,7 @@ class Supervision:
         self._is_told = threading.Event()
         self._left: list[InstanceLeft] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._departures: Departures | None = None
+        self._departures: InstanceEventBridge | None = None
         self._client: RoutingEngineClient | None = None
         self._calls: dict[int, asyncio.Future[tuple[RequestStatus, ...]]] = {}
         self._call_ids = itertools.count(1)
@@ -80,7 +80,7 @@ class Supervision:
         """Wait until it is known how the pool is; the end of the launcher ends this process."""
         self._is_told.wait()
 
-    def follow(self, client: RoutingEngineClient, departures: Departures) -> None:
+    def follow(self, client: RoutingEngineClient, departures: InstanceEventBridge) -> None:
         """From now on these hear what becomes of instances; call on the loop."""
         with self._lock:
             self._loop = asyncio.get_running_loop()
@@ -103,9 +103,9 @@ class Supervision:
         """Tell how many strangers have knocked, until cancelled."""
         told = 0
         while True:
-            if gate.num_unproven != told:
-                told = gate.num_unproven
-                self._say(CountUnproven(num_unproven=told))
+            if gate.num_unauthenticated != told:
+                told = gate.num_unauthenticated
+                self._say(CountUnauthenticated(num_unauthenticated=told))
             await asyncio.sleep(COUNT_INTERVAL_S)
 
     # ---- how the pool is ------------------------------------------------------------------------
@@ -119,7 +119,7 @@ class Supervision:
         """The launcher starts no more instances than this, whoever asks."""
         return self._status.max_instances if self._status is not None else 0
 
-    def describe(self) -> Sequence[BerthStatus]:
+    def describe(self) -> Sequence[InstanceSlotStatus]:
         """Every berth of an instance."""
         return self._status.berths if self._status is not None else ()
 
@@ -196,7 +196,7 @@ class Supervision:
             case Requests():
                 loop.call_soon_threadsafe(self._told, message)
 
-    def _tell_left(self, departures: Departures, left: InstanceLeft) -> None:
+    def _tell_left(self, departures: InstanceEventBridge, left: InstanceLeft) -> None:
         departures.gone(left.engine_index, expected=left.expected, is_counted=left.is_counted)
 
     def _list_requests(self, client: RoutingEngineClient, call_id: int) -> None:

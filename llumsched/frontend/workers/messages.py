@@ -11,7 +11,7 @@ import msgspec
 
 from llumsched.frontend.routing.status import RequestStatus
 from llumsched.pool.frontend_supervisor import FrontendStatus
-from llumsched.pool.instance_supervisor import BerthStatus
+from llumsched.pool.instance_supervisor import InstanceSlotStatus
 from llumsched.wire.control import Message
 
 # ---- launcher -> frontend -----------------------------------------------------------------------
@@ -26,7 +26,7 @@ class PoolStatus(Message, frozen=True, kw_only=True):
     """
 
     max_instances: int
-    berths: tuple[BerthStatus, ...]
+    berths: tuple[InstanceSlotStatus, ...]
     frontends: tuple[FrontendStatus, ...]
     labels: Mapping[int, int]
     num_labels_used: int
@@ -72,10 +72,10 @@ class LimitInstances(Message, frozen=True, kw_only=True):
     num_instances: int
 
 
-class CountUnproven(Message, frozen=True, kw_only=True):
+class CountUnauthenticated(Message, frozen=True, kw_only=True):
     """How many connections this frontend's gate has turned away."""
 
-    num_unproven: int
+    num_unauthenticated: int
 
 
 class AskOthers(Message, frozen=True, kw_only=True):
@@ -100,7 +100,7 @@ FrontendMessage = (
     | ConnectionBroke
     | ReplaceInstance
     | LimitInstances
-    | CountUnproven
+    | CountUnauthenticated
     | AskOthers
     | Requests
 )

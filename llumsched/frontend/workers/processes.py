@@ -24,7 +24,7 @@ from ray import cloudpickle
 from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
 
 from llumsched.frontend.workers.channel import METRICS_FOLDER, Channel
-from llumsched.frontend.workers.hub import Hub
+from llumsched.frontend.workers.launcher_server import LauncherServer
 from llumsched.frontend.workers.worker import LOAD_NUM_BYTES, FrontendPlan, connections_of_all
 
 # To vLLM's servers, the load of one that takes no connection.
@@ -37,10 +37,10 @@ def _memory(name: str) -> BinaryIO:
     return os.fdopen(os.memfd_create(f"llumsched-{name}"), "w+b")
 
 
-class Child:
+class WorkerProcess:
     """Implements ``frontend_supervisor.FrontendProcess``."""
 
-    def __init__(self, process: subprocess.Popen[bytes], index: int, hub: Hub) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], index: int, hub: LauncherServer) -> None:
         self._process = process
         self._index = index
         self._hub = hub
@@ -81,13 +81,13 @@ class Child:
             self._process.wait(KILL_TIMEOUT_S)
 
 
-class Pool(Protocol):
+class FrontendCleanup(Protocol):
     """Whoever can end what a frontend has left."""
 
     def forget_frontend(self, client_index: int) -> Callable[[], bool]: ...
 
 
-class Children:
+class WorkerProcesses:
     """Implements ``frontend_supervisor.Host``. Use as a context manager: leaving it ends them all.
 
     A process that was started loads its libraries and then waits for the plan, so frontends and
@@ -102,15 +102,15 @@ class Children:
         self,
         num_frontends: int,
         listener: socket.socket,
-        hub: Hub,
-        pool: Pool,
+        hub: LauncherServer,
+        pool: FrontendCleanup,
         *,
         closing_timeout_s: float,
     ) -> None:
         self._hub = hub
         self._pool = pool
         self._closing_timeout_s = closing_timeout_s
-        self._running: dict[int, Child] = {}
+        self._running: dict[int, WorkerProcess] = {}
         with contextlib.ExitStack() as stack:
             metrics = stack.enter_context(tempfile.TemporaryDirectory(prefix="llumsched-metrics-"))
             loads = stack.enter_context(_memory("loads"))
@@ -137,7 +137,7 @@ class Children:
         self._plan.write(cloudpickle.dumps(make_plan(listener, loads)))
         self._plan.flush()
 
-    async def __aenter__(self) -> Children:
+    async def __aenter__(self) -> WorkerProcesses:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -151,7 +151,7 @@ class Children:
             self._hub.leave(index)
         self._stack.close()
 
-    def start(self, index: int) -> Child:
+    def start(self, index: int) -> WorkerProcess:
         """Begin to start a frontend."""
         ours, theirs = socket.socketpair()
         with theirs:
@@ -169,7 +169,7 @@ class Children:
                 process_group=0,
             )
         self._hub.join(index, Channel(ours))
-        child = self._running[index] = Child(process, index, self._hub)
+        child = self._running[index] = WorkerProcess(process, index, self._hub)
         return child
 
     def forget(self, index: int) -> Callable[[], bool]:

@@ -22,10 +22,10 @@ from llumsched.frontend.http.app import serve_app
 from llumsched.frontend.http.pool_metrics import PoolMetrics
 from llumsched.frontend.options.arguments import ServeOptions
 from llumsched.frontend.options.preflight import check_tasks
-from llumsched.frontend.routing.engine import Surroundings, build_engine
-from llumsched.frontend.routing.instance_events import Departures
+from llumsched.frontend.routing.engine import EngineClientConfig, build_engine
+from llumsched.frontend.routing.instance_events import InstanceEventBridge
 from llumsched.frontend.routing.sockets import FrontendSockets, max_output_num_bytes
-from llumsched.frontend.workers.launcher_client import Supervision
+from llumsched.frontend.workers.launcher_client import LauncherClient
 from llumsched.logs import set_up
 from llumsched.wire.keys import PoolKeys
 from llumsched.wire.names import frontend_id
@@ -60,7 +60,7 @@ def connections_of_all(descriptor: int, num_frontends: int) -> MutableSequence[i
     return cast("MutableSequence[int]", shared.cast("i"))
 
 
-async def serve(plan: FrontendPlan, index: int, supervision: Supervision) -> None:
+async def serve(plan: FrontendPlan, index: int, supervision: LauncherClient) -> None:
     """Serve in this place until a signal, or the end of the launcher, ends it."""
     name = frontend_id(index)
     set_up(name, plan.options.logs)
@@ -76,7 +76,7 @@ async def serve(plan: FrontendPlan, index: int, supervision: Supervision) -> Non
     engine, link = build_engine(
         args,
         vllm_config,
-        Surroundings(
+        EngineClientConfig(
             sockets=sockets,
             scheduler_endpoint=plan.scheduler_endpoint,
             prefix_hashes=prefix_hasher(vllm_config) if plan.options.wants_prefix_blocks else None,
@@ -94,7 +94,7 @@ async def serve(plan: FrontendPlan, index: int, supervision: Supervision) -> Non
         asyncio.create_task(supervision.count(sockets.gate)),
     ]
     try:
-        supervision.follow(client, Departures(asyncio.get_running_loop(), client, link))
+        supervision.follow(client, InstanceEventBridge(asyncio.get_running_loop(), client, link))
         if client.instances:
             await client.begin_anew()
             await engine.reset_mm_cache()

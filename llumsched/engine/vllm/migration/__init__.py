@@ -6,11 +6,11 @@ migration may leave by the next.
 
 from __future__ import annotations
 
-from llumsched.engine.vllm.migration.exports import ExportingPort, SuspendedRequest
-from llumsched.engine.vllm.migration.imports import HAND_OVER_CALL_ID, ImportingPort
+from llumsched.engine.vllm.migration.exports import SourceAdapter, SuspendedRequest
+from llumsched.engine.vllm.migration.imports import HAND_OVER_CALL_ID, DestinationAdapter
 
-__all__ = ["HAND_OVER_CALL_ID", "MigrationPort", "SuspendedRequest"]
+__all__ = ["HAND_OVER_CALL_ID", "MigrationAdapter", "SuspendedRequest"]
 
 
-class MigrationPort(ExportingPort, ImportingPort):
+class MigrationAdapter(SourceAdapter, DestinationAdapter):
     """Exports and imports of one engine, which implements ``engine.base.MigrationEngine``."""

@@ -30,8 +30,7 @@ from llumsched.core.policy import MigrationCandidate
 from llumsched.core.types import priority_class
 from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.vllm.core import LlumschedEngineCore
-from llumsched.engine.vllm.hints import predicted_output_tokens
-from llumsched.engine.vllm.migration.port import EnginePort
+from llumsched.engine.vllm.migration.port import EngineAdapter
 from llumsched.engine.vllm.migration.state import (
     FinalState,
     RequestState,
@@ -39,6 +38,7 @@ from llumsched.engine.vllm.migration.state import (
     read_generator_state,
     why_not_migratable,
 )
+from llumsched.engine.vllm.predicted_length import predicted_output_tokens
 
 # A prompt of which less than this share is computed begins anew at the destination; beyond, its
 # migration waits for the first token.
@@ -87,7 +87,7 @@ class _Rest:
     until_s: float
 
 
-class ExportingPort(EnginePort):
+class SourceAdapter(EngineAdapter):
     """Exports of one engine. ``on_lost`` hears of exports whose request finished
     (``"finished"``), was aborted (``"aborted"``) or preempted (``"preempted"``);
     ``on_release`` of requests that have left for good."""
@@ -146,11 +146,11 @@ class ExportingPort(EnginePort):
         request = self._exportable(request_id)
         has_kv = self._check_moment(request)
         arrival = self._arrivals.get(request)
-        num_moves = arrival.num_moves if arrival is not None else 0
+        placement_number = arrival.placement_number if arrival is not None else 0
         state = capture_request(
             request,
             reasoning_ended=self._reasoning_ended_at_arrival.get(request),
-            num_moves=num_moves + 1,
+            placement_number=placement_number + 1,
             has_kv=has_kv,
         )
         if not has_kv:

@@ -25,7 +25,7 @@ from vllm.v1.serial_utils import UtilityResult
 from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.vllm.compat import accepted, takes
 from llumsched.engine.vllm.core import LlumschedEngineCore
-from llumsched.engine.vllm.migration.port import Arrival, EnginePort
+from llumsched.engine.vllm.migration.port import Arrival, EngineAdapter
 from llumsched.engine.vllm.migration.state import (
     FinalState,
     RequestState,
@@ -59,12 +59,12 @@ class Reservation:
 class _Import:
     request: Request
     core_request: EngineCoreRequest
-    num_moves: int
+    placement_number: int
     num_reserved_tokens: int
     has_kv: bool
 
 
-class ImportingPort(EnginePort):
+class DestinationAdapter(EngineAdapter):
     """Imports of one engine."""
 
     def __init__(self, engine: LlumschedEngineCore) -> None:
@@ -93,7 +93,7 @@ class ImportingPort(EnginePort):
         else:
             num_reserved_tokens = num_cached_tokens = 0
         self._imports[request_id] = _Import(
-            request, core_request, state.num_moves, num_reserved_tokens, state.has_kv
+            request, core_request, state.placement_number, num_reserved_tokens, state.has_kv
         )
         structured = request.structured_output_request
         grammar = structured._grammar if structured is not None else None
@@ -174,8 +174,8 @@ class ImportingPort(EnginePort):
             self._kv_manager.free(imported.request)
             raise
         request = imported.request
-        self._arrivals[request] = Arrival(imported.num_moves, time.monotonic())
-        self._announce(request, imported.num_moves)
+        self._arrivals[request] = Arrival(imported.placement_number, time.monotonic())
+        self._announce(request, imported.placement_number)
         self._engine.add_request(request)
         self._reasoning_ended_at_arrival[request] = imported.core_request.reasoning_ended
         request.events.clear()  # it was queued once already, as the frontend knows
@@ -225,10 +225,10 @@ class ImportingPort(EnginePort):
         if imported is not None:
             self._kv_manager.free(imported.request)
 
-    def _announce(self, request: Request, num_moves: int) -> None:
+    def _announce(self, request: Request, placement_number: int) -> None:
         announcement = UtilityOutput(
             call_id=HAND_OVER_CALL_ID,
-            result=UtilityResult([request.request_id, num_moves, request.num_output_tokens]),
+            result=UtilityResult([request.request_id, placement_number, request.num_output_tokens]),
         )
         self._engine.output_queue.put_nowait(
             (request.client_index, EngineCoreOutputs(utility_output=announcement))

@@ -22,13 +22,13 @@ from llumsched.engine.vllm.migration.state import why_engine_cannot_migrate
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request came by its ``num_moves``-th migration, at ``at_s`` (``time.monotonic()``)."""
+    """A request came by this placement, at ``at_s`` (``time.monotonic()``)."""
 
-    num_moves: int
+    placement_number: int
     at_s: float
 
 
-class EnginePort:
+class EngineAdapter:
     """Invariant: every method of it and of its subclasses runs on the engine's loop thread.
 
     ``refusal`` is the reason why no request of this engine can move, or ``None``; ``kv`` is its KV

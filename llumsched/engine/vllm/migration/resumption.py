@@ -25,7 +25,7 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from llumsched.engine.base import CannotMigrate
 from llumsched.engine.vllm.core import LlumschedEngineCore
-from llumsched.engine.vllm.migration import MigrationPort
+from llumsched.engine.vllm.migration import MigrationAdapter
 from llumsched.engine.vllm.migration.state import FinalState, RequestState, decode_request
 
 # How often a migration that brings the request here as well is asked to end.
@@ -46,7 +46,7 @@ def why_not_resumable(request: EngineCoreRequest) -> str | None:
 
 
 def state_to_resume(
-    request: EngineCoreRequest, output_token_ids: list[int], stay: int
+    request: EngineCoreRequest, output_token_ids: list[int], placement_number: int
 ) -> RequestState:
     """What another instance needs, in the form in which requests without KV migrate."""
     sampling = request.sampling_params
@@ -62,7 +62,7 @@ def state_to_resume(
         request=frames[0],
         output_token_ids=output_token_ids,
         num_preemptions=0,
-        num_moves=stay,
+        placement_number=placement_number,
         has_kv=False,
     )
 
@@ -78,7 +78,7 @@ class Resumption:
     def __init__(
         self,
         engine: LlumschedEngineCore,
-        port: MigrationPort,
+        port: MigrationAdapter,
         give_up_arrival: Callable[[str], Future[None]],
     ) -> None:
         self._engine = engine

@@ -29,14 +29,14 @@ class RequestState(msgspec.Struct, frozen=True, kw_only=True):
 
     ``request`` is vLLM's own ``EngineCoreRequest``, encoded by vLLM's own encoder (no pickle), as
     it was when the request arrived. ``output_token_ids`` are the scheduler's, since the worker's
-    copy lags behind when steps are in flight. ``num_moves`` counts this move and those before it.
+    copy lags behind when steps are in flight. ``placement_number`` is that of the move to come.
     Without KV (``has_kv``) nothing is reserved: the request waits for its turn as it did before.
     """
 
     request: bytes
     output_token_ids: list[int]
     num_preemptions: int
-    num_moves: int
+    placement_number: int
     has_kv: bool = True
 
 
@@ -95,7 +95,7 @@ def why_not_migratable(request: Request) -> CannotMigrate | None:
 
 
 def capture_request(
-    request: Request, *, reasoning_ended: bool | None, num_moves: int, has_kv: bool
+    request: Request, *, reasoning_ended: bool | None, placement_number: int, has_kv: bool
 ) -> RequestState:
     """The wire form of a request; refused kinds must have been ruled out before.
 
@@ -131,7 +131,7 @@ def capture_request(
         request=frames[0],
         output_token_ids=list(request.output_token_ids),
         num_preemptions=request.num_preemptions,
-        num_moves=num_moves,
+        placement_number=placement_number,
         has_kv=has_kv,
     )
 

@@ -7,11 +7,11 @@ from inspect import signature
 
 import pytest
 
+from llumsched.core.fast_init import fast_init
 from llumsched.core.load import InstanceLoad
-from llumsched.core.quick import quick
 
 
-@quick
+@fast_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
     x: int
@@ -79,4 +79,4 @@ def test_a_class_that_its_init_would_not_do_for_is_refused() -> None:
 
     for kind in (WithFactory, Checked, WithBase):
         with pytest.raises(TypeError, match=kind.__name__):
-            quick(kind)
+            fast_init(kind)

@@ -15,7 +15,7 @@ import zmq
 from vllm.v1.engine import EngineCoreRequestType
 
 # No type of a request of vLLM's is as long.
-GREETING = b"who are you?"
+RECONNECT_PROBE = b"who are you?"
 
 _NOTHING = [EngineCoreRequestType.ABORT.value, msgspec.msgpack.encode([])]
 
@@ -32,7 +32,7 @@ class IntroducingSocket(zmq.Socket[bytes]):
 
     def recv_multipart(self, *args: Any, **kwargs: Any) -> Any:
         frames = super().recv_multipart(*args, **kwargs)
-        if bytes(frames[0]) != GREETING:
+        if bytes(frames[0]) != RECONNECT_PROBE:
             return frames
         if self._introduction is not None:
             super().send(self._introduction)

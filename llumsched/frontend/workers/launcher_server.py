@@ -21,7 +21,7 @@ from llumsched.frontend.workers.channel import Channel, ChannelClosed
 from llumsched.frontend.workers.messages import (
     AskOthers,
     ConnectionBroke,
-    CountUnproven,
+    CountUnauthenticated,
     FrontendServes,
     InstanceLeft,
     LimitInstances,
@@ -37,7 +37,7 @@ from llumsched.wire.names import frontend_id
 logger = logging.getLogger(__name__)
 
 
-class Supervisor(Protocol):
+class InstanceControls(Protocol):
     """Who looks after the instances; may be called from any thread."""
 
     def replace(self, instance_id: str) -> None: ...
@@ -51,7 +51,7 @@ class Supervisor(Protocol):
 class _Member:
     channel: Channel
     serves: bool = False
-    num_unproven: int = 0
+    num_unauthenticated: int = 0
 
 
 @dataclass(slots=True)
@@ -64,11 +64,11 @@ class _Round:
     requests: list[RequestStatus] = field(default_factory=list)
 
 
-class Hub:
+class LauncherServer:
     """Frontends by their place; a thread receives from each."""
 
     def __init__(self) -> None:
-        self._supervisor: Supervisor | None = None
+        self._supervisor: InstanceControls | None = None
         self._lock = threading.RLock()
         self._members: dict[int, _Member] = {}
         self._rounds: dict[int, _Round] = {}
@@ -77,7 +77,7 @@ class Hub:
 
     # ---- what the launcher does ---------------------------------------------------------------
 
-    def supervise_with(self, supervisor: Supervisor) -> None:
+    def supervise_with(self, supervisor: InstanceControls) -> None:
         """From now on what frontends want of instances is done."""
         self._supervisor = supervisor
 
@@ -112,7 +112,7 @@ class Hub:
 
     def unproven(self) -> Mapping[str, int]:
         """What the gates of the frontends have turned away, by name."""
-        return {frontend_id(i): m.num_unproven for i, m in list(self._members.items())}
+        return {frontend_id(i): m.num_unauthenticated for i, m in list(self._members.items())}
 
     def tell(self, status: PoolStatus) -> None:
         """Say how the pool is, if that has changed."""
@@ -152,8 +152,8 @@ class Hub:
             match message:
                 case FrontendServes():
                     member.serves = True
-                case CountUnproven():
-                    member.num_unproven = message.num_unproven
+                case CountUnauthenticated():
+                    member.num_unauthenticated = message.num_unauthenticated
                 case ConnectionBroke() if self._supervisor is not None:
                     self._supervisor.connection_broke(message.instance_id)
                 case ReplaceInstance() if self._supervisor is not None:

@@ -13,11 +13,11 @@ import pytest
 
 from llumsched.frontend.routing.client import RoutingEngineClient
 from llumsched.frontend.routing.engine_labels import EngineLabels
-from llumsched.frontend.routing.instance_events import Departures
+from llumsched.frontend.routing.instance_events import InstanceEventBridge
 from llumsched.frontend.routing.routes import Routes
 from llumsched.frontend.workers.channel import Channel, ChannelClosed
-from llumsched.frontend.workers.hub import Hub
-from llumsched.frontend.workers.launcher_client import Supervision
+from llumsched.frontend.workers.launcher_client import LauncherClient
+from llumsched.frontend.workers.launcher_server import LauncherServer
 from llumsched.frontend.workers.messages import PoolStatus
 
 PATIENCE_S = 20.0
@@ -54,7 +54,7 @@ class Wishes:
 class Member:
     """One frontend; ``gone`` has what it was told of instances."""
 
-    def __init__(self, hub: Hub, index: int) -> None:
+    def __init__(self, hub: LauncherServer, index: int) -> None:
         ours, theirs = socket.socketpair()
         self.index = index
         self.lost = threading.Event()
@@ -63,7 +63,7 @@ class Member:
         self.gone: list[tuple[int, bool]] = []
         self.num_counted = 0
         self.breaks: Callable[[int], None] | None = None
-        self.supervision = Supervision(
+        self.supervision = LauncherClient(
             Channel(theirs), f"frontend-{index}", launcher_lost=self.lost.set
         )
         hub.join(index, Channel(ours))
@@ -73,7 +73,9 @@ class Member:
             routes=self.routes, labels=self.labels, tell_of_breaks=self._tell_of_breaks
         )
         departures = SimpleNamespace(gone=self._gone)
-        self.supervision.follow(cast(RoutingEngineClient, client), cast(Departures, departures))
+        self.supervision.follow(
+            cast(RoutingEngineClient, client), cast(InstanceEventBridge, departures)
+        )
         self.supervision.serves()
 
     def _gone(self, index: int, *, expected: bool, is_counted: bool) -> None:
@@ -96,14 +98,14 @@ async def until_told(member: Member) -> None:
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    hub = Hub()
+def hub() -> Iterator[LauncherServer]:
+    hub = LauncherServer()
     yield hub
     for index in range(4):
         hub.leave(index)
 
 
-def test_frontends_know_how_the_pool_is(hub: Hub) -> None:
+def test_frontends_know_how_the_pool_is(hub: LauncherServer) -> None:
     async def play() -> None:
         early = Member(hub, 0)
         hub.tell(status())
@@ -120,7 +122,7 @@ def test_frontends_know_how_the_pool_is(hub: Hub) -> None:
     asyncio.run(play())
 
 
-def test_an_instance_that_goes_while_a_frontend_boots_is_told_later(hub: Hub) -> None:
+def test_an_instance_that_goes_while_a_frontend_boots_is_told_later(hub: LauncherServer) -> None:
     async def play() -> None:
         member = Member(hub, 0)
         hub.instance_lost(7)
@@ -134,7 +136,7 @@ def test_an_instance_that_goes_while_a_frontend_boots_is_told_later(hub: Hub) ->
     asyncio.run(play())
 
 
-def test_an_instance_that_dies_is_counted_by_one_frontend(hub: Hub) -> None:
+def test_an_instance_that_dies_is_counted_by_one_frontend(hub: LauncherServer) -> None:
     async def play() -> None:
         members = [Member(hub, index) for index in range(3)]
         for member in members[1:]:
@@ -147,7 +149,7 @@ def test_an_instance_that_dies_is_counted_by_one_frontend(hub: Hub) -> None:
     asyncio.run(play())
 
 
-def test_what_operators_want_reaches_the_supervisor(hub: Hub) -> None:
+def test_what_operators_want_reaches_the_supervisor(hub: LauncherServer) -> None:
     async def play() -> None:
         wishes = Wishes()
         hub.supervise_with(wishes)
@@ -163,7 +165,7 @@ def test_what_operators_want_reaches_the_supervisor(hub: Hub) -> None:
     asyncio.run(play())
 
 
-def test_a_frontend_learns_the_requests_of_all_others(hub: Hub) -> None:
+def test_a_frontend_learns_the_requests_of_all_others(hub: LauncherServer) -> None:
     async def play() -> None:
         members = [Member(hub, index) for index in range(3)]
         for member in members:
@@ -179,7 +181,7 @@ def test_a_frontend_learns_the_requests_of_all_others(hub: Hub) -> None:
     asyncio.run(play())
 
 
-def test_one_that_dies_is_not_waited_for(hub: Hub) -> None:
+def test_one_that_dies_is_not_waited_for(hub: LauncherServer) -> None:
     async def play() -> None:
         asker, dying = Member(hub, 0), Member(hub, 1)
         asker.follow()
@@ -195,7 +197,7 @@ def test_one_that_dies_is_not_waited_for(hub: Hub) -> None:
     asyncio.run(play())
 
 
-def test_alone_for_a_while(hub: Hub) -> None:
+def test_alone_for_a_while(hub: LauncherServer) -> None:
     async def play() -> None:
         member = Member(hub, 0)
         member.follow()
@@ -204,7 +206,7 @@ def test_alone_for_a_while(hub: Hub) -> None:
     asyncio.run(play())
 
 
-def test_the_end_of_the_launcher_is_the_end_of_its_frontends(hub: Hub) -> None:
+def test_the_end_of_the_launcher_is_the_end_of_its_frontends(hub: LauncherServer) -> None:
     member = Member(hub, 0)
     hub.leave(0)
     assert member.lost.wait(PATIENCE_S)

@@ -12,19 +12,19 @@ itself. Nothing here knows instances or tokens.
 from __future__ import annotations
 
 # More moves than a request can make.
-STAYS_PER_SERIES = 1 << 20
+PLACEMENTS_PER_EPOCH = 1 << 20
 
 
-def series_of(stay: int) -> int:
+def epoch_of(placement_number: int) -> int:
     """How often the request was resumed before this stay."""
-    return stay // STAYS_PER_SERIES
+    return placement_number // PLACEMENTS_PER_EPOCH
 
 
-def first_stay(series: int) -> int:
+def first_placement_number(series: int) -> int:
     """The number of the first stay of a series."""
-    return series * STAYS_PER_SERIES
+    return series * PLACEMENTS_PER_EPOCH
 
 
-def num_moves_within(stay: int) -> int:
+def num_moves_within(placement_number: int) -> int:
     """How often the request has migrated since it was last resumed."""
-    return stay % STAYS_PER_SERIES
+    return placement_number % PLACEMENTS_PER_EPOCH
