@@ -1,4 +1,4 @@
-"""What llumsched is to pip: names, versions, dependencies, entry points."""
+"""Packaging of llumsched: names, versions, dependencies, entry points."""
 
 import re
 import runpy

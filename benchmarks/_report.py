@@ -1,4 +1,4 @@
-"""What a benchmark hands in: figures with goals, tables, and the machine they were taken on.
+"""Report of a benchmark: figures with goals, tables, and the machine they were taken on.
 
 A figure knows whether it meets its goal, so that a missed goal is printed as missed everywhere: on
 the terminal, in the JSON and in the docs. A missed goal is a result, not a failure: the exit status
@@ -50,7 +50,7 @@ class Figure:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the value keeps its bounds; ``None`` without one, ``False`` for a NaN."""
+        """True if the value keeps its bounds; ``None`` without one, ``False`` for a NaN."""
         if self.at_most is None and self.at_least is None:
             return None
         above = self.at_least is None or self.value >= self.at_least
@@ -179,7 +179,7 @@ def machine() -> str:
 
 
 def _autogroup() -> str:
-    """Whether Linux shares its cores between sessions, not processes.
+    """True if Linux shares its cores between sessions, not processes.
 
     If it does, on Linux 6.18 and two cores that were taken a client waited for up to eight seconds
     until it could read what it had long been sent, which then counts as the server's time.

@@ -134,7 +134,7 @@ def undisturbed(step: MeasuredStep, machine: MachineSharing) -> MeasuredStep:
 
 
 async def measure_copies(server: Server, *, num_rounds: int) -> CopyCoefficients:
-    """What moves between the instances take, by the number of tokens that they copy."""
+    """Seconds that moves between the instances take, by the number of tokens that they copy."""
     moves = await Moves(server).alone(_MOVED_CONTEXTS, num_rounds)
     seconds = [statistics.median(move.total_s for move in moves[c]) for c in _MOVED_CONTEXTS]
     token_s = max(0.0, (seconds[1] - seconds[0]) / (_MOVED_CONTEXTS[1] - _MOVED_CONTEXTS[0]))

@@ -81,7 +81,7 @@ class Point:
 
     @property
     def may_fill_the_cache(self) -> bool:
-        """Whether it holds more KV than is surely there."""
+        """True if it holds more KV than is surely there."""
         num_tokens = self.concurrency * (self.num_prompt_tokens + self.num_output_tokens)
         return num_tokens * KV_BYTES > self.num_gpus * USABLE_BYTES - WEIGHT_BYTES
 

@@ -1,4 +1,4 @@
-"""What llumsched costs over plain vLLM: one instance of each, side by side, in alternation.
+"""Cost of llumsched over plain vLLM: one instance of each, side by side, in alternation.
 
 Both servers run at once with the same model and flags; only one is loaded at a time, and they
 take turns, so a machine that slows down slows both. Each round sends the same greedy requests
@@ -35,7 +35,7 @@ WORDS = "the scheduler moves a running request to another instance while it keep
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """What one server did with one round of requests."""
+    """One server's answers to one round of requests."""
 
     throughput: float
     """Output tokens a second."""

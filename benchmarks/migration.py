@@ -1,4 +1,4 @@
-"""What a migration costs: the client's pause, the other requests, bytes and memory.
+"""Cost of a migration: the client's pause, the other requests, bytes and memory.
 
 Two instances serve streamed, greedy requests; each is told to move one while it decodes, and every
 token's arrival at the client is recorded. The pause is the gap between the last token of the source

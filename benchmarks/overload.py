@@ -55,7 +55,7 @@ SEED = 5
 
 @dataclass(slots=True, kw_only=True)
 class Phase:
-    """What came of the requests of one rate; ``memory_num_bytes`` is sampled through it."""
+    """Outcome of the requests of one rate; ``memory_num_bytes`` is sampled through it."""
 
     rate_rps: float
     lasted_s: float = 0.0

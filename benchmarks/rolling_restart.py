@@ -48,7 +48,7 @@ CONFIGS = {WITH: "policy: latency\n", WITHOUT: "policy: latency\nparts: {migrati
 
 @dataclass(slots=True, kw_only=True)
 class Measured:
-    """What the clients of one server saw; times are those of this process's clock."""
+    """Observations of one server's clients; times are those of this process's clock."""
 
     streams: list[Stream] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)

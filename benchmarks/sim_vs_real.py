@@ -183,7 +183,7 @@ def _at_pace(hardware: Hardware, factor: float) -> Hardware:
 
 
 def _measured_steps(server: Server, *, every: int) -> list[MeasuredStep]:
-    """What instances do that serve like this."""
+    """Steps measured on instances that serve this configuration."""
     return asyncio.run(
         measure_steps(
             server,

@@ -67,7 +67,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What it took."""
+    """Time and memory that a run took."""
 
     case: Case
     seconds: float

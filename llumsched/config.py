@@ -51,7 +51,7 @@ class PartConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """What a configuration file says."""
+    """Content of a configuration file."""
 
     policy: str = DEFAULT_POLICY
     seed: int = 0

@@ -59,7 +59,7 @@ class Policy:
 
     @property
     def params(self) -> tuple[Param, ...]:
-        """Its parameters; a bundle has those of its parts instead."""
+        """Parameters of a policy; a bundle has those of its parts instead."""
         return params_of(self.target) if isinstance(self.target, type) else ()
 
 

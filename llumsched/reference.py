@@ -1,4 +1,4 @@
-"""What can be configured, written out from the code: as YAML with every default, and as text.
+"""Reference of the configuration, written out from the code: YAML with every default, and text.
 
 Invariant: the YAML of a bundle is a valid configuration that changes nothing. This module holds no
 defaults and no descriptions of its own.

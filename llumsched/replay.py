@@ -53,7 +53,7 @@ class ReplayResult:
 
     @property
     def is_identical(self) -> bool:
-        """Whether every event was decided alike."""
+        """True if every event was decided alike."""
         return self.num_different == 0
 
 
@@ -102,7 +102,7 @@ def replay(path: Path, other: Config | None = None, *, max_shown: int = 3) -> Re
 
 
 def _compared(actions: tuple[Action, ...], other: Config | None) -> tuple[Action, ...]:
-    """What has to be equal: everything, or with another policy all but the reasons."""
+    """The part that has to be equal: everything, or with another policy all but the reasons."""
     if other is None:
         return actions
     return tuple(

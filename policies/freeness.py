@@ -22,7 +22,7 @@ from llumsched.core.types import PriorityClass, SchedulingRequest
 
 
 def free_blocks(request: SchedulingRequest, cluster: ClusterSnapshot) -> FloatColumn:
-    """What freeness is a quotient of, as this request sees it: a new column, in blocks."""
+    """Dividend of freeness as this request sees it: a new column, in blocks."""
     c = cluster.columns
     if _is_high(request):
         return c.num_free_blocks - c.head_of_line_blocks

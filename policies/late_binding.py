@@ -133,7 +133,7 @@ class RoomOrWait:
 
 
 def _growth_blocks(cluster: ClusterSnapshot, growth_tokens: int) -> FloatColumn:
-    """What the requests of each instance may still need."""
+    """Blocks that the requests of each instance may still need."""
     c = cluster.columns
     growth: FloatColumn = -(-growth_tokens // c.block_size) * c.num_requests
     return growth
@@ -151,7 +151,7 @@ def _open_to(request: SchedulingRequest, cluster: ClusterSnapshot) -> BoolColumn
 
 
 def _narrowed(among: BoolColumn, wanted: BoolColumn) -> BoolColumn:
-    """Those among them that are wanted, or all if none is."""
+    """The wanted rows among them, or all if none is wanted."""
     both = among & wanted
     return both if np.count_nonzero(both) else among
 

@@ -64,7 +64,7 @@ class MovingQuantile:
             self._clients.popitem(last=False)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {
             "everyone": list(self._everyone.recent),
             "clients": [[name, list(w.recent)] for name, w in self._clients.items()],

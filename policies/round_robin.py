@@ -25,7 +25,7 @@ class RoundRobin:
         return Placement(instance_id=self._last_id, reason="round-robin")
 
     def state(self) -> str:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return self._last_id
 
     def restore(self, state: str) -> None:

@@ -98,7 +98,7 @@ class PreemptionBound:
     def _has_room(
         self, request: SchedulingRequest, cluster: ClusterSnapshot, rows: int | slice
     ) -> BoolColumn:
-        """Whether these rows, or this one, can take the request and let all they run grow."""
+        """True if these rows, or this one, can take the request and let all they run grow."""
         c = cluster.columns
         growth_blocks = -(-self.growth_tokens // c.block_size[rows])
         demand = -(-request.num_prompt_tokens // c.block_size[rows]) + growth_blocks

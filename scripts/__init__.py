@@ -1,1 +1,1 @@
-"""What the Makefile runs from a checkout; not part of the installed package."""
+"""Programs that the Makefile runs from a checkout; not part of the installed package."""

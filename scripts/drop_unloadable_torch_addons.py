@@ -13,7 +13,7 @@ ADDONS = ("torchvision", "torchaudio", "torchcodec")
 
 
 def loads(module: str) -> bool:
-    """Whether a fresh interpreter can import ``module``."""
+    """True if a fresh interpreter can import ``module``."""
     command = [sys.executable, "-c", f"import {module}"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 

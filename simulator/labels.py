@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def is_file(policy: str) -> bool:
-    """Whether a policy is named by a configuration file."""
+    """True if a policy is named by a configuration file."""
     return Path(policy).suffix in (".yaml", ".yml")
 
 

@@ -115,7 +115,7 @@ class SimulationOptions:
 
     @property
     def has_prefix_caches(self) -> bool:
-        """Whether the engines look for prefixes that they hold."""
+        """True if the engines look for prefixes that they hold."""
         return self.enable_prefix_caching and self.engine == "vllm-v1"
 
     @property

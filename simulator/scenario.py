@@ -28,7 +28,7 @@ EXAMPLE = "example"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """What to simulate. `traffic` is a file, a generator, or `example`."""
+    """Choice of what to simulate. `traffic` is a file, a generator, or `example`."""
 
     traffic: str
     policy: str = param("latency", "a bundle, a dispatch policy, or a YAML configuration")

@@ -13,4 +13,4 @@ works where they are not installed.
 
 
 class CommandError(Exception):
-    """What stops a command, said to its user: printed as one line, with exit status 1."""
+    """Error that stops a command: printed to its user as one line, with exit status 1."""

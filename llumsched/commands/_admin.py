@@ -118,7 +118,7 @@ class AdminClient:
         return answer
 
     def _refusal(self, error: urllib.error.HTTPError) -> str:
-        """What the server said, in its own words where it said any."""
+        """The server's own words for a refusal, where it said any."""
         with error:
             text = error.read(64 * 1024)
         try:

@@ -1,4 +1,4 @@
-"""What ``simulate`` and ``sweep`` do about policies that raised or answered nonsense."""
+"""Reports and exit status of ``simulate`` and ``sweep`` where a policy failed."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def copied(report: Mapping[str, Any]) -> str:
-    """What was copied of a request's context, and how."""
+    """Sentence on the part of a request's context that was copied, and how."""
     cached = report["num_cached_blocks"]
     return (
         f"context of {report['num_tokens']} tokens: {report['num_blocks']} KV blocks"

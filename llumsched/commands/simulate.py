@@ -135,7 +135,7 @@ def _scenarios(args: argparse.Namespace) -> dict[str, Scenario]:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class _Done:
-    """What was simulated, and what there is to say about the traffic."""
+    """The runs that were simulated, and remarks on their traffic."""
 
     runs: list[Run] = dataclasses.field(default_factory=list)
     trace: Trace

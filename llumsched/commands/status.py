@@ -91,7 +91,7 @@ def migration_lines(instances: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def berth_lines(berths: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is to be said of places where instances boot, have died, or are on several machines."""
+    """Lines on places where instances boot, have died, or are on several machines."""
     lines = []
     nodes = {berth["node"] for berth in berths} - {None}
     for berth in berths:
@@ -110,7 +110,7 @@ def berth_lines(berths: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def frontend_lines(frontends: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is to be said of places where frontends boot, or have died."""
+    """Lines on places where frontends boot, or have died."""
     lines = []
     for frontend in frontends:
         parts = []

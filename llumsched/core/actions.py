@@ -27,7 +27,7 @@ class DispatchRequest:
 
 
 class Rejection(StrEnum):
-    """Whose fault it is that a request is rejected, so that a host can say so in its protocol."""
+    """Side at fault for a rejection, so that a host can say so in its protocol."""
 
     OVERLOADED = "overloaded"
     CLIENT_LIMIT = "client_limit"

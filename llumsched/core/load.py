@@ -20,7 +20,7 @@ from llumsched.core.types import InstanceRole, PriorityClass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceSpec:
-    """What never changes while an instance lives."""
+    """Properties of an instance that never change while it lives."""
 
     instance_id: str
     num_total_blocks: int

@@ -59,7 +59,7 @@ class Param:
 
     @property
     def is_required(self) -> bool:
-        """Whether it has no default: the configuration must give it."""
+        """True if it has no default: the configuration must give it."""
         return self.default is dataclasses.MISSING
 
     @property

@@ -85,7 +85,7 @@ ADMIT = Admit()
 
 @runtime_checkable
 class AdmissionPolicy(Protocol):
-    """Whether a request is dispatched now, held, or rejected."""
+    """Decides if a request is dispatched now, held, or rejected."""
 
     def admit(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Verdict:
         """Judge one request; asked again at every change while it is held."""
@@ -102,7 +102,7 @@ class ScaleUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleDown:
-    """This instance can be spared."""
+    """Verdict that an instance can be spared."""
 
     instance_id: str
     reason: str
@@ -110,7 +110,7 @@ class ScaleDown:
 
 @runtime_checkable
 class ScalingPolicy(Protocol):
-    """Whether the cluster should grow or shrink; cool-downs and limits are the scheduler's."""
+    """Decides if the cluster should grow or shrink; cool-downs and limits are the scheduler's."""
 
     def scale(self, cluster: ClusterSnapshot) -> ScaleUp | ScaleDown | None:
         """The wish of this moment; the scheduler acts on one that lasts."""
@@ -183,7 +183,7 @@ class PolicyBundle:
     options: SchedulerOptions = field(default_factory=SchedulerOptions)
 
     def policies(self) -> dict[str, object]:
-        """Its policies by kind, those that it has."""
+        """The bundle's policies by kind, without the kinds that are missing."""
         kinds = ("dispatch", "migration", "scaling", "admission", "victim", "predictor")
         return {kind: getattr(self, kind) for kind in kinds if getattr(self, kind) is not None}
 

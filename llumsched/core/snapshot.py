@@ -131,7 +131,7 @@ class PrefixHolders(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ClusterSnapshot:
-    """What a policy decides from. See the module docstring for its lifetime.
+    """View of the cluster that a policy decides from. See the module docstring for its lifetime.
 
     Columns whose name does not say it all: `num_free_blocks` may be negative (more has been sent
     than fits); `num_room_blocks` is what the queue leaves of it; `batch_size` is running +
@@ -204,7 +204,7 @@ class ClusterSnapshot:
         return -(-request.num_prompt_tokens // self.columns.block_size)
 
     def cannot_ever_hold(self, request: SchedulingRequest) -> bool:
-        """Whether the prompt exceeds every known instance."""
+        """True if the prompt exceeds every known instance."""
         if self.block_size is not None:
             return request.num_prompt_tokens > self.max_total_blocks * self.block_size
         return not bool((self.demand_blocks(request) <= self.columns.num_total_blocks).any())
@@ -236,7 +236,7 @@ class ClusterSnapshot:
         return int(rows[score[rows].argmin()]) if len(rows) else None
 
     def any(self, among: BoolColumn) -> bool:
-        """Whether one of these rows accepts work."""
+        """True if one of these rows accepts work."""
         if self.num_accepting < len(self.instance_ids):
             among = among & self.columns.is_accepting
         return bool(np.count_nonzero(among))
@@ -368,10 +368,10 @@ class InstanceView:
         return int(self.cluster.columns.block_size[self.row])
 
     def fits(self, request: SchedulingRequest) -> bool:
-        """Whether the instance, if empty, could hold the prompt."""
+        """True if the instance, if empty, could hold the prompt."""
         return request.num_prompt_blocks(self.block_size) <= self.num_total_blocks
 
     def has_room(self, request: SchedulingRequest) -> bool:
-        """Whether the prompt fits into the blocks free now, with nothing waiting before it."""
+        """True if the prompt fits into the blocks free now, with nothing waiting before it."""
         demand = request.num_prompt_blocks(self.block_size)
         return not self.num_waiting and demand <= self.num_free_blocks

@@ -12,7 +12,7 @@ TRANSPORTS = ("auto", "shared_memory", "tcp", "gloo", "nccl")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferOptions:
-    """What a migration may use of memory and network."""
+    """Limits on memory and network for a migration."""
 
     transport: str = param(
         "auto",

@@ -65,7 +65,7 @@ def num_blocks_for(num_tokens: int, block_size: int) -> int:
 @fast_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulingRequest:
-    """What the scheduler may know of a request; never its text.
+    """Facts of a request that the scheduler may know; never its text.
 
     `scheduling_priority` orders the dispatch queue, `execution_priority` buys headroom while the
     request runs; both are `PriorityClass` values. `prefix_hashes` name the full KV blocks of the

@@ -1,4 +1,4 @@
-"""What a migration needs of an engine: two small ports, one for each side of a move.
+"""Ports of an engine for migration: two small ones, one for each side of a move.
 
 Everything here runs on the engine's own thread, between two of its steps, so each call sees a
 consistent scheduler. An *export* is a request that this engine may give away, an *import* one that
@@ -47,7 +47,7 @@ class Refusal(StrEnum):
 
     @property
     def is_permanent(self) -> bool:
-        """Whether it lies in the request itself, so that asking again is of no use."""
+        """True if the reason lies in the request itself, so that asking again is of no use."""
         return self in _PERMANENT
 
 

@@ -1,4 +1,4 @@
-"""What two instances must have in common for KV to move between them, compared field by field.
+"""Properties that two instances must share for KV to move between them, compared one by one.
 
 Compared once, when two instances first meet, and over the whole pool when it starts. As a text (a
 *fingerprint*) it goes into messages that need not know what it consists of.
@@ -60,7 +60,7 @@ def differences(here: str, there: str) -> str:
 
 
 def differences_in_pool(fingerprints: Mapping[str, str]) -> str:
-    """What keeps the instances of a pool from exchanging requests, in two sentences that say what
+    """Reasons why the instances of a pool cannot exchange requests, in two sentences that say what
     to change; empty if nothing does.
 
     Args:

@@ -102,7 +102,7 @@ class Instance:
         self._llumlet.leave()
 
     def fingerprint(self) -> str:
-        """What must be equal on all instances of a pool."""
+        """Fingerprint that must be equal on all instances of a pool."""
         return self._port.fingerprint()
 
     def run(self) -> None:

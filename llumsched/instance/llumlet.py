@@ -59,7 +59,7 @@ VICTIM_INTERVAL_S = 0.5
 def choose_victims(
     victim: VictimPolicy, candidates: Sequence[MigrationCandidate]
 ) -> Sequence[MigrationCandidate]:
-    """What the policy answers, best first; the candidates as they are if it raises, and without
+    """The policy's choice, best first; the candidates as they are if it raises, and without
     what it made up."""
     try:
         known = {candidate.request_id for candidate in candidates}

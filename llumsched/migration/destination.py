@@ -51,7 +51,7 @@ ANSWER_AFTER_S = 0.04
 
 @dataclass(slots=True)
 class _Arriving:
-    """What the executor keeps beside the table's record."""
+    """State of the executor beside the table's record."""
 
     record: protocol.Reservation
     reply: Reply
@@ -77,7 +77,7 @@ class _Arriving:
 
     @property
     def num_reserved_blocks(self) -> int:
-        """Those that are not the request's own yet."""
+        """Reserved blocks that are not the request's own yet."""
         return 0 if self.is_committed else len(self.block_ids)
 
 
@@ -113,14 +113,14 @@ class IncomingMigrations:
         return sum(arriving.num_reserved_blocks for arriving in self._arriving.values())
 
     def may_leave(self, request_id: str) -> bool:
-        """Whether a request that came here may move on: its source must know that it arrived."""
+        """True if a request that came here may move on: its source must know that it arrived."""
         return all(
             arriving.record.may_move_on or arriving.record.request_id != request_id
             for arriving in self._arriving.values()
         )
 
     def is_admitting(self, migration_id: str) -> bool:
-        """Whether the engine is taking the request over, and a client waits for its step."""
+        """True if the engine is taking the request over, and a client waits for its step."""
         arriving = self._arriving.get(migration_id)
         return arriving is not None and arriving.record.state is protocol.ReservationState.ADMITTING
 

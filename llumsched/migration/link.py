@@ -247,7 +247,7 @@ class PeerConnection:
 
 
 class Session:
-    """What a source that said Hello sends blocks through."""
+    """Channel for the blocks of one source that said Hello."""
 
     def __init__(self, *, ring: ReceiveRing | None, channel: _Channel | None) -> None:
         self._ring = ring

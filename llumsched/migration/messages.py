@@ -1,4 +1,4 @@
-"""What the migrators of two instances say to each other, and the bytes that follow.
+"""Messages between the migrators of two instances, and the bytes that follow.
 
 Decoding checks types and ranges, and runs no code of the sender's. KV bytes never lie in a message:
 they are in memory that both share, in a second frame, or in a ``torch.distributed`` channel.

@@ -1,4 +1,4 @@
-"""What a frontend that died has left behind: its requests at every instance and at the scheduler.
+"""Requests that a dead frontend has left behind, at every instance and at the scheduler.
 
 Every instance ends the requests of its place and says which they were; then the scheduler is told
 to forget them, and those that only it knows of. Nothing here blocks: an instance that does not

@@ -30,7 +30,7 @@ class FrontendProcess(Protocol):
     def pid(self) -> int: ...
 
     def serves(self) -> bool:
-        """Whether it has begun to take requests."""
+        """True if the frontend has begun to take requests."""
 
     def end_reason(self) -> str | None:
         """``None`` while it runs, else why it ended."""
@@ -40,7 +40,7 @@ class FrontendProcess(Protocol):
 
 
 class Host(Protocol):
-    """What is acted on."""
+    """Host of the frontend processes."""
 
     def start(self, index: int) -> FrontendProcess:
         """Begin to start a frontend in this place."""

@@ -54,7 +54,7 @@ NO_WORK = Work(cpu_s=0.0, is_ready=False)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceResources:
-    """What Ray sets aside for one instance. ``environment`` is set in its process.
+    """Resources that Ray sets aside for one instance. ``environment`` is set in its process.
 
     ``node`` is the resource of the machine that it must be on, if it must be on one.
     """
@@ -65,7 +65,7 @@ class InstanceResources:
     node: str | None = None
 
     def bundle(self) -> dict[str, float]:
-        """What the placement group asks for."""
+        """Resources that the placement group asks for."""
         bundle = {"CPU": self.num_cpus}
         if self.node is not None:
             bundle[self.node] = A_SHARE
@@ -75,7 +75,7 @@ class InstanceResources:
 
 
 def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
-    """What of the server's environment an instance gets, wherever it is."""
+    """Part of the server's environment that an instance gets, wherever it is."""
     return {
         name: value
         for name, value in environment.items()
@@ -84,7 +84,7 @@ def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class PoolCompatibility:
-    """What the instances of a pool have in common: the first to boot says it for all."""
+    """Properties common to the instances of a pool: the first to boot says them for all."""
 
     def __init__(self) -> None:
         self.fingerprint: str | None = None
@@ -155,7 +155,7 @@ class InstanceActor:
 
     @property
     def pid(self) -> int | None:
-        """Its process, once it has booted."""
+        """Process id of the instance, once it has booted."""
         return self._process.pid if self._process is not None else None
 
     def serve(self) -> None:
@@ -164,7 +164,7 @@ class InstanceActor:
 
     @property
     def serves(self) -> bool:
-        """Whether it has begun to."""
+        """True if the instance has begun to serve."""
         return self.run is not None
 
     def leave(self) -> None:
@@ -182,19 +182,19 @@ class InstanceActor:
         return "it stopped"
 
     def is_stopped(self) -> bool:
-        """Whether its process is held by the system, as by SIGSTOP."""
+        """True if the process is held by the system, as by SIGSTOP."""
         return self._process is not None and self._process.is_stopped()
 
     def work(self) -> Work:
-        """What its process has done so far."""
+        """Work of the process so far."""
         return self._process.work() if self._process is not None else NO_WORK
 
     def has_descendants(self) -> bool:
-        """Whether its process has started others."""
+        """True if the process has started others."""
         return self._process is not None and self._process.has_descendants()
 
     def descendants_work(self) -> Work:
-        """What those have done so far."""
+        """Work of the descendants so far."""
         return self._process.descendants_work() if self._process is not None else NO_WORK
 
     def kill(self) -> None:

@@ -83,7 +83,7 @@ class LocalProcess:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessSample:
-    """What was seen of a process. ``descendants`` is None if they were not looked for, which takes
+    """Observation of a process. ``descendants`` is None if they were not looked for, which takes
     a while, and a work of nothing if there are none."""
 
     is_stopped: bool
@@ -99,7 +99,7 @@ class NodeWatch:
         self._processes: dict[int, LocalProcess] = {}
 
     def look(self, pid: int, of_descendants: bool) -> ProcessSample | None:
-        """What a process does; ``None`` if there is none."""
+        """Observation of a process; ``None`` if there is none."""
         process = self._find(pid)
         if process is None:
             return None
@@ -139,7 +139,7 @@ class NodeWatches:
         self._watches: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
     def of(self, node_id: str) -> Any:
-        """That of a machine, by Ray's id of it."""
+        """Sampler of a machine, by Ray's id of it."""
         watch = self._watches.get(node_id)
         if watch is None:
             watch = self._watches[node_id] = self._start(node_id)

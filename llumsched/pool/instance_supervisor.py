@@ -48,7 +48,7 @@ class RunningInstance(Watched, Protocol):
 
     @property
     def pid(self) -> int | None:
-        """Its process, once it has booted."""
+        """Process id of the instance, once it has booted."""
 
     @property
     def node(self) -> str | None:
@@ -56,7 +56,7 @@ class RunningInstance(Watched, Protocol):
 
 
 class InstanceHost(Protocol):
-    """What the supervisor acts on."""
+    """Host of the instances that the supervisor acts on."""
 
     def start(self, engine_index: int, launch_id: str | None) -> RunningInstance:
         """Begin to start an instance."""
@@ -72,7 +72,7 @@ class InstanceHost(Protocol):
         """An instance is gone; called once for each that has served."""
 
     def refused(self, launch_id: str, reason: str) -> None:
-        """What the scheduler has ordered will not come."""
+        """Report that an ordered instance will not come."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +111,7 @@ class _Berth:
 
     @property
     def comes_unasked(self) -> bool:
-        """Whether an instance is to come here that the scheduler does not know of yet."""
+        """True if an instance is to come here that the scheduler does not know of yet."""
         is_on_its_way = not self.is_running and not self.is_ending
         return is_on_its_way and self.launch_id is None and not self.is_claimed
 
@@ -160,7 +160,7 @@ class InstanceSupervisor:
         self._orders.put(lambda: self._terminate(instance_id))
 
     def connection_broke(self, instance_id: str) -> None:
-        """What an instance has sent may be lost: it is dead."""
+        """Take an instance for dead whose outputs may be lost."""
         self._orders.put(lambda: self._connection_broke(instance_id))
 
     def replace(self, instance_id: str) -> None:
@@ -324,7 +324,7 @@ class InstanceSupervisor:
         )
 
     def _is_served_by_one_to_come(self, launch_id: str | None) -> bool:
-        """Whether what comes in the place of another will do, which the scheduler cannot know."""
+        """True if a replacement that is coming will do, which the scheduler cannot know."""
         coming = [berth for berth in self._berths if berth.comes_unasked]
         for berth in coming:
             if berth.instance is None:

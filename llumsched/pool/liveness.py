@@ -39,16 +39,16 @@ class Watched(Protocol):
     """A running process."""
 
     def is_stopped(self) -> bool:
-        """Whether it is held by the system, as by SIGSTOP."""
+        """True if the process is held by the system, as by SIGSTOP."""
 
     def work(self) -> Work:
-        """What it has done so far."""
+        """Work of the process so far."""
 
     def has_descendants(self) -> bool:
-        """Whether it has started other processes."""
+        """True if the process has started others."""
 
     def descendants_work(self) -> Work:
-        """What those have done so far."""
+        """Work of the descendants so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ class LivenessLimits:
 
 
 class LivenessProbe:
-    """Those of one instance, from when it begins to serve."""
+    """Liveness of one instance, from when it begins to serve."""
 
     def __init__(self, limits: LivenessLimits) -> None:
         self._limits = limits
@@ -75,7 +75,7 @@ class LivenessProbe:
         self._broken_s = 0.0
 
     def connection_broke(self) -> None:
-        """Its connection to the frontend broke, whatever has been made since."""
+        """Note that the connection to the frontend broke, whatever has been made since."""
         self._is_broken = True
 
     def tick(self, awake_s: float, beat: float | None, process: Watched) -> str | None:
@@ -119,7 +119,7 @@ class LivenessProbe:
 
 
 class _Suspicion:
-    """Whether a silent process does nothing, judged anew over one stretch of time after another.
+    """Judges if a silent process does nothing, over one stretch of time after another.
 
     Its descendants are looked for only once it does nothing itself: that takes a while.
     """

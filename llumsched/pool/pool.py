@@ -354,7 +354,7 @@ class Pool:
 
 
 class PoolListener(Protocol):
-    """Who hears of instances that come to an end."""
+    """Listener to the ends of instances."""
 
     def gone(self, engine_index: int, *, expected: bool) -> None:
         """An instance is gone."""

@@ -1,4 +1,4 @@
-"""Whether processes work, seen from outside: what tells one that hangs from one that is busy.
+"""Work of processes, seen from outside: it tells one that hangs from one that is busy.
 
 One that computes uses processor time, or waits for a processor or a disk; so do those that it waits
 for, such as a compiler. One that hangs does neither. This module knows no instances.
@@ -27,7 +27,7 @@ class Work:
 
 
 def work_of(processes: Iterable[psutil.Process]) -> Work:
-    """What these have done so far; those that are gone have done nothing."""
+    """Work of these processes so far; those that are gone have done nothing."""
     cpu_s = 0.0
     is_ready = False
     for process in processes:

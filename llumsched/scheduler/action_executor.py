@@ -1,4 +1,4 @@
-"""What the core decides, as messages to those who carry it out.
+"""Decisions of the core, as messages to the processes that carry them out.
 
 Invariant: every decision is told to somebody, or the core is told at once that it cannot be
 carried out. Messages wait in ``outbox``, with the connection each is for: the host sends them.
@@ -62,12 +62,12 @@ class ActionExecutor:
         self.outbox.append((identity, message))
 
     def take_outbox(self) -> list[tuple[bytes, Message]]:
-        """What is to be sent, in order; it is the caller's now."""
+        """Messages to be sent, in order; they are the caller's now."""
         outbox, self.outbox = self.outbox, []
         return outbox
 
     def supervised_by(self, identity: bytes) -> None:
-        """Whoever starts and ends instances is there, or there again."""
+        """Note the connection of the process that starts and ends instances."""
         self.supervisor = identity
         for order in self._terminations.values():
             self.send(identity, order)
@@ -78,7 +78,7 @@ class ActionExecutor:
             self.send(self.supervisor, message)
 
     def instance_lost(self, instance_id: str) -> None:
-        """It has ended, whoever was to end it."""
+        """Note the end of an instance."""
         self._terminations.pop(instance_id, None)
 
     def carry_out(self, action: Action) -> None:

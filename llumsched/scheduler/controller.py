@@ -377,7 +377,7 @@ class Controller:
         return self._clock() - self._started_s
 
     def _is_learning(self) -> bool:
-        """Whether it has just started, perhaps in the place of another: what there is is being
+        """True while it has just started, perhaps in the place of another: what there is is being
         told, and would be launched once more beside it."""
         return self._orders.supervisor is None or self._age_s() < self._learning_s
 

@@ -23,7 +23,7 @@ class FrontendRegistry:
         self._names[identity] = frontend_id
 
     def is_dead(self, identity: bytes) -> bool:
-        """Whether the connection is that of a frontend that has died since."""
+        """True if the connection is that of a frontend that has died since."""
         return identity in self._dead
 
     def asked(self, request_id: str, identity: bytes) -> None:

@@ -1,1 +1,1 @@
-"""What the processes of a pool say to one another, and the keys they prove themselves with."""
+"""Messages between the processes of a pool, and the keys they prove themselves with."""

@@ -1,4 +1,4 @@
-"""What the processes say to each other: frontend, scheduler and instances.
+"""Messages between frontend, scheduler and instances.
 
 Every message is a tagged ``msgspec`` struct in MessagePack: decoding checks the types and runs
 no code of the sender's. What the migrators of two instances say to each other is apart from it
@@ -61,7 +61,7 @@ class PrefixBlockChange(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReportPrefixBlocks(Message, frozen=True, kw_only=True):
-    """What an instance's prefix cache has gained and lost since the last one, in order."""
+    """Gains and losses of an instance's prefix cache since the last report, in order."""
 
     instance_id: str
     changes: list[PrefixBlockChange]

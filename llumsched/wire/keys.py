@@ -1,4 +1,4 @@
-"""Who may talk to the processes of a pool: those that hold its keys.
+"""Keys of a pool: only a process that holds them may talk to the others.
 
 A pool makes keys when it starts, and Ray hands them to its processes. Every socket between them is
 a ZeroMQ CURVE socket: both ends prove that they hold the keys before a message is taken in, and
@@ -136,7 +136,7 @@ class Gate:
                 )
 
     def callback(self, _domain: str, public_key: bytes) -> bool:
-        """Whether the holder of this key is a member; called by pyzmq's authenticator."""
+        """True if the holder of this key is a member; called by pyzmq's authenticator."""
         return public_key == self._keys.connecting_public
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What an instance is called.
+"""Names of instances and frontends.
 
 Invariant: no engine index is used twice while a server runs, so neither is a name: an instance that
 is started again is another instance, and nothing that was meant for the first reaches the second.

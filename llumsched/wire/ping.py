@@ -29,7 +29,7 @@ def decode_beat(beat: bytes) -> tuple[int, float] | None:
 
 
 class PingTimer:
-    """Whether a process still answers pings: one is sent, and the next when it is answered.
+    """Times how long a process leaves a ping unanswered; one ping is under way at a time.
 
     Args:
         ping: sends a ping; the returned function says whether it has been answered.

@@ -135,7 +135,7 @@ def sustained_rate_rps(workload: Workload, traces: Path) -> float:
 
 
 def _step_times(hardware: Hardware) -> dict[str, float]:
-    """What the policies that predict are told of the hardware, as an operator would tell them."""
+    """Step times for the policies that predict, as an operator would give them."""
     step = hardware.step
     first = tokens_s(step, 1)
     return {

@@ -187,7 +187,7 @@ def _say_how_it_ended(screen: Screen, ending: Ending, status: int) -> int:
 
 
 def _machine() -> str:
-    """What this runs on, in one line."""
+    """Machine of this run, in one line."""
     cpu = next(
         (
             line.partition(":")[2].strip()

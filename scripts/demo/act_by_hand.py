@@ -48,7 +48,7 @@ class Moved:
 
     @property
     def pause_s(self) -> float:
-        """What the client saw: from the last token before the move to the first after it."""
+        """Pause that the client saw: from the last token before the move to the first after it."""
         return self.migrated.gap_s(self.num_tokens_before)
 
     @property

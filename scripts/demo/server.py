@@ -175,7 +175,7 @@ class Server:
         return self._process is not None and self._process.poll() is None
 
     def _failure(self) -> ServerFailed:
-        """What the server said before it ended."""
+        """Last words of the server before it ended."""
         assert self._process is not None, "start first"
         refusals = [line for line in self._lines() if line.startswith(REFUSAL)]
         status = f"exit status {self._process.returncode}"
@@ -188,7 +188,7 @@ class Server:
         return [COLOUR.sub("", line).rstrip() for line in lines]
 
     async def _accepts(self) -> bool:
-        """It says that it serves a moment before it accepts connections."""
+        """True once the server accepts connections; it says so a moment earlier."""
         host, _, port = self.url.removeprefix("http://").partition(":")
         try:
             _, writer = await asyncio.open_connection(host, int(port))

@@ -1,4 +1,4 @@
-"""What the acts have in common: the terminal, a client, the operator's view, and checks.
+"""Common ground of the acts: the terminal, a client, the operator's view, and checks.
 
 Invariant: an act only reports. Whether the demo succeeded is decided by all checks of all acts.
 """
@@ -44,7 +44,7 @@ class Watch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """What every act works with."""
+    """Tools that every act works with."""
 
     screen: Screen
     client: Client

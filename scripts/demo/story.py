@@ -1,4 +1,4 @@
-"""What the demo asks. The text is the beginning of "Alice's Adventures in Wonderland" (1865)."""
+"""Prompts of the demo. The text is the beginning of "Alice's Adventures in Wonderland" (1865)."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ class Report:
         )
 
     def beyond_goal(self) -> str:
-        """Whether ours reaches the same goal at each of the higher rates."""
+        """True if ours reaches the same goal at each of the higher rates."""
         told = []
         for factor in experiments.BEYOND:
             judged = self._judged(list(experiments.beyond([factor])))
@@ -251,7 +251,7 @@ class Report:
         return grid([axis, "system", *_SCALED.values()], rows)
 
     def cost(self) -> str:
-        """What Llumnix, and ours, save in instances: both ways, published and simulated."""
+        """Instances that Llumnix, and ours, save: both ways, published and simulated."""
         theirs = published()["figure15"]
         thresholds = theirs["thresholds"]
         curves: dict[str, list[tuple[float, float]]] = {}

@@ -110,7 +110,7 @@ class Results:
         return [row["figures"] for row in sorted(found, key=lambda row: int(row["seed"]))]
 
     def has(self, point: Point, seed: int) -> bool:
-        """Whether a point is known for a seed."""
+        """True if a point is known for a seed."""
         return _key(dataclasses.asdict(point), seed) in self._rows
 
     def add_all(self, found: Iterable[tuple[Point, int, Mapping[str, float]]]) -> None:

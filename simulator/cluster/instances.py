@@ -97,15 +97,15 @@ class Instances:
         return self._machines[-1]
 
     def serve(self, engine: Engine, now: int) -> None:
-        """It is up."""
+        """Note that the instance is up."""
         self._serving[engine.index] = now
 
     def stop(self, engine: Engine, now: int) -> None:
-        """It is gone, and not paid for any more."""
+        """Note that the instance is gone, and not paid for any more."""
         self._gone[engine.index] = now
 
     def lifetimes(self) -> tuple[InstanceLifetime, ...]:
-        """What is recorded of all of them, by index."""
+        """Records of all instances, by index."""
         return tuple(
             InstanceLifetime(
                 instance_id=engine.instance_id,

@@ -150,7 +150,7 @@ def read_load(
 
 
 def kv_events(engine: Engine, num_free_blocks: int) -> Iterator[KvBlocksRemoved | KvBlocksStored]:
-    """What has changed in the engine's prefix cache since the last report."""
+    """Changes of the engine's prefix cache since the last report."""
     assert engine.cache is not None
     engine.cache.shrink(num_free_blocks)
     stored, removed = engine.cache.changes()

@@ -316,11 +316,11 @@ class Cluster:
             self._migrations.request_preempted(request, now)
 
     def load_changed(self, engine: Engine, num_free_blocks: int, now: int) -> None:
-        """It may be worth a report of its own."""
+        """Note a change of load, which may be worth a report of its own."""
         self._reports.changed(engine, num_free_blocks, now)
 
     def suspended(self, engine: Engine, request: LiveRequest, now: int) -> None:
-        """It is out of the batch for its migration."""
+        """Note that a request is out of the batch for its migration."""
         self._migrations.request_suspended(request, now)
 
     # ---- instances ------------------------------------------------------------------------
@@ -348,7 +348,7 @@ class Cluster:
         self._kernel.send(now + to_ps(self._options.effective_boot_s), up)
 
     def _fail(self, engine: Engine, now: int) -> None:
-        """It dies without a word; what it ran is nowhere until the scheduler learns of it."""
+        """Let an instance die without a word; the scheduler learns of it later."""
         if not engine.is_alive:
             return
         self._instances.stop(engine, now)

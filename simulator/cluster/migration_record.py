@@ -77,11 +77,11 @@ class OpenMoves:
         return True
 
     def of(self, index: int) -> list[Move]:
-        """Those of an instance, in the order in which they began."""
+        """Migrations of an instance, in the order in which they began."""
         return list(self._by_instance.get(index, {}).values())
 
     def all(self) -> list[Move]:
-        """Those of every instance."""
+        """Migrations of every instance."""
         return [move for moves in self._by_instance.values() for move in moves.values()]
 
     def count(self, index: int) -> int:

@@ -137,7 +137,7 @@ class Migrations:
             return candidates
 
     def _candidates(self, source: Engine, now: int) -> list[MigrationCandidate]:
-        """What `_is_movable` at a source; looked at of all that run, for every other report."""
+        """Requests that are `_is_movable` at a source; all are asked, every other report."""
         next_token = source.progress_at(now) + 1
         block_size = source.block_size
         candidates = []

@@ -103,7 +103,7 @@ class Columns:
     def scheduling_request(
         self, row: int, request: LiveRequest, tells_blocks: bool
     ) -> SchedulingRequest:
-        """What the scheduler may know of it."""
+        """A trace's request as the scheduler sees it."""
         predicted, client_ids = self._predicted, self._client_ids
         return SchedulingRequest(
             request_id=request.request_id,
@@ -124,7 +124,7 @@ class Columns:
         self._write(request, FINISHED)
 
     def write_rejected(self, request: LiveRequest, reason: str) -> None:
-        """It was answered with an error."""
+        """Record that a request was answered with an error."""
         self.rejections[request.row] = reason
         self._write(request, int(RequestStatus.REJECTED))
 
@@ -312,7 +312,7 @@ def _record(move: Move) -> MigrationRecord:
 
 
 def _warnings(options: SimulationOptions, columns: Columns, instances: Instances) -> list[str]:
-    """What a reader of the numbers must know."""
+    """Warnings that a reader of the numbers must know."""
     found = []
     hardware = options.hardware
     measured = hardware.measured

@@ -47,7 +47,7 @@ class SchedulerPort:
             )
 
     def handle(self, event: Event, now: int) -> tuple[Action, ...]:
-        """What the scheduler does about an event; its deadline may have moved (see `replan`)."""
+        """The scheduler's actions on an event; its deadline may have moved (see `replan`)."""
         now_s = now / PS_PER_S
         actions = self.scheduler.handle(event, now_s)
         if self._log is not None:
@@ -55,7 +55,7 @@ class SchedulerPort:
         return actions
 
     def wake(self, now: int) -> tuple[Action, ...]:
-        """Its deadline has come."""
+        """The scheduler's actions at its deadline."""
         # Picoseconds are finer than the deadline's last digit: it must not seem to be early.
         now_s = max(self._deadline_s, now / PS_PER_S)
         actions = self.scheduler.handle(Ticked(), now_s)
@@ -75,7 +75,7 @@ class SchedulerPort:
 
     @property
     def has_drawn(self) -> bool:
-        """Whether any decision took something from the scheduler's randomness."""
+        """True if any decision took something from the scheduler's randomness."""
         return self._rng.getstate() != self._seeded
 
     def close(self) -> None:

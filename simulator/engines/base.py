@@ -227,7 +227,7 @@ class Engine(Segment, ABC):
     # A segment ends.
 
     def end_of_segment(self, now: int) -> None:
-        """Its last step has ended: tokens come out, requests end, the next segment begins."""
+        """End a segment at its last step: tokens come out, requests end, the next one begins."""
         self.due = -1
         self._complete(now)
         if self.suspending:
@@ -307,7 +307,7 @@ class Engine(Segment, ABC):
             self.join(request)
 
     def _end(self, request: LiveRequest, now: int) -> None:
-        """Its last token has come."""
+        """End a request whose last token has come."""
         del self.running[request]
         if request.execution_priority:
             self.num_high_running -= 1

@@ -94,7 +94,7 @@ class DecodeBatch:
                 request.itl_max = self.gaps[found]
 
     def greet(self, first_end: int) -> None:
-        """Those who have not decoded in this batch yet get their next token at `first_end`."""
+        """Let requests that have not decoded in this batch get their next token at `first_end`."""
         # Some left again before their first step: they may decode elsewhere, or be here twice.
         for request in dict.fromkeys(self.joiners):
             if (

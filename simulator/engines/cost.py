@@ -1,4 +1,4 @@
-"""What a step, many steps, and a copy of KV take, in whole picoseconds.
+"""Durations of a step, of many steps, and of a copy of KV, in whole picoseconds.
 
 While a batch of b decodes does not change, every step reads b more tokens than the one before, so
 the durations of the steps are an arithmetic series: `first, first + increment, ...`. Its sum, and
@@ -21,7 +21,7 @@ from llumsched.simulator.kernel import to_ps
 
 
 class CostModel(Protocol):
-    """What an engine model asks of a cost model.
+    """Questions of an engine model to a cost model.
 
     `base` is the time by number of tokens in the step; the other terms are added to it. `kv_token`
     is also what each step of a series adds for each decode.

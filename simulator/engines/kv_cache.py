@@ -87,7 +87,7 @@ class PrefixCache:
             self._removed.append(idle.popitem(last=False)[0])
 
     def changes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What was stored and what was removed since the last call, without what was both.
+        """Blocks stored and blocks removed since the last call, without those that were both.
 
         A block stored again after it was removed is told as stored only.
         """

@@ -30,7 +30,7 @@ class Costs(NamedTuple):
 
 
 class MachineCosts:
-    """What steps cost, by what the other instances of the machine do.
+    """Cost of steps, by what the other instances of the machine do.
 
     Each pair is of steps as they are, and of those while KV is being copied.
     """

@@ -17,7 +17,7 @@ from llumsched.simulator.kernel import STEP, Kernel
 
 
 class Segment(DecodeBatch):
-    """Its length, and where in it a moment lies."""
+    """Length of a run of equal steps, and the place of a moment in it."""
 
     def __init__(self, index: int, kernel: Kernel, block_size: int, has_skew: bool) -> None:
         super().__init__(kernel, block_size, has_skew)

@@ -86,7 +86,7 @@ class EngineV01(Engine):
         self._begin(now, duration, 0, 1, False)
 
     def _fits_one_step(self) -> bool:
-        """Whether each request in turn finds a free block, in the order of arrival."""
+        """True if each request in turn finds a free block, in the order of arrival."""
         num_free = self.num_blocks - self.num_used - self.num_reserved
         needed = self.growth[self.progress % self.block_size]
         if needed != num_free:

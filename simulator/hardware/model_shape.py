@@ -1,4 +1,4 @@
-"""What a model's shape says of its costs, read from the `config.json` that comes with it.
+"""Costs of a model by its shape, read from the `config.json` that comes with it.
 
 Understood are decoders with multi-head, grouped-query or latent attention and gated MLPs, dense or
 with routed experts, under the keys that Hugging Face's configurations have for them. Numbers are
@@ -30,7 +30,7 @@ class ShapeError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """What a step computes and what it reads, on one accelerator."""
+    """Computation and reads of a step, on one accelerator."""
 
     compute: ComputeShape
     kv_bytes_per_token: int

@@ -94,7 +94,7 @@ class KvCapacity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineSharing:
-    """What instances of one machine take from one another: cores, memory bandwidth, power.
+    """Slowdown of instances of one machine by one another: cores, memory bandwidth, power.
 
     Each slowdown is the share by which a step is longer while all other instances of the machine do
     this; proportionally less while some do.
@@ -121,7 +121,7 @@ class MachineSharing:
 
     @property
     def is_felt(self) -> bool:
-        """Whether any step is longer for it."""
+        """True if any step is longer for it."""
         return any(self.slowdowns(1, 1))
 
     def slowdowns(self, num_decoding: int, num_prompting: int) -> tuple[float, float]:
@@ -137,7 +137,7 @@ class MachineSharing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeShape:
-    """What the model computes, on all its accelerators together; `rescale` goes by it."""
+    """Computation of the model, on all its accelerators together; `rescale` goes by it."""
 
     activated_parameters: int = param(
         1,

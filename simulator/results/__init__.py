@@ -1,1 +1,1 @@
-"""What a simulation gives: records, metrics, tables, pages."""
+"""Results of a simulation: records, metrics, tables, pages."""

@@ -106,7 +106,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """What curves are drawn from: per-request latencies of one run."""
+    """Per-request latencies of one run, from which curves are drawn."""
 
     ttft_s: Floats
     tpot_s: Floats
@@ -180,7 +180,7 @@ def shown_columns(table: Mapping[str, Mapping[str, Spread]]) -> list[FigureColum
 
 
 def best_labels(column: FigureColumn, table: Mapping[str, Mapping[str, Spread]]) -> set[str]:
-    """Who has the best mean, or one within 1 % of it; nobody where all are within 3 %."""
+    """Labels with the best mean, or one within 1 % of it; none where all are within 3 %."""
     means = {
         label: row[column.key].mean
         for label, row in table.items()

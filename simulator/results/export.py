@@ -81,7 +81,7 @@ def write_parquet(result: SimulationResult, path: Path) -> None:
 
 
 def check_parquet() -> None:
-    """Whether Parquet can be written, asked before a long run rather than after it.
+    """True if Parquet can be written, asked before a long run rather than after it.
 
     Raises:
         ExportError: pyarrow is not installed.

@@ -1,4 +1,4 @@
-"""What a simulation amounts to: latencies, throughput, preemption, migration, cost.
+"""Metrics of a simulation: latencies, throughput, preemption, migration, cost.
 
 Definitions are those of `vllm bench serve`, so that the numbers can be laid beside measured ones:
 
@@ -94,7 +94,7 @@ class Slo:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it bounds nothing."""
+        """True if it bounds nothing."""
         return self.ttft_s is None and self.tpot_s is None and self.e2e_s is None
 
 

@@ -1,4 +1,4 @@
-"""What a simulation leaves behind: records of requests, migrations and instances, and a time line.
+"""Records of a simulation: requests, migrations and instances, and a time line.
 
 Invariant: a value here is what happened in virtual time, in seconds from the start of the trace's
 clock; NaN says that it never happened. This module does not know what is good or bad (`metrics`).

@@ -1,4 +1,4 @@
-"""What has to be said about runs besides their figures: is the pool full or idle, what failed, why.
+"""Remarks on runs besides their figures: a pool that is full or idle, failures and their causes.
 
 A remark that holds for several policies is one remark. Invariant: a figure that a reader would
 misread without a remark has one. This module does not know where remarks are shown.
@@ -35,7 +35,7 @@ def remarks(runs: Sequence[Run]) -> list[str]:
 
 
 def verdict(summary: Summary) -> str:
-    """Whether a pool was too small for its traffic, had nothing to do, or neither."""
+    """True if a pool was too small for its traffic, had nothing to do, or neither."""
     wait = summary.queueing_s
     use = "" if math.isnan(summary.kv_usage) else f", KV cache {100 * summary.kv_usage:.0f} % full"
     if not wait.count:

@@ -67,7 +67,7 @@ def report_data(
     notes: Sequence[str],
     remarks: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What the page's script draws."""
+    """Data that the page's script draws."""
     table = spreads(runs)
     grouped = by_label(runs)
     timelines = {

@@ -1,4 +1,4 @@
-"""What a simulation gives: a column a quantity, a row a request."""
+"""Result of a simulation: a column a quantity, a row a request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llumsched.simulator.traces.trace import Trace
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SimulationResult:
-    """What happened. Row `i` of a column is request `i` of the trace; seconds, NaN for never."""
+    """Columns of a run. Row `i` is request `i` of the trace; seconds, NaN for never."""
 
     trace: Trace
     options: SimulationOptions

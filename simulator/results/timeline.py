@@ -19,7 +19,7 @@ _MAX_MIGRATIONS = 3000
 
 
 def timeline_of(result: SimulationResult) -> dict[str, Any] | None:
-    """What the report draws: use of KV by instance over time, and migrations.
+    """Timeline that the report draws: use of KV by instance over time, and migrations.
 
     At most 400 points an instance (the mean of the samples between) and 3,000 migrations.
     """

@@ -32,7 +32,7 @@ from llumsched.simulator.traces.trace import Floats, Trace, TraceError, make_tra
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratorOptions:
-    """What every generator is told."""
+    """Options of every generator."""
 
     rate_rps: float = param(4.0, "mean requests a second", above=0)
     cv: float = param(1.0, "coefficient of variation of the gaps; 1 is Poisson", above=0)

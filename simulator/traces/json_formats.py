@@ -181,7 +181,7 @@ def _add_optional(columns: Columns, first: Mapping[str, Any]) -> None:
 
 
 def _first_object_has(start: str, keys: set[str]) -> bool:
-    """Whether the first line is an object with these keys.
+    """True if the first line is an object with these keys.
 
     The start of a file may cut even its first line short: hash ids are long.
     """

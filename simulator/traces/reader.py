@@ -1,4 +1,4 @@
-"""What every loader shares: a text file that knows its lines, and the columns being filled.
+"""Common parts of loaders: a text file that knows its lines, and the columns being filled.
 
 A file is read line by line, so that the first requests of a very long one are cheap. An error names
 the file, the line and what was expected there. gzip is recognised by its first bytes.
@@ -41,14 +41,14 @@ class Columns:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadOptions:
-    """What a reader may be told."""
+    """Options of a reader."""
 
     max_requests: int | None = None
     hash_block_size: int | None = None
     count_tokens: Callable[[str], int] | None = None
 
     def is_enough(self, columns: Columns) -> bool:
-        """Whether no more rows are wanted."""
+        """True if no more rows are wanted."""
         return self.max_requests is not None and len(columns) >= self.max_requests
 
 

@@ -129,7 +129,7 @@ class Trace:
         return replace(self, arrival_s=self.arrival_s[0] + arrivals, notes=(*self.notes, note))
 
     def is_same(self, other: Trace) -> bool:
-        """Whether a simulation could not tell the two apart; names and notes do not count."""
+        """True if a simulation could not tell the two apart; names and notes do not count."""
         return all(
             np.array_equal(mine, theirs)
             if isinstance(mine, np.ndarray) and isinstance(theirs, np.ndarray)

@@ -1,4 +1,4 @@
-"""Whether a policy's answer has the shape its protocol asks for.
+"""Checks that a policy's answer has the shape its protocol asks for.
 
 Invariant: these checks never raise, whatever a policy answered; what passes them can be used
 without further care. Whether an answer makes sense in this cluster is for the asking part to judge.
@@ -17,7 +17,7 @@ MOST_FRAMES = 20
 
 
 def malformed(answer: object, *kinds: type) -> str | None:
-    """What is wrong with the shape of an answer that should be one of `kinds`, or None."""
+    """Mistake in the shape of an answer that should be one of `kinds`, or None."""
     kind: Any = type(answer)
     if kind not in kinds:
         return f"answered {answer!r}, not {' or '.join(k.__name__ for k in kinds)}"

@@ -112,7 +112,7 @@ class Dispatcher:
         self._ledger.place(record, instance, overlay=False)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, besides the queue."""
+        """State for a checkpoint, besides the queue."""
         return {
             "next_pass_s": self._next_pass_s,
             "all_let_pass": self._all_let_pass,
@@ -179,7 +179,7 @@ class Dispatcher:
             self._reject(record, reason, OVERLOAD_RETRY_S, out)
 
     def _awaits_a_boot(self) -> bool:
-        """Whether nothing serves, and something boots; how long that may take is its own limit."""
+        """True if nothing serves, and something boots; how long that may take is its own limit."""
         return bool(self._cluster.num_booting) and not self._any_serves()
 
     def _any_serves(self) -> bool:

@@ -22,7 +22,7 @@ _MIN_REMEMBERED = 1024
 
 
 class FairTurns:
-    """What each client has been charged, in weighted tokens; ``None`` is a client as well."""
+    """Weighted tokens that each client has been charged; ``None`` is a client as well."""
 
     def __init__(self) -> None:
         self._virtual_time = 0.0
@@ -44,7 +44,7 @@ class FairTurns:
         self._charge(client_id, num_output_tokens * OUTPUT_TOKEN_WEIGHT)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {
             "virtual_time": self._virtual_time,
             "charged_until": [[c, until] for c, until in self._charged_until.items()],

@@ -191,7 +191,7 @@ class MigrationArbiter:
         return None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {
             "next_id": self._next_id,
             "active": [to_plain(migration) for migration in self.active.values()],
@@ -227,7 +227,7 @@ def _no_slot(verb: str, record: InstanceRecord, in_use: int) -> str:
 
 
 def _only_swaps(cluster: Cluster, source: InstanceRecord, destination: InstanceRecord) -> bool:
-    """Whether after the move the destination is no freer than the source was before."""
+    """True if after the move the destination is no freer than the source was before."""
     columns = cluster.snapshot.columns
     rows = cluster.snapshot.rows
     row_s, row_d = rows[source.spec.instance_id], rows[destination.spec.instance_id]

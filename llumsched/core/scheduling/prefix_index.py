@@ -97,7 +97,7 @@ class PrefixIndex:
         return frozenset(self._blocks.get(instance_id, ()))
 
     def state(self) -> dict[str, list[int]]:
-        """What a checkpoint keeps: the blocks of each instance."""
+        """State for a checkpoint: the blocks of each instance."""
         return {instance_id: list(blocks) for instance_id, blocks in self._blocks.items()}
 
     def restore(self, state: Mapping[str, list[int]]) -> None:
@@ -108,7 +108,7 @@ class PrefixIndex:
     def match(
         self, prefix_hashes: tuple[int, ...], instance_ids: tuple[str, ...]
     ) -> list[PrefixHolders]:
-        """Who holds how many leading blocks of a prompt, longest first; each holder comes once.
+        """Holders of a prompt's leading blocks with their numbers, longest first, each once.
 
         Rows are those of `instance_ids`.
         """

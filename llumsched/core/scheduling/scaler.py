@@ -120,7 +120,7 @@ class Scaling:
         return min(deadlines, default=None)
 
     def give_up_launches(self, now: float) -> bool:
-        """Those that take too long have failed; whether there are any."""
+        """Fail launches that take too long; True if there are any."""
         overdue = [launch_id for launch_id, by_s in self._booting.items() if by_s <= now]
         limit_s = self._options.boot_timeout_s
         for launch_id in overdue:
@@ -144,7 +144,7 @@ class Scaling:
             self._decide(self._policy, now, out)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {
             "num_launched": self._num_launched,
             "booting": self._booting,
@@ -236,7 +236,7 @@ class Scaling:
         self._down_rests_until_s = now + self._options.scale_down_cooldown_s
 
     def _has_been_idle(self, now: float) -> bool:
-        """Whether no request has lived for as long as a wish to shrink must last."""
+        """True if no request has lived for as long as a wish to shrink must last."""
         return not self._num_live() and now - self._worked_s >= self._options.scale_down_after_s
 
     def _serving(self) -> list[str]:

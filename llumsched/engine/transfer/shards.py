@@ -27,7 +27,7 @@ LENGTH_NUM_BYTES = 4
 
 
 class ShardOpened(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker has of each block, and on what kind of device; ``refused`` is why its blocks
+    """A worker's part of each block, and its kind of device; ``refused`` is why its blocks
     cannot be copied."""
 
     layout: str = ""

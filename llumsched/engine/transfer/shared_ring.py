@@ -148,7 +148,7 @@ class ReceiveRing:
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def is_offered(self) -> bool:
-        """Whether its sender still has it."""
+        """True if its sender still has it."""
         try:
             stat = Path(f"/proc/{self.offer.pid}/fd/{self.offer.fd}").stat()
         except OSError:

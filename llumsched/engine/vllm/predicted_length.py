@@ -1,4 +1,4 @@
-"""What the scheduler knows of a request and its instance may use: carried in the request itself.
+"""Prediction of a request's length, carried from scheduler to instance in the request itself.
 
 vLLM hands ``SamplingParams.extra_args`` through untouched, and they move with the request, so a
 prediction reaches whichever instance runs it without a message of its own.
@@ -21,7 +21,7 @@ def predict(sampling: SamplingParams, num_output_tokens: int) -> None:
 
 
 def predicted_output_tokens(sampling: SamplingParams | None) -> int | None:
-    """What ``predict`` said, if it did."""
+    """Answer of ``predict``, if there was one."""
     if sampling is None or not sampling.extra_args:
         return None
     predicted = sampling.extra_args.get(PREDICTED_OUTPUT_TOKENS)

@@ -115,7 +115,7 @@ class PrefixBlockRecorder(EventPublisher):
         self._changes.append(kind(instance_id=self._instance_id, block_hashes=names))
 
     def take(self) -> list[Event]:
-        """What has changed since the last call, in order."""
+        """Changes since the last call, in order."""
         changes, self._changes = self._changes, []
         return changes
 

@@ -49,7 +49,7 @@ class Sources:
         return self._trees[name]
 
     def find(self, module: str, name: str) -> Definition | None:
-        """What a module's name stands for, wherever it is defined; the last definition counts.
+        """Definition of a name in a module, wherever it is; the last one counts.
 
         A submodule is found as an empty ``Definition`` of itself.
         """

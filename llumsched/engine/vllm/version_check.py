@@ -1,4 +1,4 @@
-"""Whether a vLLM has all that is used of it: asked of its sources, before anything is imported.
+"""Check that a vLLM has all that is used of it, by its sources, before anything is imported.
 
 The number of the version alone says too little (a build of one's own, or a patch release, may lack
 what its neighbours have), and an import that fails says too little of why.
@@ -53,7 +53,7 @@ def check_version(*, allow_other: bool = False) -> None:
 
 
 def why_unsupported(folder: Path) -> str | None:
-    """What is wrong with the vLLM in this folder, or ``None``."""
+    """Reason why the vLLM in this folder is not supported, or ``None``."""
     version = version_in(folder)
     window = f"llumsched works with vLLM {', '.join(WINDOW[:-1])} and {WINDOW[-1]}"
     if not is_in_window(version):

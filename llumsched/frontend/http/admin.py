@@ -57,7 +57,7 @@ class ScaleBody(BaseModel):
 
 
 class InstanceSlots(Protocol):
-    """Who looks after the instances."""
+    """Owner of the instances' lives."""
 
     @property
     def max_instances(self) -> int: ...
@@ -70,13 +70,13 @@ class InstanceSlots(Protocol):
 
 
 class OtherFrontends(Protocol):
-    """Those that share the instances with this one."""
+    """Other frontends of the same instances."""
 
     def frontends(self) -> Sequence[FrontendStatus]:
         """Every place of a frontend, this one's too; none if there is but one."""
 
     async def requests(self) -> Sequence[RequestStatus]:
-        """Their unfinished requests; raises ``TimeoutError`` if one does not answer."""
+        """Unfinished requests of the others; raises ``TimeoutError`` if one does not answer."""
 
 
 class Alone:

@@ -20,7 +20,7 @@ PATH = "/metrics"
 
 
 class Registry(Protocol):
-    """Whoever has metrics."""
+    """Source of metrics."""
 
     def collect(self) -> Iterable[Metric]: ...
 

@@ -42,7 +42,7 @@ class UsageError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """What the flags of ours say."""
+    """Values of llumsched's own flags."""
 
     num_instances: int
     num_frontends: int
@@ -68,7 +68,7 @@ class ServeOptions:
 
     @property
     def wants_prefix_blocks(self) -> bool:
-        """Whether the policies ask which instance caches which prefix."""
+        """True if the policies ask which instance caches which prefix."""
         return build_bundle(self.config).options.prefix_index_blocks > 0
 
 
@@ -326,12 +326,12 @@ def _admin_api(args: argparse.Namespace) -> bool:
 
 
 def is_local(args: argparse.Namespace) -> bool:
-    """Whether nobody but this machine can reach the server."""
+    """True if nobody but this machine can reach the server."""
     return bool(args.uds) or is_loopback(args.host)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens on ``host``."""
+    """True if only this machine can reach a server that listens on ``host``."""
     try:
         addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
     except OSError:

@@ -1,4 +1,4 @@
-"""What ``llumsched serve`` does as a program in the foreground: it says how far it is, and Ctrl-C
+"""``llumsched serve`` as a program in the foreground: it says how far it is, and Ctrl-C
 and SIGTERM end it."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PROCESS = "llumsched"
 
 
 def on_signals(handler: Callable[..., None] | signal.Handlers) -> None:
-    """What Ctrl-C and SIGTERM do. While vLLM's server runs, they are its own."""
+    """Handle Ctrl-C and SIGTERM. While vLLM's server runs, they are its own."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 

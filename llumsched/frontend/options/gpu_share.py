@@ -1,4 +1,4 @@
-"""What an instance has of GPUs: one for each of its workers, or a part of one.
+"""GPUs of an instance: one for each of its workers, or a part of one.
 
 Instances that share a GPU do not know of each other: each takes its part of the memory as if the
 rest of the GPU were somebody else's, and they boot one after the other (``instance.gpu_turn``),

@@ -1,4 +1,4 @@
-"""What an instance of this server is told, and what Ray sets aside for it."""
+"""Configuration of an instance of this server, and the resources Ray sets aside for it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def planner(
     *,
     log_stats: bool,
 ) -> Callable[[int, str | None], InstancePlan]:
-    """What an instance is told, by its engine index and the scheduler's order that it answers.
+    """Function from an engine index, and the launch it answers, to the instance's configuration.
 
     Args:
         frontend_addresses: of every frontend, in the order of their client indices.
@@ -93,7 +93,7 @@ def cores_of_instance(vllm_config: VllmConfig, num_instances: int) -> int:
 
 
 def resources_of(vllm_config: VllmConfig, options: ServeOptions) -> InstanceResources:
-    """What an instance needs, and its environment."""
+    """Resources that an instance needs, and its environment."""
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # The workers of an engine are on one machine; gloo asks nobody who connects for a proof.

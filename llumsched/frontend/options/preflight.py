@@ -1,4 +1,4 @@
-"""What can be known to be wrong before anything is started, each as one sentence.
+"""Checks that need nothing started; each mistake is one sentence.
 
 Sizes are estimates from the model's folder and the flags: they exist to say "this cannot fit"
 in a second rather than after a minute of booting, so they err on the side of letting it try.

@@ -1,1 +1,1 @@
-"""What is read from a request and answered to one that is turned away."""
+"""Hints read from a request, and answers to requests that are turned away."""

@@ -1,4 +1,4 @@
-"""What a client may tell the scheduler of its request, in HTTP headers.
+"""Scheduling hints that a client gives with its request, in HTTP headers.
 
 | header | value | means |
 |---|---|---|

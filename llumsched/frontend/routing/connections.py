@@ -38,7 +38,7 @@ class Roster(Protocol):
     """Which instances there are, as whoever starts them says."""
 
     def labels(self) -> Mapping[int, int]:
-        """Those that serve, each with its label in vLLM's metrics; from any thread."""
+        """Serving instances, each with its label in vLLM's metrics; from any thread."""
 
 
 class NoInstance(GracefulHTTPError, ConnectionError):
@@ -214,12 +214,12 @@ class ConnectedInstances(AsyncMPClient):
         return self.labels.of(instance) is not None
 
     def is_gone(self, instance: int) -> bool:
-        """Whether it was told lost: one that is not up may also be about to connect."""
+        """True if the instance was reported lost: one not up may also be about to connect."""
         return instance in self._gone
 
     @property
     def instances(self) -> list[int]:
-        """Those that are up."""
+        """Instances that are up."""
         return self.labels.instances
 
     async def add(self, instance: int, request: EngineCoreRequest) -> None:
@@ -235,7 +235,7 @@ class ConnectedInstances(AsyncMPClient):
         return refused
 
     async def missing(self, instance: int, request_ids: list[str]) -> list[str]:
-        """Those of the requests that the instance does not have."""
+        """The requests that the instance does not have."""
         missing: list[str] = await self._ask(instance, "missing_requests", request_ids)
         return missing
 

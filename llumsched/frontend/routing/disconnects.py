@@ -20,7 +20,7 @@ from llumsched.wire.keys import COUNTED_EVENTS
 
 
 class BrokenConnections:
-    """Those of one socket that instances connect to.
+    """Broken connections of one socket that instances connect to.
 
     Args:
         broken: called with the index of an instance whose connection has broken.

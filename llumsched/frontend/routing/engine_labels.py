@@ -26,7 +26,7 @@ class EngineLabels:
 
     @property
     def instances(self) -> list[int]:
-        """Those that are up."""
+        """Instances that are up."""
         return list(self._labels)
 
     @property

@@ -10,7 +10,7 @@ from llumsched.wire.names import instance_name
 
 
 class Client(Protocol):
-    """Who sends requests to instances."""
+    """Sender of requests to instances."""
 
     def instance_lost(
         self, instance: int, *, expected: bool = False, is_counted: bool = True

@@ -24,13 +24,13 @@ Position = tuple[int, int]
 
 
 class EngineCalls(Protocol):
-    """What is asked."""
+    """Calls on engines that the detector makes."""
 
     @property
     def instances(self) -> list[int]: ...
 
     async def missing(self, instance: int, request_ids: list[str]) -> list[str]:
-        """Those of the requests that it does not have. Raises ``ConnectionError`` if it dies."""
+        """The requests that an engine does not have. Raises ``ConnectionError`` if it dies."""
 
 
 class LostRequestDetector:

@@ -18,7 +18,7 @@ class PendingCalls:
         self._pending: dict[int, set[asyncio.Future[Any]]] = {}
 
     async def answer(self, instance: int, call: Coroutine[Any, Any, Any]) -> Any:
-        """What the call returns or raises.
+        """Result of the call, or its exception.
 
         Raises:
             ConnectionError: if the instance dies before it answers.

@@ -1,4 +1,4 @@
-"""What the pool adds to ``/metrics``: how requests fared, by priority class, and how many moved.
+"""Metrics that the pool adds: how requests fared, by priority class, and how many moved.
 
 vLLM's own metrics stay as they are, with one ``engine`` label an instance. These are registered
 beside them and are counted where the client's view is: in the frontend.

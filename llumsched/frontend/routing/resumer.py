@@ -49,7 +49,7 @@ class ResumptionTargets(Protocol):
     def is_up(self, instance: int) -> bool: ...
 
     def is_gone(self, instance: int) -> bool:
-        """Whether it was told lost: one that is not up may also be about to connect."""
+        """True if the instance was reported lost: one not up may also be about to connect."""
 
     async def add(self, instance: int, request: EngineCoreRequest) -> None:
         """Send a request as new."""
@@ -62,7 +62,7 @@ class ResumptionTargets(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """What was sent, and the context in which: the scheduler's hints are in it."""
+    """A request as it was sent, and its context, which has the scheduler's hints."""
 
     request: EngineCoreRequest
     context: contextvars.Context
@@ -99,7 +99,7 @@ class Resumer:
             task.cancel()
 
     def resume(self, request_ids: Iterable[str], lost: int | None) -> None:
-        """These requests have begun again (``Routes.lose``), as ``lost`` died with them."""
+        """Resume requests that have begun again (``Routes.lose``), as ``lost`` died with them."""
         for request_id in request_ids:
             route, kept = self._routes.get(request_id), self._kept.get(request_id)
             if route is None:
@@ -185,7 +185,7 @@ class Resumer:
         return await self._instances.resume(instance, msgspec.msgpack.encode(state))
 
     def _is_still(self, route: Route, request_id: str, placement_number: int) -> bool:
-        """Whether nothing has happened to the request meanwhile."""
+        """True if nothing has happened to the request meanwhile."""
         return self._routes.get(request_id) is route and route.placement_number == placement_number
 
 

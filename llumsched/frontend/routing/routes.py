@@ -177,7 +177,7 @@ class Routes:
         return lost
 
     def was_to_follow(self, request_id: str, arrival: Arrival) -> bool:
-        """Whether an announcement, of an instance that is dead, says that the request is lost."""
+        """True if an announcement of a dead instance says that the request is lost."""
         route = self._routes.get(request_id)
         return (
             route is not None

@@ -68,7 +68,7 @@ class SchedulerUnavailable(Exception):
 
 
 class InstanceLauncher(Protocol):
-    """Whoever starts and ends the instances; all return at once."""
+    """Starts and ends instances; every call returns at once."""
 
     def launch(self, launch_id: str | None) -> None:
         """Start one more instance."""
@@ -333,7 +333,7 @@ def for_scheduling(
     prefix_hashes: tuple[int, ...] = (),
     num_output_tokens: int = 0,
 ) -> SchedulingRequest:
-    """What the scheduler is told of a request; outputs it has had are computed like a prompt."""
+    """A request as the scheduler sees it; outputs it has had are computed like a prompt."""
     sampling = request.sampling_params
     prompt = request.prompt_token_ids
     priority = priority_class(request.priority)

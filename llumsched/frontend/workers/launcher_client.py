@@ -96,7 +96,7 @@ class LauncherClient:
         )
 
     def serves(self) -> None:
-        """This frontend takes requests from now on."""
+        """Tell the launcher that this frontend takes requests from now on."""
         self._say(FrontendServes())
 
     async def count(self, gate: Gate) -> None:
@@ -128,11 +128,11 @@ class LauncherClient:
         return self._status.frontends if self._status is not None else ()
 
     def unproven(self) -> Mapping[str, int]:
-        """What the gates of launcher and frontends have turned away."""
+        """Connections that the gates of launcher and frontends have turned away."""
         return self._status.unproven if self._status is not None else {}
 
     async def requests(self) -> Sequence[RequestStatus]:
-        """Those of all other frontends.
+        """Requests of all other frontends.
 
         Raises:
             TimeoutError: if one of them does not answer.

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class InstanceControls(Protocol):
-    """Who looks after the instances; may be called from any thread."""
+    """Controls over the instances; may be called from any thread."""
 
     def replace(self, instance_id: str) -> None: ...
 
@@ -102,16 +102,16 @@ class LauncherServer:
                 self._answered(round_id, index, ())
 
     def has(self, index: int) -> bool:
-        """Whether there is a frontend in this place that hears."""
+        """True if there is a frontend in this place that hears."""
         return index in self._members
 
     def serves(self, index: int) -> bool:
-        """Whether the frontend in this place has begun to take requests."""
+        """True if the frontend in this place has begun to take requests."""
         member = self._members.get(index)
         return member is not None and member.serves
 
     def unproven(self) -> Mapping[str, int]:
-        """What the gates of the frontends have turned away, by name."""
+        """Connections that the gates of the frontends have turned away, by name."""
         return {frontend_id(i): m.num_unauthenticated for i, m in list(self._members.items())}
 
     def tell(self, status: PoolStatus) -> None:

@@ -1,4 +1,4 @@
-"""What launcher and frontends say to each other, by a pair of sockets that each is born with.
+"""Messages between launcher and frontends, by a pair of sockets that each is born with.
 
 As with the scheduler's (``llumsched.wire.control``), decoding checks types and runs no code.
 """
@@ -51,11 +51,11 @@ class ListRequests(Message, frozen=True, kw_only=True):
 
 
 class FrontendServes(Message, frozen=True, kw_only=True):
-    """It takes requests from now on."""
+    """The frontend takes requests from now on."""
 
 
 class ConnectionBroke(Message, frozen=True, kw_only=True):
-    """What an instance has sent to this frontend may be lost."""
+    """Outputs that an instance has sent to this frontend may be lost."""
 
     instance_id: str
 

@@ -50,7 +50,7 @@ class WorkerProcess:
         return self._process.pid
 
     def serves(self) -> bool:
-        """Whether it has begun to take requests."""
+        """True if the frontend has begun to take requests."""
         return self._hub.serves(self._index)
 
     def end_reason(self) -> str | None:
@@ -82,7 +82,7 @@ class WorkerProcess:
 
 
 class FrontendCleanup(Protocol):
-    """Whoever can end what a frontend has left."""
+    """Ends what a dead frontend has left."""
 
     def forget_frontend(self, client_index: int) -> Callable[[], bool]: ...
 

@@ -122,7 +122,7 @@ async def serve(plan: FrontendPlan, index: int, supervision: LauncherClient) -> 
 
 
 def _import_plugins(args: argparse.Namespace) -> None:
-    """What vLLM has imported into the launcher when it checked the arguments."""
+    """Import the plug-ins that vLLM imported into the launcher when it checked the arguments."""
     if args.tool_parser_plugin:
         ToolParserManager.import_tool_parser(args.tool_parser_plugin)
     if args.reasoning_parser_plugin:

@@ -100,7 +100,7 @@ def absent(migration_id: str) -> Reservation:
 
 
 def is_current(reservation: Reservation, event: ReservationEvent) -> bool:
-    """Whether `event` is about this reservation as it stands; the host drops it otherwise."""
+    """True if `event` is about this reservation as it stands; the host drops it otherwise."""
     if event.migration_id != reservation.migration_id:
         return False
     match event:
@@ -132,7 +132,7 @@ def timeout_s(reservation: Reservation, options: ReservationOptions) -> float | 
 
 
 def restarts_timer(before: Reservation, event: ReservationEvent, after: Reservation) -> bool:
-    """Whether the wait begins anew: state or stage changed, or it is over and changed neither."""
+    """True if the wait begins anew: state or stage changed, or it is over and changed neither."""
     moved = (after.state, after.stage) != (before.state, before.stage)
     return moved or isinstance(event, ReservationExpired)
 

@@ -1,4 +1,4 @@
-"""What happens to a reservation at the destination (events) and what it asks for (commands).
+"""Events that a reservation takes in at the destination, and commands that it gives.
 
 Events named after a message (…Requested, …Announced, …Queried, …Closed) come from the source and
 may be lost, doubled or late. The others report what the destination's own engine or timer did, once

@@ -1,4 +1,4 @@
-"""What the destination knows about one migration, and how long it waits.
+"""Record of one migration at the destination, and how long it waits.
 
 Invariant: the first `num_blocks_written` blocks of a reservation equal the source's. Knows neither
 the rules (core/migration_destination_rules.py) nor the messages' way.
@@ -44,7 +44,7 @@ class ReservationOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reservation:
-    """What a destination knows about one migration.
+    """Record of one migration at its destination.
 
     The first `num_blocks_written` blocks have content. `stage`, `first_block` and
     `num_stage_blocks` describe the latest stage announced; `num_commit_blocks` is the size of the
@@ -71,12 +71,12 @@ class Reservation:
 
     @property
     def takes_blocks(self) -> bool:
-        """Whether blocks of the latest stage may be written."""
+        """True if blocks of the latest stage may be written."""
         return self.state in (ReservationState.RECEIVING, ReservationState.COMMIT_PENDING)
 
     @property
     def may_move_on(self) -> bool:
-        """Whether the request may be migrated again from here.
+        """True if the request may be migrated again from here.
 
         While the source has not learned of the commit it would resume the request if this instance
         died, wherever the request was by then.

@@ -114,7 +114,7 @@ def start(
 
 
 def is_current(migration: Migration, event: MigrationEvent) -> bool:
-    """Whether `event` is about this migration as it stands; the host drops it otherwise."""
+    """True if `event` is about this migration as it stands; the host drops it otherwise."""
     if event.migration_id != migration.migration_id:
         return False
     match event:
@@ -140,7 +140,7 @@ def timeout_s(migration: Migration) -> float | None:
 
 
 def restarts_timer(before: Migration, event: MigrationEvent, after: Migration) -> bool:
-    """Whether the wait begins anew: state or stage changed, or it is over and changed neither."""
+    """True if the wait begins anew: state or stage changed, or it is over and changed neither."""
     moved = (after.state, after.stage) != (before.state, before.stage)
     return moved or isinstance(event, DeadlineExpired)
 

@@ -1,4 +1,4 @@
-"""What happens to a migration at its source (events) and what it asks for (commands).
+"""Events that a migration takes in at its source, and commands that it gives.
 
 Events state facts; those that come from the destination may be late, lost or doubled, and carry
 what `is_current` needs to drop them. Commands are carried out by the host, in the order given.
@@ -24,7 +24,7 @@ class MigrationState(StrEnum):
 
 
 class Side(StrEnum):
-    """Whose copy of the request's blocks."""
+    """Owner of a copy of the request's blocks."""
 
     SOURCE = "SOURCE"
     DESTINATION = "DESTINATION"

@@ -1,4 +1,4 @@
-"""What the source knows about one migration, and the limits it works within.
+"""Record of one migration at the source, and the limits it works within.
 
 Invariant: `num_blocks_copied` blocks are at the destination and will not change at the source.
 Knows neither the rules (core/migration_rules.py) nor the messages' way.

@@ -1,4 +1,4 @@
-"""What this project uses of vLLM beyond its public interface.
+"""Internals of vLLM that this project uses beyond its public interface.
 
 Any of it may move with any release of vLLM, and a silent change could corrupt a stream rather than
 fail. So the lists name all that is called, overridden, read, or only relied on; ``version_check``

@@ -1,4 +1,4 @@
-"""What is used of vLLM in an instance: loop, scheduler, blocks, requests, workers."""
+"""Internals of vLLM used in an instance: loop, scheduler, blocks, requests, workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is used of vLLM in a frontend: the client of its engines, and its server."""
+"""Internals of vLLM used in a frontend: the client of its engines, and its server."""
 
 from __future__ import annotations
 

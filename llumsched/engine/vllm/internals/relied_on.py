@@ -1,4 +1,4 @@
-"""What vLLM does with what it is left: code that is relied on, though nothing here calls it.
+"""Code of vLLM that is relied on, though nothing here calls it.
 
 A request that is taken out of a queue, or put into one, is vLLM's to schedule, to send to a worker
 and to forget. Names and parameters say nothing of that, so these are here for their bodies, which

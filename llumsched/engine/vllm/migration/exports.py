@@ -161,7 +161,7 @@ class SourceAdapter(EngineAdapter):
         return state
 
     def _check_moment(self, request: Request) -> bool:
-        """Whether the request takes KV along; raises if it cannot move at this moment."""
+        """True if the request takes KV along; raises if it cannot move at this moment."""
         if request.status == RequestStatus.RUNNING:
             if request.num_output_tokens > 0:
                 return True

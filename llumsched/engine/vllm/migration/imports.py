@@ -216,7 +216,7 @@ class DestinationAdapter(EngineAdapter):
         self._scheduler.finished_req_ids.discard(request.request_id)
 
     def is_arriving(self, request_id: str) -> bool:
-        """Whether there is an import of the request."""
+        """True if there is an import of the request."""
         return request_id in self._imports
 
     def cancel(self, request_id: str) -> None:

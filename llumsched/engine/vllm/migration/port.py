@@ -1,4 +1,4 @@
-"""What both sides of a migration know of an engine, and of the requests that it was sent.
+"""Knowledge of both sides of a migration: the engine, and the requests that it was sent.
 
 Knows neither how a request leaves (``exports``) nor how one arrives (``imports``).
 """
@@ -70,7 +70,7 @@ class EngineAdapter:
             return None
 
     def fingerprint(self) -> str:
-        """What must be equal on two instances for a request to move between them."""
+        """Fingerprint that must be equal on two instances for a request to move between them."""
         config = self._engine.vllm_config
         model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
         groups = self._kv_manager.kv_cache_config.kv_cache_groups

@@ -33,7 +33,7 @@ MAX_ATTEMPTS = 5
 
 
 def why_not_resumable(request: EngineCoreRequest) -> str | None:
-    """What in a request keeps another instance from going on with its outputs, or ``None``."""
+    """Reason in a request why no other instance can go on with its outputs, or ``None``."""
     if request.pooling_params is not None:
         return "pooling requests have no outputs to go on from"
     if request.mm_features:
@@ -48,7 +48,7 @@ def why_not_resumable(request: EngineCoreRequest) -> str | None:
 def state_to_resume(
     request: EngineCoreRequest, output_token_ids: list[int], placement_number: int
 ) -> RequestState:
-    """What another instance needs, in the form in which requests without KV migrate."""
+    """State that another instance needs, in the form in which requests without KV migrate."""
     sampling = request.sampling_params
     if output_token_ids and sampling is not None and sampling.prompt_logprobs is not None:
         # The client has them: they came with the first token.
@@ -128,7 +128,7 @@ class Resumption:
             )
 
     def missing(self, request_ids: list[str]) -> list[str]:
-        """Those of the requests that this engine does not have."""
+        """The requests that this engine does not have."""
         return [
             request_id
             for request_id in request_ids

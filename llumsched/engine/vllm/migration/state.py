@@ -1,4 +1,4 @@
-"""What a request takes along when it moves: everything its next token depends on.
+"""State that a request takes along when it moves: everything its next token depends on.
 
 The KV cache travels apart, block by block; this is the rest, as one value on the wire. The
 detokenizer, stop strings, ``n`` and the statistics live in the frontend and stay there.
@@ -41,7 +41,7 @@ class RequestState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FinalState(msgspec.Struct, frozen=True, kw_only=True):
-    """What is only known once the request is suspended.
+    """State that is only known once the request is suspended.
 
     ``output_token_ids`` are all of them; ``num_computed_tokens`` of prompt and output have KV.
     ``generator_state`` is the state of the request's own random generator, if it has a seed.
@@ -74,7 +74,7 @@ def why_engine_cannot_migrate(
 
 
 def why_not_migratable(request: Request) -> CannotMigrate | None:
-    """What in the request itself keeps it where it is, or ``None``."""
+    """Reason in the request itself why it cannot move, or ``None``."""
     if request.pooling_params is not None:
         return CannotMigrate("pooling requests finish in one step", Refusal.POOLING)
     if request.resumable:

@@ -32,7 +32,7 @@ _FIRST_TOKEN, _LAST_TOKEN = 100, 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineProfile:
-    """What one engine was measured to do."""
+    """Measurements of one engine."""
 
     steps: tuple[MeasuredStep, ...]
     num_blocks: int
