@@ -1,6 +1,9 @@
-"""Ports of an engine for migration: two small ones, one for each side of a move.
+"""Port of an engine, as its instance sees it, with a smaller one for each side of a move.
 
-Everything here runs on the engine's own thread, between two of its steps, so each call sees a
+Migrator, llumlet and actor are typed against these protocols alone, so they can be imported, and
+tested, where neither vLLM nor torch is installed; ``engine.factory`` builds the engine.
+
+A migration's calls run on the engine's own thread, between two of its steps, so each sees a
 consistent scheduler. An *export* is a request that this engine may give away, an *import* one that
 it may take over; both are named by the request's id, so an engine has at most one of each for it.
 
@@ -13,16 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-StateT = TypeVar("StateT")
-StateT_co = TypeVar("StateT_co", covariant=True)
-StateT_contra = TypeVar("StateT_contra", contravariant=True)
-FinalT_contra = TypeVar("FinalT_contra", contravariant=True)
-FinalT_co = TypeVar("FinalT_co", covariant=True)
-SuspendedT = TypeVar("SuspendedT", bound="SuspendedRequest[Any]")
-StagingT_contra = TypeVar("StagingT_contra", contravariant=True)
+import msgspec
+
+from llumsched.core.events import Event
+from llumsched.core.load import InstanceLoad, InstanceSpec
+from llumsched.core.policy import MigrationCandidate
+
+if TYPE_CHECKING:
+    from llumsched.engine.transfer.shared_ring import Staging
+
+T = TypeVar("T")
 
 
 class Refusal(StrEnum):
@@ -74,47 +81,116 @@ class CannotMigrate(Exception):
         self.refusal = refusal
 
 
-class CopyableBlocks(Protocol):
-    """Blocks of an export, from the request's first on, pinned until the export ends."""
+# ---- what travels ---------------------------------------------------------------------------
+
+
+class RequestState(msgspec.Struct, frozen=True, kw_only=True):
+    """A request as the destination needs it to reserve room, before any KV has moved.
+
+    ``request`` is the engine's own form of the request as it was when it arrived, encoded by the
+    engine's own encoder (no pickle). ``output_token_ids`` are the scheduler's, since the worker's
+    copy lags behind when steps are in flight. ``placement_number`` is that of the move to come.
+    Without KV (``has_kv``) nothing is reserved: the request waits for its turn as it did before.
+    """
+
+    request: bytes
+    output_token_ids: list[int]
+    num_preemptions: int
+    placement_number: int
+    has_kv: bool = True
+
+
+class FinalState(msgspec.Struct, frozen=True, kw_only=True):
+    """State that is only known once the request is suspended.
+
+    ``output_token_ids`` are all of them; ``num_computed_tokens`` of prompt and output have KV.
+    ``generator_state`` is the state of the request's own random generator, if it has a seed.
+    """
+
+    output_token_ids: list[int]
+    num_computed_tokens: int
+    generator_state: bytes | None
+
+
+# ---- what the ports answer ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyableBlocks:
+    """Block ids of an export, from the request's first block on, pinned until it ends."""
+
+    block_ids: list[int]
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuspendedRequest:
+    """A request that no step touches: its last state and all its blocks, the tail included.
+
+    ``suspended_at_s`` is ``time.perf_counter()`` when its last step here was over.
+    """
+
+    final: FinalState
+    blocks: CopyableBlocks
+    suspended_at_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReservedBlocks:
+    """Blocks of an import: of ``block_ids``, the first ``num_cached_blocks`` have their content
+    already (by prefix caching). ``grammar`` is to be waited for before the commit, if one is being
+    compiled."""
+
+    block_ids: list[int]
+    num_cached_blocks: int
+    grammar: Future[Any] | None = None
+
+
+# ---- the ports ------------------------------------------------------------------------------
+
+
+class KVAccess(Protocol):
+    """How a migrator reaches an engine's KV blocks, in whichever process they are.
+
+    A part of a stage is one run of bytes in a slot of staging memory, and one call copies all of
+    it. ``layout`` and ``backend`` are equal where blocks can move; ``block_num_bytes`` is the size
+    of a block in a slot.
+
+    ``pins_staging``: the copies are faster from and to memory that is locked for a GPU.
+    ``copies_on_cores``: they take the cores that the steps compute on.
+    Both calls raise ``RuntimeError`` if a worker cannot copy, or is gone.
+    """
 
     @property
-    def block_ids(self) -> Sequence[int]: ...
+    def layout(self) -> str: ...
 
     @property
-    def num_preemptions(self) -> int: ...
-
-
-class SuspendedRequest(Protocol[FinalT_co]):
-    """A request that no step touches: its last state and all its blocks, the tail included."""
+    def backend(self) -> str: ...
 
     @property
-    def final(self) -> FinalT_co: ...
+    def block_num_bytes(self) -> int: ...
 
     @property
-    def blocks(self) -> CopyableBlocks: ...
-
-
-class ReservedBlocks(Protocol):
-    """Blocks of an import; the first ``num_cached_blocks`` have their content already."""
+    def pins_staging(self) -> bool: ...
 
     @property
-    def block_ids(self) -> Sequence[int]: ...
+    def copies_on_cores(self) -> bool: ...
 
-    @property
-    def num_cached_blocks(self) -> int: ...
+    async def gather(self, block_ids: Sequence[int], staging: Staging) -> float:
+        """Copy blocks into ``staging``, which has room for them. No step writes them meanwhile.
 
+        Returns:
+            the seconds of a core's time that it took of other processes, where it took most.
+        """
 
-class KVCache(Protocol[StagingT_contra]):
-    """Reading and writing blocks. Callable from any thread, for blocks that no step writes."""
-
-    def gather(self, block_ids: Sequence[int], staging: StagingT_contra) -> None:
-        """Copy the blocks into ``staging``."""
-
-    def scatter(self, block_ids: Sequence[int], staging: StagingT_contra) -> None:
+    async def scatter(self, block_ids: Sequence[int], staging: Staging) -> float:
         """The inverse of ``gather``, into the blocks named here."""
 
+    def close(self) -> None:
+        """Let go of what is held to reach them."""
 
-class SourceEngine(Protocol[StateT_co, SuspendedT]):
+
+class SourceEngine(Protocol):
     """The engine of an instance that a request leaves.
 
     ``on_lost(request_id, what)`` hears, on the engine's thread, that the request of an export has
@@ -123,33 +199,44 @@ class SourceEngine(Protocol[StateT_co, SuspendedT]):
 
     on_lost: Callable[[str, str], None]
 
-    def start_export(self, request_id: str) -> StateT_co:
-        """Begin to move a running request; returns what the destination needs to reserve room.
+    def candidates(self) -> list[MigrationCandidate]:
+        """Requests that could move now: they decode, and none was refused a moment ago."""
+
+    def rest(self, request_id: str, refusal: Refusal) -> None:
+        """A migration of the request was refused or given up: it is no candidate for a while."""
+
+    def start_export(self, request_id: str) -> RequestState:
+        """Begin to move a request; returns what the destination needs to reserve room.
 
         Raises:
-            CannotMigrate: if the request cannot move, or is being moved already.
+            CannotMigrate: if the request cannot move, or is being moved already; with
+                ``Refusal.PREFILLING``, it can after ``await_first_token``.
         """
+
+    def await_first_token(self, request_id: str) -> Future[None]:
+        """Resolves when the request has an output token, or is gone."""
 
     def pin_copyable(self, request_id: str) -> CopyableBlocks:
         """Pin, besides those pinned before, the blocks that are full and never written again."""
 
-    def suspend(self, request_id: str) -> Future[SuspendedT]:
+    def suspend(self, request_id: str) -> Future[SuspendedRequest]:
         """Schedule the request no more; resolves when no step of it is in flight, all pinned.
 
         The future fails with ``CannotMigrate`` if the request ends first.
         """
 
     def resume(self, request_id: str) -> None:
-        """End the export. The request, if it still lives, goes on here with its KV intact."""
+        """End the export, if there is one. The request, if it still lives, goes on here with its
+        KV intact."""
 
     def release(self, request_id: str) -> None:
-        """End the export and forget the request, with no output."""
+        """End the export, if there is one, and forget the request, with no output."""
 
 
-class DestinationEngine(Protocol[StateT_contra, FinalT_contra]):
+class DestinationEngine(Protocol):
     """The engine of an instance at which a request arrives."""
 
-    def reserve(self, state: StateT_contra) -> ReservedBlocks:
+    def reserve(self, state: RequestState) -> ReservedBlocks:
         """Open an import: hold blocks for all of the request's tokens.
 
         Raises:
@@ -157,14 +244,14 @@ class DestinationEngine(Protocol[StateT_contra, FinalT_contra]):
                 id; nothing is held then.
         """
 
-    def grow(self, request_id: str, num_blocks: int) -> Sequence[int]:
+    def grow(self, request_id: str, num_blocks: int) -> list[int]:
         """Hold at least ``num_blocks`` blocks; returns the ids of all.
 
         Raises:
             CannotMigrate: if there is no room. The import stays open.
         """
 
-    def commit(self, request_id: str, final: FinalT_contra) -> None:
+    def commit(self, request_id: str, final: FinalState) -> None:
         """End the import: decode the request here from now on, as if it had always been here.
 
         Raises:
@@ -175,9 +262,95 @@ class DestinationEngine(Protocol[StateT_contra, FinalT_contra]):
         """End the import and free its blocks; nothing if there is none."""
 
 
-class MigrationEngine(
-    SourceEngine[StateT, SuspendedT],
-    DestinationEngine[StateT, FinalT_contra],
-    Protocol[StateT, SuspendedT, FinalT_contra],
-):
-    """An engine that can be either side."""
+class MigrationEngine(SourceEngine, DestinationEngine, Protocol):
+    """An engine that can be either side.
+
+    ``refusal`` is the reason why no request of this engine can move, or ``None``; ``kv`` is its KV
+    cache, unless there is such a reason.
+    """
+
+    @property
+    def refusal(self) -> str | None: ...
+
+    @property
+    def kv(self) -> KVAccess | None: ...
+
+    def fingerprint(self) -> str:
+        """Text that must be equal on two instances for a request to move between them."""
+
+
+class PrefixBlocks(Protocol):
+    """Record of the prompt blocks that an engine caches, on its thread."""
+
+    def take(self) -> list[Event]:
+        """Changes since the last call, in order."""
+
+    def all(self) -> list[Event]:
+        """Everything that is cached, for a listener that knows nothing."""
+
+
+class InstanceEngine(Protocol):
+    """The engine of one instance: what its actor and its llumlet ask of it.
+
+    ``call``, ``ping`` and ``request_shutdown`` are safe from any thread, ``run`` and ``close`` are
+    the main thread's; everything else runs on the engine's thread, which ``call`` reaches.
+    ``prefix_blocks`` is there if it was asked for. ``step_time_s`` is a recent step's.
+    """
+
+    @property
+    def migration(self) -> MigrationEngine: ...
+
+    @property
+    def prefix_blocks(self) -> PrefixBlocks | None: ...
+
+    @property
+    def engine_index(self) -> int: ...
+
+    @property
+    def step_time_s(self) -> float: ...
+
+    def spec(self) -> InstanceSpec:
+        """Size and limits of the engine, which never change."""
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run ``function`` on the engine's thread, between two steps."""
+
+    def ping(self) -> Callable[[], bool]:
+        """Ask the loop for a sign of life; the returned function says whether there was one."""
+
+    def attach(
+        self, *, after_step: Callable[[], None], give_up_arrival: Callable[[str], Future[None]]
+    ) -> None:
+        """Have the llumlet called, before ``run``: after each step, and to end every migration by
+        which a request arrives that a frontend resumes here."""
+
+    def run(self) -> None:
+        """Serve until shutdown is requested; raises what the engine died of."""
+
+    def request_shutdown(self) -> None:
+        """Make ``run`` return after the step under way."""
+
+    def close(self) -> None:
+        """Let go of the KV cache; nothing may be copied any more."""
+
+    def request_ids(self) -> tuple[str, ...]:
+        """Every request that is here."""
+
+    def abort_requests(self, request_ids: list[str]) -> None:
+        """As their clients' aborts."""
+
+    def abort_client(self, client_index: int) -> list[str]:
+        """End every request of a frontend that is gone; returns which they were."""
+
+    def load_has_changed_much(self) -> bool:
+        """Whether load moved far enough since the last report for another one at once."""
+
+    def read_load(
+        self,
+        *,
+        num_reserved_blocks: int,
+        num_migrations_in: int,
+        num_migrations_out: int,
+        victim_blocks: int | None,
+    ) -> InstanceLoad:
+        """The load now, and which requests came and ended since the last call."""

@@ -1,6 +1,6 @@
-"""One instance of the pool: a Ray actor with a vLLM engine core and, beside it, its llumlet.
+"""One instance of the pool: a Ray actor with an engine and, beside it, its llumlet.
 
-Threads of the process: the engine's loop (``run``), vLLM's two socket threads, the llumlet's
+Threads of the process: the engine's loop (``run``) and those of its sockets, the llumlet's
 asyncio loop with the migrator, and one that gives signs of life. Everything that touches the
 engine's state is a closure on the engine's loop thread.
 """
@@ -20,9 +20,7 @@ import ray
 from llumsched.core.migration.source.machine import MigrationOptions
 from llumsched.core.policy import VictimPolicy
 from llumsched.core.transfer_options import TransferOptions
-from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore, prove_membership
-from llumsched.engine.vllm.migration import MigrationAdapter
-from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
+from llumsched.engine.factory import EngineSettings, build_engine
 from llumsched.instance.cpu_affinity import OwnCores
 from llumsched.instance.gpu_turn import gpu_turn
 from llumsched.instance.heartbeat import start_beating
@@ -72,11 +70,14 @@ class Instance:
     def __init__(self, plan: InstancePlan) -> None:
         self._plan = plan
         set_up(plan.instance_id, plan.logs)
-        prove_membership(plan.keys)
         with gpu_turn(os.environ) if plan.shares_gpu else contextlib.nullcontext():
             logger.info("Loads the model")
-            self._engine = LlumschedEngineCore(plan.engine)
-        self._port = MigrationAdapter(self._engine)
+            self._engine = build_engine(
+                plan.engine,
+                instance_id=plan.instance_id,
+                keys=plan.keys,
+                reports_prefix_blocks=plan.reports_prefix_blocks,
+            )
         self._stopping = threading.Event()
         self._ready = threading.Event()
         self._llumlet: Llumlet | None = None
@@ -88,8 +89,7 @@ class Instance:
 
     def wait_for_init(self) -> int:
         """The number of KV blocks; answered once the engine is built."""
-        num_blocks: int = self._engine.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
-        return num_blocks
+        return self._engine.spec().num_total_blocks
 
     def whereabouts(self) -> tuple[str, str, int]:
         """Ray's id of its machine, that one's address in the cluster, and the id of its process."""
@@ -103,7 +103,7 @@ class Instance:
 
     def fingerprint(self) -> str:
         """Fingerprint that must be equal on all instances of a pool."""
-        return self._port.fingerprint()
+        return self._engine.migration.fingerprint()
 
     def run(self) -> None:
         """Serve until ``stop``; raises what the engine died of."""
@@ -123,7 +123,7 @@ class Instance:
             if not self._stopping.is_set():
                 raise RuntimeError("the engine's loop ended by itself") from None
         finally:
-            self._port.close()
+            self._engine.close()
             if cores is not None:
                 cores.release()
 
@@ -145,10 +145,8 @@ class Instance:
 
     async def _run_llumlet(self) -> None:
         plan = self._plan
-        scheduler = self._engine.scheduler
         self._llumlet = llumlet = Llumlet(
             engine=self._engine,
-            port=self._port,
             instance_id=plan.instance_id,
             victim=plan.victim,
             scheduler_endpoint=plan.scheduler_endpoint,
@@ -157,9 +155,6 @@ class Instance:
             options=plan.migration,
             transfer=plan.transfer,
             launch_id=plan.launch_id,
-            prefix_blocks=PrefixBlockRecorder(scheduler, plan.instance_id)
-            if plan.reports_prefix_blocks
-            else None,
         )
         self._ready.set()
         try:

@@ -24,11 +24,7 @@ from llumsched.core.load import InstanceLoad
 from llumsched.core.migration.source.machine import MigrationOptions
 from llumsched.core.policy import MigrationCandidate, VictimPolicy, settled
 from llumsched.core.transfer_options import TransferOptions
-from llumsched.engine.vllm.core import LlumschedEngineCore
-from llumsched.engine.vllm.load import LoadReader
-from llumsched.engine.vllm.migration import MigrationAdapter
-from llumsched.engine.vllm.migration.resumption import Resumption
-from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
+from llumsched.engine.base import InstanceEngine
 from llumsched.logs import FailureLog
 from llumsched.migration.migrator import Migrator
 from llumsched.wire.control import (
@@ -72,21 +68,18 @@ def choose_victims(
 
 class Llumlet:
     """Args:
-    engine: the instance's engine core; ``run`` may already be running it.
-    port: requests leave and enter the engine through it.
+    engine: the instance's, which does not run yet.
     victim: orders the candidates when the source has to pick.
     scheduler_endpoint: the global scheduler's control socket.
     keys: the pool's.
     host: address to bind the migrator to.
     launch_id: the scheduler's order that this instance answers, if any.
-    prefix_blocks: what the engine caches, if the scheduler's policies want to know.
     """
 
     def __init__(
         self,
         *,
-        engine: LlumschedEngineCore,
-        port: MigrationAdapter,
+        engine: InstanceEngine,
         instance_id: str,
         victim: VictimPolicy,
         scheduler_endpoint: str,
@@ -95,15 +88,13 @@ class Llumlet:
         options: MigrationOptions,
         transfer: TransferOptions,
         launch_id: str | None = None,
-        prefix_blocks: PrefixBlockRecorder | None = None,
     ) -> None:
         self._engine = engine
         self._launch_id = launch_id
         self._instance_id = instance_id
         self._victim = victim
-        self._prefix_blocks = prefix_blocks
-        self._port = port
-        self._load = LoadReader(engine, instance_id)
+        self._prefix_blocks = engine.prefix_blocks
+        self._port = engine.migration
         self._loop = asyncio.get_running_loop()
         self._report_now = asyncio.Event()
         self._context = zmq.asyncio.Context()
@@ -112,7 +103,7 @@ class Llumlet:
         self._socket.connect(scheduler_endpoint)
         self._migrator = Migrator(
             instance_id=instance_id,
-            port=port,
+            port=engine.migration,
             call=engine.call,
             abort=lambda request_id: self._abort(request_id),
             keys=keys,
@@ -121,18 +112,12 @@ class Llumlet:
             options=options,
             transfer=transfer,
         )
-        self._port.on_release = self._load.forget
         self._tasks: set[asyncio.Task[Any]] = set()
         self._report_pending = False
         self._next_victim_s = 0.0
         self._victim_blocks: int | None = None
         self._is_leaving = False
-        engine.observe(
-            after_step=self._after_step,
-            on_abort=self._port.on_abort,
-            on_add=self._load.on_add,
-        )
-        engine.frontend_calls = Resumption(engine, port, self._give_up_arrival)
+        engine.attach(after_step=self._after_step, give_up_arrival=self._give_up_arrival)
 
     async def run(self) -> None:
         """Register, then report and take orders until cancelled."""
@@ -166,11 +151,11 @@ class Llumlet:
         await self._socket.send(encode(InstanceLeaves(instance_id=self._instance_id)))
 
     async def _register(self) -> None:
-        request_ids = await self._on_engine(lambda: tuple(self._engine.scheduler.requests))
+        request_ids = await self._on_engine(self._engine.request_ids)
         await self._socket.send(
             encode(
                 RegisterInstance(
-                    spec=self._load.spec(),
+                    spec=self._engine.spec(),
                     launch_id=self._launch_id,
                     request_ids=request_ids,
                     engine_index=self._engine.engine_index,
@@ -213,7 +198,7 @@ class Llumlet:
             self._next_victim_s = now_s + VICTIM_INTERVAL_S
             victims = choose_victims(self._victim, self._port.candidates())
             self._victim_blocks = victims[0].num_blocks if victims else None
-        load = self._load.read(
+        load = self._engine.read_load(
             num_reserved_blocks=self._migrator.num_reserved_blocks,
             num_migrations_in=self._migrator.num_incoming,
             num_migrations_out=self._migrator.num_outgoing,
@@ -222,8 +207,7 @@ class Llumlet:
         return load, self._prefix_blocks.take() if self._prefix_blocks is not None else []
 
     def _after_step(self) -> None:
-        self._port.after_step()
-        if not self._report_pending and self._load.has_changed_much():
+        if not self._report_pending and self._engine.load_has_changed_much():
             self._report_pending = True
             self._loop.call_soon_threadsafe(self._report_now.set)
 

@@ -20,9 +20,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from llumsched.core.migration.destination import machine as protocol
-from llumsched.engine.base import CannotMigrate
-from llumsched.engine.vllm.migration import MigrationAdapter
-from llumsched.engine.vllm.migration.state import FinalState, RequestState
+from llumsched.engine.base import CannotMigrate, FinalState, MigrationEngine, RequestState
 from llumsched.migration.messages import (
     AbortMigrated,
     Commit,
@@ -92,7 +90,7 @@ class IncomingMigrations:
     def __init__(
         self,
         *,
-        port: MigrationAdapter,
+        port: MigrationEngine,
         call: Callable[[Callable[[], Any]], Future[Any]],
         abort: Callable[[str], None],
         options: protocol.ReservationOptions,

@@ -24,8 +24,7 @@ import torch
 import zmq
 import zmq.asyncio
 
-from llumsched.engine.base import CannotMigrate, Refusal
-from llumsched.engine.transfer.access import KVAccess
+from llumsched.engine.base import CannotMigrate, KVAccess, Refusal
 from llumsched.engine.transfer.shared_ring import ReceiveRing, SendRing, Staging
 from llumsched.engine.transfer.torch_channel import GroupChannel
 from llumsched.migration.messages import (

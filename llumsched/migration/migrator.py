@@ -26,12 +26,10 @@ from llumsched.core.events import MigrationOutcome
 from llumsched.core.migration.destination.machine import ReservationOptions
 from llumsched.core.migration.source import machine as protocol
 from llumsched.core.transfer_options import TransferOptions
-from llumsched.engine.base import CannotMigrate, Refusal
+from llumsched.engine.base import CannotMigrate, KVAccess, MigrationEngine, Refusal
 from llumsched.engine.compatibility import differences
-from llumsched.engine.transfer.access import KVAccess
 from llumsched.engine.transfer.shared_ring import ReceiveRing, SendRing
 from llumsched.engine.transfer.torch_channel import free_rendezvous
-from llumsched.engine.vllm.migration import MigrationAdapter
 from llumsched.migration.destination import ANSWER_AFTER_S, IncomingMigrations, Reply
 from llumsched.migration.link import PeerConnection, Session, receiving_channel
 from llumsched.migration.messages import (
@@ -71,7 +69,7 @@ class Migrator:
         self,
         *,
         instance_id: str,
-        port: MigrationAdapter,
+        port: MigrationEngine,
         call: Callable[[Callable[[], Any]], Future[Any]],
         abort: Callable[[str], None],
         keys: PoolKeys,

@@ -22,9 +22,13 @@ import msgspec
 
 from llumsched.core.events import MigrationOutcome
 from llumsched.core.migration.source import machine as protocol
-from llumsched.engine.base import CannotMigrate, Refusal
-from llumsched.engine.vllm.migration import MigrationAdapter, SuspendedRequest
-from llumsched.engine.vllm.migration.state import RequestState
+from llumsched.engine.base import (
+    CannotMigrate,
+    MigrationEngine,
+    Refusal,
+    RequestState,
+    SuspendedRequest,
+)
 from llumsched.migration.messages import (
     AbortMigrated,
     Commit,
@@ -78,7 +82,7 @@ class OutgoingMigration:
         request_id: str,
         source: str,
         destination: str,
-        port: MigrationAdapter,
+        port: MigrationEngine,
         call: Callable[[Callable[[], Any]], Future[Any]],
         link: PeerLink,
         step_time_s: Callable[[], float],

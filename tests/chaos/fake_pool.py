@@ -17,8 +17,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from llumsched.core.migration.destination import machine as destination
+from llumsched.engine.base import RequestState
 from llumsched.frontend.routing.routes import Arrival, Finished, Passed, Routes
-from tests.fake_engine.request import FakeOutput, FakeState
+from tests.fake_engine.request import FakeOutput, SentRequest, sent_request, state_of
 from tests.migration_table.host import Instance
 from tests.migration_table.world import INSTANCE_IDS, World, require
 
@@ -48,11 +49,11 @@ class FakePool(World):
         self.outputs: dict[str, deque[Output | tuple[str, Arrival]]] = {
             i: deque() for i in INSTANCE_IDS
         }
-        self.inputs: dict[str, deque[FakeState | Abort]] = {i: deque() for i in INSTANCE_IDS}
+        self.inputs: dict[str, deque[RequestState | Abort]] = {i: deque() for i in INSTANCE_IDS}
         self.prompts: dict[str, tuple[int, ...]] = {}
         self.resumed: list[str] = []
         self._gone: set[str] = set()
-        self._stays: dict[tuple[str, str], int] = {}
+        self._placements: dict[tuple[str, str], int] = {}
         self._placing = random.Random(f"{seed}/placing")
         super().__init__(seed)
         for instance in self.instances.values():
@@ -83,13 +84,13 @@ class FakePool(World):
         )
 
     def notice(self, request_id: str, instance_id: str, order: tuple[int, int]) -> None:
-        num_moves, goes_on_at_source = order
+        placement_number, goes_on_at_source = order
         request = self.instances[instance_id].engine.requests[request_id]
         if goes_on_at_source:
             # Nothing announces that, and its next move has the number of the one that failed.
-            request.num_moves = num_moves - 1
+            request.placement_number = placement_number - 1
         else:
-            self._announce(instance_id, request_id, num_moves, len(request.output_token_ids))
+            self._announce(instance_id, request_id, placement_number, len(request.output_token_ids))
 
     def _announce(
         self, instance_id: str, request_id: str, placement_number: int, num_tokens: int
@@ -102,11 +103,11 @@ class FakePool(World):
         tell = instance.engine.on_lost
 
         def tell_of_this_one(request_id: str, what: str) -> None:
-            placement_number = self._stays.get((instance.instance_id, request_id), 0)
+            placement_number = self._placements.get((instance.instance_id, request_id), 0)
             for outgoing in instance.outgoing.values():
                 migration = outgoing.migration
                 if migration.request_id == request_id and not migration.is_terminal:
-                    if outgoing.state.num_moves > placement_number:
+                    if outgoing.state.placement_number > placement_number:
                         tell(request_id, what)
                     return
             tell(request_id, what)
@@ -198,13 +199,14 @@ class FakePool(World):
         for index in stale_copies:
             self.inputs[INSTANCE_IDS[index]].append(Abort(request_id=request_id))
         self.inputs[chosen].append(
-            FakeState(
-                request_id=request_id,
-                prompt_token_ids=self.prompts[request_id],
-                output_token_ids=tuple(route.output_token_ids),
-                max_output_tokens=len(self.clients[request_id].expected),
-                num_preemptions=0,
-                num_moves=route.placement_number,
+            state_of(
+                SentRequest(
+                    request_id=request_id,
+                    prompt_token_ids=self.prompts[request_id],
+                    max_output_tokens=len(self.clients[request_id].expected),
+                ),
+                route.output_token_ids,
+                placement_number=route.placement_number,
             )
         )
 
@@ -226,15 +228,16 @@ class FakePool(World):
         else:
             instance.engine_work.append(lambda: self._take_over(instance, sent, MAX_ATTEMPTS))
 
-    def _take_over(self, instance: Instance, state: FakeState, num_attempts_left: int) -> None:
+    def _take_over(self, instance: Instance, state: RequestState, num_attempts_left: int) -> None:
         """As ``Resumption`` does it."""
+        request_id = sent_request(state).request_id
         arriving = [
             migration_id
             for migration_id, incoming in instance.incoming.items()
-            if incoming.holds_import and incoming.reservation.request_id == state.request_id
+            if incoming.holds_import and incoming.reservation.request_id == request_id
         ]
         if arriving:
-            require(num_attempts_left > 0, f"{state.request_id} arrives for ever")
+            require(num_attempts_left > 0, f"{request_id} arrives for ever")
 
             def give_up() -> None:
                 for migration_id in arriving:
@@ -250,13 +253,13 @@ class FakePool(World):
 
             instance.host_work.append(give_up)
             return
-        if state.request_id in instance.engine.requests:
-            instance.engine.abort(state.request_id)
-        self._stays[instance.instance_id, state.request_id] = state.num_moves
+        if request_id in instance.engine.requests:
+            instance.engine.abort(request_id)
+        self._placements[instance.instance_id, request_id] = state.placement_number
         instance.engine.take_over(state)
-        instance.moved_to.pop(state.request_id, None)
+        instance.moved_to.pop(request_id, None)
         self._announce(
-            instance.instance_id, state.request_id, state.num_moves, len(state.output_token_ids)
+            instance.instance_id, request_id, state.placement_number, len(state.output_token_ids)
         )
 
     # ---- rest -------------------------------------------------------------------------------

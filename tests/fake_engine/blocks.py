@@ -119,7 +119,7 @@ class FakeBlockPool:
 
 
 class FakeKVCache:
-    """``gather`` and ``scatter`` of ``KVCache``; the staging memory is a list."""
+    """Copying blocks; the staging memory is a list."""
 
     def __init__(self, pool: FakeBlockPool) -> None:
         self._pool = pool

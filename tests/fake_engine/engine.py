@@ -17,18 +17,26 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from llumsched.engine.base import CannotMigrate
+from llumsched.core.policy import MigrationCandidate
+from llumsched.engine.base import (
+    CannotMigrate,
+    CopyableBlocks,
+    FinalState,
+    KVAccess,
+    Refusal,
+    RequestState,
+    ReservedBlocks,
+    SuspendedRequest,
+)
 from tests.fake_engine.blocks import FakeBlockPool, FakeKVCache
 from tests.fake_engine.request import (
-    FakeCopyableBlocks,
-    FakeFinal,
     FakeOutput,
     FakeRequest,
-    FakeReservedBlocks,
-    FakeState,
-    FakeSuspendedRequest,
+    SentRequest,
     next_state,
     sample,
+    sent_request,
+    state_of,
 )
 
 
@@ -45,7 +53,7 @@ class _Export:
     request: FakeRequest
     num_preemptions: int
     pinned: list[int] = field(default_factory=list)
-    suspended: Future[FakeSuspendedRequest] | None = None
+    suspended: Future[SuspendedRequest] | None = None
 
 
 class FakeEngine:
@@ -60,7 +68,7 @@ class FakeEngine:
         self.block_size = block_size
         self.max_steps_in_flight = max_steps_in_flight
         self.pool = FakeBlockPool(num_blocks=num_blocks, block_size=block_size)
-        self.kv = FakeKVCache(self.pool)
+        self.blocks = FakeKVCache(self.pool)
         self.requests: dict[str, FakeRequest] = {}
         self.running: list[FakeRequest] = []
         self.waiting: deque[FakeRequest] = deque()
@@ -83,12 +91,12 @@ class FakeEngine:
         self.requests[request_id] = request
         self.waiting.append(request)
 
-    def take_over(self, state: FakeState) -> None:
+    def take_over(self, state: RequestState) -> None:
         """Go on with a request of which only the tokens are known: they are computed again."""
         request = _request_of(state)
         for _ in state.output_token_ids:
             request.generator_state = next_state(request.generator_state)
-        self.requests[state.request_id] = request
+        self.requests[request.request_id] = request
         self.waiting.append(request)
 
     def abort(self, request_id: str) -> None:
@@ -155,25 +163,58 @@ class FakeEngine:
             self._settle_suspension(self._exports[request_id])
         return tuple(outputs)
 
+    # ---- migration ---------------------------------------------------------------------------
+
+    @property
+    def refusal(self) -> str | None:
+        return None
+
+    @property
+    def kv(self) -> KVAccess | None:
+        """Tests copy ``blocks``: a cell is a token, not bytes."""
+        return None
+
+    def fingerprint(self) -> str:
+        return ""
+
+    def candidates(self) -> list[MigrationCandidate]:
+        return [
+            MigrationCandidate(
+                request_id=request.request_id,
+                num_blocks=len(request.block_ids),
+                num_output_tokens=len(request.output_token_ids),
+            )
+            for request in self.running
+            if request.output_token_ids and request.request_id not in self._exports
+        ]
+
+    def rest(self, request_id: str, refusal: Refusal) -> None:
+        """Nothing rests: a test says what moves."""
+
+    def await_first_token(self, request_id: str) -> Future[None]:
+        raise AssertionError("nothing is refused for computing its prompt")
+
     # ---- migration: source ------------------------------------------------------------------
 
-    def start_export(self, request_id: str) -> FakeState:
+    def start_export(self, request_id: str) -> RequestState:
         request = self.requests.get(request_id)
         if request is None or request not in self.running or not request.output_token_ids:
             raise CannotMigrate("the request is not decoding on this instance")
         if request_id in self._exports:
             raise CannotMigrate("the request is being migrated already")
         self._exports[request_id] = _Export(request, request.num_preemptions)
-        return FakeState(
-            request_id=request_id,
-            prompt_token_ids=tuple(request.token_ids[: request.num_prompt_tokens]),
-            output_token_ids=request.output_token_ids,
-            max_output_tokens=request.max_output_tokens,
+        return state_of(
+            SentRequest(
+                request_id=request_id,
+                prompt_token_ids=tuple(request.token_ids[: request.num_prompt_tokens]),
+                max_output_tokens=request.max_output_tokens,
+            ),
+            request.output_token_ids,
             num_preemptions=request.num_preemptions,
-            num_moves=request.num_moves + 1,
+            placement_number=request.placement_number + 1,
         )
 
-    def pin_copyable(self, request_id: str) -> FakeCopyableBlocks:
+    def pin_copyable(self, request_id: str) -> CopyableBlocks:
         export = self._exports[request_id]
         if self._lives(export):
             request = export.request
@@ -181,9 +222,9 @@ class FakeEngine:
             self._pin(export, num_final_tokens // self.block_size)
         return self._copyable(export)
 
-    def suspend(self, request_id: str) -> Future[FakeSuspendedRequest]:
+    def suspend(self, request_id: str) -> Future[SuspendedRequest]:
         export = self._exports[request_id]
-        future: Future[FakeSuspendedRequest] = Future()
+        future: Future[SuspendedRequest] = Future()
         if not self._lives(export) or export.request not in self.running:
             future.set_exception(CannotMigrate("the request is not running any more"))
             return future
@@ -206,33 +247,34 @@ class FakeEngine:
 
     # ---- migration: destination -------------------------------------------------------------
 
-    def reserve(self, state: FakeState) -> FakeReservedBlocks:
-        if state.request_id in self.requests or state.request_id in self._imports:
-            raise CannotMigrate("the destination holds a request of this id already")
+    def reserve(self, state: RequestState) -> ReservedBlocks:
         request = _request_of(state)
+        if request.request_id in self.requests or request.request_id in self._imports:
+            raise CannotMigrate("the destination holds a request of this id already")
         num_cached_blocks = self._allocate_with_prefix(request)
         if num_cached_blocks is None:
             raise CannotMigrate("the destination has no room for the request")
-        self._imports[state.request_id] = request
-        return FakeReservedBlocks(
-            block_ids=tuple(request.block_ids), num_cached_blocks=num_cached_blocks
+        self._imports[request.request_id] = request
+        return ReservedBlocks(
+            block_ids=list(request.block_ids), num_cached_blocks=num_cached_blocks
         )
 
-    def grow(self, request_id: str, num_blocks: int) -> tuple[int, ...]:
+    def grow(self, request_id: str, num_blocks: int) -> list[int]:
         request = self._imports.get(request_id)
         if request is None:
             raise CannotMigrate("the reservation is gone")
         if not self._extend(request, num_blocks):
             raise CannotMigrate("the destination ran out of blocks while the request grew")
-        return tuple(request.block_ids)
+        return list(request.block_ids)
 
-    def commit(self, request_id: str, final: FakeFinal) -> None:
+    def commit(self, request_id: str, final: FinalState) -> None:
         request = self._imports.pop(request_id, None)
         if request is None:
             raise CannotMigrate("the reservation is gone")
         request.token_ids[request.num_prompt_tokens :] = final.output_token_ids
         request.num_computed_tokens = final.num_computed_tokens
-        request.generator_state = final.generator_state
+        assert final.generator_state is not None
+        request.generator_state = int(final.generator_state)
         self._publish(request)
         self.requests[request_id] = request
         # Not behind those that wait for blocks: they may be waiting for the ones it holds.
@@ -373,9 +415,9 @@ class FakeEngine:
         export.pinned.extend(new)
 
     @staticmethod
-    def _copyable(export: _Export) -> FakeCopyableBlocks:
-        return FakeCopyableBlocks(
-            block_ids=tuple(export.pinned), num_preemptions=export.request.num_preemptions
+    def _copyable(export: _Export) -> CopyableBlocks:
+        return CopyableBlocks(
+            block_ids=list(export.pinned), num_preemptions=export.request.num_preemptions
         )
 
     def _settle_suspension(self, export: _Export) -> None:
@@ -384,13 +426,14 @@ class FakeEngine:
             return
         self._pin(export, self._num_blocks(request.num_computed_tokens))
         future.set_result(
-            FakeSuspendedRequest(
-                final=FakeFinal(
-                    output_token_ids=request.output_token_ids,
+            SuspendedRequest(
+                final=FinalState(
+                    output_token_ids=list(request.output_token_ids),
                     num_computed_tokens=request.num_computed_tokens,
-                    generator_state=request.generator_state,
+                    generator_state=b"%d" % request.generator_state,
                 ),
                 blocks=self._copyable(export),
+                suspended_at_s=0.0,
             )
         )
 
@@ -409,12 +452,13 @@ class FakeEngine:
         return export
 
 
-def _request_of(state: FakeState) -> FakeRequest:
+def _request_of(state: RequestState) -> FakeRequest:
+    sent = sent_request(state)
     return FakeRequest(
-        request_id=state.request_id,
-        token_ids=[*state.prompt_token_ids, *state.output_token_ids],
-        num_prompt_tokens=len(state.prompt_token_ids),
-        max_output_tokens=state.max_output_tokens,
-        num_moves=state.num_moves,
+        request_id=sent.request_id,
+        token_ids=[*sent.prompt_token_ids, *state.output_token_ids],
+        num_prompt_tokens=len(sent.prompt_token_ids),
+        max_output_tokens=sent.max_output_tokens,
+        placement_number=state.placement_number,
         num_preemptions=state.num_preemptions,
     )

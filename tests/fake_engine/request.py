@@ -9,46 +9,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
+from llumsched.engine.base import RequestState
+
 VOCABULARY_SIZE = 50_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FakeState:
-    """What the destination needs to reserve room."""
+class SentRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request as its client sent it: what a ``RequestState`` has in ``request``."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
-    output_token_ids: tuple[int, ...]
     max_output_tokens: int
-    num_preemptions: int
-    num_moves: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FakeFinal:
-    """What is known once the request is suspended."""
-
-    output_token_ids: tuple[int, ...]
-    num_computed_tokens: int
-    generator_state: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FakeCopyableBlocks:
-    block_ids: tuple[int, ...]
-    num_preemptions: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FakeSuspendedRequest:
-    final: FakeFinal
-    blocks: FakeCopyableBlocks
+def state_of(
+    sent: SentRequest,
+    output_token_ids: Sequence[int],
+    *,
+    placement_number: int,
+    num_preemptions: int = 0,
+) -> RequestState:
+    """The request as it travels before its KV does."""
+    return RequestState(
+        request=msgspec.msgpack.encode(sent),
+        output_token_ids=list(output_token_ids),
+        num_preemptions=num_preemptions,
+        placement_number=placement_number,
+    )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FakeReservedBlocks:
-    block_ids: tuple[int, ...]
-    num_cached_blocks: int
+def sent_request(state: RequestState) -> SentRequest:
+    """The request inside ``state``."""
+    return msgspec.msgpack.decode(state.request, type=SentRequest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +63,7 @@ class FakeRequest:
     token_ids: list[int]
     num_prompt_tokens: int
     max_output_tokens: int
-    num_moves: int = 0
+    placement_number: int = 0
     num_computed_tokens: int = 0
     num_in_flight_tokens: int = 0
     num_steps_in_flight: int = 0

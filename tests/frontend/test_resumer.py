@@ -13,8 +13,9 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
+from llumsched.engine.base import RequestState
 from llumsched.engine.placement_numbers import PLACEMENTS_PER_EPOCH
-from llumsched.engine.vllm.migration.state import RequestState, decode_request
+from llumsched.engine.vllm.migration.state import decode_request
 from llumsched.frontend.request.hints import SchedulingHints, current, hinted
 from llumsched.frontend.request.rejection import Rejected
 from llumsched.frontend.routing import resumer as resumer_module

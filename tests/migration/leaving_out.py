@@ -10,8 +10,9 @@ import pytest
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
+from llumsched.engine.base import RequestState
 from llumsched.engine.vllm.migration import exports, state
-from llumsched.engine.vllm.migration.state import RequestState, decode_request
+from llumsched.engine.vllm.migration.state import decode_request
 from tests.migration.answers import seen_by_client
 from tests.migration.cases import Case
 from tests.migration.pool import Pool

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from llumsched.core.migration.destination.machine import ReservationOptions
-from llumsched.engine.vllm.migration.state import RequestState
+from llumsched.engine.base import RequestState
 from llumsched.migration.destination import IncomingMigrations
 from llumsched.migration.messages import (
     PeerMessage,

@@ -16,10 +16,10 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_hints.protocol import KvHintsEnvelope
 
+from llumsched.engine.base import FinalState, RequestState
 from llumsched.engine.transfer.access import LocalKV
 from llumsched.engine.transfer.blocks import KVBlocks
 from llumsched.engine.vllm.migration import exports, imports, state
-from llumsched.engine.vllm.migration.state import FinalState, RequestState
 from tests.migration import test_features
 from tests.migration.cases import CASES, params
 from tests.migration.leaving_out import capturing, moved

@@ -16,15 +16,15 @@ from typing import Protocol
 
 from llumsched.core.migration.destination import machine as destination
 from llumsched.core.migration.source import machine as source
-from llumsched.engine.base import CannotMigrate
+from llumsched.engine.base import (
+    CannotMigrate,
+    CopyableBlocks,
+    FinalState,
+    RequestState,
+    SuspendedRequest,
+)
 from tests.fake_engine.blocks import BlockContent
 from tests.fake_engine.engine import FakeEngine
-from tests.fake_engine.request import (
-    FakeCopyableBlocks,
-    FakeFinal,
-    FakeState,
-    FakeSuspendedRequest,
-)
 from tests.migration_table.wire import Message, event_of
 
 Wait = source.DeadlineExpired | destination.ReservationExpired
@@ -47,9 +47,9 @@ class Outgoing:
     """A migration at its source, with what the host keeps beside the record."""
 
     migration: source.Migration
-    state: FakeState
-    block_ids: tuple[int, ...] = ()
-    final: FakeFinal | None = None
+    state: RequestState
+    block_ids: list[int] = field(default_factory=list)
+    final: FinalState | None = None
     holds_export: bool = True
 
 
@@ -58,8 +58,8 @@ class Incoming:
     """A reservation, with what the host keeps beside the record."""
 
     reservation: destination.Reservation
-    state: FakeState | None = None
-    final: FakeFinal | None = None
+    state: RequestState | None = None
+    final: FinalState | None = None
     stage_content: list[BlockContent] = field(default_factory=list)
     holds_import: bool = False
 
@@ -244,14 +244,14 @@ class Instance:
             return
         last = command.first_block + command.num_blocks
         content: list[BlockContent] = []
-        self.engine.kv.gather(outgoing.block_ids[command.first_block : last], content)
+        self.engine.blocks.gather(outgoing.block_ids[command.first_block : last], content)
         self._send_out(outgoing, command, content)
 
     def _suspend(self, outgoing: Outgoing, command: source.SuspendRequest) -> None:
         if outgoing.migration.is_terminal:
             return
 
-        def tell(future: Future[FakeSuspendedRequest]) -> None:
+        def tell(future: Future[SuspendedRequest]) -> None:
             if future.exception() is not None:
                 return  # the engine says why by itself
             suspended = future.result()
@@ -271,10 +271,10 @@ class Instance:
         self._end_export(outgoing, self.engine.resume)
         if command.may_have_decoded and request_id in self.engine.requests:
             # The destination may have announced this move already: it counts, and this outdoes it.
-            num_moves = outgoing.state.num_moves
-            self.engine.requests[request_id].num_moves = num_moves
+            placement_number = outgoing.state.placement_number
+            self.engine.requests[request_id].placement_number = placement_number
             self._network.allow_repeats(request_id)
-            self._network.notice(request_id, self.instance_id, (num_moves, 1))
+            self._network.notice(request_id, self.instance_id, (placement_number, 1))
 
     @staticmethod
     def _end_export(outgoing: Outgoing, end: Callable[[str], None]) -> None:
@@ -294,7 +294,7 @@ class Instance:
         outgoing = self.outgoing[event.migration_id]
         if outgoing.migration.is_terminal:
             return
-        copyable: FakeCopyableBlocks = self.engine.pin_copyable(outgoing.migration.request_id)
+        copyable: CopyableBlocks = self.engine.pin_copyable(outgoing.migration.request_id)
         outgoing.block_ids = copyable.block_ids
         complete: source.MigrationEvent
         if isinstance(event, source.BlocksReserved):
@@ -441,7 +441,7 @@ class Instance:
                 destination.AllocationFailed(migration_id=command.migration_id, reason=str(error))
             )
             return
-        self.engine.kv.scatter(block_ids[command.first_block : last], incoming.stage_content)
+        self.engine.blocks.scatter(block_ids[command.first_block : last], incoming.stage_content)
         self._answer(
             destination.BlocksWritten(
                 migration_id=command.migration_id, stage=command.stage, num_blocks_total=last
@@ -460,7 +460,9 @@ class Instance:
         incoming.holds_import = False
         # It is here again: an abort that comes now is for this instance.
         self.moved_to.pop(command.request_id, None)
-        self._network.notice(command.request_id, self.instance_id, (incoming.state.num_moves, 0))
+        self._network.notice(
+            command.request_id, self.instance_id, (incoming.state.placement_number, 0)
+        )
         self._answer(destination.RequestAdmitted(migration_id=command.migration_id))
 
     def _free(self, incoming: Incoming) -> None:

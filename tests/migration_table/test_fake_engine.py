@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
-from llumsched.engine.base import CannotMigrate, MigrationEngine
+from llumsched.engine.base import CannotMigrate, FinalState, MigrationEngine, SuspendedRequest
 from tests.fake_engine.blocks import BlockContent
 from tests.fake_engine.engine import FakeEngine
 from tests.fake_engine.request import (
-    FakeFinal,
     FakeOutput,
-    FakeState,
-    FakeSuspendedRequest,
+    SentRequest,
     expected_output,
+    state_of,
 )
 
 PROMPT = (7, 3, 9, 1, 4)
@@ -39,26 +36,26 @@ def tokens(outputs: list[FakeOutput], request_id: str = "r") -> list[int]:
     return [output.token_id for output in outputs if output.request_id == request_id]
 
 
-def suspend(engine: FakeEngine) -> FakeSuspendedRequest:
+def suspend(engine: FakeEngine) -> SuspendedRequest:
     suspension = engine.suspend("r")
     while not suspension.done():
         engine.finish_step()
     return suspension.result()
 
 
-def move(source: FakeEngine, destination: FakeEngine, final: FakeFinal | None = None) -> None:
+def move(source: FakeEngine, destination: FakeEngine, final: FinalState | None = None) -> None:
     """Move `r` in two stages, with the steps of `source` going on in between."""
     reserved = destination.reserve(source.start_export("r"))
     content: list[BlockContent] = []
     early = source.pin_copyable("r").block_ids
-    source.kv.gather(early[reserved.num_cached_blocks :], content)
-    destination.kv.scatter(reserved.block_ids[reserved.num_cached_blocks : len(early)], content)
+    source.blocks.gather(early[reserved.num_cached_blocks :], content)
+    destination.blocks.scatter(reserved.block_ids[reserved.num_cached_blocks : len(early)], content)
     suspended = suspend(source)
     late = suspended.blocks.block_ids
     block_ids = destination.grow("r", len(late))
     num_copied = max(len(early), reserved.num_cached_blocks)
-    source.kv.gather(late[num_copied:], content)
-    destination.kv.scatter(block_ids[num_copied : len(late)], content)
+    source.blocks.gather(late[num_copied:], content)
+    destination.blocks.scatter(block_ids[num_copied : len(late)], content)
     destination.commit("r", final or suspended.final)
     source.release("r")
     source.check()
@@ -66,7 +63,7 @@ def move(source: FakeEngine, destination: FakeEngine, final: FakeFinal | None = 
 
 
 def test_it_is_a_migration_engine() -> None:
-    engine: MigrationEngine[FakeState, FakeSuspendedRequest, FakeFinal] = make_engine()
+    engine: MigrationEngine = make_engine()
     assert isinstance(engine, FakeEngine)
 
 
@@ -145,8 +142,8 @@ def test_a_block_that_is_copied_while_it_is_written_shows() -> None:
     content: list[BlockContent] = []
     held = source.requests["r"].block_ids
     source.schedule_step()
-    source.kv.gather(held[:4], content)
-    destination.kv.scatter(destination.grow("r", 4)[:4], content)
+    source.blocks.gather(held[:4], content)
+    destination.blocks.scatter(destination.grow("r", 4)[:4], content)
     source.finish_step()
     assert reserved.num_cached_blocks == 0
     destination.commit("r", suspend(source).final)
@@ -158,9 +155,7 @@ def test_a_generator_that_is_left_behind_shows() -> None:
     source, destination = make_engine(), make_engine()
     source.add_request("r", PROMPT, MAX_OUTPUT_TOKENS)
     step(source, 3)
-    final = FakeFinal(
-        output_token_ids=tuple(EXPECTED[:3]), num_computed_tokens=7, generator_state=1
-    )
+    final = FinalState(output_token_ids=EXPECTED[:3], num_computed_tokens=7, generator_state=b"1")
     move(source, destination, final)
     assert tokens(step(destination, 20)) != EXPECTED[3:]
 
@@ -184,7 +179,7 @@ def test_writing_into_a_shared_block_is_an_error() -> None:
     engine.add_request("r", PROMPT, MAX_OUTPUT_TOKENS)
     step(engine, 2)
     with pytest.raises(AssertionError, match="cached prefix"):
-        engine.kv.scatter(engine.requests["r"].block_ids[:1], [(0, 0)])
+        engine.blocks.scatter(engine.requests["r"].block_ids[:1], [(0, 0)])
 
 
 # What ends an export or forbids it.
@@ -256,7 +251,11 @@ def test_reasons_not_to_migrate() -> None:
         source.reserve(state)
     with pytest.raises(CannotMigrate, match="no room"):
         destination.reserve(state)
-    small = replace(state, prompt_token_ids=(1,), output_token_ids=(2,))
+    small = state_of(
+        SentRequest(request_id="r", prompt_token_ids=(1,), max_output_tokens=9),
+        (2,),
+        placement_number=1,
+    )
     destination.reserve(small)
     with pytest.raises(CannotMigrate, match="of this id"):
         destination.reserve(small)

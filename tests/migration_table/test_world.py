@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,11 +23,9 @@ from llumsched.core.migration.destination import rules as destination_rules
 from llumsched.core.migration.source import machine as source
 from llumsched.core.migration.source import rules as source_rules
 from llumsched.core.migration.table import IllegalTransition, Rule, TransitionTable
+from llumsched.engine.base import FinalState
 from tests.campaigns import examples
 from tests.fake_engine.engine import FakeEngine
-from tests.fake_engine.request import (
-    FakeFinal,
-)
 from tests.migration_table.world import World
 
 NUM_RUNS = int(os.environ.get("LLUMSCHED_MIGRATION_RUNS", "1200"))
@@ -201,8 +200,8 @@ def copy_blocks_that_are_being_written(patch: pytest.MonkeyPatch) -> None:
 def leave_the_generator_behind(patch: pytest.MonkeyPatch) -> None:
     commit = FakeEngine.commit
 
-    def commit_without(self: FakeEngine, request_id: str, final: FakeFinal) -> None:
-        commit(self, request_id, replace(final, generator_state=1))
+    def commit_without(self: FakeEngine, request_id: str, final: FinalState) -> None:
+        commit(self, request_id, msgspec.structs.replace(final, generator_state=b"1"))
 
     patch.setattr(FakeEngine, "commit", commit_without)
 

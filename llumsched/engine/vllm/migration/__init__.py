@@ -6,10 +6,10 @@ migration may leave by the next.
 
 from __future__ import annotations
 
-from llumsched.engine.vllm.migration.exports import SourceAdapter, SuspendedRequest
+from llumsched.engine.vllm.migration.exports import SourceAdapter
 from llumsched.engine.vllm.migration.imports import HAND_OVER_CALL_ID, DestinationAdapter
 
-__all__ = ["HAND_OVER_CALL_ID", "MigrationAdapter", "SuspendedRequest"]
+__all__ = ["HAND_OVER_CALL_ID", "MigrationAdapter"]
 
 
 class MigrationAdapter(SourceAdapter, DestinationAdapter):

@@ -28,12 +28,17 @@ from vllm.v1.request import Request, RequestStatus
 
 from llumsched.core.policy import MigrationCandidate
 from llumsched.core.types import priority_class
-from llumsched.engine.base import CannotMigrate, Refusal
+from llumsched.engine.base import (
+    CannotMigrate,
+    CopyableBlocks,
+    FinalState,
+    Refusal,
+    RequestState,
+    SuspendedRequest,
+)
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.migration.port import EngineAdapter
 from llumsched.engine.vllm.migration.state import (
-    FinalState,
-    RequestState,
     capture_request,
     read_generator_state,
     why_not_migratable,
@@ -47,26 +52,6 @@ RESTART_SHARE = 0.25
 # A request that could not move is no candidate for this long; twice as long each time.
 REST_AFTER_REFUSAL_S = 1.0
 MAX_REST_S = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CopyableBlocks:
-    """Block ids of an export, from the request's first block on, pinned until it ends."""
-
-    block_ids: list[int]
-    num_preemptions: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SuspendedRequest:
-    """A request that no step touches: its last state and all its blocks, the tail included.
-
-    ``suspended_at_s`` is ``time.perf_counter()`` when its last step here was over.
-    """
-
-    final: FinalState
-    blocks: CopyableBlocks
-    suspended_at_s: float
 
 
 @dataclass(slots=True)

@@ -16,19 +16,16 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, UtilityOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import UtilityResult
 
-from llumsched.engine.base import CannotMigrate, Refusal
+from llumsched.engine.base import CannotMigrate, FinalState, Refusal, RequestState, ReservedBlocks
 from llumsched.engine.vllm.compat import accepted, takes
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.migration.port import Arrival, EngineAdapter
 from llumsched.engine.vllm.migration.state import (
-    FinalState,
-    RequestState,
     decode_request,
     install_request,
     replay_grammar,
@@ -41,18 +38,6 @@ HAND_OVER_CALL_ID = -20240610
 # Blocks reserved beyond the request's own tokens, so that what it decodes while being copied
 # rarely needs more room at the last stage.
 RESERVED_GROWTH_BLOCKS = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reservation:
-    """Blocks held for a request that is arriving: of ``block_ids``, the first
-    ``num_cached_blocks`` have their content already (by prefix caching). ``grammar`` is to be
-    waited for before the commit, if one is being compiled."""
-
-    request_id: str
-    block_ids: list[int]
-    num_cached_blocks: int
-    grammar: Future[Any] | None
 
 
 @dataclass(slots=True)
@@ -71,7 +56,7 @@ class DestinationAdapter(EngineAdapter):
         super().__init__(engine)
         self._imports: dict[str, _Import] = {}
 
-    def reserve(self, state: RequestState) -> Reservation:
+    def reserve(self, state: RequestState) -> ReservedBlocks:
         """Reserve blocks for a request that is about to move here.
 
         Raises:
@@ -97,8 +82,7 @@ class DestinationAdapter(EngineAdapter):
         )
         structured = request.structured_output_request
         grammar = structured._grammar if structured is not None else None
-        return Reservation(
-            request_id=request_id,
+        return ReservedBlocks(
             block_ids=list(self._kv_manager.get_block_ids(request_id)[0]),
             num_cached_blocks=num_cached_tokens // self._block_size,
             grammar=grammar if isinstance(grammar, Future) else None,

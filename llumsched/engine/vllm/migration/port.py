@@ -11,8 +11,9 @@ from weakref import WeakKeyDictionary
 from vllm.v1.executor import UniProcExecutor
 from vllm.v1.request import Request
 
+from llumsched.engine.base import KVAccess
 from llumsched.engine.compatibility import PROTOCOL_VERSION, Compatibility, fingerprint_of
-from llumsched.engine.transfer.access import KVAccess, LocalKV
+from llumsched.engine.transfer.access import LocalKV
 from llumsched.engine.transfer.shards import ShardedKV
 from llumsched.engine.vllm.compat import installed_version
 from llumsched.engine.vllm.core import LlumschedEngineCore

@@ -23,10 +23,10 @@ from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
-from llumsched.engine.base import CannotMigrate
+from llumsched.engine.base import CannotMigrate, FinalState, RequestState
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.migration import MigrationAdapter
-from llumsched.engine.vllm.migration.state import FinalState, RequestState, decode_request
+from llumsched.engine.vllm.migration.state import decode_request
 
 # How often a migration that brings the request here as well is asked to end.
 MAX_ATTEMPTS = 5

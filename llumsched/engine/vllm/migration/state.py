@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreRequest
@@ -21,35 +20,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from llumsched.engine.base import CannotMigrate, Refusal
-
-
-class RequestState(msgspec.Struct, frozen=True, kw_only=True):
-    """A request as the destination needs it to reserve room, before any KV has moved.
-
-    ``request`` is vLLM's own ``EngineCoreRequest``, encoded by vLLM's own encoder (no pickle), as
-    it was when the request arrived. ``output_token_ids`` are the scheduler's, since the worker's
-    copy lags behind when steps are in flight. ``placement_number`` is that of the move to come.
-    Without KV (``has_kv``) nothing is reserved: the request waits for its turn as it did before.
-    """
-
-    request: bytes
-    output_token_ids: list[int]
-    num_preemptions: int
-    placement_number: int
-    has_kv: bool = True
-
-
-class FinalState(msgspec.Struct, frozen=True, kw_only=True):
-    """State that is only known once the request is suspended.
-
-    ``output_token_ids`` are all of them; ``num_computed_tokens`` of prompt and output have KV.
-    ``generator_state`` is the state of the request's own random generator, if it has a seed.
-    """
-
-    output_token_ids: list[int]
-    num_computed_tokens: int
-    generator_state: bytes | None
+from llumsched.engine.base import CannotMigrate, FinalState, Refusal, RequestState
 
 
 def why_engine_cannot_migrate(
