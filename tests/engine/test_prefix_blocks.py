@@ -149,7 +149,7 @@ def test_the_frontend_names_blocks_as_the_engine_does(num_tokens: int) -> None:
 
 
 def test_the_size_of_a_block_is_the_one_that_the_engine_has_chosen() -> None:
-    """Which a frontend learns when the engine is up: after the hasher was made."""
+    """A frontend learns it when the engine is up: after the hasher was made."""
     config, request = make_config(block_size=16), asked(100)
     hashes = prefix_hasher(config)
     assert list(hashes(request)) == named_by_an_engine(request, 16)
@@ -163,7 +163,7 @@ def test_a_block_that_several_workers_share() -> None:
 
 
 def test_hashes_look_as_far_ahead_as_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where this version of vLLM looks ahead at all: with EAGLE, from 0.33 on."""
+    """Engines look ahead with EAGLE, from 0.33 on."""
     given: list[tuple[int, int]] = []
 
     def get_request_block_hasher(

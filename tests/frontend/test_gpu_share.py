@@ -14,7 +14,7 @@ from llumsched.frontend.options.gpu_share import GIB, check_device, instances_pe
 
 
 def platform(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """What vLLM computes on: "cuda" with 80 GiB, "cpu", or nothing that it knows."""
+    """Have vLLM compute on "cuda" with 80 GiB, "cpu", or nothing that it knows."""
     found = SimpleNamespace(
         device_name=kind,
         is_cuda_alike=lambda: kind == "cuda",

@@ -43,7 +43,7 @@ DROPPABLE: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
     }
 )
-"""What follows from leaving out a keyword, by function and keyword."""
+"""Consequences of leaving out a keyword, by function and keyword."""
 
 
 class UnsupportedVersion(Exception):

@@ -85,7 +85,7 @@ def what_moved(sources: Sources, internals: tuple[Internal, ...] | None = None) 
 
 @functools.cache
 def own_imports() -> tuple[Internal, ...]:
-    """Everything that this package imports of vLLM by an import statement, each once."""
+    """Names that this package imports of vLLM by an import statement, each once."""
     package = Path(__file__).parents[2]
     found: dict[str, Internal] = {}
     for path in sorted(path for folder in IMPORTING for path in (package / folder).rglob("*.py")):
