@@ -61,6 +61,12 @@ class FaultyPool(Admin):
             return []  # the scheduler is away
         return sorted(i["instance_id"] for i in answer.body["instances"] if i["state"] == "serving")
 
+    def frontends(self) -> dict[str, dict[str, Any]]:
+        """Every place of a frontend, by its id."""
+        answer = self.get("/llumsched/instances")
+        assert answer.status == 200, answer
+        return {f["frontend_id"]: f for f in answer.body["frontends"]}
+
     def metric(self, name: str) -> float:
         """The value of a metric without labels."""
         (line,) = (x for x in self.text("/metrics").splitlines() if x.startswith(f"{name} "))

@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Callable
 
+import httpx
 import pytest
 
 from tests.campaigns import THOROUGH
 from tests.chaos.faults import FaultyPool
-from tests.chaos.load import LONG, NAMES, Load, Progress, References, stream_through
+from tests.chaos.load import CASES, LONG, NAMES, Load, Progress, References, stream_through
 from tests.e2e.moving import move
 
 # All have begun, and none is near its end.
@@ -128,6 +129,35 @@ def test_the_scheduler_is_killed(pool: FaultyPool, references: References) -> No
 
     # The others may be over by then.
     assert stream_through(pool, references, fault, (*NAMES, LONG)) > 0
+
+
+def test_the_only_frontend_is_killed(pool: FaultyPool, references: References) -> None:
+    """Its requests end with it; another takes its place at the same port and over the instances."""
+    (before,) = pool.frontends().values()
+    with (
+        contextlib.suppress(httpx.TransportError),
+        pool.stream(*CASES[LONG]) as chunks,
+    ):
+        next(chunks)
+        os.kill(before["pid"], signal.SIGKILL)
+        for _ in chunks:
+            pass
+    pool.server.await_that(lambda: answers(pool), "another frontend answers")
+    (after,) = pool.frontends().values()
+    assert after["frontend_id"] == before["frontend_id"]
+    assert after["pid"] != before["pid"]
+    assert after["num_deaths"] == before["num_deaths"] + 1
+    assert "SIGKILL" in after["last_failure"]
+    pool.await_idle()
+    assert not references.complaints("seeded", pool.whole(*CASES["seeded"]))
+
+
+def answers(pool: FaultyPool) -> bool:
+    """True if a request is answered; while no frontend is there, connections wait or break."""
+    try:
+        return bool(pool.whole("/v1/completions", {"prompt": "The sea", "max_tokens": 1}))
+    except httpx.TransportError:
+        return False
 
 
 @thorough

@@ -35,11 +35,6 @@ PROMPTS = ("The sea", "Once upon a time", "The first rule", "In winter")
 class SharedPool(FaultyPool):
     """A pool with several frontends."""
 
-    def frontends(self) -> dict[str, dict[str, Any]]:
-        answer = self.get("/llumsched/instances")
-        assert answer.status == 200, answer
-        return {f["frontend_id"]: f for f in answer.body["frontends"]}
-
     def frontend_of(self, request_id: str) -> str:
         """Whose client an answer goes to."""
         (found,) = {r["frontend_id"] for r in self.requests() if belongs(r, request_id)}

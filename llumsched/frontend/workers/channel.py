@@ -6,13 +6,15 @@ is the end of the channel.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 import struct
 import threading
+from multiprocessing.connection import Connection
 
 # Where processes that count together keep their counts: `prometheus_client` looks there.
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-_LENGTH = struct.Struct("!I")
 
 
 class ChannelClosed(Exception):
@@ -27,13 +29,12 @@ class Channel:
     """
 
     def __init__(self, end: socket.socket, send_timeout_s: float = 5.0) -> None:
-        self._socket = end
         seconds, rest = divmod(send_timeout_s, 1.0)
-        end.setsockopt(
-            socket.SOL_SOCKET,
-            socket.SO_SNDTIMEO,
-            struct.pack("ll", int(seconds), int(rest * 1_000_000)),
-        )
+        timeout = struct.pack("ll", int(seconds), int(rest * 1_000_000))
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+        # Shutting a socket down wakes a thread that reads from it; closing its descriptor does not.
+        self._socket = socket.socket(fileno=os.dup(end.fileno()))
+        self._connection = Connection(end.detach())
         self._sending = threading.Lock()
 
     def send(self, payload: bytes) -> None:
@@ -44,7 +45,7 @@ class Channel:
         """
         try:
             with self._sending:
-                self._socket.sendall(_LENGTH.pack(len(payload)) + payload)
+                self._connection.send_bytes(payload)
         except OSError as error:
             self.close()
             raise ChannelClosed(str(error)) from error
@@ -55,24 +56,12 @@ class Channel:
         Raises:
             ChannelClosed: at the end.
         """
-        (num_bytes,) = _LENGTH.unpack(self._read(_LENGTH.size))
-        return self._read(num_bytes)
-
-    def _read(self, num_bytes: int) -> bytes:
-        read = bytearray()
-        while len(read) < num_bytes:
-            try:
-                part = self._socket.recv(num_bytes - len(read))
-            except OSError as error:
-                raise ChannelClosed(str(error)) from error
-            if not part:
-                raise ChannelClosed("the other end is closed")
-            read += part
-        return bytes(read)
+        try:
+            return self._connection.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise ChannelClosed(str(error) or "the other end is closed") from error
 
     def close(self) -> None:
         """Wake up whoever receives, at both ends; safe to call twice."""
-        try:
+        with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # it is closed already
