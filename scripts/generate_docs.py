@@ -25,6 +25,7 @@ from llumsched.simulator.hardware.spec import available, load_hardware
 from llumsched.simulator.scenario import Scenario
 from llumsched.simulator.traces.generators import GENERATORS
 from llumsched.simulator.traces.loaders import FORMATS
+from scripts import architecture
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -148,6 +149,8 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "trace formats": trace_formats,
     "generators": generators,
     "hardware": hardware,
+    "messages": architecture.messages,
+    "threads and sockets": architecture.threads_and_sockets,
 }
 """Name of a generated part -> what writes it."""
 
