@@ -1,7 +1,8 @@
 """Find policies by name, and build the parts of a bundle.
 
 A name is an installed policy (entry-point group `llumsched.policies`) or `package.module:Class`,
-which needs no installation. The kind of a policy follows from the method it has.
+which needs no installation: it is looked for in the current folder first. The kind of a policy
+follows from the method it has.
 
 Invariant: what this module hands out has been checked: it is of the kind asked for, and its
 parameters are in range. It does not know YAML (`config`).
@@ -15,8 +16,10 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llumsched.core.params import Param, ParamError, check_param, params_of
@@ -92,6 +95,7 @@ def find(name: str) -> Policy:
         PluginError: there is none, or it cannot be loaded.
     """
     if ":" in name:
+        _look_in_current_folder()
         return _load(name, name, source=name)
     targets = _targets()
     if name not in targets:
@@ -117,6 +121,13 @@ def _targets() -> Mapping[str, tuple[str, str]]:
     return targets
 
 
+def _look_in_current_folder() -> None:
+    """A console script has the folder of the script on its path, not the one that it is run in."""
+    folder = str(Path.cwd())
+    if not sys.flags.safe_path and "" not in sys.path and folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
 def _load(name: str, target: str, *, source: str) -> Policy:
     module_name, _, attribute = target.partition(":")
     try:
@@ -124,7 +135,7 @@ def _load(name: str, target: str, *, source: str) -> Policy:
     except ImportError as error:
         raise PluginError(
             f"policy {name!r}: cannot import {module_name} ({error}); "
-            "is its package installed, or on PYTHONPATH?"
+            "is its package installed, or its file in the current folder or on PYTHONPATH?"
         ) from error
     except Exception as error:
         raise PluginError(

@@ -8,6 +8,8 @@ source. ``--check`` writes nothing and fails when a page is behind the code.
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +23,9 @@ from llumsched.core.migration.destination import rules as migration_destination_
 from llumsched.core.migration.source import rules as migration_rules
 from llumsched.core.migration.table import Rule, TransitionTable
 from llumsched.core.params import params_of
+from llumsched.core.policy import MigrationPair, Placement
+from llumsched.core.snapshot import InstanceView
+from llumsched.core.types import SchedulingRequest
 from llumsched.simulator.hardware.spec import available, load_hardware
 from llumsched.simulator.scenario import Scenario
 from llumsched.simulator.traces.generators import GENERATORS
@@ -97,6 +102,40 @@ def policies() -> str:
     return "\n\n".join(parts)
 
 
+def policy_values() -> str:
+    """What a policy is given and what it answers, a table a class."""
+    tables = []
+    for cls in (SchedulingRequest, InstanceView, Placement, MigrationPair):
+        rows = [(f"`{name}`", f"`{kind}`", doc) for name, kind, doc in _fields(cls)]
+        tables.append(f"`{cls.__name__}`:\n\n" + _grid(("field", "type", ""), rows))
+    return "\n\n".join(tables)
+
+
+def _fields(cls: type) -> Iterable[tuple[str, str, str]]:
+    """Name, type and documentation of each public field, property and method, from the source."""
+    (defined,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(defined, ast.ClassDef)
+    for node, after in zip(defined.body, [*defined.body[1:], None], strict=True):
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            is_property = any(isinstance(d, ast.Name) for d in node.decorator_list)
+            arguments = ", ".join(arg.arg for arg in node.args.args[1:])
+            doc = ast.get_docstring(node)
+            assert doc is not None, f"{cls.__name__}.{node.name} says nothing"
+            if is_property or cls is InstanceView:
+                name = node.name if is_property else f"{node.name}({arguments})"
+                yield name, ast.unparse(node.returns or ast.Constant(None)), _line(doc)
+        elif isinstance(node, ast.AnnAssign) and cls is not InstanceView:
+            match after:
+                case ast.Expr(value=ast.Constant(value=str(doc))):
+                    yield ast.unparse(node.target), ast.unparse(node.annotation), _line(doc)
+                case _:
+                    raise AssertionError(f"{cls.__name__}: {ast.unparse(node)} says nothing")
+
+
+def _line(doc: str) -> str:
+    return " ".join(doc.split())
+
+
 def simulate_options() -> str:
     """The options that a scenario has."""
     rows = [
@@ -145,6 +184,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "destination diagram": lambda: diagram(migration_destination_rules.TABLE),
     "destination transitions": lambda: transitions(migration_destination_rules.TABLE),
     "policies": policies,
+    "policy values": policy_values,
     "simulate options": simulate_options,
     "trace formats": trace_formats,
     "generators": generators,

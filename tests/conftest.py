@@ -3,10 +3,13 @@
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import zmq
 from hypothesis import settings
+
+from tests.wheels import build_wheel
 
 # How long an example takes says more about what else the machine is doing.
 # The examples of every run are the same, so that a change is judged by what it changed; whoever
@@ -38,3 +41,9 @@ def no_context_is_left_to_the_collector() -> Iterator[None]:
     gc.collect()
     left, _left_contexts[:] = list(_left_contexts), []
     assert not left, "close each ZMQ context, and what it belongs to"
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout."""
+    return build_wheel(tmp_path_factory.mktemp("wheel"))

@@ -23,7 +23,9 @@ class Placement:
     """Send the request there."""
 
     instance_id: str
+    """One of `cluster.accepting`."""
     reason: str
+    """For the decision log: what decided, with its numbers."""
 
 
 @runtime_checkable
@@ -44,10 +46,15 @@ class MigrationPair:
     """
 
     source: str
+    """Instance that gives a request away."""
     destination: str
+    """Instance that takes it in: serving, and not the source."""
     reason: str
+    """For the decision log: what decided, with its numbers."""
     num_requests: int = 1
+    """Most requests to move at once."""
     balances: bool = True
+    """Whether evening out load is the aim."""
 
 
 @runtime_checkable

@@ -288,42 +288,52 @@ class InstanceView:
 
     @property
     def instance_id(self) -> str:
+        """Name of the instance; the row's place in `cluster.rows`."""
         return self.cluster.instance_ids[self.row]
 
     @property
     def state(self) -> InstanceState:
+        """`BOOTING`, `SERVING`, `DRAINING` or `GONE`."""
         return STATES[int(self.cluster.columns.state[self.row])]
 
     @property
     def role(self) -> InstanceRole:
+        """`MIXED`, `PREFILL` or `DECODE`, as its launch asked for."""
         return ROLES[int(self.cluster.columns.role[self.row])]
 
     @property
     def is_accepting(self) -> bool:
+        """Whether it may be given work: it serves, and was heard from lately."""
         return bool(self.cluster.columns.is_accepting[self.row])
 
     @property
     def is_fresh(self) -> bool:
+        """Whether its last load report is recent enough to be believed."""
         return bool(self.cluster.columns.is_fresh[self.row])
 
     @property
     def freeness(self) -> float:
+        """Free blocks a request of the batch (Llumnix, OSDI '24, section 4.4); infinite if idle."""
         return float(self.cluster.columns.freeness[self.row])
 
     @property
     def step_time_s(self) -> float:
+        """Seconds of its latest step that computed no prompt; 0 before the first."""
         return float(self.cluster.columns.step_time_s[self.row])
 
     @property
     def num_total_blocks(self) -> int:
+        """KV blocks it has."""
         return int(self.cluster.columns.num_total_blocks[self.row])
 
     @property
     def num_free_blocks(self) -> int:
+        """KV blocks free; below 0 where more was sent than fits."""
         return int(self.cluster.columns.num_free_blocks[self.row])
 
     @property
     def num_used_blocks(self) -> int:
+        """KV blocks in use or reserved."""
         return self.num_total_blocks - self.num_free_blocks
 
     @property
@@ -333,38 +343,47 @@ class InstanceView:
 
     @property
     def num_running(self) -> int:
+        """Requests in its batch."""
         return int(self.cluster.columns.num_running[self.row])
 
     @property
     def num_waiting(self) -> int:
+        """Requests in its queue, which hold no KV."""
         return int(self.cluster.columns.num_waiting[self.row])
 
     @property
     def num_requests(self) -> int:
+        """Requests in its batch, in its queue, and sent to it but not reported yet."""
         return int(self.cluster.columns.num_requests[self.row])
 
     @property
     def num_prefill_tokens_pending(self) -> int:
+        """Prompt tokens still to be computed, of its queue and of prompts under way."""
         return int(self.cluster.columns.num_prefill_tokens_pending[self.row])
 
     @property
     def num_migrations_in(self) -> int:
+        """Migrations under way to it."""
         return int(self.cluster.columns.num_migrations_in[self.row])
 
     @property
     def num_migrations_out(self) -> int:
+        """Migrations under way from it."""
         return int(self.cluster.columns.num_migrations_out[self.row])
 
     @property
     def max_num_seqs(self) -> int:
+        """Most requests in a batch."""
         return int(self.cluster.columns.max_num_seqs[self.row])
 
     @property
     def max_num_batched_tokens(self) -> int:
+        """Most tokens in a step."""
         return int(self.cluster.columns.max_num_batched_tokens[self.row])
 
     @property
     def block_size(self) -> int:
+        """Tokens of a KV block."""
         return int(self.cluster.columns.block_size[self.row])
 
     def fits(self, request: SchedulingRequest) -> bool:

@@ -67,22 +67,32 @@ def num_blocks_for(num_tokens: int, block_size: int) -> int:
 class SchedulingRequest:
     """Facts of a request that the scheduler may know; never its text.
 
-    `scheduling_priority` orders the dispatch queue, `execution_priority` buys headroom while the
-    request runs; both are `PriorityClass` values. `prefix_hashes` name the full KV blocks of the
-    prompt in order, each hash covering all blocks before it (as the engine computes them).
+    A length of output is in none of the fields: nobody knows it.
     """
 
     request_id: str
+    """Unique among the live requests."""
     num_prompt_tokens: int
+    """Tokens of the prompt."""
     max_output_tokens: int | None = None
+    """The client's limit on the output; None without one."""
     scheduling_priority: int = PriorityClass.NORMAL
+    """`PriorityClass`; orders the dispatch queue."""
     execution_priority: int = PriorityClass.NORMAL
+    """`PriorityClass`; buys headroom while the request runs."""
     arrival_s: float = 0.0
+    """Arrival on the clock of `cluster.now`."""
     client_id: str | None = None
+    """Whose request it is, where that is known."""
     prefix_hashes: tuple[int, ...] = ()
+    """Names of the full KV blocks of the prompt in order, each covering all blocks before it, as
+    the engine computes them; empty where no prefix index is kept."""
     predicted_output_tokens: int | None = None
+    """Output tokens that the bundle's predictor, or the client, expects."""
     ttft_slo_s: float | None = None
+    """Bound on the time to the first token, where the client gave one."""
     tpot_slo_s: float | None = None
+    """Bound on the time of each further token, where the client gave one."""
 
     def num_prompt_blocks(self, block_size: int) -> int:
         """Demand of the request while it queues: the blocks of its prompt."""

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import llumsched
+from tests.wheels import ROOT, pip
 
-ROOT = Path(llumsched.__file__).parents[1]
 TUTORIAL = ROOT / "docs" / "writing-a-policy.md"
 FENCE = re.compile(
     r"<!-- (?:file: (?P<file>\S+)|(?P<run>run)) -->\n```\w+\n(?P<body>.*?)```", re.DOTALL
@@ -21,11 +20,17 @@ FENCE = re.compile(
 
 
 class Reader:
-    """Someone who follows the page in a folder; `pip install` goes into a folder of theirs."""
+    """Someone who follows the page in a folder, with the wheel installed as by pip.
 
-    def __init__(self, folder: Path, site: Path) -> None:
+    Their environment is a folder of packages: `llumsched` is the console script in it, so the
+    current folder is on no path but where Python or pytest put it there, and nothing of the
+    checkout is. Whatever else llumsched and the page need, the environment of the tests has.
+    """
+
+    def __init__(self, folder: Path, site: Path, wheel: Path) -> None:
         self.folder = folder
         self.site = site
+        pip("install", "--target", str(site), str(wheel))
 
     def follow(self, page: str) -> list[str]:
         done = []
@@ -43,28 +48,19 @@ class Reader:
 
     def run(self, command: str) -> str:
         tool, *arguments = command.split()
+        program = [sys.executable]
         if tool == "llumsched":
-            arguments = ["-m", "llumsched", *arguments]
+            program.append(str(self.site / "bin" / "llumsched"))
         elif tool == "pip":
             # Offline, and not into the environment that runs the tests.
             offline = ["--no-deps", "--no-index", "--no-build-isolation", "--no-cache-dir"]
             arguments = ["-m", "pip", *arguments, *offline, "--target", str(self.site)]
         else:
             assert tool == "python"
-        # Once installed, the policy must be found there and not in the folder.
-        installed = any(self.site.iterdir())
-        paths = [self.site, ROOT] if installed else [self.folder, ROOT]
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(map(str, paths)),
-            "PYTHONSAFEPATH": "1",
-            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-            "PYTEST_ADDOPTS": "-p no:cacheprovider",
-            "COLUMNS": "80",
-        }
         finished = subprocess.run(
-            [sys.executable, *arguments],
+            [*program, *arguments],
             cwd=self.folder,
-            env=environment,
+            env=clean_environment(self.site),
             capture_output=True,
             text=True,
             check=False,
@@ -73,12 +69,23 @@ class Reader:
         return finished.stdout
 
 
+def clean_environment(site: Path) -> dict[str, str]:
+    """What a fresh terminal has, and the packages of `site`."""
+    kept = {name: os.environ[name] for name in ("HOME", "LANG", "PATH") if name in os.environ}
+    return kept | {
+        "PYTHONPATH": str(site),
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PYTEST_ADDOPTS": "-p no:cacheprovider",
+        "COLUMNS": "80",
+    }
+
+
 @pytest.fixture
-def reader(tmp_path: Path) -> Reader:
+def reader(tmp_path: Path, wheel: Path) -> Reader:
     for name in ("sticky", "site"):
         (tmp_path / name).mkdir()
     shutil.copy(ROOT / "docs" / "example-decisions.jsonl", tmp_path / "sticky")
-    return Reader(tmp_path / "sticky", tmp_path / "site")
+    return Reader(tmp_path / "sticky", tmp_path / "site", wheel)
 
 
 def test_the_tutorial_works_from_nothing_to_a_compared_policy(reader: Reader) -> None:
@@ -93,7 +100,16 @@ def test_the_tutorial_works_from_nothing_to_a_compared_policy(reader: Reader) ->
         "llumsched policies sticky",
         "sticky.yaml",
         "llumsched config check sticky.yaml",
+        "llumsched simulate example --hardware rtx4090-llama-3.1-8b --compare round_robin,sticky",
         "llumsched replay example-decisions.jsonl",
         "llumsched replay example-decisions.jsonl --config sticky.yaml --show 1",
+        "relieve.py",
+        "relieve.yaml",
+        "llumsched simulate S-L --rate 1.2 --requests 600 --compare round_robin,relieve.yaml",
     ]
     assert (reader.site / "sticky.py").is_file()
+
+
+def test_without_its_file_the_error_says_where_it_was_looked_for(reader: Reader) -> None:
+    with pytest.raises(AssertionError, match="its file in the current folder"):
+        reader.run("llumsched policies sticky:Sticky")

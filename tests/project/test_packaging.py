@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
-import pytest
-
 import llumsched
 from llumsched.policies import BUILT_IN
-
-ROOT = Path(llumsched.__file__).parents[1]
-SOURCES = (
-    "configs",
-    "llumsched",
-    "policies",
-    "simulator",
-    "setup.py",
-    "pyproject.toml",
-    "README.md",
-    "LICENSE",
-)
+from tests.wheels import ROOT, pip
 
 # What a wheel without its extras can do: nothing of serving, and a simulation.
 SIMULATE = """
@@ -46,29 +32,6 @@ print(json.dumps({
     "files": [m.__file__ for n, m in sys.modules.items() if n.partition(".")[0] == "llumsched"],
 }))
 """
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy: setuptools leaves its traces beside what it builds."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
-    for name in SOURCES:
-        path = ROOT / name
-        if path.is_dir():
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(path, source / name, symlinks=True, ignore=ignored)
-        else:
-            shutil.copy2(path, source / name)
-    pip("wheel", "--no-build-isolation", "--wheel-dir", str(folder), str(source))
-    (built,) = folder.glob("*.whl")
-    return built
-
-
-def pip(command: str, *arguments: str) -> None:
-    options = ["--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"]
-    subprocess.run([sys.executable, "-m", "pip", command, *options, *arguments], check=True)
 
 
 def test_each_source_file_is_in_the_wheel_once(wheel: Path) -> None:
