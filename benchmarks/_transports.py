@@ -1,7 +1,7 @@
 """How fast each transport moves the blocks of a KV cache from one process to another.
 
-Both ends are the migrator's own (``PeerConnection``, ``Session``), with plain tensors as KV, so
-what is timed is gather, transfer and scatter, and no engine.
+Both ends are the migrator's own (``PeerConnection`` and the transports) with a KV cache of plain
+tensors, so what is timed is gather, transfer and scatter, and no engine.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import zmq.asyncio
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.transfer.access import LocalKV
 from llumsched.engine.transfer.blocks import BlockLayout, KVBlocks, Runs
-from llumsched.engine.transfer.shared_ring import ReceiveRing, SendRing
-from llumsched.engine.transfer.torch_channel import free_rendezvous
-from llumsched.migration.link import PeerConnection, Session, receiving_channel
+from llumsched.engine.transfer.registry import accepted
+from llumsched.engine.transfer.shared_ring import SendRing
+from llumsched.engine.transfer.transport import Here, IncomingPart, Transport
+from llumsched.migration.link import PeerConnection
 from llumsched.migration.messages import (
     Hello,
     PeerMessage,
@@ -55,6 +56,15 @@ def _kv() -> KVBlocks:
         run_num_bytes=layer_num_bytes // NUM_BLOCKS,
     )
     return KVBlocks(buffer, BlockLayout(name="LBHNC", num_blocks=NUM_BLOCKS, runs=(runs,)))
+
+
+def _here() -> Here:
+    kv, options = LocalKV(_kv()), TransferOptions()
+    blocks_per_slot = max(1, int(options.staging_slot_mb * 1e6) // kv.block_num_bytes)
+    ring = SendRing(
+        num_slots=options.staging_slots, slot_num_bytes=blocks_per_slot * kv.block_num_bytes
+    )
+    return Here(kv=kv, ring=ring, host="127.0.0.1")
 
 
 def measure(num_blocks: int, *, quick: bool) -> dict[str, float]:
@@ -98,11 +108,8 @@ def _between_processes(transport: str, num_blocks: int, repetitions: int) -> flo
 async def _send(
     endpoint: str, keys: PoolKeys, transport: str, num_blocks: int, repetitions: int
 ) -> float:
-    kv, options = _kv(), TransferOptions()
-    blocks_per_slot = max(1, int(options.staging_slot_mb * 1e6) // kv.block_num_bytes)
-    ring = SendRing(
-        num_slots=options.staging_slots, slot_num_bytes=blocks_per_slot * kv.block_num_bytes
-    )
+    here = _here()
+    ring, num_bytes = here.ring, here.kv.block_num_bytes
     stored: asyncio.Queue[int] = asyncio.Queue()
 
     def on_answer(message: PeerMessage) -> bool:
@@ -111,16 +118,7 @@ async def _send(
         return True
 
     context = zmq.asyncio.Context()
-    link = PeerConnection(
-        context,
-        keys,
-        endpoint,
-        ring,
-        LocalKV(kv),
-        RateLimiter(0),
-        checksum=False,
-        on_answer=on_answer,
-    )
+    link = PeerConnection(context, keys, endpoint, here, RateLimiter(0), on_answer=on_answer)
     await link.open("sender", "", transport)
     times_s = []
     for stage in range(repetitions + 1):  # the first one touches cold memory
@@ -132,7 +130,7 @@ async def _send(
     link.close()
     ring.close()
     context.term()
-    return num_blocks * kv.block_num_bytes / statistics.median(times_s[1:]) / BYTES_PER_GB
+    return num_blocks * num_bytes / statistics.median(times_s[1:]) / BYTES_PER_GB
 
 
 def _receive(parent: Connection, keys: PoolKeys) -> None:
@@ -140,30 +138,35 @@ def _receive(parent: Connection, keys: PoolKeys) -> None:
 
 
 async def _answer(parent: Connection, keys: PoolKeys) -> None:
-    kv = _kv()
+    here = _here()
     context = zmq.asyncio.Context()
     router = context.socket(zmq.ROUTER)
-    _gate = Gate(context, keys, [(router, MAX_CONTROL_NUM_BYTES)], "the receiver")
+    max_num_bytes = max(here.ring.slot_num_bytes, MAX_CONTROL_NUM_BYTES)
+    _gate = Gate(context, keys, [(router, max_num_bytes)], "the receiver")
     router.bind("tcp://127.0.0.1:*")
     parent.send(router.get_string(zmq.LAST_ENDPOINT))
-    session = Session(ring=None, channel=None)
+    transport: Transport | None = None
     num_received = 0
     while True:
         identity, *frames = await router.recv_multipart(copy=False)
         message = decode_peer(frames[0].buffer)
         if isinstance(message, Hello):
-            session, welcome = _open(message)
+            transport, answer = accepted(here, message.offers)
+            welcome = Welcome(transport=transport.name, answer=answer)
             await router.send_multipart([identity, encode(welcome)])
-        elif isinstance(message, StoreBlocks):
-            payload = frames[1].buffer if len(frames) > 1 else None
-            staging = await session.staging(
-                message, message.num_blocks * kv.block_num_bytes, payload
+        elif isinstance(message, StoreBlocks) and transport is not None:
+            part = IncomingPart(
+                here=here,
+                num_blocks=message.num_blocks,
+                slot=message.slot,
+                note=message.note,
+                payload=frames[1].buffer if len(frames) > 1 else None,
             )
+            write = await transport.receive(part)
             first = message.first_block
-            kv.scatter(list(range(first, first + message.num_blocks)), staging.content)
-            await router.send_multipart(
-                [identity, encode(SlotRead(slot=message.slot, use=message.use))]
-            )
+            await write(list(range(first, first + message.num_blocks)))
+            read = SlotRead(slot=message.slot, use=message.use)
+            await router.send_multipart([identity, encode(read)])
             num_received += message.num_blocks
             if num_received == message.stage_num_blocks:
                 num_received = 0
@@ -171,14 +174,3 @@ async def _answer(parent: Connection, keys: PoolKeys) -> None:
                     migration_id="m", stage=message.stage, num_blocks_total=message.stage_num_blocks
                 )
                 await router.send_multipart([identity, encode(done)])
-
-
-def _open(hello: Hello) -> tuple[Session, Welcome]:
-    if hello.transport == "gloo":
-        rendezvous = free_rendezvous("127.0.0.1")
-        channel = receiving_channel("gloo", rendezvous)
-        return Session(ring=None, channel=channel), Welcome(transport="gloo", rendezvous=rendezvous)
-    if hello.transport == "tcp":
-        return Session(ring=None, channel=None), Welcome(transport="tcp")
-    ring = ReceiveRing(hello.ring)
-    return Session(ring=ring, channel=None), Welcome(transport="shared_memory")

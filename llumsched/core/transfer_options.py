@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from llumsched.core.params import check_params, param
 
-TRANSPORTS = ("auto", "shared_memory", "tcp", "gloo", "nccl")
+# Chosen at the hand-shake: the first of the table that both instances can use.
+AUTO = "auto"
+# Names of the transports, in the order in which they are tried, and where each one's class is.
+TRANSPORTS = {
+    "shared_memory": "llumsched.engine.transfer.shared_memory:SharedMemory",
+    "tcp": "llumsched.engine.transfer.tcp:Tcp",
+    "gloo": "llumsched.engine.transfer.torch_group:Gloo",
+    "nccl": "llumsched.engine.transfer.torch_group:Nccl",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +26,7 @@ class TransferOptions:
         "auto",
         "How KV bytes travel: auto is shared memory between instances of one host and tcp between "
         "hosts; gloo and nccl are torch.distributed's.",
-        choices=TRANSPORTS,
+        choices=(AUTO, *TRANSPORTS),
     )
     bandwidth_limit_mb_s: float = param(
         0.0,

@@ -27,6 +27,8 @@ from llumsched.core.load import InstanceLoad, InstanceSpec
 from llumsched.core.policy import MigrationCandidate
 
 if TYPE_CHECKING:
+    import torch
+
     from llumsched.engine.transfer.shared_ring import Staging
 
 T = TypeVar("T")
@@ -157,6 +159,7 @@ class KVAccess(Protocol):
     of a block in a slot.
 
     ``pins_staging``: the copies are faster from and to memory that is locked for a GPU.
+    ``device`` is that of the blocks which this process reaches itself, else the CPU.
     ``copies_on_cores``: they take the cores that the steps compute on.
     Both calls raise ``RuntimeError`` if a worker cannot copy, or is gone.
     """
@@ -172,6 +175,9 @@ class KVAccess(Protocol):
 
     @property
     def pins_staging(self) -> bool: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     @property
     def copies_on_cores(self) -> bool: ...

@@ -1,7 +1,7 @@
 """Messages between the migrators of two instances, and the bytes that follow.
 
 Decoding checks types and ranges, and runs no code of the sender's. KV bytes never lie in a message:
-they are in memory that both share, in a second frame, or in a ``torch.distributed`` channel.
+the transport has them (``engine.transfer``), be it in a second frame of the message.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Annotated
 
 import msgspec
 
-from llumsched.engine.transfer.shared_ring import RingOffer
 from llumsched.wire.control import Message
 
 # Blocks, stages and slots: far more than there are, and little enough to multiply by bytes.
@@ -19,26 +18,23 @@ Name = Annotated[str, msgspec.Meta(max_length=1 << 10)]
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """Opens a connection. ``transport`` is what the sender is configured for, ``ring`` where its
-    staging memory is."""
+    """Opens a connection. ``transport`` is what the sender is configured for, ``offers`` what it
+    can do, best first: a transport's name, and what that transport says of this end."""
 
     instance_id: Name
     fingerprint: str
     transport: str
-    ring: RingOffer
+    offers: dict[Name, bytes]
 
 
 class Welcome(Message, frozen=True, kw_only=True):
     """``transport`` is how bytes travel from now on, or ``refused`` why they cannot. Refused later
-    than at first: they cannot any more, until the sender says Hello again.
-
-    With ``shared_memory`` the receiver has mapped the ring; with ``tcp`` bytes follow each
-    ``StoreBlocks``; with ``gloo`` and ``nccl`` they come through a channel whose two ends meet at
-    ``rendezvous``.
+    than at first: they cannot any more, until the sender says Hello again. ``answer`` is what the
+    transport says of this end.
     """
 
     transport: str = ""
-    rendezvous: str = ""
+    answer: bytes = b""
     refused: str | None = None
 
 
@@ -63,7 +59,8 @@ class ReserveRejected(Message, frozen=True, kw_only=True):
 
 class StoreBlocks(Message, frozen=True, kw_only=True):
     """Part of a stage: blocks ``first_block`` and following lie in ``slot``, whose ``use``-th use
-    this is. Every part names the whole stage, so the first to arrive announces it.
+    this is, or where the transport's ``note`` says. Every part names the whole stage, so the first
+    to arrive announces it.
 
     ``checksum`` is the CRC-32 of the bytes, if the sender is configured to add it.
     """
@@ -76,6 +73,7 @@ class StoreBlocks(Message, frozen=True, kw_only=True):
     num_blocks: Count
     slot: Count
     use: int
+    note: bytes = b""
     checksum: int | None = None
 
 

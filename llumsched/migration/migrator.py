@@ -28,10 +28,11 @@ from llumsched.core.migration.source import machine as protocol
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.base import CannotMigrate, KVAccess, MigrationEngine, Refusal
 from llumsched.engine.compatibility import differences
-from llumsched.engine.transfer.shared_ring import ReceiveRing, SendRing
-from llumsched.engine.transfer.torch_channel import free_rendezvous
+from llumsched.engine.transfer.registry import accepted
+from llumsched.engine.transfer.shared_ring import SendRing
+from llumsched.engine.transfer.transport import Broken, Here, IncomingPart, Transport, Unavailable
 from llumsched.migration.destination import ANSWER_AFTER_S, IncomingMigrations, Reply
-from llumsched.migration.link import PeerConnection, Session, receiving_channel
+from llumsched.migration.link import PeerConnection
 from llumsched.migration.messages import (
     CommitAnswer,
     Hello,
@@ -102,9 +103,10 @@ class Migrator:
         self._router.bind(f"tcp://{host}:*")
         self.endpoint: str = self._router.get_string(zmq.LAST_ENDPOINT)
         self._links: dict[str, PeerConnection] = {}
-        self._ring: SendRing | None = None
+        self._here = self._what_transports_use(port.kv) if port.kv is not None else None
         self._outgoing: dict[str, OutgoingMigration] = {}
-        self._sessions: dict[bytes, tuple[str, Session]] = {}
+        # Sources that have said Hello: by their connection, which instance, and the way here.
+        self._sources: dict[bytes, tuple[str, Transport]] = {}
         self._incoming = IncomingMigrations(
             port=port, call=call, abort=abort, options=ReservationOptions()
         )
@@ -133,11 +135,11 @@ class Migrator:
             task.cancel()
         for link in self._links.values():
             link.close()
-        for _, session in self._sessions.values():
-            session.close()
+        for _, transport in self._sources.values():
+            transport.close()
         self._router.close(linger=0)
-        if self._ring is not None:
-            self._ring.close()
+        if self._here is not None:
+            self._here.ring.close()
         self._context.term()
 
     # ---- source ---------------------------------------------------------------------------
@@ -167,11 +169,11 @@ class Migrator:
             raise CannotMigrate("the request is being migrated already", Refusal.BEING_MIGRATED)
         if not self._incoming.may_leave(request_id):
             raise CannotMigrate("the request has only just arrived", Refusal.JUST_ARRIVED)
-        if self._port.refusal is not None or self._port.kv is None:
+        if self._port.refusal is not None or self._port.kv is None or self._here is None:
             raise CannotMigrate(
                 f"this instance cannot migrate: {self._port.refusal}", Refusal.UNSUPPORTED_ENGINE
             )
-        link = await self._link(order.destination, order.destination_endpoint, self._port.kv)
+        link = await self._link(order.destination, order.destination_endpoint, self._here)
         outgoing = OutgoingMigration(
             migration_id=order.migration_id,
             request_id=request_id,
@@ -205,7 +207,7 @@ class Migrator:
         link = self._links.pop(instance_id, None)
         if link is not None:
             link.close()
-        self._forget_sessions(instance_id)
+        self._forget_source(instance_id)
         self._incoming.source_gone(instance_id)
 
     def give_up_arrival(self, request_id: str) -> None:
@@ -248,7 +250,19 @@ class Migrator:
         slot_num_bytes = int(self._transfer.staging_slot_mb * BYTES_PER_MB)
         return max(1, slot_num_bytes // kv.block_num_bytes) * kv.block_num_bytes
 
-    async def _link(self, destination: str, endpoint: str, kv: KVAccess) -> PeerConnection:
+    def _what_transports_use(self, kv: KVAccess) -> Here:
+        return Here(
+            kv=kv,
+            ring=SendRing(
+                num_slots=self._transfer.staging_slots,
+                slot_num_bytes=self._slot_num_bytes(kv),
+                pinned=kv.pins_staging,
+            ),
+            host=self._host,
+            checksum=self._transfer.checksum,
+        )
+
+    async def _link(self, destination: str, endpoint: str, here: Here) -> PeerConnection:
         link = self._links.get(destination)
         if link is not None and link.is_broken:
             if any(other.destination == destination for other in self._outgoing.values()):
@@ -263,20 +277,12 @@ class Migrator:
         if link is None or link.endpoint != endpoint:
             if link is not None:
                 link.close()
-            if self._ring is None:
-                self._ring = SendRing(
-                    num_slots=self._transfer.staging_slots,
-                    slot_num_bytes=self._slot_num_bytes(kv),
-                    pinned=kv.pins_staging,
-                )
             link = self._links[destination] = PeerConnection(
                 self._context,
                 self._keys,
                 endpoint,
-                self._ring,
-                kv,
+                here,
                 self._pacer,
-                checksum=self._transfer.checksum,
                 on_answer=self._on_answer,
             )
         try:
@@ -353,7 +359,7 @@ class Migrator:
                 self._incoming.take_in(message, reply)
 
     def _welcome(self, identity: bytes, hello: Hello) -> Welcome:
-        if self._port.refusal is not None or self._port.kv is None:
+        if self._port.refusal is not None or self._here is None:
             return Welcome(refused=f"it cannot migrate: {self._port.refusal}")
         differing = differences(self._fingerprint, hello.fingerprint)
         if differing:
@@ -363,60 +369,62 @@ class Migrator:
                 refused=f"its transport is {self._transfer.transport}, the source's is "
                 f"{hello.transport}"
             )
-        self._forget_sessions(hello.instance_id)
-        return self._choose_transport(identity, hello)
+        self._forget_source(hello.instance_id)
+        try:
+            transport, answer = accepted(self._here, hello.offers)
+        except Unavailable as error:
+            return Welcome(refused=f"there is no way for blocks between the two: {error}")
+        self._sources[identity] = (hello.instance_id, transport)
+        return Welcome(transport=transport.name, answer=answer)
 
-    def _choose_transport(self, identity: bytes, hello: Hello) -> Welcome:
-        wanted = hello.transport
-        ring = channel = None
-        rendezvous = ""
-        if wanted in ("gloo", "nccl"):
-            rendezvous = free_rendezvous(self._host)
-            channel = receiving_channel(wanted, rendezvous)
-        elif wanted in ("auto", "shared_memory"):
-            try:
-                ring = ReceiveRing(hello.ring)
-                wanted = "shared_memory"
-            except OSError as error:
-                if wanted == "shared_memory":
-                    return Welcome(refused=f"no memory can be shared: {error}")
-                wanted = "tcp"
-        self._sessions[identity] = (hello.instance_id, Session(ring=ring, channel=channel))
-        return Welcome(transport=wanted, rendezvous=rendezvous)
-
-    def _forget_sessions(self, instance_id: str) -> None:
-        for identity, (source, session) in list(self._sessions.items()):
+    def _forget_source(self, instance_id: str) -> None:
+        for identity, (source, transport) in list(self._sources.items()):
             if source == instance_id:
-                del self._sessions[identity]
-                session.close()
+                del self._sources[identity]
+                transport.close()
 
     async def _store(
         self, identity: bytes, message: StoreBlocks, payload: memoryview | None, reply: Reply
     ) -> float:
         """Returns the seconds of a core's time that it took of other processes."""
-        kv = self._port.kv
-        if kv is None or identity not in self._sessions:
+        if self._here is None or identity not in self._sources:
             await reply(Welcome(refused="blocks came before a hello"))
             return 0.0
-        _, session = self._sessions[identity]
-        num_bytes = message.num_blocks * kv.block_num_bytes
+        _, transport = self._sources[identity]
+        part = IncomingPart(
+            here=self._here,
+            num_blocks=message.num_blocks,
+            slot=message.slot,
+            note=message.note,
+            payload=payload,
+            checksum=message.checksum,
+        )
         try:
-            if num_bytes > self._slot_num_bytes(kv):
+            if part.num_bytes > self._here.ring.slot_num_bytes:
                 raise ValueError(f"{message.num_blocks} blocks in one part are too many")
-            staging = await session.staging(message, num_bytes, payload)
-        except (ValueError, IndexError, RuntimeError) as error:
+            put = await transport.receive(part)
+        except (ValueError, OSError, RuntimeError) as error:
             logger.error("Migration %s: %s", message.migration_id, error)
             self._incoming.cannot_write(message, reply, str(error))
-            if isinstance(error, RuntimeError):  # torch.distributed's: no channel outlives it
-                self._sessions.pop(identity, None)
-                session.close()
-                await reply(Welcome(refused=f"the channel broke: {error}"))
+            if isinstance(error, RuntimeError):
+                await self._broke(identity, transport, error, reply)
             return 0.0
         others_s = 0.0
 
         async def write(block_ids: list[int]) -> None:
             nonlocal others_s
-            others_s = await kv.scatter(block_ids, staging)
+            try:
+                others_s = await put(block_ids)
+            except Broken as error:
+                await self._broke(identity, transport, error, reply)
+                raise
 
         await self._incoming.store(message, reply, write)
         return others_s
+
+    async def _broke(
+        self, identity: bytes, transport: Transport, error: RuntimeError, reply: Reply
+    ) -> None:
+        self._sources.pop(identity, None)
+        transport.close()
+        await reply(Welcome(refused=f"{transport.name} broke: {error}"))

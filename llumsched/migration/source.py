@@ -51,7 +51,8 @@ _FATE_UNKNOWN = frozenset({protocol.MigrationState.COMMITTING, protocol.Migratio
 class PeerLink(Protocol):
     """The connection to a destination."""
 
-    transport: str
+    @property
+    def transport(self) -> str: ...
 
     async def send(self, message: PeerMessage) -> None: ...
 

@@ -477,15 +477,9 @@ class Pool:
 
     def connect(self, source: int, destination: int) -> None:
         """Make a link, which otherwise is made when it is first used."""
-        port = self.instances[source].port
-        assert port.kv is not None
-        self.on_loop(
-            self.instances[source].migrator._link(
-                self.instances[destination].name,
-                self.instances[destination].migrator.endpoint,
-                port.kv,
-            )
-        )
+        migrator, there = self.instances[source].migrator, self.instances[destination]
+        assert migrator._here is not None
+        self.on_loop(migrator._link(there.name, there.migrator.endpoint, migrator._here))
 
     def settle(self) -> None:
         """Step until nothing is left of any request or migration; every block must be free."""

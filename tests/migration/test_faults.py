@@ -14,7 +14,6 @@ import pytest
 
 from llumsched.core.migration.source.machine import Migration, MigrationOptions, MigrationState
 from llumsched.core.transfer_options import TransferOptions
-from llumsched.engine.transfer.shared_ring import RingOffer
 from llumsched.migration import link as peer_link
 from llumsched.migration import migrator
 from llumsched.migration import source as outgoing
@@ -326,8 +325,10 @@ def test_who_ends_has_nobody_to_answer(pool: Pool) -> None:
     """What was being worked on when its sockets were closed ends quietly."""
     ended = pool.instances[DESTINATION].migrator
     pool.configure()
-    ring = RingOffer(boot_id="", pid=0, fd=0, inode=0, num_slots=1, slot_num_bytes=1)
     hello = Hello(
-        instance_id="instance-0", fingerprint=ended._fingerprint, transport="gloo", ring=ring
+        instance_id="instance-0",
+        fingerprint=ended._fingerprint,
+        transport="auto",
+        offers={"tcp": b""},
     )
     pool.on_loop(ended._handle(b"instance-0", hello, None))

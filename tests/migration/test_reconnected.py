@@ -15,7 +15,7 @@ import pytest
 from llumsched.core.migration.destination.machine import ReservationState
 from llumsched.core.migration.source.machine import MigrationOptions, MigrationState
 from llumsched.core.transfer_options import TransferOptions
-from llumsched.engine.transfer.torch_channel import GroupChannel
+from llumsched.engine.transfer.torch_group import GroupChannel
 from llumsched.migration.destination import IncomingMigrations
 from llumsched.migration.source import OutgoingMigration
 from tests.campaigns import THOROUGH

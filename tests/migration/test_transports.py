@@ -12,7 +12,9 @@ import pytest
 
 from llumsched.core.migration.source.machine import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
-from llumsched.engine.transfer.shared_ring import SendRing, Staging
+from llumsched.engine.transfer.shared_memory import SharedMemory
+from llumsched.engine.transfer.shared_ring import SendRing
+from llumsched.engine.transfer.transport import IncomingPart, Write
 from llumsched.migration import link as peer_link
 from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES, params
@@ -95,14 +97,13 @@ def test_bytes_that_were_changed_end_the_migration(
 ) -> None:
     """The destination frees what it held at once, and the request goes on where it is."""
     pool.configure(transfer=TransferOptions(checksum=True))
-    real = peer_link.Session.staging
+    real = SharedMemory.receive
 
-    async def changed(session: peer_link.Session, message: Any, *rest: Any) -> Staging:
-        if session._ring is not None:
-            session._ring.slot(message.slot)[7] ^= 1
-        return await real(session, message, *rest)
+    async def changed(transport: SharedMemory, part: IncomingPart) -> Write:
+        transport._ring.slot(part.slot)[7] ^= 1
+        return await real(transport, part)
 
-    monkeypatch.setattr(peer_link.Session, "staging", changed)
+    monkeypatch.setattr(SharedMemory, "receive", changed)
     case = CASES["long prompt"]
     answer = pool.submit("long prompt", case.prompt(pool.tokenizer), case.params)
     pool.until(lambda: pool.num_tokens("long prompt") >= 3)

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 
 import msgspec
+import torch
 
 from llumsched.engine.transfer.blocks import KVBlocks
 from llumsched.engine.transfer.shared_ring import ReceiveRing, RingOffer, SendRing, Staging
@@ -68,7 +69,9 @@ class ShardedKV:
         ValueError: if a worker's blocks cannot be copied.
     """
 
+    # The workers lock what they map of it.
     pins_staging = False
+    device = torch.device("cpu")
 
     def __init__(
         self,
@@ -200,19 +203,21 @@ def _serve(kv: KVBlocks, commands: FileIO, answers: FileIO) -> None:
             command = msgspec.msgpack.decode(frame, type=CopyShard)
             started_s = time.thread_time()
             try:
-                _copy_shard(kv, command, _mapped(command.ring, rings))
+                _copy_shard(kv, command, _mapped(command.ring, rings, kv.device))
             except Exception as error:  # told to the engine, whose migration ends of it
                 _write(answers, ShardCopied(error=repr(error)))
             else:
                 _write(answers, ShardCopied(core_s=time.thread_time() - started_s))
 
 
-def _mapped(offer: RingOffer, rings: dict[RingOffer, ReceiveRing]) -> ReceiveRing:
+def _mapped(
+    offer: RingOffer, rings: dict[RingOffer, ReceiveRing], device: torch.device
+) -> ReceiveRing:
     """The ring, from those mapped before; rings that nobody offers any more are let go."""
     if offer not in rings:
         for gone in [other for other, ring in rings.items() if not ring.is_offered()]:
             del rings[gone]
-        rings[offer] = ReceiveRing(offer)
+        rings[offer] = ReceiveRing(offer, pinned=device.type == "cuda")
     return rings[offer]
 
 

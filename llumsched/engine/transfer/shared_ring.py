@@ -1,27 +1,29 @@
-"""How KV blocks get from one process to another: shared memory inside a host, else a socket.
+"""Staging memory: a ring of equal slots that other processes of the host can map.
 
-The sender owns a ring of equal slots. Between processes of one host the ring is anonymous
-shared memory (``memfd``): the receiver maps it through ``/proc/<pid>/fd/<fd>``, so there is no
-name to leak and the kernel frees it with the last process that holds it; only a process of the same
-user may open it. Between hosts the
-slot's bytes follow the message as a frame of their own. Either way a slot belongs to the
-sender until it is handed over and comes back with the receiver's acknowledgement.
+The ring is anonymous shared memory (``memfd``). A receiver maps it through ``/proc/<pid>/fd/<fd>``,
+so there is no name to leak, and the kernel frees it with the last process that holds it; only a
+process of the same user may open it. A slot belongs to the sender until it is handed over, and
+comes back with the receiver's acknowledgement.
 
-This knows bytes and slots; it does not know requests, blocks or the protocol.
+Knows bytes and slots, but no requests, blocks or messages.
 """
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
+import logging
 import mmap
 import os
 import socket
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 # Whoever reads memory that has shrunk is killed.
 SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -62,8 +64,7 @@ class SendRing:
         slot_num_bytes: size of each, in bytes.
         pinned: lock the memory for the copies of a GPU. Not run on a GPU.
 
-    The memory is touched once at the start: a first write to a cold page costs ten times
-    what the copy does.
+    Memory is taken by ``prepare``, or with the first use of a slot.
     """
 
     def __init__(self, *, num_slots: int, slot_num_bytes: int, pinned: bool = False) -> None:
@@ -75,10 +76,8 @@ class SendRing:
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, SIZE_SEALS)
         self._map = mmap.mmap(self._fd, size)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._bytes.zero_()
+        self._is_prepared = False
         self._pinned = pinned
-        if pinned:
-            _pin(self._bytes)
         self._offer = RingOffer(
             boot_id=host_id(),
             pid=os.getpid(),
@@ -94,6 +93,14 @@ class SendRing:
     def offer(self) -> RingOffer:
         return self._offer
 
+    def prepare(self) -> None:
+        """Touch and lock the memory, once: the first write to a page costs ten times the copy."""
+        if not self._is_prepared:
+            self._is_prepared = True
+            self._bytes.zero_()
+            if self._pinned:
+                pin(self._bytes, self)
+
     async def acquire(self) -> int:
         """Wait for a slot that nobody reads."""
         return await self._free.get()
@@ -104,6 +111,7 @@ class SendRing:
 
     def slot(self, slot: int) -> torch.Tensor:
         """The slot's bytes: uint8, ``slot_num_bytes`` long."""
+        self.prepare()
         start = slot * self.slot_num_bytes
         return self._bytes[start : start + self.slot_num_bytes]
 
@@ -112,21 +120,21 @@ class SendRing:
         return Staging(content=self.slot(slot)[:num_bytes], ring=self._offer, slot=slot)
 
     def close(self) -> None:
-        if self._pinned:
-            cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            cudart.cudaHostUnregister(self._bytes.data_ptr())
         os.close(self._fd)
 
 
 class ReceiveRing:
     """A sender's ring, mapped into this process.
 
+    Args:
+        pinned: lock the mapping for the copies of a GPU. Not run on a GPU.
+
     Raises:
         OSError: if the ring is on another host or its process is gone or not accessible; the
             bytes have to come through the socket then.
     """
 
-    def __init__(self, offer: RingOffer) -> None:
+    def __init__(self, offer: RingOffer, *, pinned: bool = False) -> None:
         if offer.boot_id != host_id():
             raise OSError("the ring is on another host")
         if offer.num_slots <= 0 or offer.slot_num_bytes <= 0:
@@ -146,6 +154,8 @@ class ReceiveRing:
         finally:
             os.close(fd)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        if pinned:
+            pin(self._bytes, self)
 
     def is_offered(self) -> bool:
         """True if its sender still has it."""
@@ -163,11 +173,24 @@ class ReceiveRing:
         return self._bytes[start : start + self.slot_num_bytes]
 
 
-def _pin(memory: torch.Tensor) -> None:
+def pin(memory: torch.Tensor, owner: object) -> bool:
+    """Lock memory for the copies of a GPU until ``owner`` is gone; whether that was possible.
+
+    Copies from and to memory that is not locked are right as well, and slower: the driver stages
+    them. Where locking is refused, as in some sandboxes, a warning says so and they go on.
+    """
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    status = cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-    if int(status) != 0:
-        raise OSError(f"CUDA cannot lock {memory.nbytes} bytes of staging memory: {status}")
+    address = memory.data_ptr()
+    status = int(cudart.cudaHostRegister(address, memory.nbytes, 0))
+    if status != 0:
+        logger.warning(
+            "CUDA cannot lock %d MB of staging memory (error %d): blocks move more slowly",
+            memory.nbytes // 1_000_000,
+            status,
+        )
+        return False
+    weakref.finalize(owner, cudart.cudaHostUnregister, address).atexit = False
+    return True
 
 
 def host_id() -> str:
