@@ -50,6 +50,16 @@ class LaunchFailed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplacementsCounted:
+    """So many instances boot, or are about to, in the place of others that ended; unasked.
+
+    One whose boot has failed counts no more, though it is tried again.
+    """
+
+    num_instances: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReported:
     """An instance pushed a load report."""
 
@@ -151,6 +161,7 @@ Event = (
     InstanceJoined
     | InstanceLost
     | LaunchFailed
+    | ReplacementsCounted
     | LoadReported
     | RequestArrived
     | RequestFinished

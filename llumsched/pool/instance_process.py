@@ -28,7 +28,7 @@ UNKNOWN = Work(cpu_s=math.inf, is_ready=True)
 
 
 class InstanceProcess(Protocol):
-    """A process that was started to be an instance; see ``vital_signs.Watched``."""
+    """A process that was started to be an instance; see ``liveness.Watched``."""
 
     pid: int
 

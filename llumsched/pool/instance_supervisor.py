@@ -5,7 +5,7 @@
 
 A *berth* is the place of one instance in the pool; one that dies is followed by another, with a new
 id, after a pause that doubles while they die young. So a crash loop costs little, and ``describe``
-shows it. An instance that hangs (``vital_signs``) is killed before anybody is told that it is dead:
+shows it. An instance that hangs (``liveness``) is killed before anybody is told that it is dead:
 whoever takes over its requests must be alone with them.
 
 Invariants: what ends an instance is told to the scheduler first, so that it has placed the requests
@@ -106,6 +106,8 @@ class _Berth:
     is_replaced: bool = False
     is_claimed: bool = False
     """An order of the scheduler's counts on what comes here."""
+    has_failed: bool = False
+    """The latest boot here did."""
     retry_at_s: float = 0.0
     back_off: BackOff = field(default_factory=BackOff)
 
@@ -148,6 +150,7 @@ class InstanceSupervisor:
         self._status: tuple[
             InstanceSlotStatus, ...
         ] = ()  # replaced whole, so any thread may read it
+        self._num_replacing = 0
 
     # ---- from any thread ------------------------------------------------------------------
 
@@ -170,6 +173,11 @@ class InstanceSupervisor:
     def limit(self, num_instances: int) -> None:
         """An operator wants so many: beyond that, nothing comes in the place of another."""
         self._orders.put(lambda: self._limit(num_instances))
+
+    @property
+    def num_replacing(self) -> int:
+        """Instances that come in the place of others, unasked, and have not failed to boot yet."""
+        return self._num_replacing
 
     def describe(self) -> Sequence[InstanceSlotStatus]:
         """Every berth, as it was a moment ago."""
@@ -210,6 +218,7 @@ class InstanceSupervisor:
             if self._pool.tell_scheduler(instance_id, reason):
                 del self._untold[instance_id]
         self._status = tuple(self._describe(berth, now_s) for berth in self._berths)
+        self._num_replacing = sum(b.comes_unasked and not b.has_failed for b in self._berths)
 
     def _look_at(
         self, berth: _Berth, now_s: float, awake_s: float, heard: Mapping[int, float]
@@ -238,6 +247,7 @@ class InstanceSupervisor:
     def _has_booted(self, berth: _Berth) -> None:
         self._num_failed_boots = 0
         berth.is_running = True
+        berth.has_failed = False
         berth.launch_id = None
         berth.since_s = self._clock()
         berth.vital_signs = LivenessProbe(self._limits)
@@ -274,6 +284,7 @@ class InstanceSupervisor:
             self._pool.refused(berth.launch_id, failure)
             self._berths.remove(berth)
         else:
+            berth.has_failed = True
             self._back_off(berth, failure)
 
     def _back_off(self, berth: _Berth, failure: str) -> None:

@@ -1,15 +1,19 @@
 """When an instance that does not end by itself counts as dead.
 
-    sign                                         what it says
-    a beat, ten times a second (``heartbeat``)   its process runs
-    the loop's silence, which a beat tells       its engine's loop takes up what it is asked
-    the state and the work of its process        if there is no sign: whether it hangs or is busy
-    its connection breaks                        what it has sent since may be lost
+    evidence                                     dead after
+    its process is stopped, as by SIGSTOP        half a second
+    its connection breaks                        a moment, in which Ray may say why
+    no sign of life, and no sign of work         ``heartbeat_s``
+    no sign of life, and it works                ``step_s``
+    the engine's loop takes nothing up           ``step_s``, whatever the process does
 
-A step takes as long as its prompt, and a machine may have too little time for a healthy process,
-so silence alone is no proof: at once dead is only one that is silent *and* does nothing. Where the
-work is done by a GPU, its loop may rightly wait without using a processor, so of a loop that stands
-still only the time is judged there.
+A sign of life is a beat, ten times a second (``heartbeat``), from a thread that does nothing else;
+it tells for how long the engine's loop has not answered. Work is processor time that is used or
+waited for, a wait for a disk, and the work of a descendant such as a compiler.
+
+Silence is no evidence: a machine may have too little time for a healthy process, and a loop that
+uses no processor may wait for a lock that another process holds, for a file system, or for a GPU.
+So a loop that stands still is judged by nothing but the time it was given.
 
 Invariant: one that beats, whose loop answers in time, and that stays connected is never called
 dead.
@@ -17,6 +21,7 @@ dead.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,8 +33,8 @@ STOPPED_TIMEOUT_S = 0.5
 BROKEN_TIMEOUT_S = 0.3
 # Silence shorter than this is between two beats.
 SUSPICIOUS_S = 0.3
-# For so long nothing was done either.
-IDLE_TIMEOUT_S = 0.5
+# Work is looked for over stretches of this length.
+STRETCH_S = 0.5
 # What threads that only wait use of a processor, and how often one of them is seen awake.
 MAX_IDLE_SHARE = 0.1
 MAX_READY_SHARE = 0.3
@@ -53,12 +58,11 @@ class Watched(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LivenessLimits:
-    """``heartbeat_s``: the longest silence of a process that is busy; ``step_s``: the longest step
-    of an engine; ``loop_uses_cpu``: whether an engine's loop that works uses processor time."""
+    """``heartbeat_s``: the longest silence of a process that is not seen to work; ``step_s``: the
+    longest step of an engine, and the longest silence of a process that works."""
 
     heartbeat_s: float
     step_s: float
-    loop_uses_cpu: bool
 
 
 class LivenessProbe:
@@ -69,7 +73,7 @@ class LivenessProbe:
         self._stopped_s = 0.0
         self._silent_s = 0.0
         self._loop_silent_s = 0.0
-        self._suspicion: _Suspicion | None = None
+        self._watch: _WorkWatch | None = None
         self._has_beaten = False
         self._is_broken = False
         self._broken_s = 0.0
@@ -100,32 +104,31 @@ class LivenessProbe:
             return "its connection to the frontend broke"
         if self._stopped_s > STOPPED_TIMEOUT_S:
             return "its process was stopped"
-        if self._silent_s > self._limits.heartbeat_s:
+        if self._silent_s > self._limits.step_s:
             return f"it gave no sign of life for {self._silent_s:.1f} s"
         if self._loop_silent_s > self._limits.step_s:
             return f"its engine's loop has stood still for {self._loop_silent_s:.1f} s"
-        loop_silent_s = self._loop_silent_s if self._limits.loop_uses_cpu else 0.0
-        if not self._has_beaten:
-            return None  # it is being told to serve, and may have to wait for that
-        if max(self._silent_s, loop_silent_s) < SUSPICIOUS_S:
-            self._suspicion = None
-        elif self._suspicion is None:
-            self._suspicion = _Suspicion(process)
-        elif self._suspicion.is_confirmed(awake_s):
-            if self._silent_s >= SUSPICIOUS_S:
+        if not self._has_beaten or self._silent_s < SUSPICIOUS_S:
+            # One that never beat is being told to serve, and may have to wait for that.
+            self._watch = None
+        elif self._watch is None:
+            self._watch = _WorkWatch(process)
+        else:
+            idle_s = self._watch.idle_s(awake_s)
+            if idle_s > self._limits.heartbeat_s:
                 return f"it hangs: no sign of life for {self._silent_s:.1f} s, and no work"
-            return f"its engine's loop hangs: no answer for {loop_silent_s:.1f} s, and no work"
         return None
 
 
-class _Suspicion:
-    """Judges if a silent process does nothing, over one stretch of time after another.
+class _WorkWatch:
+    """For how long a silent process has not been seen to work.
 
     Its descendants are looked for only once it does nothing itself: that takes a while.
     """
 
     def __init__(self, process: Watched) -> None:
         self._process = process
+        self._idle_s = 0.0
         self._observe(of_descendants=False)
 
     def _observe(self, *, of_descendants: bool) -> None:
@@ -135,18 +138,25 @@ class _Suspicion:
         self._lasts_s = 0.0
         self._num_looks = self._num_ready = 0
 
-    def is_confirmed(self, awake_s: float) -> bool:
+    def idle_s(self, awake_s: float) -> float:
+        """Seconds without work, at the end of so many more."""
+        self._idle_s += awake_s
         self._lasts_s += awake_s
         work = self._work()
         self._num_looks += 1
         self._num_ready += work.is_ready
-        if self._lasts_s < IDLE_TIMEOUT_S:
-            return False
-        is_idle = (
-            work.cpu_s - self._cpu_s <= MAX_IDLE_SHARE * self._lasts_s
-            and self._num_ready <= MAX_READY_SHARE * self._num_looks
-        )
-        if is_idle and (self._of_descendants or not self._process.has_descendants()):
-            return True
-        self._observe(of_descendants=is_idle)
-        return False
+        if self._lasts_s < STRETCH_S:
+            return self._idle_s
+        used_s = work.cpu_s - self._cpu_s
+        # Of a process on a machine that does not answer nothing is known.
+        if math.isfinite(used_s) and (
+            used_s > MAX_IDLE_SHARE * self._lasts_s
+            or self._num_ready > MAX_READY_SHARE * self._num_looks
+        ):
+            self._idle_s = 0.0
+            self._observe(of_descendants=False)
+        else:
+            self._observe(
+                of_descendants=not self._of_descendants and self._process.has_descendants()
+            )
+        return self._idle_s

@@ -1,7 +1,8 @@
 """Work of processes, seen from outside: it tells one that hangs from one that is busy.
 
 One that computes uses processor time, or waits for a processor or a disk; so do those that it waits
-for, such as a compiler. One that hangs does neither. This module knows no instances.
+for, such as a compiler. One that hangs does neither, but nor does one that waits for a lock. This
+module knows no instances.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ _AT_WORK = frozenset("RD")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """``cpu_s`` is the processor time used so far; ``is_ready`` says whether a thread runs now, or
-    would."""
+    """``cpu_s`` is the processor time used so far, that of children it has waited for included;
+    ``is_ready`` says whether a thread runs now, or would."""
 
     cpu_s: float
     is_ready: bool
@@ -33,7 +34,7 @@ def work_of(processes: Iterable[psutil.Process]) -> Work:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
-            cpu_s += times.user + times.system
+            cpu_s += sum(times[:4])  # of itself and of its children, in user and kernel mode
             is_ready = is_ready or _is_ready(process)
     return Work(cpu_s=cpu_s, is_ready=is_ready)
 

@@ -37,6 +37,7 @@ from llumsched.core.events import (
     MigrationFinished,
     MigrationOutcome,
     MigrationRequested,
+    ReplacementsCounted,
     RequestAborted,
     RequestArrived,
     RequestFinished,
@@ -119,6 +120,7 @@ class Controller:
         self._frontends = FrontendRegistry()
         self._orders = ActionExecutor(self._instances, self._frontends, self._handle)
         self._operator_calls = PendingMigrations()
+        self._num_replacing = 0
         self._failures = FailureLog(logger)
         self._log = SchedulerLog(lambda: self._scheduler.draining)
         self._outcomes: Counter[str] = Counter()
@@ -259,6 +261,9 @@ class Controller:
         self._frontends.register(identity, message.frontend_id)
         if message.supervises:
             self._orders.supervised_by(identity)
+            if message.num_replacing != self._num_replacing:
+                self._num_replacing = message.num_replacing
+                self._handle(ReplacementsCounted(num_instances=message.num_replacing))
         for instance_id in message.draining:
             # Known already, unless this scheduler has taken the place of another.
             if self._state(instance_id) is InstanceState.SERVING:

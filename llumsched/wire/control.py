@@ -160,11 +160,13 @@ class MigrationStatistics(msgspec.Struct, frozen=True, kw_only=True):
 class RegisterFrontend(Message, frozen=True, kw_only=True):
     """A frontend is there; told again and again, since a scheduler that restarts has forgotten it.
 
-    ``supervises``: it starts and ends instances. ``draining`` are those that an operator drains.
+    ``supervises``: it starts and ends instances, of which ``num_replacing`` come in the place of
+    others without having been ordered. ``draining`` are those that an operator drains.
     """
 
     frontend_id: str
     supervises: bool = False
+    num_replacing: int = 0
     draining: tuple[str, ...] = ()
 
 

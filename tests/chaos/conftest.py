@@ -25,7 +25,7 @@ def faulty_pool(model: str, log_folder: Path) -> Iterator[FaultyPool]:  # noqa: 
     """Two instances, ended by the tests only; not kept for what other folders test."""
     config = log_folder / "chaos.yaml"
     config.write_text(saboteur.CONFIG)
-    flags = ("--instances=2", f"--config={config}", "--max-num-seqs=16")
+    flags = ("--instances=2", f"--config={config}", "--max-num-seqs=16", "--step-timeout=20")
     env = {saboteur.FOLDER: str(log_folder)}
     server = llumsched(model, log_folder, *flags, name="chaos", **env)
     with FaultyPool.until_its_end(server, model, log_folder, server.await_health) as pool:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from llumsched.core.actions import (
+    DispatchRequest,
     LaunchInstance,
     PolicyFailed,
     RejectRequest,
@@ -17,6 +18,7 @@ from llumsched.core.events import (
     InstanceJoined,
     InstanceLost,
     LaunchFailed,
+    ReplacementsCounted,
     RequestFinished,
     ScaleRequested,
     Ticked,
@@ -370,3 +372,27 @@ def test_a_policy_that_raises_is_reported() -> None:
     policy.scale = lambda cluster: 1 / 0  # type: ignore[method-assign]
     (failed,) = tick(driver)
     assert "ZeroDivisionError" in failed.error
+
+
+@pytest.mark.parametrize("max_instances", [0, 4])
+def test_what_boots_in_the_place_of_another_is_waited_for(max_instances: int) -> None:
+    driver, _ = make_driver(None, max_instances=max_instances, queue_timeout_s=5.0)
+    driver.handle(ReplacementsCounted(num_instances=2))
+    for instance_id in list(driver.cluster.instance_ids):
+        assert driver.handle(InstanceLost(instance_id=instance_id)) == ()
+    assert driver.arrive("r") == ()
+    driver.now = 100.0
+    assert driver.handle(Ticked()) == (), "loading a model takes its time"
+    (placed,) = driver.handle(InstanceJoined(spec=make_spec("later")))
+    assert isinstance(placed, DispatchRequest)
+
+
+def test_what_fails_to_boot_in_the_place_of_another_is_not_waited_for() -> None:
+    driver, _ = make_driver(None, max_instances=0, queue_timeout_s=5.0)
+    driver.handle(ReplacementsCounted(num_instances=1))
+    for instance_id in list(driver.cluster.instance_ids):
+        driver.handle(InstanceLost(instance_id=instance_id))
+    driver.arrive("r")
+    driver.now = 100.0
+    (rejected,) = driver.handle(ReplacementsCounted(num_instances=0))
+    assert isinstance(rejected, RejectRequest)

@@ -289,6 +289,8 @@ def test_a_request_that_lost_its_instance_says_so() -> None:
 class ActionExecutor:
     """A supervisor that notes what it is told."""
 
+    num_replacing = 3
+
     def __init__(self) -> None:
         self.told: list[object] = []
         self.heard = asyncio.Event()
@@ -307,7 +309,7 @@ class ActionExecutor:
 def test_orders_of_the_scheduler_are_carried_out_by_the_supervisor() -> None:
     def answer(message: Message) -> Message | None:
         match message:
-            case RegisterFrontend(supervises=True):
+            case RegisterFrontend(supervises=True, num_replacing=3):
                 return OrderTermination(instance_id="instance-2", reason="drained")
             case DescribeCluster():
                 return OrderLaunch(launch_id="l1", reason="load")

@@ -19,7 +19,7 @@ from llumsched.pool.process_activity import Work
 from llumsched.wire.keys import PoolKeys
 from llumsched.wire.ping import PingTimer
 
-LIMITS = LivenessLimits(heartbeat_s=10.0, step_s=60.0, loop_uses_cpu=True)
+LIMITS = LivenessLimits(heartbeat_s=3.0, step_s=60.0)
 
 
 @dataclass
@@ -136,7 +136,7 @@ def test_one_that_hangs_is_killed_before_anybody_is_told() -> None:
     stage.pass_time(5.0)
     assert stage.pool.notes == []
     stage.pool.started[1].answers = False
-    stage.pass_time(2.0)
+    stage.pass_time(LIMITS.heartbeat_s + 1.0)
     assert stage.pool.started[1].was_killed
     assert stage.pool.notes == [("told", "instance-1"), ("gone", 1, False)]
 
@@ -154,7 +154,7 @@ def test_nothing_is_kept_of_one_that_is_gone(is_replaced: bool) -> None:
     if is_replaced:
         stage.supervisor.replace("instance-1")
         stage.supervisor.terminate("instance-1")
-    stage.pass_time(2.0)
+    stage.pass_time(LIMITS.heartbeat_s + 1.0)
     assert ("gone", 1, is_replaced) in stage.pool.notes
     del stage.pool.started[1]
     gc.collect()
@@ -189,6 +189,26 @@ def test_a_crash_loop_backs_off() -> None:
     assert pauses_s[-1] == pytest.approx(MAX_BACK_OFF_S, abs=1.0)
     assert max(b.num_deaths for b in stage.supervisor.describe()) >= 8
     assert stage.states()["instance-1"] == "running", "the others are left alone"
+
+
+def test_the_scheduler_can_wait_for_those_that_come_unasked_until_a_boot_fails() -> None:
+    stage = Stage()
+    stage.pool.boots_at_once = False
+    assert stage.supervisor.num_replacing == 0
+    for process in list(stage.pool.started.values()):
+        process.end = "out of memory"
+    stage.pass_time(0.5)
+    assert stage.supervisor.num_replacing == 2, "they wait to be started again"
+    stage.pass_time(2.0)
+    assert set(stage.states().values()) == {"booting"}
+    assert stage.supervisor.num_replacing == 2
+    stage.pool.started[2].boot = "out of memory"
+    stage.pool.started[3].boot = ""
+    stage.pass_time(TICK_S)
+    assert stage.supervisor.num_replacing == 0, "one has failed, and one has come"
+    stage.supervisor.launch("ordered")
+    stage.pass_time(0.5)
+    assert stage.supervisor.num_replacing == 0
 
 
 def test_one_that_lived_long_is_replaced_at_once() -> None:

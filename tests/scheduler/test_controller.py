@@ -423,6 +423,24 @@ async def supervisor(stage: Stage, **registration: Any) -> Peer:
     return peer
 
 
+def test_what_boots_in_the_place_of_others_is_waited_for() -> None:
+    """A request that comes meanwhile is held beyond the time that requests are held."""
+    config = Config.default("latency")
+    config = replace(config, scheduler={**config.scheduler, "queue_timeout_s": 0.2})
+
+    async def scenario(stage: Stage) -> None:
+        await supervisor(stage, num_replacing=1)
+        frontend = stage.peer()
+        await frontend.say(place("r"))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.6):
+                await frontend.socket.recv()
+        await stage.instance("a", 5)
+        assert (await frontend.hear()).instance_id == "a"
+
+    run(scenario, config=config)
+
+
 def test_a_placement_is_answered_again_when_it_is_asked_for_again() -> None:
     """Its answer may have been lost with a scheduler, or on its way."""
 

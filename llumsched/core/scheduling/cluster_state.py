@@ -90,6 +90,8 @@ class Cluster:
         # No instance can turn stale before this time; it saves a scan at every event.
         self._next_stale_s = math.inf
         self.num_booting = 0
+        # That many come in the place of others, without having been launched from here.
+        self.num_replacing = 0
         self.snapshot = self._view(0.0)
 
     # Membership.

@@ -179,8 +179,9 @@ class Dispatcher:
             self._reject(record, reason, OVERLOAD_RETRY_S, out)
 
     def _awaits_a_boot(self) -> bool:
-        """True if nothing serves, and something boots; how long that may take is its own limit."""
-        return bool(self._cluster.num_booting) and not self._any_serves()
+        """Whether nothing serves, and something boots; how long that may take is its own limit."""
+        boots = self._cluster.num_booting or self._cluster.num_replacing
+        return bool(boots) and not self._any_serves()
 
     def _any_serves(self) -> bool:
         records = self._cluster.records.values()
@@ -258,7 +259,7 @@ class Dispatcher:
                 return None
             if cluster.num_accepting:
                 return Hold(reason="no accepting instance can hold it", others_may_pass=True)
-            placement = self._blind(request)
+            placement = self._blind(record)
             if placement is None:
                 return Hold(reason="no instance accepts work")
         else:
@@ -273,10 +274,12 @@ class Dispatcher:
             placement = self._choose(request, cluster, candidates, out)
             if placement is None:
                 return Hold(reason="the dispatch policy holds it")
-            limit = self._options.max_waiting_per_instance
+            limit = self._options.max_waiting_per_instance if not record.redispatch_reason else 0
             row = cluster.rows[placement.instance_id]
-            if limit and cluster.columns.num_waiting[row] >= limit and not record.redispatch_reason:
-                placement = _least_loaded(cluster, _with_fewer_waiting(cluster, candidates, limit))
+            if limit and not _has_room_to_wait(cluster, row, limit):
+                able = _able_to_take(request, cluster, candidates, limit)
+                if not able[row]:
+                    placement = _least_loaded(cluster, able)
                 if placement is None:
                     return Hold(reason=f"{limit} requests wait at every instance")
         if record.is_held:
@@ -333,13 +336,17 @@ class Dispatcher:
         out.append(policy_failed(policy, problem))
         return _least_loaded(cluster, candidates)
 
-    def _blind(self, request: SchedulingRequest) -> Placement | None:
+    def _blind(self, record: RequestRecord) -> Placement | None:
         """With no instance reporting there is nothing to compare: take turns."""
+        request = record.request
+        limit = self._options.max_waiting_per_instance if not record.redispatch_reason else 0
         able = sorted(
             instance_id
-            for instance_id, record in self._cluster.records.items()
-            if record.state is InstanceState.SERVING
-            and request.num_prompt_blocks(record.spec.block_size) <= record.load.num_total_blocks
+            for instance_id, instance in self._cluster.records.items()
+            if instance.state is InstanceState.SERVING
+            and request.num_prompt_blocks(instance.spec.block_size)
+            <= instance.load.num_total_blocks
+            and (not limit or instance.load.num_waiting + instance.num_sent < limit)
         )
         if not able:
             return None
@@ -385,11 +392,31 @@ def _problem(
     return f"chose instance {placement.instance_id!r}, which {why}"
 
 
-def _with_fewer_waiting(
-    cluster: ClusterSnapshot, candidates: BoolColumn | None, limit: int
+def _has_room_to_wait(cluster: ClusterSnapshot, row: int, limit: int) -> bool:
+    """Whether fewer than `limit` wait there, even if all does that was sent since the report."""
+    c = cluster.columns
+    return bool(c.num_waiting[row] + c.num_unreported[row] < limit)
+
+
+def _able_to_take(
+    request: SchedulingRequest,
+    cluster: ClusterSnapshot,
+    candidates: BoolColumn | None,
+    limit: int,
 ) -> BoolColumn:
-    below = cluster.columns.num_waiting < limit
-    return below if candidates is None else below & candidates
+    """Rows where the request may wait, or with all that was sent before it is in the next step."""
+    c = cluster.columns
+    num_step_tokens = c.num_prefill_tokens_pending + c.num_running + request.num_prompt_tokens
+    starts = (
+        (c.num_waiting == 0)
+        & (c.num_requests < c.max_num_seqs)
+        & (num_step_tokens <= c.max_num_batched_tokens)
+        & (cluster.demand_blocks(request) <= c.num_free_blocks)
+    )
+    able: BoolColumn = starts | (c.num_waiting + c.num_unreported < limit)
+    if candidates is not None:
+        able = able & candidates
+    return able
 
 
 def _least_loaded(cluster: ClusterSnapshot, candidates: BoolColumn | None) -> Placement | None:

@@ -247,7 +247,7 @@ class Scaling:
         ]
 
     def _num_instances(self) -> int:
-        return len(self._serving()) + len(self._booting)
+        return len(self._serving()) + len(self._booting) + self._cluster.num_replacing
 
     def _num_requests(self, instance_id: str) -> int:
         return self._cluster.snapshot[instance_id].num_requests

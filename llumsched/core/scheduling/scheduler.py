@@ -29,6 +29,7 @@ from llumsched.core.events import (
     LoadReported,
     MigrationFinished,
     MigrationRequested,
+    ReplacementsCounted,
     RequestAborted,
     RequestArrived,
     RequestFinished,
@@ -115,6 +116,7 @@ class GlobalScheduler:
             InstanceJoined: self._joined,
             InstanceLost: self._lost,
             LaunchFailed: self._launch_failed,
+            ReplacementsCounted: self._replacements_counted,
             LoadReported: self._load_reported,
             RequestArrived: self._arrived,
             RequestFinished: self._finished,
@@ -199,6 +201,7 @@ class GlobalScheduler:
             "next_rebalance_s": self._rebalancer.next_s,
             "dispatcher": self._dispatcher.state(),
             "scaling": self._scaling.state(),
+            "num_replacing": self._cluster.num_replacing,
             "prefix_blocks": {} if self._prefix_index is None else self._prefix_index.state(),
             "policies": {
                 type(policy).__qualname__: policy.state()
@@ -221,6 +224,7 @@ class GlobalScheduler:
             self._rebalancer.next_s = state["next_rebalance_s"]
         self._dispatcher.restore(state["dispatcher"])
         self._scaling.restore(state["scaling"])
+        self._cluster.num_replacing = state.get("num_replacing", 0)
         if self._prefix_index is not None:
             self._prefix_index.restore(state["prefix_blocks"])
         for policy in self.bundle.policies().values():
@@ -288,6 +292,13 @@ class GlobalScheduler:
     def _launch_failed(self, event: LaunchFailed, now: float, out: list[Action]) -> None:
         if self._scaling.launch_failed(event.launch_id, event.reason, now):
             self._dispatcher.expire(now, event.reason, out, has_failed=True)
+
+    def _replacements_counted(
+        self, event: ReplacementsCounted, now: float, out: list[Action]
+    ) -> None:
+        self._cluster.num_replacing = event.num_instances
+        self._dispatcher.expire(now, self._scaling.last_failure, out)
+        self._scaling.launch_for_held(now, out)
 
     def _scale_requested(self, event: ScaleRequested, now: float, out: list[Action]) -> None:
         self._scaling.requested(event.num_instances, now, out)

@@ -24,8 +24,8 @@ validate_parsed_serve_args = first_of(CLI_ARGS, "validate_parsed_serve_args")
 SCHEDULER_KEYS = frozenset(KEYS) - {"seed"}
 
 FEWEST_MOST_INSTANCES = 8
-# One that ends, or does nothing, is noticed within a second. These are for one that works and gives
-# no sign, as on a machine that is too busy, and for a GPU that hangs (vLLM's own limit, there).
+# One that ends is noticed at once. These are for one that hangs, and for one that works and gives
+# no sign, as on a machine that is starved; the second is vLLM's own limit for a GPU that hangs.
 DEFAULT_HEARTBEAT_TIMEOUT_S = 10.0
 DEFAULT_STEP_TIMEOUT_S = 300.0
 
@@ -174,16 +174,17 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         type=float,
         default=DEFAULT_HEARTBEAT_TIMEOUT_S,
         metavar="SECONDS",
-        help="An instance whose process gives no sign of life for longer is killed though it is "
-        "busy, its requests go on elsewhere, and another takes its place. One that does nothing "
-        "is within a second. Default: %(default)s.",
+        help="An instance whose process gives no sign of life for longer, and is not seen to work, "
+        "is killed, its requests go on elsewhere, and another takes its place. "
+        "Default: %(default)s.",
     )
     group.add_argument(
         "--step-timeout",
         type=float,
         default=DEFAULT_STEP_TIMEOUT_S,
         metavar="SECONDS",
-        help="So is one whose engine takes longer for a step. Default: %(default)s.",
+        help="So is one that works but gives no sign of life for longer, or whose engine takes "
+        "longer for a step. Default: %(default)s.",
     )
     rest, config_path = _take_scheduler_config(list(argv))
     try:

@@ -74,7 +74,6 @@ def limits_of(options: ServeOptions) -> LivenessLimits:
     return LivenessLimits(
         heartbeat_s=options.heartbeat_timeout_s,
         step_s=options.step_timeout_s,
-        loop_uses_cpu=current_platform.is_cpu(),
     )
 
 

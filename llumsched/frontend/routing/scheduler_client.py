@@ -79,6 +79,10 @@ class InstanceLauncher(Protocol):
     def terminate(self, instance_id: str) -> None:
         """End an instance, with whatever it still runs."""
 
+    @property
+    def num_replacing(self) -> int:
+        """How many instances come in the place of others, unasked."""
+
 
 class SchedulerClient:
     """Args:
@@ -279,6 +283,7 @@ class SchedulerClient:
                     RegisterFrontend(
                         frontend_id=self._frontend_id,
                         supervises=self._supervisor is not None,
+                        num_replacing=self._supervisor.num_replacing if self._supervisor else 0,
                         draining=tuple(sorted(self._draining)),
                     )
                 )
