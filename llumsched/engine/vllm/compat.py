@@ -88,6 +88,17 @@ def hash_lookahead(vllm_config: Any) -> int:
     return int(getattr(vllm_config, "num_hash_lookahead_tokens", 0))
 
 
+def rejects_new_requests(engine: Any) -> bool:
+    """True while an engine rejects new requests, as a paused one does from 0.33 on."""
+    return bool(getattr(engine, "reject_new_requests", False))
+
+
+def is_retryable(output: Any) -> bool:
+    """True if an engine did not take the request of this output, and it may be sent again: from
+    0.33 on an output can say so."""
+    return bool(getattr(getattr(output, "error", None), "retryable", False))
+
+
 @functools.cache
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)

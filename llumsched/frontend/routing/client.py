@@ -28,6 +28,7 @@ from vllm.v1.engine.core_client import (
 )
 
 from llumsched.core.types import priority_class, vllm_priority
+from llumsched.engine.vllm.compat import is_retryable
 from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID
 from llumsched.frontend.request import rejection as overload
 from llumsched.frontend.request.hints import current
@@ -240,7 +241,13 @@ class RoutingEngineClient(ConnectedInstances):
         label = self.labels.of(instance)
         if label is None:
             return  # it is dead, and what it ran goes on elsewhere
-        passed, finished = self.routes.pass_on(instance, outputs.outputs)
+        taken = [
+            output
+            for output in outputs.outputs
+            if output.finish_reason != FinishReason.ERROR
+            or not self._goes_elsewhere(instance, output)
+        ]
+        passed, finished = self.routes.pass_on(instance, taken)
         own = passed[0].outputs if passed and passed[0].instance == instance else []
         if len(own) != len(outputs.outputs):
             outputs.outputs = cast("list[EngineCoreOutput]", list(own))
@@ -248,6 +255,24 @@ class RoutingEngineClient(ConnectedInstances):
             outputs.engine_index = label
             self.outputs_queue.put_nowait(outputs)
         self._deliver(passed[1:] if own else passed, finished)
+
+    def _goes_elsewhere(self, instance: int, output: EngineCoreOutput) -> bool:
+        """True if a paused engine has not taken the request, and another instance is asked instead.
+
+        When all have been asked, the client gets the answer of the last, which says to try again.
+        """
+        if not is_retryable(output):
+            return False
+        route, request = self.routes.get(output.request_id), self._resumer.kept(output.request_id)
+        if route is None or request is None or route.instance != instance or route.num_tokens:
+            return False
+        route.rejected_by.add(instance)
+        others = [other for other in self.instances if other not in route.rejected_by]
+        if not others:
+            return False
+        route.instance = min(others, key=self.routes.num_requests)
+        self._spawn(self.add(route.instance, request))
+        return True
 
     def _take_in_hand_over(self, instance: int, announcement: Sequence[Any]) -> None:
         request_id, placement_number, num_tokens = announcement

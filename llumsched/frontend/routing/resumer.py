@@ -91,6 +91,11 @@ class Resumer:
         """Remember a request, in its own context, until it is forgotten."""
         self._kept[request.request_id] = _Kept(request, contextvars.copy_context())
 
+    def kept(self, request_id: str) -> EngineCoreRequest | None:
+        """The request as it was sent."""
+        found = self._kept.get(request_id)
+        return found.request if found is not None else None
+
     def forget(self, request_id: str) -> None:
         """The request is over."""
         self._kept.pop(request_id, None)

@@ -51,6 +51,8 @@ class Route:
     """The instance before this one: it has the request still, until it knows that it moved."""
     stale_copies: set[int] = field(default_factory=set)
     """Instances that may have a copy of the request from before it was resumed."""
+    rejected_by: set[int] = field(default_factory=set)
+    """Instances whose engines were paused when the request came."""
     num_past_moves: int = 0
     num_fruitless_resumptions: int = 0
     """How often it was resumed since its last token."""

@@ -17,12 +17,13 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from vllm.exceptions import VLLMClientError
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, UtilityOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import UtilityResult
 
 from llumsched.engine.base import CannotMigrate, FinalState, Refusal, RequestState, ReservedBlocks
-from llumsched.engine.vllm.compat import accepted, takes
+from llumsched.engine.vllm.compat import accepted, rejects_new_requests, takes
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.migration.port import Arrival, EngineAdapter
 from llumsched.engine.vllm.migration.state import (
@@ -70,7 +71,7 @@ class DestinationAdapter(EngineAdapter):
             raise CannotMigrate(
                 "the destination holds a request of this id already", Refusal.BEING_MIGRATED
             )
-        request, _ = self._engine.preprocess_add_request(core_request)
+        request = self._new_request(core_request)
         request.append_output_token_ids(state.output_token_ids)
         request.num_preemptions = state.num_preemptions
         if state.has_kv:
@@ -208,6 +209,20 @@ class DestinationAdapter(EngineAdapter):
         imported = self._imports.pop(request_id, None)
         if imported is not None:
             self._kv_manager.free(imported.request)
+
+    def _new_request(self, core_request: EngineCoreRequest) -> Request:
+        """Make the request as the engine does with one that a client sends."""
+        if rejects_new_requests(self._engine):
+            raise CannotMigrate("the destination is paused", Refusal.NOT_TAKEN_OVER)
+        try:
+            request, _ = self._engine.preprocess_add_request(core_request)
+        except (ValueError, VLLMClientError) as error:
+            # Such as a grammar for another backend than the one that the engine has begun to use.
+            raise CannotMigrate(
+                f"the destination's engine does not take it: {error}", Refusal.INCOMPATIBLE
+            ) from error
+        found: Request = request
+        return found
 
     def _announce(self, request: Request, placement_number: int) -> None:
         announcement = UtilityOutput(
