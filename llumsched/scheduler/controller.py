@@ -49,7 +49,7 @@ from llumsched.core.types import InstanceState, PriorityClass
 from llumsched.decision_log import DecisionLog
 from llumsched.logs import FailureLog
 from llumsched.scheduler.action_executor import ActionExecutor
-from llumsched.scheduler.decision_recorder import DecisionRecorder
+from llumsched.scheduler.decision_recorder import FLUSH_INTERVAL_S, DecisionRecorder
 from llumsched.scheduler.event_log import SchedulerLog
 from llumsched.scheduler.frontend_registry import FrontendRegistry
 from llumsched.scheduler.instance_registry import InstanceRegistry
@@ -79,7 +79,7 @@ from llumsched.wire.control import (
     decode_control,
     encode,
 )
-from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
+from llumsched.wire.keys import HANDSHAKE_TIMEOUT_S, MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ class Controller:
         clock: Callable[[], float] = time.monotonic,
         decision_log: Path | None = None,
         learning_s: float = LEARNING_S,
+        flush_interval_s: float = FLUSH_INTERVAL_S,
     ) -> None:
         self._id = uuid.uuid4().hex
         self._config = config
@@ -111,7 +112,9 @@ class Controller:
         self._policy = bundle.name
         self._scheduler = GlobalScheduler(bundle, bundle.options, seed=config.seed)
         self._notes = (
-            DecisionRecorder(DecisionLog(decision_log, config, self._scheduler.checkpoint))
+            DecisionRecorder(
+                DecisionLog(decision_log, config, self._scheduler.checkpoint), flush_interval_s
+            )
             if decision_log
             else None
         )
@@ -128,10 +131,23 @@ class Controller:
         self._socket: zmq.asyncio.Socket | None = None
         self._gate: Gate | None = None
 
-    def bind(self, context: zmq.asyncio.Context, host: str, keys: PoolKeys, port: int = 0) -> str:
+    def bind(
+        self,
+        context: zmq.asyncio.Context,
+        host: str,
+        keys: PoolKeys,
+        port: int = 0,
+        handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
+    ) -> str:
         """Open the control socket, at any port if it is 0; its endpoint."""
         self._socket = context.socket(zmq.ROUTER)
-        self._gate = Gate(context, keys, [(self._socket, MAX_CONTROL_NUM_BYTES)], "the scheduler")
+        self._gate = Gate(
+            context,
+            keys,
+            [(self._socket, MAX_CONTROL_NUM_BYTES)],
+            "the scheduler",
+            handshake_timeout_s=handshake_timeout_s,
+        )
         self._socket.bind(f"tcp://{host}:{port or '*'}")
         endpoint: str = self._socket.get_string(zmq.LAST_ENDPOINT)
         return endpoint

@@ -14,9 +14,10 @@ FLUSH_INTERVAL_S = 1.0
 
 
 class DecisionRecorder:
-    """Writes to ``log`` until that fails."""
+    """Writes to ``log`` until that fails; on disk at the latest ``flush_interval_s`` later."""
 
-    def __init__(self, log: DecisionLog) -> None:
+    def __init__(self, log: DecisionLog, flush_interval_s: float = FLUSH_INTERVAL_S) -> None:
+        self._flush_interval_s = flush_interval_s
         self._log: DecisionLog | None = log
         self._flushed_s = 0.0
 
@@ -26,7 +27,7 @@ class DecisionRecorder:
             return
         try:
             self._log.write(now_s, event, actions)
-            if now_s - self._flushed_s >= FLUSH_INTERVAL_S:
+            if now_s - self._flushed_s >= self._flush_interval_s:
                 self._flushed_s = now_s
                 self._log.flush()
         except OSError as error:

@@ -93,7 +93,9 @@ class Gate:
         name: str,
         *,
         monitors: bool = True,
+        handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
     ) -> None:
+        self._handshake_timeout_s = handshake_timeout_s
         self._context = context
         self._keys = keys
         self._name = name
@@ -156,7 +158,7 @@ class Gate:
         socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN.encode())
         # Without the gate's thread nobody comes in, rather than everybody.
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-        socket.setsockopt(zmq.HANDSHAKE_IVL, int(1000 * HANDSHAKE_TIMEOUT_S))
+        socket.setsockopt(zmq.HANDSHAKE_IVL, int(1000 * self._handshake_timeout_s))
         socket.setsockopt(zmq.MAXMSGSIZE, max_message_num_bytes + _OVERHEAD_NUM_BYTES)
 
     def _monitor(self, socket: zmq.Socket[Any]) -> zmq.Socket[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 import zmq
@@ -16,8 +17,11 @@ from llumsched.core.types import SchedulingRequest
 from llumsched.engine.vllm.predicted_length import predicted_output_tokens
 from llumsched.frontend.request.hints import SchedulingHints, hinted
 from llumsched.frontend.request.rejection import Rejected
-from llumsched.frontend.routing import scheduler_client as link_module
-from llumsched.frontend.routing.scheduler_client import SchedulerClient, SchedulerUnavailable
+from llumsched.frontend.routing.scheduler_client import (
+    Patience,
+    SchedulerClient,
+    SchedulerUnavailable,
+)
 from llumsched.wire.control import (
     Accepted,
     ClusterDescription,
@@ -55,11 +59,15 @@ def request(request_id: str = "r1") -> EngineCoreRequest:
     )
 
 
+SHORT = Patience(placement_s=0.1, probe_s=0.2, ask_again_s=0.05, register_interval_s=0.05)
+
+
 def run(
     answer: Answer,
     scenario: Callable[[SchedulerClient], Awaitable[None]],
     prefix_hashes: Callable[[EngineCoreRequest], tuple[int, ...]] | None = None,
     least_loaded: int | None = 1,
+    patience: Patience = SHORT,
 ) -> None:
     """Play ``scenario`` against a scheduler that answers each message with ``answer``."""
 
@@ -79,7 +87,9 @@ def run(
 
         serving = asyncio.create_task(serve())
         endpoint = socket.get_string(zmq.LAST_ENDPOINT)
-        link = SchedulerClient(endpoint, keys, lambda: least_loaded, prefix_hashes)
+        link = SchedulerClient(
+            endpoint, keys, lambda: least_loaded, prefix_hashes, patience=patience
+        )
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 await scenario(link)
@@ -90,14 +100,6 @@ def run(
             context.destroy(linger=0)
 
     asyncio.run(play())
-
-
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "PLACEMENT_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(link_module, "PROBE_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(link_module, "ASK_AGAIN_INTERVAL_S", 0.05)
-    monkeypatch.setattr(link_module, "REGISTER_INTERVAL_S", 0.05)
 
 
 def test_a_request_goes_where_the_scheduler_says() -> None:
@@ -208,17 +210,13 @@ def test_a_silent_scheduler_does_not_stop_serving() -> None:
     run(lambda _: None, scenario)
 
 
-def test_without_scheduler_and_instance_a_request_does_not_wait_for_ever(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(link_module, "SILENT_TIMEOUT_S", 0.5)
-
+def test_without_scheduler_and_instance_a_request_does_not_wait_for_ever() -> None:
     async def scenario(link: SchedulerClient) -> None:
         with pytest.raises(Rejected, match="silent, and no instance is up") as caught:
             await link.place(request())
         assert caught.value.http_status == 503
 
-    run(lambda _: None, scenario, least_loaded=None)
+    run(lambda _: None, scenario, least_loaded=None, patience=replace(SHORT, silent_s=0.5))
 
 
 def test_a_held_request_waits_as_long_as_the_scheduler_lives() -> None:

@@ -11,7 +11,6 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from llumsched.core.load import InstanceLoad
-from llumsched.frontend.http import pool_metrics
 from llumsched.frontend.http.pool_metrics import PoolMetrics
 from llumsched.frontend.routing.scheduler_client import SchedulerClient, SchedulerUnavailable
 from llumsched.wire.control import ClusterDescription, InstanceDescription
@@ -59,13 +58,12 @@ class PeerConnection:
         return answer
 
 
-def scraped(monkeypatch: pytest.MonkeyPatch, *answers: ClusterDescription | None) -> Any:
+def scraped(*answers: ClusterDescription | None) -> Any:
     """The value of a metric after the last of the answers, and the registry afterwards."""
-    monkeypatch.setattr(pool_metrics, "REFRESH_INTERVAL_S", 0.001)
     registry = CollectorRegistry()
 
     async def follow() -> dict[tuple[str, tuple[str, ...]], float]:
-        metrics = PoolMetrics(lambda: {"frontend": 2}, registry)
+        metrics = PoolMetrics(lambda: {"frontend": 2}, registry, refresh_interval_s=0.001)
         link = PeerConnection(answers)
         following = asyncio.create_task(metrics.follow(cast("SchedulerClient", link)))
         async with asyncio.timeout(5):
@@ -84,8 +82,8 @@ def scraped(monkeypatch: pytest.MonkeyPatch, *answers: ClusterDescription | None
     return asyncio.run(follow())
 
 
-def test_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = scraped(monkeypatch, description())
+def test_the_pool() -> None:
+    values = scraped(description())
     assert values["llumsched_scheduler_up", ()] == 1
     assert values["llumsched_migrations_total", ("committed",)] == 4
     assert values["llumsched_migrations_not_moved_total", ("multimodal",)] == 3
@@ -105,28 +103,26 @@ def test_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     assert values["llumsched_unproven_connections", ("scheduler",)] == 1
 
 
-def test_an_instance_that_no_request_can_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_instance_that_no_request_can_leave() -> None:
     (instance,) = description().instances
     stuck = msgspec.structs.replace(instance, cannot_migrate="speculative decoding is on")
-    values = scraped(monkeypatch, description(instances=[stuck]))
+    values = scraped(description(instances=[stuck]))
     assert values["llumsched_instance_can_migrate", ("a",)] == 0
 
 
 @pytest.mark.parametrize(
     ("state", "freeness"), [("serving", float("inf")), ("draining", float("-inf"))]
 )
-def test_freeness_of_an_empty_or_draining_instance(
-    monkeypatch: pytest.MonkeyPatch, state: str, freeness: float
-) -> None:
+def test_freeness_of_an_empty_or_draining_instance(state: str, freeness: float) -> None:
     instance = InstanceDescription(
         instance_id="a", state=state, role="mixed", freeness=None, report_age_s=None, load=None
     )
-    values = scraped(monkeypatch, description(instances=[instance]))
+    values = scraped(description(instances=[instance]))
     assert values["llumsched_instance_freeness", ("a", state)] == freeness
 
 
-def test_what_a_silent_scheduler_knew_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert scraped(monkeypatch, description(unproven={"a": 5}), None) == {
+def test_what_a_silent_scheduler_knew_is_not_shown() -> None:
+    assert scraped(description(unproven={"a": 5}), None) == {
         ("llumsched_scheduler_up", ()): 0,
         ("llumsched_unproven_connections", ("frontend",)): 2,
     }

@@ -18,7 +18,6 @@ from llumsched.engine.placement_numbers import PLACEMENTS_PER_EPOCH
 from llumsched.engine.vllm.migration.state import decode_request
 from llumsched.frontend.request.hints import SchedulingHints, current, hinted
 from llumsched.frontend.request.rejection import Rejected
-from llumsched.frontend.routing import resumer as resumer_module
 from llumsched.frontend.routing.resumer import MAX_FRUITLESS_RESUMPTIONS, Resumer
 from llumsched.frontend.routing.routes import Arrival, Routes
 
@@ -65,7 +64,13 @@ class World:
 
     def __post_init__(self) -> None:
         self.routes = Routes()
-        self.resumer = Resumer(self.routes, self, self, lambda _, why: self.given_up.append(why))
+        self.resumer = Resumer(
+            self.routes,
+            self,
+            self,
+            lambda _, why: self.given_up.append(why),
+            unknown_instance_delay_s=0.0,
+        )
 
     def open(self, asked: EngineCoreRequest, instance: int = 0, num_tokens: int = 2) -> None:
         self.routes.open("r1").instance = instance
@@ -121,11 +126,6 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
 async def settle() -> None:
     for _ in range(20):
         await asyncio.sleep(0)
-
-
-@pytest.fixture(autouse=True)
-def _no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resumer_module, "UNKNOWN_INSTANCE_DELAY_S", 0.0)
 
 
 def test_prompt_parameters_and_delivered_tokens_go_to_the_next_instance() -> None:

@@ -19,7 +19,6 @@ from llumsched.core.events import Event, KvBlocksRemoved, KvBlocksStored, KvCach
 from llumsched.core.load import InstanceLoad, InstanceSpec
 from llumsched.core.types import PriorityClass, SchedulingRequest
 from llumsched.decision_log import DecisionLog, read_segment, segments_of
-from llumsched.scheduler import decision_recorder as decision_notes
 from llumsched.scheduler.controller import Controller
 from llumsched.wire.control import (
     Accepted,
@@ -123,10 +122,14 @@ def run(
     config: Config | None = None,
     decision_log: Path | None = None,
     learning_s: float = 0.0,
+    flush_interval_s: float = 1.0,
 ) -> None:
     async def play() -> None:
         controller = Controller(
-            config or Config.default("latency"), decision_log=decision_log, learning_s=learning_s
+            config or Config.default("latency"),
+            decision_log=decision_log,
+            learning_s=learning_s,
+            flush_interval_s=flush_interval_s,
         )
         stage = Stage(controller)
         serving = asyncio.create_task(stage.controller.serve())
@@ -318,11 +321,7 @@ def test_every_event_and_decision_is_in_the_log(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_decided_is_on_disk_before_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decision_notes, "FLUSH_INTERVAL_S", 0.0)
-
+def test_what_is_decided_is_on_disk_before_the_end(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         await stage.instance("a")
         frontend = stage.peer()
@@ -331,7 +330,7 @@ def test_what_is_decided_is_on_disk_before_the_end(
         (segment,) = segments_of(tmp_path)
         assert "RequestArrived" in segment.read_text()
 
-    run(scenario, decision_log=tmp_path)
+    run(scenario, decision_log=tmp_path, flush_interval_s=0.0)
 
 
 def test_a_full_disk_ends_the_log_and_not_the_scheduler(

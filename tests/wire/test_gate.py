@@ -20,7 +20,7 @@ from llumsched.frontend.routing.disconnects import BrokenConnections
 from llumsched.frontend.routing.sockets import FrontendSockets
 from llumsched.pool.heartbeat_listener import HeartbeatListener
 from llumsched.scheduler.controller import Controller
-from llumsched.wire import keys as trust
+from llumsched.wire import keys
 from llumsched.wire.keys import Gate, PoolKeys
 from llumsched.wire.ping import BEAT_NUM_BYTES
 from tests.wire import strangers
@@ -58,9 +58,9 @@ def sync(socket: zmq.Socket[Any]) -> zmq.Socket[bytes]:
 
 
 @contextmanager
-def scheduler() -> Iterator[Door]:
+def scheduler(handshake_timeout_s: float = keys.HANDSHAKE_TIMEOUT_S) -> Iterator[Door]:
     controller, context = Controller(Config.default("latency")), zmq.asyncio.Context()
-    controller.bind(context, "127.0.0.1", KEYS)
+    controller.bind(context, "127.0.0.1", KEYS, handshake_timeout_s=handshake_timeout_s)
     socket = controller._socket
     assert socket is not None
     assert controller._gate is not None
@@ -124,14 +124,8 @@ def test_nobody_comes_in_with_other_keys(door: Door) -> None:
         assert not door.has_heard()
 
 
-@pytest.fixture
-def _short_handshake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trust, "HANDSHAKE_TIMEOUT_S", 0.2)
-
-
-@pytest.mark.usefixtures("_short_handshake")
 def test_who_says_too_little_is_not_waited_for() -> None:
-    with scheduler() as door:
+    with scheduler(handshake_timeout_s=0.2) as door:
         for name, message in strangers.TRUNCATED.items():
             heard = strangers.say(door.port, message)
             assert len(heard) <= 64, f"{name}: more than a greeting"
@@ -165,7 +159,7 @@ def test_a_message_that_is_too_long_ends_its_connection() -> None:
         KEYS.connect_with(member)
         monitor = member.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         member.connect(f"tcp://127.0.0.1:{door.port}")
-        member.send(bytes(trust.MAX_CONTROL_NUM_BYTES + (1 << 20)))
+        member.send(bytes(keys.MAX_CONTROL_NUM_BYTES + (1 << 20)))
         assert monitor.poll(1000 * PATIENCE_S)
         assert not door.has_heard()
         member.disable_monitor()

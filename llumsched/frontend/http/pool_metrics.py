@@ -32,7 +32,9 @@ class PoolMetrics:
         self,
         unproven: Callable[[], Mapping[str, int]],
         registry: CollectorRegistry = REGISTRY,
+        refresh_interval_s: float = REFRESH_INTERVAL_S,
     ) -> None:
+        self._refresh_interval_s = refresh_interval_s
         self._unproven = unproven
         self._registry = registry
         self._last: ClusterDescription | None = None
@@ -46,7 +48,7 @@ class PoolMetrics:
                     self._last = await link.describe(REFRESH_TIMEOUT_S)
                 except SchedulerUnavailable:
                     self._last = None
-                await asyncio.sleep(REFRESH_INTERVAL_S)
+                await asyncio.sleep(self._refresh_interval_s)
         finally:
             self._registry.unregister(self)
 

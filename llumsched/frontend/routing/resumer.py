@@ -79,7 +79,9 @@ class Resumer:
         placer: Placer,
         instances: ResumptionTargets,
         give_up: Callable[[str, str], None],
+        unknown_instance_delay_s: float = UNKNOWN_INSTANCE_DELAY_S,
     ) -> None:
+        self._unknown_instance_delay_s = unknown_instance_delay_s
         self._routes = routes
         self._placer = placer
         self._instances = instances
@@ -169,7 +171,7 @@ class Resumer:
                 break
             # The scheduler answers no more for what it is told lost until it knows of that loss.
             lost = instance if self._instances.is_gone(instance) else None
-            await asyncio.sleep(UNKNOWN_INSTANCE_DELAY_S)
+            await asyncio.sleep(self._unknown_instance_delay_s)
         if not self._is_still(route, request_id, placement_number):
             return None
         stale_copies = self._routes.settle(route, instance, is_announced=obstacle is None)

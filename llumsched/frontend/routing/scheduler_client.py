@@ -14,6 +14,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import zmq
@@ -51,16 +52,21 @@ from llumsched.wire.names import instance_name
 
 logger = logging.getLogger(__name__)
 
-# A scheduler that decides answers within a millisecond; one that holds a request says nothing
-# until it is placed, so only the probe below tells a held request from a dead scheduler.
-PLACEMENT_TIMEOUT_S = 1.0
-PROBE_TIMEOUT_S = 1.0
-REGISTER_INTERVAL_S = 1.0
-# Another is up within seconds of its death. Without it and without an instance nobody decides how
-# long a request may wait.
-SILENT_TIMEOUT_S = 30.0
-# What is sent while a scheduler dies is lost.
-ASK_AGAIN_INTERVAL_S = 1.0
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long a frontend waits for its scheduler, in seconds."""
+
+    # A scheduler that decides answers within a millisecond; one that holds a request says nothing
+    # until it is placed, so only the probe tells a held request from a dead scheduler.
+    placement_s: float = 1.0
+    probe_s: float = 1.0
+    register_interval_s: float = 1.0
+    # Another is up within seconds of its death. Without it and without an instance nobody decides
+    # how long a request may wait.
+    silent_s: float = 30.0
+    # What is sent while a scheduler dies is lost.
+    ask_again_s: float = 1.0
 
 
 class SchedulerUnavailable(Exception):
@@ -101,7 +107,9 @@ class SchedulerClient:
         least_loaded: Callable[[], int | None],
         prefix_hashes: Callable[[EngineCoreRequest], tuple[int, ...]] | None = None,
         frontend_id: str = "frontend-0",
+        patience: Patience = Patience(),
     ) -> None:
+        self._patience = patience
         self._frontend_id = frontend_id
         self._least_loaded = least_loaded
         self._prefix_hashes = prefix_hashes
@@ -152,7 +160,7 @@ class SchedulerClient:
             heard_s = loop.time()
             while True:
                 await self._socket.send(encode(asked))
-                done, _ = await asyncio.wait({future}, timeout=PLACEMENT_TIMEOUT_S)
+                done, _ = await asyncio.wait({future}, timeout=self._patience.placement_s)
                 # A scheduler that was started again has never heard of the request.
                 if not done and await self._is_alive():
                     heard_s = loop.time()
@@ -170,7 +178,7 @@ class SchedulerClient:
                         level=logging.WARNING,
                     )
                     return instance
-                if loop.time() - heard_s > SILENT_TIMEOUT_S:
+                if loop.time() - heard_s > self._patience.silent_s:
                     raise Rejected("the global scheduler is silent, and no instance is up", None)
         finally:
             self._placements.pop(request.request_id, None)
@@ -247,7 +255,7 @@ class SchedulerClient:
 
     async def _is_alive(self) -> bool:
         try:
-            await self.describe(PROBE_TIMEOUT_S)
+            await self.describe(self._patience.probe_s)
         except SchedulerUnavailable:
             return False
         return True
@@ -263,7 +271,7 @@ class SchedulerClient:
             async with asyncio.timeout(timeout_s):
                 await self._socket.send(encode(message))
                 while ask_again:
-                    done, _ = await asyncio.wait({future}, timeout=ASK_AGAIN_INTERVAL_S)
+                    done, _ = await asyncio.wait({future}, timeout=self._patience.ask_again_s)
                     if done:
                         break
                     await self._socket.send(encode(message))
@@ -288,7 +296,7 @@ class SchedulerClient:
                     )
                 )
             )
-            await asyncio.sleep(REGISTER_INTERVAL_S)
+            await asyncio.sleep(self._patience.register_interval_s)
 
     def _post(self, message: Message) -> None:
         async def send() -> None:
