@@ -52,6 +52,8 @@ class Refusal(StrEnum):
     NOT_SCHEDULABLE = "not_schedulable"
     TOO_MANY = "too_many"
     NO_ROOM = "no_room"
+    PAUSED = "paused"
+    GRAMMAR_BACKEND = "grammar_backend"
     NOT_TAKEN_OVER = "not_taken_over"
 
     @property

@@ -57,6 +57,7 @@ class _Arriving:
     final: bytes = b""
     block_ids: list[int] = field(default_factory=list)
     is_allocated: bool = False
+    refusal: str = ""
     room: asyncio.Event = field(default_factory=asyncio.Event)
     blocks_begun: set[int] = field(default_factory=set)
     blocks_written: set[int] = field(default_factory=set)
@@ -328,7 +329,10 @@ class IncomingMigrations:
                 )
             case protocol.RejectReservation():
                 self._answer(
-                    arriving, ReserveRejected(migration_id=migration_id, reason=command.reason)
+                    arriving,
+                    ReserveRejected(
+                        migration_id=migration_id, reason=command.reason, refusal=arriving.refusal
+                    ),
                 )
             case protocol.ConfirmCopy():
                 self._answer(
@@ -369,7 +373,9 @@ class IncomingMigrations:
         except Exception as error:
             self._free(arriving, request_id)
             reason = str(error) or type(error).__name__
-            if not isinstance(error, CannotMigrate):
+            if isinstance(error, CannotMigrate):
+                arriving.refusal = error.refusal.value
+            else:
                 logger.warning("Reservation of migration %s failed: %r", migration_id, error)
             self._post(protocol.AllocationFailed(migration_id=migration_id, reason=reason))
             return

@@ -53,8 +53,11 @@ class Reserved(Message, frozen=True, kw_only=True):
 
 
 class ReserveRejected(Message, frozen=True, kw_only=True):
+    """``refusal`` is a ``Refusal``'s value, or empty if the reason is none of them."""
+
     migration_id: Name
     reason: str
+    refusal: str = ""
 
 
 class StoreBlocks(Message, frozen=True, kw_only=True):

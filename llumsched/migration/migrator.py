@@ -304,6 +304,7 @@ class Migrator:
             case Reserved():
                 outgoing.reserved(message.num_cached_blocks)
             case ReserveRejected():
+                outgoing.refusal = message.refusal
                 outgoing.post(
                     protocol.ReservationRejected(migration_id=migration_id, reason=message.reason)
                 )

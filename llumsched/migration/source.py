@@ -93,6 +93,7 @@ class OutgoingMigration:
         self.migration_id = migration_id
         self.request_id = request_id
         self.destination = destination
+        self.refusal = ""  # the destination's word for it, when it rejects the reservation
         self._source = source
         self._port = port
         self._call = call
@@ -208,7 +209,7 @@ class OutgoingMigration:
         return self._report(
             MigrationOutcome.REFUSED if refused else MigrationOutcome.ABORTED,
             detail if refused and detail else f"{text}: {detail}" if detail else text,
-            cause=reason.value if reason is not None else "",
+            cause=self.refusal or (reason.value if reason is not None else ""),
         )
 
     async def _start_export(self) -> RequestState:

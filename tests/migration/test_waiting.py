@@ -149,7 +149,7 @@ def test_a_destination_without_room_refuses_and_the_request_goes_on(
     answer = pool.submit("long prompt", case.prompt(pool.tokenizer), case.params)
     pool.until(lambda: pool.num_tokens("long prompt") >= 2)
     report = pool.move(answer.sequence_ids[0], 1)
-    assert (report.outcome, report.cause) == ("refused", "reservation_rejected")
+    assert (report.outcome, report.cause) == ("refused", "no_room")
     assert "free" in report.reason
     moved, *_ = pool.finish("long prompt", "large", "larger", "largest")
     assert seen_by_client(moved) == unmoved["long prompt"]

@@ -2,8 +2,8 @@
 
 vLLM's scheduler and block pool are not thread safe: only the thread that runs
 ``run_busy_loop`` may touch them. ``LlumschedEngineCore.call`` carries a closure to that thread and
-runs it between two steps; ``after_step`` observers run there after every step. Nothing else
-of the engine core changes: requests come in and tokens go out on vLLM's own sockets.
+runs it between two steps; ``before_step`` and ``after_step`` observers run there around every step.
+Nothing else of the engine core changes: requests come in and tokens go out on vLLM's own sockets.
 
 This module knows how the busy loop works. It does not know what a migration is.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -100,7 +100,9 @@ class LlumschedEngineCore(EngineCoreProc):
         # As vLLM does where it starts an engine in a process of its own.
         configure_logging(settings.vllm_config.logging_config)
         self._frontend_addresses = settings.frontend_addresses
+        self._before_step: list[Callable[[], None]] = []
         self._after_step: list[Callable[[], None]] = []
+        self._around_reset: list[Callable[[], AbstractContextManager[None]]] = []
         self._on_abort: list[Callable[[list[str]], None]] = []
         self._on_add: list[Callable[[Request], None]] = []
         self.step_time_s = 0.0
@@ -135,13 +137,19 @@ class LlumschedEngineCore(EngineCoreProc):
     def observe(
         self,
         *,
+        before_step: Callable[[], None] | None = None,
         after_step: Callable[[], None] | None = None,
+        around_reset: Callable[[], AbstractContextManager[None]] | None = None,
         on_abort: Callable[[list[str]], None] | None = None,
         on_add: Callable[[Request], None] | None = None,
     ) -> None:
         """Register observers that run on the loop thread; call before ``run``."""
+        if before_step is not None:
+            self._before_step.append(before_step)
         if after_step is not None:
             self._after_step.append(after_step)
+        if around_reset is not None:
+            self._around_reset.append(around_reset)
         if on_abort is not None:
             self._on_abort.append(on_abort)
         if on_add is not None:
@@ -209,6 +217,8 @@ class LlumschedEngineCore(EngineCoreProc):
             future.set_exception(error)
 
     def _process_engine_step(self) -> bool:
+        for observer in self._before_step:
+            observer()
         started_s = time.perf_counter()
         model_executed = super()._process_engine_step()
         if model_executed:
@@ -222,6 +232,15 @@ class LlumschedEngineCore(EngineCoreProc):
         super().add_request(request, request_wave)
         for observer in self._on_add:
             observer(request)
+
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        with ExitStack() as stack:
+            for around in self._around_reset:
+                stack.enter_context(around())
+            was_reset: bool = super().reset_prefix_cache(reset_running_requests, reset_connector)
+        return was_reset
 
     def abort_requests(self, request_ids: list[str]) -> None:
         for observer in self._on_abort:

@@ -48,6 +48,12 @@ ENGINE_INTERNALS: tuple[Internal, ...] = (
     ),
     Internal(_ENGINE, "collective_rpc", "install worker state", ("method", "args")),
     Internal(_ENGINE, "shutdown", "free the engine"),
+    Internal(
+        _ENGINE,
+        "reset_prefix_cache",
+        "free deferred blocks before",
+        ("reset_running_requests", "reset_connector"),
+    ),
     Internal(_ENGINE, "scheduler", "migrate", on_instances=True),
     Internal(_ENGINE, "model_executor", "find the KV cache", on_instances=True),
     Internal(_ENGINE, "structured_output_manager", "replay a grammar", on_instances=True),
@@ -84,7 +90,22 @@ ENGINE_INTERNALS: tuple[Internal, ...] = (
     Internal(_SCHEDULER, "waiting", "report load", on_instances=True),
     Internal(_SCHEDULER, "kv_holding_waiting", "resume with KV", on_instances=True),
     Internal(_SCHEDULER, "kv_cache_manager", "reserve blocks", on_instances=True),
-    Internal(_SCHEDULER, "max_num_running_reqs", "resume only with room", on_instances=True),
+    *(
+        Internal(_SCHEDULER, name, for_what, on_instances=True)
+        for name, for_what in (
+            ("max_num_active_reqs", "keep places in the batch"),
+            ("num_waiting_for_streaming_input", "count places in the batch"),
+            ("lora_config", "take in no adapter too many"),
+            ("scheduler_config", "leave tokens of a step for arrivals"),
+            ("max_num_scheduled_tokens", "leave tokens of a step for arrivals"),
+            ("use_v2_model_runner", "know what the worker keeps of a request"),
+            ("reset_preempted_req_ids", "give a suspended request's slot back"),
+            ("defer_block_free", "free no block that a step in flight writes"),
+            ("deferred_frees", "empty the prefix cache"),
+            ("sched_step_seq", "know the steps in flight"),
+            ("processed_step_seq", "know the steps in flight"),
+        )
+    ),
     Internal(_SCHEDULER, "max_model_len", "reserve no more than that", on_instances=True),
     Internal(
         _SCHEDULER, "prev_step_scheduled_req_ids", "force a full worker update", on_instances=True
@@ -180,6 +201,12 @@ ENGINE_INTERNALS: tuple[Internal, ...] = (
     Internal(
         "vllm.config:CacheConfig", "get_resolved_kv_cache_layout", "find the bytes of a block"
     ),
+    Internal("vllm.v1.kv_cache_interface", "MLAAttentionSpec", "check the cache's kind"),
+    Internal("vllm.exceptions", "VLLMClientError", "refuse a grammar that cannot be made"),
+    Internal(_SCHEDULER, "pause_state", "refuse while paused"),
+    Internal("vllm.config:ModelConfig", "enable_sleep_mode", "refuse what sleeps"),
+    Internal("vllm.config:ModelConfig", "is_diffusion", "refuse diffusion models"),
+    Internal("vllm.config:VllmConfig", "aux_output_config", "refuse to return experts"),
     # A request.
     Internal(_REQUEST, "append_output_token_ids", "restore outputs", ("token_ids",)),
     *(
@@ -188,6 +215,8 @@ ENGINE_INTERNALS: tuple[Internal, ...] = (
             "status",
             "num_computed_tokens",
             "num_in_flight_tokens",
+            "num_output_placeholders",
+            "is_prefill_chunk",
             "num_preemptions",
             "client_index",
             "priority",

@@ -9,6 +9,8 @@ Invariants:
   the start of its export.
 - Every export ends in exactly one of ``release`` and ``resume``; afterwards the block pool holds
   nothing on its behalf.
+- To model runner V2 a suspended request is a preempted one: it holds no slot of the batch, which
+  others may be given. It comes back as it would from a preemption, on either runner.
 
 What this does not know: messages, transports, time-outs, and the protocol's states.
 """
@@ -82,6 +84,7 @@ class SourceAdapter(EngineAdapter):
         self._exports: dict[str, _Export] = {}
         self._rests: WeakKeyDictionary[Request, _Rest] = WeakKeyDictionary()
         self._first_tokens: list[tuple[Request, Future[None]]] = []
+        self._rolled_back: list[Request] = []
         self.on_lost: Callable[[str, str], None] = lambda _request_id, _what: None
         self.on_release: Callable[[str], None] = lambda _request_id: None
 
@@ -103,6 +106,7 @@ class SourceAdapter(EngineAdapter):
             if request.num_output_tokens > 0
             and request.request_id not in self._exports
             and why_not_migratable(request) is None
+            and not self._is_computed_again(request)
             and not self._rests_now(request, now_s)
         ]
 
@@ -147,8 +151,12 @@ class SourceAdapter(EngineAdapter):
 
     def _check_moment(self, request: Request) -> bool:
         """True if the request takes KV along; raises if it cannot move at this moment."""
+        if request in self._rolled_back:
+            raise CannotMigrate("the request's last migration is not over", Refusal.BEING_MIGRATED)
         if request.status == RequestStatus.RUNNING:
             if request.num_output_tokens > 0:
+                if self._is_computed_again(request):
+                    raise CannotMigrate("the request is being computed again after a preemption")
                 return True
             if request.num_computed_tokens < RESTART_SHARE * request.num_prompt_tokens:
                 return False
@@ -156,6 +164,16 @@ class SourceAdapter(EngineAdapter):
         if request.num_computed_tokens == 0 and request in self._scheduler.waiting:
             return False
         raise CannotMigrate(f"the request is about to be scheduled ({request.status.name.lower()})")
+
+    @staticmethod
+    def _is_computed_again(request: Request) -> bool:
+        """Whether a preempted request has not caught up with its outputs yet.
+
+        Blocks of a prefix are shared from when the step that computes them begins. So what counts
+        as computed may have no content yet; the first token after that step shows that it has.
+        """
+        num_computed_tokens: int = request.num_computed_tokens - request.num_in_flight_tokens
+        return num_computed_tokens < request.num_tokens - 1
 
     def _take_back(self, request: Request) -> None:
         """Take a request without KV out of every queue; what little it has computed is dropped."""
@@ -213,31 +231,49 @@ class SourceAdapter(EngineAdapter):
                 future.set_exception(CannotMigrate("the request is not running any more"))
                 return future
             self._scheduler.running.remove(request)
+            self.places.keep(request_id)
+            if self._scheduler.use_v2_model_runner:
+                self._scheduler.reset_preempted_req_ids.add(request_id)
         export.suspended = future
         self._settle_suspension(export)
         return future
 
     def resume(self, request_id: str) -> None:
-        """End an export: the request, if it still lives, goes on here with its KV intact."""
+        """End an export: the request, if it still lives, goes on here with its KV intact.
+
+        It is in the next step, or where steps of it are in flight, in the one after they are over.
+        """
         export = self._exports.pop(request_id, None)
         if export is None:
             return
         self._unpin(export)
         request = export.request
-        was_suspended = export.suspended is not None or not export.has_kv
-        if not was_suspended or self._scheduler.requests.get(request_id) is not request:
-            return
         if not export.has_kv:
-            # It was among the first to be scheduled, or has waited for longer than those behind.
-            self._scheduler.waiting.prepend_request(request)
-            return
-        if len(self._scheduler.running) < self._scheduler.max_num_running_reqs:
-            self._scheduler.running.append(request)
-            return
-        # The batch is full: it waits like a preempted request, but keeps its blocks.
-        self._scheduler.prev_step_scheduled_req_ids.discard(request_id)
-        request.status = RequestStatus.PREEMPTED
-        self._scheduler.kv_holding_waiting.add_request(request)
+            if self._scheduler.requests.get(request_id) is request:
+                # It was among the first to be scheduled, or has waited longer than those behind.
+                self._scheduler.waiting.prepend_request(request)
+        elif export.suspended is not None:
+            self._rolled_back.append(request)
+            self._settle_rolled_back()
+
+    def _settle_rolled_back(self) -> None:
+        """Queue what was suspended like a preempted request, but with its blocks.
+
+        The scheduler takes it up by its own rules, of adapters as well. While a step of it is in
+        flight it stays out: the scheduler would count the tokens of that step again.
+        """
+        settling, self._rolled_back = self._rolled_back, []
+        for request in settling:
+            request_id = request.request_id
+            if self._scheduler.requests.get(request_id) is not request:
+                self.places.give_back(request_id)
+            elif request.num_in_flight_tokens > 0:
+                self._rolled_back.append(request)
+            else:
+                self._scheduler.prev_step_scheduled_req_ids.discard(request_id)
+                request.status = RequestStatus.PREEMPTED
+                self._scheduler.kv_holding_waiting.add_request(request)
+                self.places.give_back(request_id)
 
     def release(self, request_id: str) -> None:
         """End an export: the destination runs the request now, so forget it without output."""
@@ -245,6 +281,7 @@ class SourceAdapter(EngineAdapter):
         if export is None:
             return
         self._unpin(export)
+        self.places.give_back(request_id)
         if self._scheduler.requests.get(request_id) is export.request:
             self.on_release(request_id)
             self._scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
@@ -255,6 +292,8 @@ class SourceAdapter(EngineAdapter):
         """Notice what the step did to requests that are being exported, or soon will be."""
         if self._first_tokens:
             self._settle_first_tokens()
+        if self._rolled_back:
+            self._settle_rolled_back()
         for request_id, export in list(self._exports.items()):
             lost = self._why_lost(export)
             if lost is not None:

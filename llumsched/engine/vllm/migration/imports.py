@@ -6,7 +6,7 @@ with ``num_computed_tokens`` set. The stock scheduler does the rest. A request t
 KV holds no blocks, and is handed over to wait for its turn.
 
 Invariant: every import ends in exactly one of ``commit`` and ``cancel``; afterwards the block pool
-holds nothing on its behalf but what the request itself holds.
+holds nothing on its behalf but what the request itself holds, and the batch no place.
 
 What this does not know: messages, transports, time-outs, and the protocol's states.
 """
@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from vllm.exceptions import VLLMClientError
+from vllm.v1.core.sched.scheduler import PauseState
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, UtilityOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import UtilityResult
@@ -30,6 +31,7 @@ from llumsched.engine.vllm.migration.state import (
     decode_request,
     install_request,
     replay_grammar,
+    why_no_grammar,
 )
 
 # ``call_id`` of the message by which a destination tells the frontend that a request's outputs
@@ -57,8 +59,11 @@ class DestinationAdapter(EngineAdapter):
         super().__init__(engine)
         self._imports: dict[str, _Import] = {}
 
-    def reserve(self, state: RequestState) -> ReservedBlocks:
-        """Reserve blocks for a request that is about to move here.
+    def reserve(self, state: RequestState, *, may_wait: bool = False) -> ReservedBlocks:
+        """Reserve blocks, and a place in the batch, for a request that is about to move here.
+
+        Args:
+            may_wait: whether a paused engine takes the request too, to go on when it is resumed.
 
         Raises:
             CannotMigrate: with the reason; nothing is held then.
@@ -66,6 +71,10 @@ class DestinationAdapter(EngineAdapter):
         if self.refusal is not None and state.has_kv:
             raise CannotMigrate(self.refusal, Refusal.UNSUPPORTED_ENGINE)
         core_request = decode_request(state)
+        if not may_wait:
+            self._check_pause()
+        if state.has_kv:
+            self._check_place(core_request)
         request_id = core_request.request_id
         if request_id in self._scheduler.requests or request_id in self._imports:
             raise CannotMigrate(
@@ -76,6 +85,7 @@ class DestinationAdapter(EngineAdapter):
         request.num_preemptions = state.num_preemptions
         if state.has_kv:
             num_reserved_tokens, num_cached_tokens = self._allocate(request)
+            self.places.keep(request_id)
         else:
             num_reserved_tokens = num_cached_tokens = 0
         self._imports[request_id] = _Import(
@@ -89,9 +99,46 @@ class DestinationAdapter(EngineAdapter):
             grammar=grammar if isinstance(grammar, Future) else None,
         )
 
+    def _new_request(self, core_request: EngineCoreRequest) -> Request:
+        """Make the request as the engine does with one that a client sends."""
+        reason = why_no_grammar(self._engine.structured_output_manager, core_request)
+        if reason is not None:
+            raise CannotMigrate(reason, Refusal.GRAMMAR_BACKEND)
+        try:
+            request, _ = self._engine.preprocess_add_request(core_request)
+        except (ValueError, VLLMClientError) as error:
+            # Nothing but the grammar of a request that was accepted elsewhere can be wrong here.
+            raise CannotMigrate(
+                f"the destination's engine does not take it: {error}", Refusal.GRAMMAR_BACKEND
+            ) from error
+        found: Request = request
+        return found
+
+    def _check_pause(self) -> None:
+        is_paused = self._scheduler.pause_state != PauseState.UNPAUSED
+        if is_paused or rejects_new_requests(self._engine):
+            raise CannotMigrate("the destination is paused", Refusal.PAUSED)
+
+    def _check_place(self, core_request: EngineCoreRequest) -> None:
+        """Raise if the request could not be in the next step if it came now."""
+        lora = core_request.lora_request
+        reason = self.places.why_none(
+            lora.lora_int_id if lora is not None else None, core_request.request_id
+        )
+        if reason is not None:
+            raise CannotMigrate(f"the destination cannot take it up: {reason}", Refusal.NO_ROOM)
+
+    def _check_frees(self) -> None:
+        if not self.frees.are_fenced:
+            raise CannotMigrate(
+                "the destination's blocks are still written by steps from before they were reset",
+                Refusal.NO_ROOM,
+            )
+
     def _allocate(self, request: Request) -> tuple[int, int]:
         """Hold blocks for an arriving request; the tokens they have room for, and of these the
         tokens that are in the prefix cache."""
+        self._check_frees()
         if self._scheduler.needs_kv_cache_zeroing and not takes(
             self._kv_manager.allocate_slots, "skip_zeroing_group_ids"
         ):
@@ -133,6 +180,7 @@ class DestinationAdapter(EngineAdapter):
             raise CannotMigrate("the reservation is gone")
         missing_tokens = num_blocks * self._block_size - imported.num_reserved_tokens
         if missing_tokens > 0:
+            self._check_frees()
             if self._scheduler.needs_kv_cache_zeroing:
                 raise CannotMigrate("the request outgrew its reservation")
             if (
@@ -154,14 +202,18 @@ class DestinationAdapter(EngineAdapter):
         if imported is None:
             raise CannotMigrate("the reservation is gone")
         try:
+            if imported.has_kv:
+                self._check_pause()
+                self._check_place(imported.core_request)
             self._install(imported, final)
         except Exception:
-            self._kv_manager.free(imported.request)
+            self._free(imported)
             raise
         request = imported.request
         self._arrivals[request] = Arrival(imported.placement_number, time.monotonic())
         self._announce(request, imported.placement_number)
         self._engine.add_request(request)
+        self.places.give_back(request_id)
         self._reasoning_ended_at_arrival[request] = imported.core_request.reasoning_ended
         request.events.clear()  # it was queued once already, as the frontend knows
 
@@ -196,9 +248,11 @@ class DestinationAdapter(EngineAdapter):
         request.status = RequestStatus.PREEMPTED
         request.prefill_stats = None  # the prompt was computed, and counted, at the source
         self._scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
-        # If it ran here before, the worker may not have been told yet that it left: it must not
-        # drop the state that was just installed.
-        self._scheduler.finished_req_ids.discard(request.request_id)
+        if not self._scheduler.use_v2_model_runner:
+            # If it ran here before, the worker may not have been told yet that it left: it must not
+            # drop the state that was just installed. Runner V2 drops a slot before it gives one,
+            # and only what is told to have left gives its slot back.
+            self._scheduler.finished_req_ids.discard(request.request_id)
 
     def is_arriving(self, request_id: str) -> bool:
         """True if there is an import of the request."""
@@ -208,21 +262,11 @@ class DestinationAdapter(EngineAdapter):
         """Give a reservation back."""
         imported = self._imports.pop(request_id, None)
         if imported is not None:
-            self._kv_manager.free(imported.request)
+            self._free(imported)
 
-    def _new_request(self, core_request: EngineCoreRequest) -> Request:
-        """Make the request as the engine does with one that a client sends."""
-        if rejects_new_requests(self._engine):
-            raise CannotMigrate("the destination is paused", Refusal.NOT_TAKEN_OVER)
-        try:
-            request, _ = self._engine.preprocess_add_request(core_request)
-        except (ValueError, VLLMClientError) as error:
-            # Such as a grammar for another backend than the one that the engine has begun to use.
-            raise CannotMigrate(
-                f"the destination's engine does not take it: {error}", Refusal.INCOMPATIBLE
-            ) from error
-        found: Request = request
-        return found
+    def _free(self, imported: _Import) -> None:
+        self._kv_manager.free(imported.request)
+        self.places.give_back(imported.request.request_id)
 
     def _announce(self, request: Request, placement_number: int) -> None:
         announcement = UtilityOutput(

@@ -17,7 +17,9 @@ from llumsched.engine.transfer.access import LocalKV
 from llumsched.engine.transfer.shards import ShardedKV
 from llumsched.engine.vllm.compat import installed_version
 from llumsched.engine.vllm.core import LlumschedEngineCore
+from llumsched.engine.vllm.migration.frees import DeferredFrees
 from llumsched.engine.vllm.migration.kv import open_blocks, open_shard
+from llumsched.engine.vllm.migration.places import BatchPlaces
 from llumsched.engine.vllm.migration.state import why_engine_cannot_migrate
 
 
@@ -50,7 +52,14 @@ class EngineAdapter:
             engine.vllm_config, self._kv_manager.kv_cache_config
         )
         self.kv = self._open_kv_cache() if self.refusal is None else None
-        engine.observe(on_add=self._on_add)
+        self.places = BatchPlaces(engine.scheduler)
+        self.frees = DeferredFrees(engine.scheduler)
+        engine.observe(
+            around_reset=self.frees.at_once,
+            before_step=self.places.before_step,
+            after_step=self.places.after_step,
+            on_add=self._on_add,
+        )
 
     def close(self) -> None:
         """Let go of the KV cache; nothing may be copied any more."""

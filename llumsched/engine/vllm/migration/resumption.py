@@ -115,7 +115,7 @@ class Resumption:
         if request_id in self._engine.scheduler.requests:
             self._engine.abort_requests([request_id])
         try:
-            reservation = self._port.reserve(state)
+            reservation = self._port.reserve(state, may_wait=True)
         except CannotMigrate as error:
             answer.set_result(str(error))
             return

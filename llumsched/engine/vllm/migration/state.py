@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
 from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from llumsched.engine.base import CannotMigrate, FinalState, Refusal, RequestState
+
+# Blocks of these are filled in order and never written again once they are full. Of kinds derived
+# from them nothing is known: R-SWA drops blocks from the middle, and attention sinks share some.
+MOVABLE_SPECS = (FullAttentionSpec, MLAAttentionSpec)
 
 
 def why_engine_cannot_migrate(
@@ -38,9 +42,21 @@ def why_engine_cannot_migrate(
         return "speculative decoding is on"
     if vllm_config.kv_transfer_config is not None:
         return "a KV connector is configured"
+    if vllm_config.model_config.enable_sleep_mode:
+        return "the KV cache of a sleeping instance is not there to be copied (--enable-sleep-mode)"
+    if vllm_config.model_config.is_diffusion:
+        return "a diffusion model has no state between two tokens (it computes many at once)"
+    if vllm_config.aux_output_config.enabled:
+        return (
+            "the experts of steps at the source would be missing from what is returned "
+            "(--enable-return-routed-experts)"
+        )
     groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
+    if len(groups) != 1:
         return "the model has a KV cache other than one group of full attention"
+    spec = type(groups[0].kv_cache_spec)
+    if spec not in MOVABLE_SPECS:
+        return f"the model's KV cache is of a kind that does not move ({spec.__name__})"
     return None
 
 
@@ -111,6 +127,22 @@ def decode_request(state: RequestState) -> EngineCoreRequest:
     """The ``EngineCoreRequest`` inside ``state``; raises ``msgspec.DecodeError`` if malformed."""
     decoded: EngineCoreRequest = MsgpackDecoder(EngineCoreRequest).decode(state.request)
     return decoded
+
+
+def why_no_grammar(manager: StructuredOutputManager, core_request: EngineCoreRequest) -> str | None:
+    """The reason why an engine cannot make the request's grammar, or ``None``.
+
+    The first request with a grammar decides on the backend of all that follow. vLLM 0.32 lets it
+    make the others' grammars too, which may allow other tokens than they did at the source.
+    """
+    sampling = core_request.sampling_params
+    outputs = sampling.structured_outputs if sampling is not None else None
+    if outputs is None or outputs._backend is None or manager.backend is None:
+        return None
+    used = type(manager.backend).__name__.removesuffix("Backend").lower()
+    if outputs._backend.replace("-", "") == used:
+        return None
+    return f"the destination makes grammars with {used}, the request needs {outputs._backend}"
 
 
 def replay_grammar(
