@@ -26,6 +26,7 @@ from llumsched.core.params import params_of
 from llumsched.core.policy import MigrationPair, Placement
 from llumsched.core.snapshot import InstanceView
 from llumsched.core.types import SchedulingRequest
+from llumsched.metrics import CATALOGUE
 from llumsched.simulator.hardware.spec import available, load_hardware
 from llumsched.simulator.scenario import Scenario
 from llumsched.simulator.traces.generators import GENERATORS
@@ -178,6 +179,21 @@ def hardware() -> str:
     return _grid(("name", "model", "accelerator", "KV blocks", "fit"), rows)
 
 
+def metrics() -> str:
+    """Every metric that is added to vLLM's."""
+    rows = [
+        (
+            f"`{spec.exposed_name}`",
+            spec.kind,
+            ", ".join(f"`{label}`" for label in spec.labels),
+            spec.where.value,
+            spec.help,
+        )
+        for spec in CATALOGUE
+    ]
+    return _grid(("metric", "type", "labels", "counted by", ""), rows)
+
+
 PARTS: Mapping[str, Callable[[], str]] = {
     "source diagram": lambda: diagram(migration_rules.TABLE),
     "source transitions": lambda: transitions(migration_rules.TABLE),
@@ -191,6 +207,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "hardware": hardware,
     "messages": architecture.messages,
     "threads and sockets": architecture.threads_and_sockets,
+    "metrics": metrics,
 }
 """Name of a generated part -> what writes it."""
 

@@ -131,7 +131,8 @@ class AdminClient:
                 if self._api_key
                 else f"{self.url} wants an API key: give --api-key, or set {API_KEY_VARIABLE}"
             )
-        if error.code == http.client.NOT_FOUND and message in (None, "Not Found"):
+        is_no_path = str(message).startswith("There is no path ")
+        if error.code == http.client.NOT_FOUND and (message in (None, "Not Found") or is_no_path):
             return self._not_ours()
         return str(message) if message else f"{self.url} answered {error.code} {error.reason}"
 

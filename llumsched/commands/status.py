@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llumsched.commands import CommandError
 from llumsched.commands._admin import AdminClient, add_server
+from llumsched.commands._totals import ProcessSample, failures, look, rates, totals
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -20,7 +24,7 @@ INSTANCE_COLUMNS = (
     "state",
     "freeness",
     "blocks",
-    "free",
+    "KV",
     "reserved",
     "running",
     "waiting",
@@ -29,6 +33,10 @@ INSTANCE_COLUMNS = (
 )
 REQUEST_COLUMNS = ("request", "instance", "tokens", "moves")
 UNKNOWN = "-"
+DEFAULT_INTERVAL_S = 2.0
+LEAST_INTERVAL_S, MOST_INTERVAL_S = 0.1, 3600.0
+# To a terminal: clear it, and write from its top.
+CLEAR = "\x1b[2J\x1b[H"
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
@@ -39,8 +47,18 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         description=(
             "Show the instances of a running server and its unfinished requests. Freeness is how"
             " many more KV blocks there are for each running request; blocks are those in use, of"
-            " all; step is the recent time of one decode step; report is the load report's age."
+            " all, and KV their share; step is the recent time of one decode step; report is the"
+            " load report's age. Requests held by the scheduler wait for room at any instance."
         ),
+    )
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=_seconds,
+        const=DEFAULT_INTERVAL_S,
+        metavar="SECONDS",
+        help="show it again and again, with rates of requests and tokens; every"
+        f" {DEFAULT_INTERVAL_S:g} seconds without a number. Ctrl-C ends it",
     )
     add_server(parser)
     parser.add_argument("--json", action="store_true", help="print what the admin API answers")
@@ -48,30 +66,71 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the two tables."""
+    """Print the two tables, once or until Ctrl-C."""
     client = AdminClient.of(args)
-    cluster, requests = client.instances(), client.requests()
-    if args.json:
-        print(json.dumps({**cluster, "requests": requests}, indent=2))
+    if args.watch is None:
+        cluster, requests = client.instances(), client.requests()
+        if args.json:
+            print(json.dumps({**cluster, "requests": requests}, indent=2))
+        else:
+            print("\n".join(page(cluster, requests)))
         return 0
-    print(summary(cluster))
-    print()
-    print("\n".join(instance_table(cluster["instances"])))
-    for line in migration_lines(cluster["instances"]):
-        print(line)
-    for line in berth_lines(cluster["berths"]):
-        print(line)
-    for line in frontend_lines(cluster["frontends"]):
-        print(line)
-    print()
-    print("\n".join(request_table(requests)) if requests else "no unfinished request")
-    return 0
+    if args.json:
+        raise CommandError("give --watch or --json, not both")
+    return _watch(client, args.watch)
+
+
+def _watch(client: AdminClient, interval_s: float) -> int:
+    before: ProcessSample | None = None
+    while True:
+        try:
+            cluster, requests = client.instances(), client.requests()
+            now = look(cluster, requests, time.monotonic())
+            lines = page(cluster, requests, rates(before, now))
+            before = now
+        except CommandError as error:
+            # A server that is started again is worth waiting for.
+            before, lines = None, [str(error)]
+        if sys.stdout.isatty():
+            print(CLEAR, end="")
+        print(time.strftime("%H:%M:%S"), *lines, "", sep="\n", flush=True)
+        time.sleep(interval_s)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not LEAST_INTERVAL_S <= seconds <= MOST_INTERVAL_S:
+        raise argparse.ArgumentTypeError(
+            f"a number of seconds from {LEAST_INTERVAL_S} to {MOST_INTERVAL_S:g} is needed"
+        )
+    return seconds
+
+
+def page(
+    cluster: Mapping[str, Any], requests: Sequence[Mapping[str, Any]], rates_in_words: str = ""
+) -> list[str]:
+    """All that is shown, as lines."""
+    said = [summary(cluster), totals(cluster, rates_in_words), failures(cluster)]
+    return [
+        *(line for line in said if line),
+        "",
+        *instance_table(cluster["instances"]),
+        *migration_lines(cluster["instances"]),
+        *berth_lines(cluster["berths"]),
+        *frontend_lines(cluster["frontends"]),
+        "",
+        *(request_table(requests) if requests else ["no unfinished request"]),
+    ]
 
 
 def summary(cluster: Mapping[str, Any]) -> str:
     """The policy and what became of the migrations so far, in one line."""
     outcomes = ", ".join(f"{n} {outcome}" for outcome, n in sorted(cluster["migrations"].items()))
-    return f"policy {cluster['policy']}; migrations: {outcomes or 'none yet'}"
+    source = f" as {cluster['config_file']} has it" if cluster.get("config_file") else ""
+    return f"policy {cluster['policy']}{source}; migrations: {outcomes or 'none yet'}"
 
 
 def instance_table(instances: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -150,7 +209,7 @@ def _instance_row(instance: Mapping[str, Any]) -> tuple[str, ...]:
         *head,
         _freeness(instance),
         f"{used}/{load['num_total_blocks']}",
-        str(free),
+        f"{used / load['num_total_blocks']:.0%}" if load["num_total_blocks"] else UNKNOWN,
         str(reserved),
         str(load["num_running"]),
         str(load["num_waiting"]),

@@ -147,7 +147,9 @@ class Migrator:
     async def migrate(self, order: OrderMigration, request_id: str | None) -> ReportMigration:
         """Move one request as ordered, or say why not; whatever happens, there is a report."""
         if request_id is None:
-            return self._report(order, None, MigrationOutcome.NOTHING_TO_MOVE, "nothing can move")
+            return self._report(
+                order, None, MigrationOutcome.NOTHING_TO_MOVE, "nothing can move", phase="choosing"
+            )
         try:
             report = await self._migrate(order, request_id)
         except CannotMigrate as error:
@@ -221,6 +223,7 @@ class Migrator:
         outcome: MigrationOutcome,
         reason: str,
         cause: str = "",
+        phase: str = "starting",
     ) -> ReportMigration:
         return ReportMigration(
             migration_id=order.migration_id,
@@ -230,6 +233,7 @@ class Migrator:
             outcome=outcome.value,
             reason=reason,
             cause=cause,
+            phase=phase,
         )
 
     def _on_lost(self, request_id: str, what: str) -> None:

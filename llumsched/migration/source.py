@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_ENDED = frozenset({protocol.MigrationState.COMMITTED, protocol.MigrationState.ABORTED})
 # The destination may run the request: only its word, or its death, lets the source resume.
 _FATE_UNKNOWN = frozenset({protocol.MigrationState.COMMITTING, protocol.MigrationState.RESOLVING})
 
@@ -110,6 +111,7 @@ class OutgoingMigration:
         self._suspended: SuspendedRequest | None = None
         self._suspended_s = 0.0
         self._held_back_s = 0.0
+        self._phase = "starting"
 
     # ---- events ---------------------------------------------------------------------------
 
@@ -190,6 +192,7 @@ class OutgoingMigration:
             options=self._options,
         )
         self._migration = migration
+        self._phase = migration.state.lower()
         try:
             await self._drive(commands)
         finally:
@@ -247,6 +250,8 @@ class OutgoingMigration:
                 continue
             try:
                 self._migration, commands = protocol.advance(migration, event)
+                if self._migration.state not in _ENDED:
+                    self._phase = self._migration.state.lower()
             except protocol.IllegalTransition as error:
                 # A peer that breaks the protocol, or a defect here: the table has changed nothing,
                 # and the deadline of the state it left in place ends the migration in order.
@@ -396,5 +401,6 @@ class OutgoingMigration:
             outcome=outcome.value,
             reason=reason,
             cause=cause,
+            phase=self._phase,
             statistics=statistics,
         )

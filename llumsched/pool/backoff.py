@@ -10,6 +10,8 @@ FIRST_BACK_OFF_S = 1.0
 MAX_BACK_OFF_S = 60.0
 # One that has lived for so long did not die young.
 GROWN_UP_S = 60.0
+# Deaths before one that has lived for so long are history.
+FORGOTTEN_S = 600.0
 
 
 def pause_s(num_failures: int) -> float:
@@ -24,6 +26,12 @@ class BackOff:
         self._num_young_deaths = 0
         self.num_deaths = 0
         self.last_failure = ""
+
+    def lives(self, lived_s: float) -> None:
+        """One has served for so long; in the end, the deaths before it are forgotten."""
+        if self.num_deaths and lived_s >= FORGOTTEN_S:
+            self._num_young_deaths = self.num_deaths = 0
+            self.last_failure = ""
 
     def died(self, failure: str, lived_s: float) -> float:
         """One has died.

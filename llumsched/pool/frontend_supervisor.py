@@ -130,6 +130,8 @@ class FrontendSupervisor:
                 reason = f"it did not serve within {self._boot_timeout_s:.0f} s"
         if reason is not None:
             self._died(place, process, reason, now_s)
+        elif place.is_serving:
+            place.back_off.lives(now_s - place.since_s)
 
     def _died(self, place: _Place, process: FrontendProcess, reason: str, now_s: float) -> None:
         process.kill()

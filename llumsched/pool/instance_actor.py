@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +50,9 @@ FORWARDED_PREFIXES = (
 NOT_FORWARDED = frozenset({"VLLM_API_KEY", "CUDA_VISIBLE_DEVICES"})
 PID_TIMEOUT_S = 5.0
 A_SHARE = 0.001  # of a resource that only says where
+MAX_CAUSE_LENGTH = 300
+# Ray's words: "Memory on the node (...) was 22.90GB / 24.00GB (0.954), which exceeds ..."
+_MEMORY_USED = re.compile(r"was (?P<used>[\d.]+ ?[KMGT]i?B) / (?P<total>[\d.]+ ?[KMGT]i?B)")
 NO_WORK = Work(cpu_s=0.0, is_ready=False)
 
 
@@ -214,12 +218,26 @@ def this_node() -> str:
 
 
 def cause(error: BaseException) -> str:
-    """The innermost message of a Ray error: what the instance itself said."""
+    """Why an instance ended, in one line that begins with the cause.
+
+    That is the innermost message of a Ray error: what the instance itself said.
+    """
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        used = _MEMORY_USED.search(str(error))
+        how_full = f", {used['used']} of {used['total']} in use" if used is not None else ""
+        return f"out of memory: Ray ended it since its machine was nearly full{how_full}"
+    if isinstance(error, ray.exceptions.NodeDiedError):
+        return "its machine died"
     if isinstance(error, ray.exceptions.ActorDiedError) and not error.actor_init_failed:
         return "its process died"
     innermost: BaseException = getattr(error, "cause", None) or error.__cause__ or error
     lines = [line.strip() for line in str(innermost).splitlines() if line.strip()]
-    return lines[-1] if lines else type(innermost).__name__
+    return _shortened(lines[-1]) if lines else type(innermost).__name__
+
+
+def _shortened(line: str) -> str:
+    """For the line of a log and of a table."""
+    return line if len(line) <= MAX_CAUSE_LENGTH else f"{line[:MAX_CAUSE_LENGTH].rstrip()} ..."
 
 
 def _is_done(reference: Any) -> bool:

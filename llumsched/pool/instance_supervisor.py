@@ -234,6 +234,8 @@ class InstanceSupervisor:
                 reason = berth.vital_signs.tick(awake_s, beat, instance)
             if reason is not None:
                 self._gone(berth, instance, reason)
+            else:
+                berth.back_off.lives(now_s - berth.since_s)
         else:
             failure = instance.boot_failure()
             if failure is None and now_s - berth.since_s > self._boot_timeout_s:

@@ -14,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -68,6 +70,8 @@ class Pool:
         keys: with which its processes prove themselves to each other.
         any_node: whether instances may be on other machines of the Ray cluster.
         progress: called with one sentence at each step, for a person to read.
+
+    ``metrics_folder`` has the files in which scheduler and frontends keep their counts.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class Pool:
     ) -> None:
         self._progress = progress
         self._failures = FailureLog(logger)
+        self.metrics_folder = Path()
         self.keys = keys
         self._num_instances = num_instances
         self._planned_instances = planned_instances
@@ -102,6 +107,7 @@ class Pool:
         self.instances_host: str | None = LOOPBACK
 
     def __enter__(self) -> Pool:
+        self.metrics_folder = Path(tempfile.mkdtemp(prefix="llumsched-metrics-"))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -137,7 +143,7 @@ class Pool:
             resources={this_node(): A_SHARE},
         )
         self._controller = actor.remote(
-            config, self.keys, host, _free_port(host), decision_log, logs
+            config, self.keys, host, _free_port(host), decision_log, logs, self.metrics_folder
         )
         self._heartbeats = HeartbeatListener(host, self.keys)
         self.heartbeat_endpoint = self._heartbeats.endpoint
@@ -331,6 +337,8 @@ class Pool:
         if self._heartbeats is not None and not any(t.is_alive() for t in self._threads):
             self._heartbeats.close()
         _end(processes)
+        if self.metrics_folder.name:
+            shutil.rmtree(self.metrics_folder, ignore_errors=True)
         if has_started:
             self._progress(f"everything has ended, after {time.monotonic() - started_s:.1f} s")
 

@@ -7,11 +7,29 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ray
 
 logger = logging.getLogger(__name__)
+
+
+RAY_SETTINGS: Mapping[str, str] = MappingProxyType(
+    {
+        # Its own warning about GPU masks does not concern a CPU actor.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # It starts its workers at low priority, meant for machines that also serve people.
+        "RAY_worker_niceness": "0",
+        # When a machine is nearly full it ends its own workers, whichever program fills it. An
+        # instance has all the memory that it will have when it has booted: ending it helps another
+        # program alone, and the next one is ended as well.
+        "RAY_memory_monitor_refresh_ms": "0",
+        # It would have the kernel end its workers before any other process.
+        "RAY_worker_oom_score_adjustment": "0",
+    }
+)
+"""Environment of a Ray cluster that is started here; what the user has set holds."""
 
 
 class LaunchError(Exception):
@@ -32,10 +50,8 @@ def start_ray(address: str | None, *, num_cpus: int) -> bool:
     Raises:
         LaunchError: if there is no cluster at ``address``.
     """
-    # Ray's own warning about GPU masks does not concern a CPU actor.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray starts its workers at low priority, meant for machines that also serve people.
-    os.environ.setdefault("RAY_worker_niceness", "0")
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     quiet: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     named = address or os.environ.get("RAY_ADDRESS")
     found = named or _latest_ray_start()

@@ -7,7 +7,6 @@ carried out. Messages wait in ``outbox``, with the connection each is for: the h
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 
 from llumsched.core.actions import (
@@ -54,7 +53,6 @@ class ActionExecutor:
         self._handle = handle
         self._terminations: dict[str, OrderTermination] = {}
         self.supervisor: bytes | None = None
-        self.policy_failures: Counter[str] = Counter()
         self.outbox: list[tuple[bytes, Message]] = []
 
     def send(self, identity: bytes, message: Message) -> None:
@@ -117,7 +115,7 @@ class ActionExecutor:
                 self._terminations[action.instance_id] = order
                 self.tell_supervisor(order)
             case PolicyFailed():
-                self.policy_failures[action.policy] += 1
+                pass  # counted and logged by the controller
 
     def answer_placement(self, answer: Placed) -> None:
         """Tell the frontend that asked."""

@@ -18,12 +18,11 @@ import zmq.asyncio
 from llumsched.config import Config
 from llumsched.logs import LogOptions, set_up
 from llumsched.scheduler.controller import Controller
+from llumsched.scheduler.metrics import PROCESS, keep_in
 from llumsched.wire.keys import PoolKeys
 
 logger = logging.getLogger(__name__)
 
-# Its name in log lines.
-PROCESS = "scheduler"
 ACTOR_NAME = "llumsched-global-scheduler"
 
 
@@ -42,9 +41,12 @@ class SchedulerActor:
         port: int,
         decision_log: Path | None,
         logs: LogOptions | None = None,
+        metrics_folder: Path | None = None,
     ) -> None:
         if logs is not None:
             set_up(PROCESS, logs)
+        if metrics_folder is not None:
+            keep_in(metrics_folder)
         self._controller = Controller(config, decision_log=decision_log)
         self._context = zmq.asyncio.Context()
         self._endpoint = self._controller.bind(self._context, host, keys, port)

@@ -12,7 +12,6 @@ import logging
 import math
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -53,6 +52,7 @@ from llumsched.scheduler.decision_recorder import FLUSH_INTERVAL_S, DecisionReco
 from llumsched.scheduler.event_log import SchedulerLog
 from llumsched.scheduler.frontend_registry import FrontendRegistry
 from llumsched.scheduler.instance_registry import InstanceRegistry
+from llumsched.scheduler.metrics import SchedulerMetrics
 from llumsched.scheduler.pending_migrations import PendingMigrations
 from llumsched.wire.control import (
     Accepted,
@@ -118,6 +118,8 @@ class Controller:
             if decision_log
             else None
         )
+        parts = {type(policy).__qualname__ for policy in bundle.policies().values()}
+        self._metrics = SchedulerMetrics(bundle.name, sorted(parts))
         self._instances = InstanceRegistry()
         self._reasons_told: set[str] = set()
         self._frontends = FrontendRegistry()
@@ -125,9 +127,7 @@ class Controller:
         self._operator_calls = PendingMigrations()
         self._num_replacing = 0
         self._failures = FailureLog(logger)
-        self._log = SchedulerLog(lambda: self._scheduler.draining)
-        self._outcomes: Counter[str] = Counter()
-        self._causes: Counter[str] = Counter()
+        self._log = SchedulerLog(lambda: self._scheduler.draining, self._metrics.drained)
         self._socket: zmq.asyncio.Socket | None = None
         self._gate: Gate | None = None
 
@@ -327,9 +327,7 @@ class Controller:
         self._handle(LoadReported(load=load))
 
     def _report_migration(self, report: ReportMigration) -> None:
-        self._outcomes[report.outcome] += 1
-        if report.cause:
-            self._causes[report.cause] += 1
+        self._metrics.migration_ended(report)
         self._log.migration_ended(report)
         self._handle(
             MigrationFinished(
@@ -365,13 +363,15 @@ class Controller:
             policy=self._policy,
             scheduler_age_s=self._age_s(),
             instances=self._instances.describe(self._scheduler.snapshot(self._clock())),
-            migrations=dict(self._outcomes),
-            migration_causes=dict(self._causes),
+            migrations=self._metrics.outcomes,
+            migration_causes=self._metrics.causes,
             queued={
                 PriorityClass(priority).name.lower(): num_queued
                 for priority, num_queued in self._scheduler.num_queued_by_class().items()
             },
-            policy_failures=dict(self._orders.policy_failures),
+            policy_failures=self._metrics.policy_failures,
+            num_finished_requests=self._metrics.num_finished_requests,
+            num_output_tokens=self._metrics.num_output_tokens,
             unproven={
                 "scheduler": self._gate.num_unauthenticated if self._gate is not None else 0,
                 **self._instances.unproven,
@@ -382,7 +382,9 @@ class Controller:
 
     def _handle(self, event: Event) -> tuple[Action, ...]:
         now_s = self._clock()
+        begun_s = time.perf_counter()
         actions = self._scheduler.handle(event, now_s)
+        self._metrics.handled(event, actions, time.perf_counter() - begun_s)
         if self._notes is not None:
             self._notes.note(now_s, event, actions)
         self._log.handled(event, actions)

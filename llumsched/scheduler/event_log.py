@@ -29,6 +29,7 @@ from llumsched.core.events import (
     ScaleRequested,
 )
 from llumsched.logs import FailureLog
+from llumsched.policy_failures import traceback_of
 from llumsched.wire.control import MigrationStatistics, ReportMigration
 
 logger = logging.getLogger(__name__)
@@ -39,10 +40,16 @@ BYTES_PER_MB = 1_000_000
 class SchedulerLog:
     """Args:
     draining: the ids of the instances that are being drained, at the moment of the call.
+    on_drain: called once for each instance that begins to be drained.
     """
 
-    def __init__(self, draining: Callable[[], Collection[str]]) -> None:
+    def __init__(
+        self,
+        draining: Callable[[], Collection[str]],
+        on_drain: Callable[[], None] = lambda: None,
+    ) -> None:
         self._draining = draining
+        self._on_drain = on_drain
         self._known_draining: frozenset[str] = frozenset()
         self._failures = FailureLog(logger)
 
@@ -141,11 +148,14 @@ class SchedulerLog:
                     extra={"request_id": action.request_id},
                 )
             case PolicyFailed():
+                frames = action.frames
+                kind = action.error.partition(":")[0] if frames else action.error
                 self._failures.failed(
-                    (action.policy, action.error),
+                    (action.policy, kind, frames[-1:]),
                     "Policy %s failed, and the built-in choice was used: %s",
                     action.policy,
                     action.error,
+                    details=traceback_of(action),
                 )
             case _:
                 pass
@@ -162,6 +172,7 @@ class SchedulerLog:
         if instance_id not in self._known_draining:
             self._known_draining |= {instance_id}
             logger.info("Draining %s, %s", instance_id, why, extra={"instance_id": instance_id})
+            self._on_drain()
 
 
 def _cost(statistics: MigrationStatistics) -> str:

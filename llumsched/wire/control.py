@@ -126,7 +126,8 @@ class Unknown(Message, frozen=True, kw_only=True):
 class ReportMigration(Message, frozen=True, kw_only=True):
     """How a migration ended, from its source. ``outcome`` is a ``MigrationOutcome`` value;
     ``cause`` is why it did not move the request, as one of few words: an ``AbortReason`` or a
-    ``Refusal``."""
+    ``Refusal``; ``phase`` is how far it had come: ``choosing`` a request, ``starting``, or a
+    ``MigrationState`` in lower case."""
 
     migration_id: str
     request_id: str | None
@@ -135,6 +136,7 @@ class ReportMigration(Message, frozen=True, kw_only=True):
     outcome: str
     reason: str
     cause: str = ""
+    phase: str = "starting"
     statistics: MigrationStatistics | None = None
 
 
@@ -295,7 +297,8 @@ class ClusterDescription(Message, frozen=True, kw_only=True):
     nothing by their cause, ``policy_failures`` the decisions in which a policy raised or answered
     nonsense, ``queued`` the requests held by the scheduler, by the name of their priority class,
     ``unproven`` the connections that did not hold the pool's keys, by process.
-    ``scheduler_age_s`` is the time since this scheduler was started."""
+    ``num_output_tokens`` are those of the requests that finished. ``scheduler_age_s`` is the time
+    since this scheduler was started."""
 
     call_id: int
     policy: str
@@ -305,6 +308,8 @@ class ClusterDescription(Message, frozen=True, kw_only=True):
     migration_causes: dict[str, int] = {}
     queued: dict[str, int] = {}
     policy_failures: dict[str, int] = {}
+    num_finished_requests: int = 0
+    num_output_tokens: int = 0
     unproven: dict[str, int] = {}
 
 

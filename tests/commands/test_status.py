@@ -7,6 +7,9 @@ import json
 import pytest
 
 from llumsched import cli
+from llumsched.commands import CommandError
+from llumsched.commands._admin import AdminClient
+from llumsched.commands._totals import look, rates
 from tests.commands.stub import make_berth, make_instance, make_load, serving
 
 BUSY = make_instance(
@@ -55,6 +58,7 @@ def test_a_pool_without_an_instance_says_so(capsys: pytest.CaptureFixture[str]) 
         assert cli.main(["status", "--url", stub.url]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "policy latency; migrations: none yet",
+        "requests: 0 running, 0 waiting",
         "",
         "no instance serves",
         "",
@@ -67,10 +71,11 @@ def test_instances_and_requests_are_two_tables(capsys: pytest.CaptureFixture[str
         assert cli.main(["status", "--url", stub.url]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "policy latency; migrations: 3 committed, 1 refused",
+        "requests: 4 running, 1 waiting; KV cache: 34% of 126 blocks",
         "",
-        "instance    state    freeness  blocks  free  reserved  running  waiting   step  report",
-        "instance-0  serving       5.0   35/63    20         8        4        1  31 ms   0.1 s",
-        "instance-1  serving       inf    0/63    63         0        0        0      -   0.1 s",
+        "instance    state    freeness  blocks   KV  reserved  running  waiting   step  report",
+        "instance-0  serving       5.0   35/63  56%         8        4        1  31 ms   0.1 s",
+        "instance-1  serving       inf    0/63   0%         0        0        0      -   0.1 s",
         "",
         "request     instance        tokens  moves",
         "chatcmpl-a  not placed yet       0      0",
@@ -104,7 +109,7 @@ def test_an_instance_that_drains_or_has_not_reported_has_a_row(
     ]
     with serving(answers(CLUSTER | {"instances": instances})) as stub:
         assert cli.main(["status", "--url", stub.url]) == 0
-    draining, booting = capsys.readouterr().out.splitlines()[3:5]
+    draining, booting = capsys.readouterr().out.splitlines()[4:6]
     assert draining.split()[:3] == ["instance-0", "draining", "-inf"]
     assert booting.split() == ["instance-1", "booting", *["-"] * 8]
 
@@ -172,3 +177,65 @@ def test_frontends_that_have_died_are_seen(capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out.splitlines()
     assert "frontend-1: backing off; 2 died in this place (killed)" in printed
     assert not any(line.startswith("frontend-0") for line in printed)
+
+
+COUNTING = CLUSTER | {
+    "queued": {"normal": 2, "high": 1},
+    "policy_failures": {"Mine": 12, "Fine": 0},
+    "num_finished_requests": 10,
+    "num_output_tokens": 1000,
+    "config_file": "auto.yaml",
+}
+
+
+def test_what_waits_at_the_scheduler_fails_and_is_configured_is_seen(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with serving(answers(COUNTING)) as stub:
+        assert cli.main(["status", "--url", stub.url]) == 0
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "policy latency as auto.yaml has it; migrations: 3 committed, 1 refused",
+        (
+            "requests: 4 running, 1 waiting, 3 held by the scheduler (1 high, 2 normal);"
+            " KV cache: 34% of 126 blocks"
+        ),
+        "FAILED POLICIES: Mine 12 times; the server's log says how",
+    ]
+
+
+def test_rates_are_those_between_two_looks() -> None:
+    running = [{"num_output_tokens": 20}, {"num_output_tokens": 40}]
+    before = look(COUNTING, running, at_s=5.0)
+    later = COUNTING | {"num_finished_requests": 14, "num_output_tokens": 1100}
+    assert rates(before, look(later, running[:1], at_s=7.0)) == "2.0 requests/s, 30 tokens/s"
+    assert rates(before, look(COUNTING, [], at_s=7.0)) == "0.0 requests/s, 0 tokens/s"
+    assert rates(None, before) == ""
+    assert rates(before, before) == ""
+    assert look(CLUSTER, running, at_s=5.0) is None
+
+
+def test_watching_goes_on_while_the_server_is_away(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = iter([COUNTING, CommandError("no server at http://x"), COUNTING])
+
+    def instances(_client: AdminClient) -> object:
+        found = next(looks, KeyboardInterrupt())
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    monkeypatch.setattr(AdminClient, "instances", instances)
+    monkeypatch.setattr(AdminClient, "requests", lambda _client: REQUESTS["requests"])
+    assert cli.main(["status", "--watch", "0.1"]) == 130
+    printed = capsys.readouterr().out
+    assert printed.count("policy latency") == 2
+    assert "no server at http://x" in printed
+    assert "\x1b" not in printed, "not a terminal"
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "soon", "inf"])
+def test_an_interval_that_is_none(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["status", f"--watch={seconds}"])
+    assert "a number of seconds" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_lengths_are_predicted_from_those_before(pool_apart: Admin, server_apart
 def test_the_pool_in_the_metrics(pool_apart: Admin, server_apart: Server) -> None:
     """The page is of the last time the scheduler was asked, so it comes to be so."""
     at_rest = [
-        f'llumsched_instance_blocks{{instance="{instance}",kind="free"}} 64.0'
+        f'llumsched_instance_blocks{{instance_id="{instance}",kind="free"}} 64.0'
         for instance in ("instance-0", "instance-1")
     ]
 
@@ -90,8 +90,20 @@ def test_the_pool_in_the_metrics(pool_apart: Admin, server_apart: Server) -> Non
     metrics = pool_apart.text("/metrics")
     assert "llumsched_scheduler_up 1.0" in metrics
     for instance in ("instance-0", "instance-1"):
-        assert f'llumsched_instance_freeness{{instance="{instance}",state="serving"}}' in metrics
+        assert f'llumsched_instance_freeness{{instance_id="{instance}"}}' in metrics
     assert 'llumsched_queued_requests{priority_class="high"} 0.0' in metrics
+    for line in (
+        "llumsched_scheduler_starts_total 1.0",
+        'llumsched_migrations_total{cause="",outcome="committed",phase="committing"}',
+        "llumsched_migration_suspended_seconds_count",
+        'llumsched_decision_seconds_bucket{event="RequestArrived",le="0.001"}',
+        'llumsched_dispatches_total{policy="prefix_aware"',
+        'llumsched_instance_info{engine="0",instance_id="instance-',
+    ):
+        assert line in metrics, line
+    assert "{instance=" not in metrics
+    assert ",instance=" not in metrics
+    assert " inf" not in metrics.replace("+Inf", "").lower(), "a value is infinite"
 
 
 def finished(pool: Admin, priority_class: str) -> int:

@@ -3,36 +3,56 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
 import msgspec
-import pytest
 from prometheus_client import CollectorRegistry
 
 from llumsched.core.load import InstanceLoad
-from llumsched.frontend.http.pool_metrics import PoolMetrics
+from llumsched.frontend.http.pool_metrics import (
+    PoolMetrics,
+    fragmented_blocks,
+    freeness_spread,
+)
+from llumsched.frontend.routing.engine_labels import EngineLabels
 from llumsched.frontend.routing.scheduler_client import SchedulerClient, SchedulerUnavailable
+from llumsched.metrics import CATALOGUE, Where
 from llumsched.wire.control import ClusterDescription, InstanceDescription
 
 
+def instance(
+    *,
+    instance_id: str = "instance-3",
+    state: str = "serving",
+    freeness: float | None = 20.0,
+    **changes: Any,
+) -> InstanceDescription:
+    values: dict[str, Any] = {
+        "instance_id": instance_id,
+        "sequence": 1,
+        "num_total_blocks": 100,
+        "num_free_blocks": 60,
+        "num_reserved_blocks": 10,
+        "num_running": 3,
+        "num_waiting": 1,
+    }
+    return InstanceDescription(
+        instance_id=instance_id,
+        state=state,
+        role="mixed",
+        freeness=freeness,
+        report_age_s=0.1,
+        load=InstanceLoad(**(values | changes)),
+    )
+
+
 def description(**changes: Any) -> ClusterDescription:
-    load = InstanceLoad(
-        instance_id="a",
-        sequence=1,
-        num_total_blocks=100,
-        num_free_blocks=60,
-        num_reserved_blocks=10,
-        num_running=3,
-        num_waiting=1,
-    )
-    instance = InstanceDescription(
-        instance_id="a", state="serving", role="mixed", freeness=20.0, report_age_s=0.1, load=load
-    )
     values: dict[str, Any] = {
         "call_id": 1,
         "policy": "latency",
-        "instances": [instance],
+        "instances": [instance()],
         "migrations": {"committed": 4},
         "migration_causes": {"multimodal": 3},
         "queued": {"high": 2},
@@ -63,7 +83,9 @@ def scraped(*answers: ClusterDescription | None) -> Any:
     registry = CollectorRegistry()
 
     async def follow() -> dict[tuple[str, tuple[str, ...]], float]:
-        metrics = PoolMetrics(lambda: {"frontend": 2}, registry, refresh_interval_s=0.001)
+        labels = EngineLabels(4)
+        labels.take(3, 1)
+        metrics = PoolMetrics(lambda: {"frontend": 2}, labels, registry, refresh_interval_s=0.001)
         link = PeerConnection(answers)
         following = asyncio.create_task(metrics.follow(cast("SchedulerClient", link)))
         async with asyncio.timeout(5):
@@ -85,44 +107,80 @@ def scraped(*answers: ClusterDescription | None) -> Any:
 def test_the_pool() -> None:
     values = scraped(description())
     assert values["llumsched_scheduler_up", ()] == 1
-    assert values["llumsched_migrations_total", ("committed",)] == 4
     assert values["llumsched_migrations_not_moved_total", ("multimodal",)] == 3
-    assert values["llumsched_policy_failures_total", ("Mine",)] == 1
     assert values["llumsched_queued_requests", ("high",)] == 2
     assert values["llumsched_queued_requests", ("normal",)] == 0
-    assert values["llumsched_instance_freeness", ("a", "serving")] == 20
+    assert values["llumsched_instances", ("serving",)] == 1
+    assert values["llumsched_instances", ("draining",)] == 0
+    assert values["llumsched_instance_freeness", ("instance-3",)] == 20
     blocks = {
-        kind: values["llumsched_instance_blocks", ("a", kind)]
+        kind: values["llumsched_instance_blocks", ("instance-3", kind)]
         for kind in ("free", "reserved", "used")
     }
     assert blocks == {"free": 60, "reserved": 10, "used": 30}
     assert sum(blocks.values()) == 100
-    assert values["llumsched_instance_requests", ("a", "running")] == 3
-    assert values["llumsched_instance_requests", ("a", "waiting")] == 1
-    assert values["llumsched_instance_can_migrate", ("a",)] == 1
+    assert values["llumsched_instance_requests", ("instance-3", "running")] == 3
+    assert values["llumsched_instance_requests", ("instance-3", "waiting")] == 1
+    assert values["llumsched_instance_can_migrate", ("instance-3",)] == 1
     assert values["llumsched_unproven_connections", ("scheduler",)] == 1
 
 
 def test_an_instance_that_no_request_can_leave() -> None:
-    (instance,) = description().instances
-    stuck = msgspec.structs.replace(instance, cannot_migrate="speculative decoding is on")
+    stuck = msgspec.structs.replace(instance(), cannot_migrate="speculative decoding is on")
     values = scraped(description(instances=[stuck]))
-    assert values["llumsched_instance_can_migrate", ("a",)] == 0
+    assert values["llumsched_instance_can_migrate", ("instance-3",)] == 0
 
 
-@pytest.mark.parametrize(
-    ("state", "freeness"), [("serving", float("inf")), ("draining", float("-inf"))]
-)
-def test_freeness_of_an_empty_or_draining_instance(state: str, freeness: float) -> None:
-    instance = InstanceDescription(
-        instance_id="a", state=state, role="mixed", freeness=None, report_age_s=None, load=None
-    )
-    values = scraped(description(instances=[instance]))
-    assert values["llumsched_instance_freeness", ("a", state)] == freeness
+def test_every_metric_of_the_pool_is_shown() -> None:
+    shown = {name for name, _ in scraped(description())}
+    wanted = {spec.exposed_name for spec in CATALOGUE if spec.where is Where.POOL}
+    assert wanted <= shown
+
+
+def test_an_instance_can_be_matched_to_its_engine_label() -> None:
+    """vLLM's metrics have the label alone, which follows the order of booting."""
+    values = scraped(description())
+    identity = ("instance-3", "1", "mixed", "serving", "latency")
+    assert values["llumsched_instance_info", identity] == 1
+
+
+def test_no_value_is_infinite() -> None:
+    idle = instance(freeness=None, num_running=0, num_free_blocks=100)
+    drains = instance(instance_id="instance-4", state="draining", freeness=None)
+    values = scraped(description(instances=[idle, drains]))
+    assert all(math.isfinite(value) for value in values.values())
+    assert values["llumsched_instance_freeness", ("instance-3",)] == 100
+    assert ("llumsched_instance_freeness", ("instance-4",)) not in values
+
+
+def test_imbalance_is_the_spread_of_freeness_of_those_that_serve() -> None:
+    pool = [
+        instance(freeness=5.0),
+        instance(freeness=-20.0),
+        instance(freeness=None, num_free_blocks=90),
+        instance(state="draining", freeness=None),
+    ]
+    assert freeness_spread(pool) == 110.0
+    assert freeness_spread(pool[:1]) == 0.0
+    assert freeness_spread([]) == 0.0
+
+
+def test_fragmentation_is_what_others_have_of_what_the_first_in_line_need() -> None:
+    waits = instance(num_free_blocks=4, num_waiting=1, head_of_line_blocks=20)
+    assert fragmented_blocks([waits]) == 0
+    assert fragmented_blocks([waits, instance(num_free_blocks=10)]) == 10
+    assert fragmented_blocks([waits, instance(num_free_blocks=50)]) == 16
+    fits = instance(num_free_blocks=30, num_waiting=1, head_of_line_blocks=20)
+    assert fragmented_blocks([fits, instance(num_free_blocks=50)]) == 0
 
 
 def test_what_a_silent_scheduler_knew_is_not_shown() -> None:
-    assert scraped(description(unproven={"a": 5}), None) == {
-        ("llumsched_scheduler_up", ()): 0,
-        ("llumsched_unproven_connections", ("frontend",)): 2,
+    values = scraped(description(unproven={"instance-3": 5}), None)
+    names = {name for name, _ in values}
+    assert names == {
+        "llumsched_scheduler_up",
+        "llumsched_unproven_connections",
+        "llumsched_build_info",
     }
+    assert values["llumsched_scheduler_up", ()] == 0
+    assert values["llumsched_unproven_connections", ("frontend",)] == 2

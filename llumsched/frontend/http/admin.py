@@ -27,6 +27,11 @@ from llumsched.wire.names import frontend_id, instance_name
 
 MIGRATION_TIMEOUT_S = 120.0
 DESCRIBE_TIMEOUT_S = 5.0
+# Of what the scheduler says of itself.
+TOLD = (
+    *("policy", "scheduler_age_s", "instances", "migrations", "queued", "policy_failures"),
+    *("num_finished_requests", "num_output_tokens"),
+)
 OTHERS_SILENT = "Another frontend did not say in time which requests it has."
 
 
@@ -109,6 +114,7 @@ def admin_router(
     berths: InstanceSlots,
     others: OtherFrontends | None = None,
     frontend: str = frontend_id(0),
+    config_file: str | None = None,
 ) -> APIRouter:
     """The routes.
 
@@ -116,6 +122,7 @@ def admin_router(
         routes: the requests of this frontend.
         others: those beside it, if there are several.
         frontend: this one's name.
+        config_file: the scheduler's configuration, if it is not that of a bundle alone.
     """
     others = others or Alone()
     router = APIRouter(prefix="/llumsched", tags=["llumsched"])
@@ -128,8 +135,8 @@ def admin_router(
         except SchedulerUnavailable as error:
             return _error(503, str(error))
         described = msgspec.to_builtins(cluster)
-        told = ("policy", "scheduler_age_s", "instances", "migrations")
-        answer = {key: described[key] for key in told}
+        answer = {key: described[key] for key in TOLD}
+        answer["config_file"] = config_file
         answer["berths"] = [asdict(berth) for berth in berths.describe()]
         answer["frontends"] = [asdict(status) for status in others.frontends()]
         return JSONResponse(answer)

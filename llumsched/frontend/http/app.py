@@ -18,6 +18,7 @@ from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
 from llumsched.engine.vllm.compat import accepted
 from llumsched.frontend.http.api_keys import guard, num_keys
+from llumsched.frontend.http.errors import UnauthorizedMiddleware, shape_errors
 from llumsched.frontend.http.exposition import expose
 from llumsched.frontend.options.arguments import is_local
 from llumsched.frontend.request.hints import SchedulingHintsMiddleware, let_keys_name_clients
@@ -26,6 +27,7 @@ from llumsched.frontend.routing.engine import Engine
 
 logger = logging.getLogger(__name__)
 
+MIDDLEWARE = (SchedulingHintsMiddleware, RetryAfterMiddleware, UnauthorizedMiddleware)
 # How long connections may take to close once their requests have ended.
 CLOSING_TIMEOUT_S = 3
 
@@ -56,21 +58,25 @@ async def serve_app(
     # Its flag for middleware: once built, the app takes no more.
     args.middleware = [
         *args.middleware,
-        *(
-            f"{m.__module__}.{m.__name__}"
-            for m in (SchedulingHintsMiddleware, RetryAfterMiddleware)
-        ),
+        *(f"{m.__module__}.{m.__name__}" for m in MIDDLEWARE),
     ]
     app = build_app(args, supported_tasks, engine.model_config)
     expose(app, engine.engine_core.labels, registry)
     if admin is not None:
         app.include_router(admin)
+    shape_errors(app)
     guard(app)
     if num_keys(args) > 1:
         let_keys_name_clients(app)
     if admin is not None and not num_keys(args) and not is_local(args):
         logger.warning(
             "Whoever reaches %s may move requests and end instances: give --api-key as well.",
+            listen_address,
+        )
+    if admin is None and not is_local(args) and args.admin_api == "auto":
+        logger.warning(
+            "%s can be reached from other machines, so it serves no admin API: 'llumsched status', "
+            "'drain' and 'scale' do not work. To have them, give --admin-api on and --api-key KEY.",
             listen_address,
         )
     await init_app_state(engine, app.state, args, supported_tasks)

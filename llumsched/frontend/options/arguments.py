@@ -55,6 +55,7 @@ class ServeOptions:
     heartbeat_timeout_s: float
     step_timeout_s: float
     logs: LogOptions
+    config_file: str | None
 
     @property
     def most_instances(self) -> int:
@@ -216,6 +217,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         heartbeat_timeout_s=args.heartbeat_timeout,
         step_timeout_s=args.step_timeout,
         logs=_logs(args),
+        config_file=str(config_path) if config_path is not None else None,
     )
 
 

@@ -126,6 +126,7 @@ async def serve(
                     listen_address=listen_address,
                     listener=listener,
                     loads=loads,
+                    metrics_folder=pool.metrics_folder,
                 )
             )
             status = await _look_after(

@@ -15,9 +15,9 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from ray import cloudpickle
@@ -82,7 +82,13 @@ class WorkerProcess:
 
 
 class FrontendCleanup(Protocol):
-    """Ends what a dead frontend has left."""
+    """Ends what a dead frontend has left.
+
+    ``metrics_folder`` is where the processes keep what they count.
+    """
+
+    @property
+    def metrics_folder(self) -> Path: ...
 
     def forget_frontend(self, client_index: int) -> Callable[[], bool]: ...
 
@@ -112,7 +118,6 @@ class WorkerProcesses:
         self._closing_timeout_s = closing_timeout_s
         self._running: dict[int, WorkerProcess] = {}
         with contextlib.ExitStack() as stack:
-            metrics = stack.enter_context(tempfile.TemporaryDirectory(prefix="llumsched-metrics-"))
             loads = stack.enter_context(_memory("loads"))
             loads.write(bytes(LOAD_NUM_BYTES * num_frontends))
             loads.flush()
@@ -124,7 +129,7 @@ class WorkerProcesses:
         self._inherited = (listener.fileno(), loads.fileno(), self._plan.fileno())
         self._environment = dict(os.environ)
         if num_frontends > 1:
-            self._environment[METRICS_FOLDER] = metrics
+            self._environment[METRICS_FOLDER] = str(pool.metrics_folder)
 
     def publish(self, make_plan: Callable[[int, int], FrontendPlan]) -> None:
         """Give every frontend, also those to come, its plan; before the hub tells any of the pool.

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import mmap
+import os
 import socket
 from collections.abc import MutableSequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
+from prometheus_client.multiprocess import MultiProcessCollector
 from vllm.config import VllmConfig
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
@@ -25,6 +28,7 @@ from llumsched.frontend.options.preflight import check_tasks
 from llumsched.frontend.routing.engine import EngineClientConfig, build_engine
 from llumsched.frontend.routing.instance_events import InstanceEventBridge
 from llumsched.frontend.routing.sockets import FrontendSockets, max_output_num_bytes
+from llumsched.frontend.workers.channel import METRICS_FOLDER
 from llumsched.frontend.workers.launcher_client import LauncherClient
 from llumsched.logs import set_up
 from llumsched.wire.keys import PoolKeys
@@ -52,6 +56,7 @@ class FrontendPlan:
     listen_address: str
     listener: int
     loads: int
+    metrics_folder: Path
 
 
 def connections_of_all(descriptor: int, num_frontends: int) -> MutableSequence[int]:
@@ -88,7 +93,10 @@ async def serve(plan: FrontendPlan, index: int, supervision: LauncherClient) -> 
     )
     client = engine.engine_core
     registry = get_prometheus_registry()
-    metrics = PoolMetrics(supervision.unproven, registry)
+    if METRICS_FOLDER not in os.environ:
+        # Of several frontends, each shows what is in the folder; this one shows the scheduler's.
+        MultiProcessCollector(registry, path=str(plan.metrics_folder))  # type: ignore[no-untyped-call]
+    metrics = PoolMetrics(supervision.unproven, client.labels, registry)
     following = [
         asyncio.create_task(metrics.follow(link)),
         asyncio.create_task(supervision.count(sockets.gate)),
@@ -101,7 +109,14 @@ async def serve(plan: FrontendPlan, index: int, supervision: LauncherClient) -> 
         closing = await serve_app(
             args,
             engine,
-            admin_router(link, client.routes, supervision, supervision, name)
+            admin_router(
+                link,
+                client.routes,
+                supervision,
+                supervision,
+                name,
+                plan.options.config_file,
+            )
             if plan.options.admin_api
             else None,
             registry,

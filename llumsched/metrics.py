@@ -1,0 +1,369 @@
+"""The catalogue of the metrics that a pool adds to vLLM's, by the process that counts them.
+
+Invariants: no label is called ``instance`` or ``job``, which Prometheus gives to every target; no
+value is infinite; a counter whose label values are known is there, at 0, from the start. The table
+of metrics in the docs, the boards and the alert rules are checked against this list. This module
+counts nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+Labels = tuple[str, ...]
+
+CLASSES: tuple[Labels, ...] = (("normal",), ("high",))
+# Seconds; from a token of a small model to the wait of a long prompt behind others.
+LATENCY_BUCKETS = (
+    *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0),
+)
+PLACEMENT_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 1.0, 10.0, 60.0)
+DECISION_BUCKETS = (
+    *(0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005),
+    *(0.001, 0.0025, 0.005, 0.01, 0.1, 1.0),
+)
+PAUSE_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1),
+    *(0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0),
+)
+BYTES_BUCKETS = tuple(float(1 << power) for power in range(16, 37, 2))
+BLOCKS_BUCKETS = tuple(float(1 << power) for power in range(14))
+STAGES_BUCKETS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+
+
+class Where(StrEnum):
+    """The process that counts: each frontend, the scheduler, or a frontend for the scheduler."""
+
+    FRONTEND = "frontend"
+    SCHEDULER = "scheduler"
+    POOL = "pool"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricSpec:
+    """One metric. ``name`` has no ``_total``; ``known`` are label values that exist from the
+    start, each with a value for every label."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    where: Where
+    help: str
+    labels: Labels = ()
+    buckets: tuple[float, ...] = ()
+    known: tuple[Labels, ...] = ()
+
+    @property
+    def exposed_name(self) -> str:
+        """The name in queries; a histogram has ``_bucket``, ``_sum`` and ``_count`` of it."""
+        return f"{self.name}_total" if self.kind == "counter" else self.name
+
+    def counter(self, registry: CollectorRegistry) -> Counter:
+        """The counter, with its known label values at 0."""
+        counter = Counter(self.name, self.help, self.labels, registry=registry)
+        for values in self.known:
+            counter.labels(*values)
+        return counter
+
+    def histogram(self, registry: CollectorRegistry) -> Histogram:
+        """The histogram, with its known label values empty."""
+        histogram = Histogram(
+            self.name, self.help, self.labels, buckets=self.buckets, registry=registry
+        )
+        for values in self.known:
+            histogram.labels(*values)
+        return histogram
+
+    def gauge_family(self) -> GaugeMetricFamily:
+        """A family for a collector of gauges."""
+        return GaugeMetricFamily(self.name, self.help, labels=self.labels)
+
+    def counter_family(self) -> CounterMetricFamily:
+        """A family for a collector of counts that are kept elsewhere."""
+        return CounterMetricFamily(self.name, self.help, labels=self.labels)
+
+
+# ---- counted in each frontend, where the client's view is ---------------------------------------
+
+REQUESTS = MetricSpec(
+    name="llumsched_requests",
+    kind="counter",
+    where=Where.FRONTEND,
+    help="Requests that ended, by priority class and outcome.",
+    labels=("priority_class", "outcome"),
+    known=tuple(
+        (name, outcome)
+        for (name,) in CLASSES
+        for outcome in ("finished", "aborted", "rejected", "instance_lost")
+    ),
+)
+TIME_TO_FIRST_TOKEN = MetricSpec(
+    name="llumsched_time_to_first_token_seconds",
+    kind="histogram",
+    where=Where.FRONTEND,
+    help="From a request's arrival at the frontend to its first token.",
+    labels=("priority_class",),
+    buckets=LATENCY_BUCKETS,
+    known=CLASSES,
+)
+PLACEMENT = MetricSpec(
+    name="llumsched_placement_seconds",
+    kind="histogram",
+    where=Where.FRONTEND,
+    help="How long the global scheduler took to choose an instance, waiting included.",
+    buckets=PLACEMENT_BUCKETS,
+)
+MOVES = MetricSpec(
+    name="llumsched_moves",
+    kind="counter",
+    where=Where.FRONTEND,
+    help="Times that a request's outputs began to come from another instance.",
+)
+LOST_INSTANCES = MetricSpec(
+    name="llumsched_lost_instances",
+    kind="counter",
+    where=Where.FRONTEND,
+    help="Instances that ended while the server ran, without being told to.",
+)
+RESUMPTIONS = MetricSpec(
+    name="llumsched_resumptions",
+    kind="counter",
+    where=Where.FRONTEND,
+    help="Times that a request was resumed at another instance because its own was gone.",
+)
+
+# ---- counted in the scheduler's process; go on where they were when it is started again ---------
+
+DECISION = MetricSpec(
+    name="llumsched_decision_seconds",
+    kind="histogram",
+    where=Where.SCHEDULER,
+    help="How long the scheduler took to handle an event and decide what follows, by event.",
+    labels=("event",),
+    buckets=DECISION_BUCKETS,
+    known=(("RequestArrived",), ("LoadReported",), ("Ticked",)),
+)
+DISPATCHES = MetricSpec(
+    name="llumsched_dispatches",
+    kind="counter",
+    where=Where.SCHEDULER,
+    help="Requests sent to an instance, by bundle and by the policy's reason, numbers left out.",
+    labels=("policy", "reason"),
+)
+REJECTIONS = MetricSpec(
+    name="llumsched_rejections",
+    kind="counter",
+    where=Where.SCHEDULER,
+    help="Requests that the scheduler turned away, by cause.",
+    labels=("cause",),
+    known=(("overloaded",), ("client_limit",), ("too_long",)),
+)
+MIGRATIONS_STARTED = MetricSpec(
+    name="llumsched_migrations_started",
+    kind="counter",
+    where=Where.SCHEDULER,
+    help="Migrations that were ordered, by reason, numbers left out.",
+    labels=("reason",),
+)
+MIGRATIONS = MetricSpec(
+    name="llumsched_migrations",
+    kind="counter",
+    where=Where.SCHEDULER,
+    help="Migrations that ended, by outcome, by the phase they had reached, and by the cause of"
+    " those that moved nothing.",
+    labels=("outcome", "phase", "cause"),
+    known=(
+        ("committed", "committing", ""),
+        ("aborted", "copying", "request_finished"),
+        ("refused", "reserving", "reservation_rejected"),
+        ("nothing_to_move", "choosing", ""),
+    ),
+)
+MIGRATION_SECONDS = MetricSpec(
+    name="llumsched_migration_seconds",
+    kind="histogram",
+    where=Where.SCHEDULER,
+    help="Of committed migrations: from the order's arrival at the source to the commit.",
+    buckets=LATENCY_BUCKETS,
+)
+MIGRATION_PAUSE = MetricSpec(
+    name="llumsched_migration_suspended_seconds",
+    kind="histogram",
+    where=Where.SCHEDULER,
+    help="Of committed migrations: from the last step at the source to the destination's"
+    " acknowledgement. A client's pause is that and one step.",
+    buckets=PAUSE_BUCKETS,
+)
+MIGRATION_BYTES = MetricSpec(
+    name="llumsched_migration_bytes",
+    kind="histogram",
+    where=Where.SCHEDULER,
+    help="Of committed migrations: bytes of KV cache that were copied.",
+    buckets=BYTES_BUCKETS,
+)
+MIGRATION_BLOCKS = MetricSpec(
+    name="llumsched_migration_blocks",
+    kind="histogram",
+    where=Where.SCHEDULER,
+    help="Of committed migrations: KV blocks that were copied.",
+    buckets=BLOCKS_BUCKETS,
+)
+MIGRATION_STAGES = MetricSpec(
+    name="llumsched_migration_stages",
+    kind="histogram",
+    where=Where.SCHEDULER,
+    help="Of committed migrations: stages in which the blocks were copied.",
+    buckets=STAGES_BUCKETS,
+)
+POLICY_FAILURES = MetricSpec(
+    name="llumsched_policy_failures",
+    kind="counter",
+    where=Where.SCHEDULER,
+    help="Decisions in which a policy raised or answered nonsense, by policy.",
+    labels=("policy",),
+)
+SCALING_ACTIONS = MetricSpec(
+    name="llumsched_scaling_actions",
+    kind="counter",
+    where=Where.SCHEDULER,
+    help="Instances launched, not come, drained and told to leave.",
+    labels=("action",),
+    known=(("launch",), ("launch_failed",), ("drain",), ("terminate",)),
+)
+SCHEDULER_STARTS = MetricSpec(
+    name="llumsched_scheduler_starts",
+    kind="counter",
+    where=Where.SCHEDULER,
+    help="Times that the scheduler was started: 1, and 1 more for each time in another's place.",
+)
+FINISHED_REQUESTS = MetricSpec(
+    name="llumsched_finished_requests",
+    kind="counter",
+    where=Where.SCHEDULER,
+    help="Requests that finished by themselves, as the scheduler was told.",
+)
+OUTPUT_TOKENS = MetricSpec(
+    name="llumsched_output_tokens",
+    kind="counter",
+    where=Where.SCHEDULER,
+    help="Output tokens of requests that finished.",
+)
+
+# ---- told by a frontend, as the scheduler described the pool a moment ago -----------------------
+
+SCHEDULER_UP = MetricSpec(
+    name="llumsched_scheduler_up",
+    kind="gauge",
+    where=Where.POOL,
+    help="1 while the global scheduler answers; without it the rest of these is left out.",
+)
+BUILD_INFO = MetricSpec(
+    name="llumsched_build_info",
+    kind="gauge",
+    where=Where.POOL,
+    help="1, with the versions that run and the policy bundle in force.",
+    labels=("version", "vllm_version", "python_version", "policy"),
+)
+UNPROVEN_CONNECTIONS = MetricSpec(
+    name="llumsched_unproven_connections",
+    kind="gauge",
+    where=Where.POOL,
+    help="Connections to a process, since its start, that did not hold the pool's keys.",
+    labels=("process",),
+)
+QUEUED_REQUESTS = MetricSpec(
+    name="llumsched_queued_requests",
+    kind="gauge",
+    where=Where.POOL,
+    help="Requests that the scheduler holds, by priority class.",
+    labels=("priority_class",),
+    known=CLASSES,
+)
+INSTANCES = MetricSpec(
+    name="llumsched_instances",
+    kind="gauge",
+    where=Where.POOL,
+    help="Instances, by state.",
+    labels=("state",),
+    known=(("serving",), ("draining",)),
+)
+INSTANCE_INFO = MetricSpec(
+    name="llumsched_instance_info",
+    kind="gauge",
+    where=Where.POOL,
+    help="1: the engine label that an instance has in vLLM's metrics, its role and state.",
+    labels=("instance_id", "engine", "role", "state", "policy"),
+)
+INSTANCE_FREENESS = MetricSpec(
+    name="llumsched_instance_freeness",
+    kind="gauge",
+    where=Where.POOL,
+    help="Free KV blocks for each running request, all of its blocks on an idle instance; none is"
+    " told of one that drains.",
+    labels=("instance_id",),
+)
+INSTANCE_BLOCKS = MetricSpec(
+    name="llumsched_instance_blocks",
+    kind="gauge",
+    where=Where.POOL,
+    help="KV blocks: free, reserved for arriving requests, used by its own.",
+    labels=("instance_id", "kind"),
+)
+INSTANCE_REQUESTS = MetricSpec(
+    name="llumsched_instance_requests",
+    kind="gauge",
+    where=Where.POOL,
+    help="Requests on it that run and that wait.",
+    labels=("instance_id", "status"),
+)
+INSTANCE_CAN_MIGRATE = MetricSpec(
+    name="llumsched_instance_can_migrate",
+    kind="gauge",
+    where=Where.POOL,
+    help="1 if requests can leave and reach it, else 0: `llumsched status` says why, and so does"
+    " the log when the instance joins.",
+    labels=("instance_id",),
+)
+INSTANCE_MIGRATIONS = MetricSpec(
+    name="llumsched_instance_migrations",
+    kind="gauge",
+    where=Where.POOL,
+    help="Migrations under way, into it and out of it.",
+    labels=("instance_id", "direction"),
+)
+INSTANCE_STEP = MetricSpec(
+    name="llumsched_instance_step_seconds",
+    kind="gauge",
+    where=Where.POOL,
+    help="Recent time of one engine step.",
+    labels=("instance_id",),
+)
+INSTANCE_REPORT_AGE = MetricSpec(
+    name="llumsched_instance_report_age_seconds",
+    kind="gauge",
+    where=Where.POOL,
+    help="Since its last load report.",
+    labels=("instance_id",),
+)
+FREENESS_SPREAD = MetricSpec(
+    name="llumsched_freeness_spread",
+    kind="gauge",
+    where=Where.POOL,
+    help="Imbalance: the freeness of the freest serving instance less that of the fullest.",
+)
+FRAGMENTED_BLOCKS = MetricSpec(
+    name="llumsched_fragmented_blocks",
+    kind="gauge",
+    where=Where.POOL,
+    help="Fragmentation: free KV blocks of other instances that requests which head their"
+    " instance's queue could use.",
+)
+
+CATALOGUE: tuple[MetricSpec, ...] = tuple(
+    value for value in tuple(globals().values()) if isinstance(value, MetricSpec)
+)
