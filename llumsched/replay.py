@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from llumsched.core.actions import Action, DispatchRequest, PolicyFailed
 from llumsched.core.events import Ticked
 from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.decision_log import Decision, read_segment, segments_of
+from llumsched.policy_failures import PolicyFailures
 
 TICK_LATENCY_S = 0.1
 """A recorded tick may come this much after its deadline; until then none is added."""
@@ -48,6 +49,9 @@ class ReplayResult:
     recorded_on: Counter[str] = field(default_factory=Counter)
     """Dispatches by instance."""
     replayed_on: Counter[str] = field(default_factory=Counter)
+    recorded_failures: PolicyFailures = field(default_factory=PolicyFailures)
+    """Decisions that a policy failed to make; the scheduler made them by itself."""
+    replayed_failures: PolicyFailures = field(default_factory=PolicyFailures)
     num_placed_elsewhere: int = 0
     """Requests whose last dispatch went to different instances."""
 
@@ -57,11 +61,18 @@ class ReplayResult:
         return self.num_different == 0
 
 
-def replay(path: Path, other: Config | None = None, *, max_shown: int = 3) -> ReplayResult:
+def replay(
+    path: Path,
+    other: Config | None = None,
+    *,
+    max_shown: int = 3,
+    watch: Callable[[Decision, tuple[Action, ...]], None] | None = None,
+) -> ReplayResult:
     """Feed a log (a segment, or a folder of them) to a scheduler and compare.
 
     Without `other` the scheduler is the recorded one. With it, the scheduler also ticks at its own
-    deadlines between the events, since it may want to decide at other times.
+    deadlines between the events, since it may want to decide at other times. `watch` is given each
+    decision and what it was replayed as.
 
     Raises:
         DecisionLogError: the log cannot be read.
@@ -94,6 +105,10 @@ def replay(path: Path, other: Config | None = None, *, max_shown: int = 3) -> Re
                     )
             _count(decision.actions, result.recorded, result.recorded_on, placed)
             _count(actions, result.replayed, result.replayed_on, placed_otherwise)
+            _note_failures(decision.actions, result.recorded_failures)
+            _note_failures(actions, result.replayed_failures)
+            if watch is not None:
+                watch(decision, actions)
     result.num_placed_elsewhere = sum(
         placed_otherwise.get(request_id) != instance_id
         for request_id, instance_id in placed.items()
@@ -117,6 +132,12 @@ def _tick_until(scheduler: GlobalScheduler, now: float) -> tuple[Action, ...]:
     while (deadline := scheduler.next_deadline()) is not None and deadline < now - TICK_LATENCY_S:
         actions += scheduler.handle(Ticked(), deadline)
     return actions
+
+
+def _note_failures(actions: Iterable[Action], failures: PolicyFailures) -> None:
+    for action in actions:
+        if isinstance(action, PolicyFailed):
+            failures.add(action)
 
 
 def _count(

@@ -13,8 +13,9 @@ from llumsched.commands import CommandError
 from llumsched.config import Config, ConfigError, load
 from llumsched.core.actions import Action
 from llumsched.core.params import ParamError
-from llumsched.decision_log import DecisionLogError
+from llumsched.decision_log import Decision, DecisionLogError
 from llumsched.plugins import PluginError
+from llumsched.policy_failures import PolicyFailures
 from llumsched.replay import Difference, ReplayResult, replay
 
 if TYPE_CHECKING:
@@ -31,14 +32,23 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
             " status is 1 if one does not. With one of them, the log's events go to another policy,"
             " and the report says what it would have decided and where the two part. The events"
             " stay the recorded ones: what another choice would have led to, a replay cannot know."
+            " A folder of results with several logs in it is replayed a log after the other."
         ),
     )
-    parser.add_argument("log", type=Path, metavar="LOG", help="a segment, or a folder of them")
+    parser.add_argument(
+        "log", type=Path, metavar="LOG", help="a segment, a folder of them, or a folder of logs"
+    )
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--policy", metavar="NAME", help="a bundle or dispatch policy to compare")
     other.add_argument("--config", type=Path, metavar="FILE", help="a configuration to compare")
     parser.add_argument(
         "--show", type=int, default=3, metavar="N", help="differences to print (default: 3)"
+    )
+    parser.add_argument(
+        "--decisions", action="store_true", help="print every decision: when, what, and why"
+    )
+    parser.add_argument(
+        "--request", metavar="ID", help="print the decisions about one request, from its arrival on"
     )
     return parser
 
@@ -51,9 +61,39 @@ def run(args: argparse.Namespace) -> int:
             other = Config.default(args.policy)
         elif args.config is not None:
             other = load(args.config)
-        result = replay(args.log, other, max_shown=args.show)
+        logs = _logs(args.log)
+        status = 0
+        for log in logs:
+            if len(logs) > 1:
+                print(f"{chr(10) if log is not logs[0] else ''}{log.name}")
+            status |= _replay(log, other, args)
+        return status
     except (ConfigError, DecisionLogError, PluginError, ParamError, OSError) as error:
         raise CommandError(str(error)) from error
+
+
+def _logs(path: Path) -> list[Path]:
+    """The log that was named, or those of the runs in a folder of results."""
+    if path.is_dir() and not any(path.glob("*.jsonl")):
+        logs = sorted(folder for folder in path.glob("decisions-*") if folder.is_dir())
+        if logs:
+            return logs
+    return [path]
+
+
+def _replay(log: Path, other: Config | None, args: argparse.Namespace) -> int:
+    printer = _Printer(args.request) if args.decisions or args.request else None
+    result = replay(log, other, max_shown=args.show, watch=printer)
+    if printer is not None and args.request and not printer.num_printed:
+        raise CommandError(f"{log}: no decision is about a request {args.request!r}")
+    for what, failures in (
+        ("recorded", result.recorded_failures),
+        ("replayed", result.replayed_failures if other is not None else PolicyFailures()),
+    ):
+        for failure in failures:
+            print(
+                f"{failure.count:,} {what} decisions were the scheduler's own: {failure.sentence()}"
+            )
     if other is None:
         print(_identity(result))
         for difference in result.first_differences:
@@ -63,6 +103,31 @@ def run(args: argparse.Namespace) -> int:
     for difference in result.first_differences:
         print(_difference(difference))
     return 0
+
+
+class _Printer:
+    """Prints recorded decisions a line an action, all or those about one request."""
+
+    def __init__(self, request_id: str | None) -> None:
+        self._request_id = request_id
+        self.num_printed = 0
+
+    def __call__(self, decision: Decision, _replayed: tuple[Action, ...]) -> None:
+        event = decision.event
+        if self._request_id is not None and self._is_about(event):
+            self._print(decision.now, "event", event)
+        for action in decision.actions:
+            if self._request_id is None or self._is_about(action):
+                self._print(decision.now, "action", action)
+
+    def _is_about(self, value: Any) -> bool:
+        request = getattr(value, "request", None)
+        named = getattr(request, "request_id", None) or getattr(value, "request_id", None)
+        return bool(named == self._request_id)
+
+    def _print(self, now: float, kind: str, value: Any) -> None:
+        self.num_printed += 1
+        print(f"{now:>12.3f} s  {kind:6}  {_brief(value)}")
 
 
 def _identity(result: ReplayResult) -> str:

@@ -17,6 +17,12 @@ from tqdm import tqdm
 from llumsched import __version__
 from llumsched.commands import CommandError
 from llumsched.commands._failures import add_failures, status_of_failures
+from llumsched.commands._find import (
+    add_find,
+    attainment_of,
+    check_find,
+    find,
+)
 from llumsched.commands._scenario import (
     FIELDS,
     add_scenario,
@@ -61,6 +67,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         "--seeds", type=int, default=1, metavar="K", help="runs with seeds 0 to K-1 (default: 1)"
     )
     add_slo(parser)
+    add_find(parser)
     add_failures(parser)
     output = parser.add_argument_group("results")
     output.add_argument(
@@ -86,10 +93,13 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--seeds {args.seeds}: at least 1 is needed")
     if args.out is None and (args.parquet or args.chrome_trace or args.decision_log):
         raise CommandError("--parquet, --chrome-trace and --decision-log need --out DIR")
+    check_find(args)
     with said_in_one_line():
         scenarios = _scenarios(args)
         for scenario in scenarios.values():
             scenario.options(seed=0)  # every mistake shows before the first long run
+        if args.find is not None:
+            return _run_search(args, scenarios)
         if args.parquet:
             check_parquet()
         if args.out is not None:
@@ -108,6 +118,18 @@ def run(args: argparse.Namespace) -> int:
     if interrupt.is_set:
         print("interrupted: the figures are of what had been simulated by then", file=sys.stderr)
         return INTERRUPTED
+    return status_of_failures(args, [failure for run in runs for failure in run.policy_failures])
+
+
+def _run_search(args: argparse.Namespace, scenarios: Mapping[str, Scenario]) -> int:
+    """Print the size that was found for each policy, and the figures at it."""
+    with Interrupt() as interrupt:
+        sized = find(args, scenarios, interrupt)
+    runs = [run for answer in sized for run in answer.runs]
+    if runs:
+        print(f"{text_table(runs)}\n")
+    for answer in sized:
+        print(answer.sentence(attainment_of(args)))
     return status_of_failures(args, [failure for run in runs for failure in run.policy_failures])
 
 
