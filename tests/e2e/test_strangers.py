@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import select
 import socket
 import time
 from collections.abc import Iterable, Iterator
@@ -58,11 +59,25 @@ def unproven(pool: Admin) -> dict[str, float]:
 def throw(ports: Iterable[int], message: bytes) -> None:
     """Bytes at every port at once; those that have not hung up in time are hung up on."""
     with contextlib.ExitStack() as stack:
+        held = []
         for port in ports:
             with contextlib.suppress(OSError):
                 connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), 1.0))
                 connection.sendall(message)
-        time.sleep(LINGER_S)
+                held.append(connection)
+        deadline_s = time.monotonic() + LINGER_S
+        while held and (left_s := deadline_s - time.monotonic()) > 0:
+            for connection in select.select(held, [], [], left_s)[0]:
+                if has_hung_up(connection):
+                    held.remove(connection)
+
+
+def has_hung_up(connection: socket.socket) -> bool:
+    """True if the other end has ended the connection; what it said is thrown away."""
+    try:
+        return not connection.recv(1 << 16)
+    except OSError:
+        return True
 
 
 @pytest.fixture

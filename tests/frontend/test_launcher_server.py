@@ -188,7 +188,7 @@ def test_one_that_dies_is_not_waited_for(hub: LauncherServer) -> None:
         dying.supervision.serves()  # and answers nothing
         await until(lambda: hub.serves(1))
         asking = asyncio.create_task(asker.supervision.requests())
-        await asyncio.sleep(0.1)
+        await until(lambda: bool(hub._rounds))
         assert not asking.done()
         hub.leave(1)
         assert list(await asking) == []
