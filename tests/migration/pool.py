@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from unittest.mock import MagicMock
 
@@ -37,12 +36,13 @@ from vllm.v1.metrics.stats import IterationStats
 
 from llumsched.core.migration.source.machine import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
-from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore
+from llumsched.engine.vllm.core import EngineSettings
 from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID, MigrationAdapter
 from llumsched.frontend.routing.routes import Arrival, Passed, Routes
 from llumsched.migration.migrator import Migrator
 from llumsched.wire.control import OrderMigration, ReportMigration
 from llumsched.wire.keys import PoolKeys
+from tests.migration.stepped import Answer, Instance, SteppedCore
 
 BLOCK_SIZE = 32
 NUM_BLOCKS = 97
@@ -82,49 +82,6 @@ def events_that_are_over() -> Iterator[None]:
         patched.setattr(torch.cuda, "current_stream", MagicMock())
         patched.setattr(torch.cuda, "stream", lambda _: nullcontext())
         yield
-
-
-class SteppedCore(LlumschedEngineCore):
-    """An engine core whose outputs stay in its queue."""
-
-    def process_input_sockets(self, *arguments: Any) -> None:
-        *_, ready = arguments
-        ready.set()
-
-    def process_output_sockets(self, *_: Any) -> None:
-        pass
-
-
-@dataclass(slots=True, eq=False)
-class Instance:
-    """One engine with its migrator. ``hangs``: it is not stepped and runs no closure."""
-
-    index: int
-    core: SteppedCore
-    port: MigrationAdapter
-    migrator: Migrator
-    hangs: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"instance-{self.index}"
-
-    @property
-    def num_free_blocks(self) -> int:
-        free: int = self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-        return free
-
-
-@dataclass(slots=True)
-class Answer:
-    """What a client gets to see of one request."""
-
-    final: RequestOutput | None = None
-    sequence_ids: list[str] = field(default_factory=list)
-
-    @property
-    def done(self) -> bool:
-        return self.final is not None and self.final.finished
 
 
 class Pool:

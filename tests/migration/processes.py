@@ -41,7 +41,8 @@ from llumsched.migration.messages import PeerMessage, decode_peer
 from llumsched.migration.migrator import Migrator
 from llumsched.wire.control import OrderMigration, ReportMigration
 from llumsched.wire.keys import PoolKeys
-from tests.migration.pool import ENGINE_FLAGS, NUM_BLOCKS, SteppedCore
+from tests.migration.pool import ENGINE_FLAGS, NUM_BLOCKS
+from tests.migration.stepped import SteppedCore
 
 PATIENCE_S = 120.0
 POLL_S = 0.02

@@ -1,0 +1,55 @@
+"""An instance of the tests' pool: an engine core that is stepped by hand, and its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.outputs import RequestOutput
+
+from llumsched.engine.vllm.core import LlumschedEngineCore
+from llumsched.engine.vllm.migration import MigrationAdapter
+from llumsched.migration.migrator import Migrator
+
+
+class SteppedCore(LlumschedEngineCore):
+    """An engine core whose outputs stay in its queue."""
+
+    def process_input_sockets(self, *arguments: Any) -> None:
+        *_, ready = arguments
+        ready.set()
+
+    def process_output_sockets(self, *_: Any) -> None:
+        pass
+
+
+@dataclass(slots=True, eq=False)
+class Instance:
+    """One engine with its migrator. ``hangs``: it is not stepped and runs no closure."""
+
+    index: int
+    core: SteppedCore
+    port: MigrationAdapter
+    migrator: Migrator
+    hangs: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"instance-{self.index}"
+
+    @property
+    def num_free_blocks(self) -> int:
+        free: int = self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        return free
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a client gets to see of one request."""
+
+    final: RequestOutput | None = None
+    sequence_ids: list[str] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return self.final is not None and self.final.finished
