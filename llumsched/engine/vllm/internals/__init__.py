@@ -7,11 +7,17 @@ compares them with the installed version at every start, and ``make vllm-diff`` 
 
 from __future__ import annotations
 
+from llumsched.engine.vllm.internals.configuration import CONFIGURATION
 from llumsched.engine.vllm.internals.engine import ENGINE_INTERNALS
 from llumsched.engine.vllm.internals.entry import Internal
 from llumsched.engine.vllm.internals.frontend import FRONTEND_INTERNALS
 from llumsched.engine.vllm.internals.relied_on import RELIED_ON
 
-INTERNALS: tuple[Internal, ...] = (*ENGINE_INTERNALS, *FRONTEND_INTERNALS, *RELIED_ON)
+INTERNALS: tuple[Internal, ...] = (
+    *ENGINE_INTERNALS,
+    *FRONTEND_INTERNALS,
+    *CONFIGURATION,
+    *RELIED_ON,
+)
 
 __all__ = ["INTERNALS", "Internal"]
