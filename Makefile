@@ -26,6 +26,8 @@ DEMO_ARGS ?=
 GPU_DEMO_ARGS ?=
 # Anything else for pytest, such as PYTEST_ARGS="-x tests/core".
 PYTEST_ARGS ?=
+# What `make test-fast` runs; the marks are given by folder, in tests/conftest.py.
+FAST := not engine and not ray and not chaos and not slow
 # How long the soak lasts.
 SOAK_S ?= 600
 # Which vLLM `make vllm-diff` looks at, what with (the version before), and more: DIFF_ARGS=--show.
@@ -46,7 +48,7 @@ ifeq ($(MODEL),smollm2)
 export HF_HUB_OFFLINE ?= 1
 endif
 
-.PHONY: help install model demo gpu-demo serve test check format format-check lint types contracts bench \
+.PHONY: help install model demo gpu-demo serve test test-fast check format format-check lint types contracts bench \
 	soak vllm-diff docs hooks clean distclean
 
 help: ## show this list
@@ -54,7 +56,7 @@ help: ## show this list
 
 install: $(INSTALLED) ## make .venv and install llumsched with all it needs
 
-$(INSTALLED): setup.py scripts/drop_unloadable_torch_addons.py
+$(INSTALLED): setup.py scripts/drop_unloadable_torch_addons.py scripts/quiet_pip.py
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "llumsched needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	@if [[ -n "$(OTHER_INSTALLED)" ]]; then \
@@ -62,11 +64,11 @@ $(INSTALLED): setup.py scripts/drop_unloadable_torch_addons.py
 		exit 1; \
 	fi
 	@echo "[1/3] virtual environment in $(VENV)"
-	"$(PYTHON)" -m venv $(VENV)
+	@"$(PYTHON)" -m venv $(VENV)
 	@echo "[2/3] llumsched with vLLM ($(EXTRA)), Ray and the tools: a few minutes the first time"
-	$(PY) -m pip install --disable-pip-version-check --no-compile $(PIP_ARGS) -e ".[$(EXTRA),demo,dev]" $(VLLM)
+	@$(PY) -m scripts.quiet_pip install --no-compile $(PIP_ARGS) -e ".[$(EXTRA),demo,dev]" $(VLLM)
 	@echo "[3/3] checking torch's companions"
-	$(PY) -m scripts.drop_unloadable_torch_addons
+	@$(PY) -m scripts.drop_unloadable_torch_addons
 	@touch $@
 
 model: $(INSTALLED) ## prepare the model and print its folder
@@ -87,6 +89,9 @@ serve: $(INSTALLED) ## serve MODEL on INSTANCES instances (and SERVE_ARGS)
 test: $(INSTALLED) ## run every test
 	@$(PY) -m scripts.prepare_model >/dev/null
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-fast: $(INSTALLED) ## run the tests that start no engine and no Ray: under two minutes on two cores
+	$(PY) -m pytest -m "$(FAST)" $(PYTEST_ARGS)
 
 check: $(INSTALLED) ## format, lint, types, import contracts, tests
 	@$(MAKE) --no-print-directory --jobs=2 format-check lint types contracts test

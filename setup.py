@@ -24,6 +24,8 @@ SERVING = [
     "ray[default]>=2.60,<3",
     f"torch{TORCH}",
 ]
+# Those that the fast tests have been run with.
+PYTHONS = ("3.11", "3.12", "3.13")
 PYARROW = "pyarrow>=18"
 
 # The links llumsched/policies and llumsched/simulator make both folders part of the package.
@@ -86,6 +88,19 @@ def version() -> str:
     return found.group(1)
 
 
+def long_description() -> str:
+    """The README as a package index shows it, where links to files of this repository lead nowhere:
+    their text stays, and the file's name beside it."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n?", "", text)
+
+    def without_link(match: re.Match[str]) -> str:
+        said, path = match["said"], match["path"]
+        return said if said.strip("`") == path else f"{said} ({path})"
+
+    return re.sub(r"\[(?P<said>[^\]]+)\]\((?!https?:)(?P<path>[^)#]*)[^)]*\)", without_link, text)
+
+
 def policies() -> list[str]:
     """The entry points of the policies that ship, named once in ``policies/__init__.py``."""
     built_in = runpy.run_path(str(HERE / "policies" / "__init__.py"))["BUILT_IN"]
@@ -96,8 +111,14 @@ setup(
     name="llumsched",
     version=version(),
     description="A global scheduler for LLM serving: requests migrate between vLLM instances",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
+    author="The llumsched authors",
+    keywords="llm serving scheduler migration kv-cache vllm ray llumnix inference simulator",
+    project_urls={
+        "Llumnix (OSDI '24)": "https://www.usenix.org/conference/osdi24/presentation/sun-biao",
+        "vLLM": "https://docs.vllm.ai",
+    },
     license="Apache-2.0",
     license_files=["LICENSE"],
     classifiers=[
@@ -105,7 +126,10 @@ setup(
         "Intended Audience :: Developers",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3 :: Only",
-        "Programming Language :: Python :: 3.11",
+        *(f"Programming Language :: Python :: {version}" for version in PYTHONS),
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Framework :: AsyncIO",
+        "Intended Audience :: System Administrators",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: System :: Distributed Computing",
     ],

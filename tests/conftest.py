@@ -9,7 +9,8 @@ import pytest
 import zmq
 from hypothesis import settings
 
-from tests.wheels import build_wheel
+from tests.marks import marks_of
+from tests.wheels import ROOT, build_wheel
 
 # How long an example takes says more about what else the machine is doing.
 # The examples of every run are the same, so that a change is judged by what it changed; whoever
@@ -47,3 +48,10 @@ def no_context_is_left_to_the_collector() -> Iterator[None]:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this checkout."""
     return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test by what it starts: `make test-fast` leaves those out."""
+    for item in items:
+        for mark in marks_of(item.path.relative_to(ROOT).as_posix()):
+            item.add_marker(mark)

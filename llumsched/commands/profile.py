@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llumsched.commands import CommandError
+from llumsched.commands._torch_addons import check_torch_addons
 from llumsched.simulator.hardware.model_shape import ShapeError, shape_of
 from llumsched.simulator.hardware.residual_plot import residual_plot
 from llumsched.simulator.hardware.spec import hardware_from_plain
@@ -56,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
         if not getattr(arguments, name) > 0:
             raise CommandError(f"--{name.replace('_', '-')} must be above 0")
 
+    check_torch_addons()
     from llumsched.engine.vllm.profiling.arguments import engine_arguments
     from llumsched.engine.vllm.profiling.profile import profile_engine
 

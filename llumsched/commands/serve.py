@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from llumsched import __version__, logs
+from llumsched.commands._torch_addons import check_torch_addons
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
         logs.set_up("llumsched", logs.options_of(argv))
         logger.info("llumsched %s: importing vLLM, then checking the arguments", __version__)
     logs.prepare_ray()
+    check_torch_addons()
     from llumsched.frontend import server
 
     status = server.main(argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -54,6 +55,19 @@ def test_each_source_file_is_in_the_wheel_once(wheel: Path) -> None:
             and not path.is_relative_to(package / "simulator")
         ]
     assert sorted(packed) == sorted(expected)
+
+
+def test_the_metadata_says_what_an_index_shows(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        text = archive.read(name).decode()
+    fields, _, description = text.partition("\n\n")
+    for field in ("Author: ", "Keywords: ", "Project-URL: ", "License: Apache-2.0"):
+        assert f"\n{field}" in fields, field
+    for version in ("3.11", "3.12", "3.13"):
+        assert f"Classifier: Programming Language :: Python :: {version}\n" in fields
+    links = re.findall(r"\]\(([^)]+)\)", description)
+    assert all(link.startswith(("http://", "https://")) for link in links), links
 
 
 def test_the_links_lead_to_the_folders_at_the_top() -> None:
