@@ -7,7 +7,6 @@ says only whether the benchmark ran. Nothing here measures anything.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -21,6 +20,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from llumsched.flags import Parser
 
 SKIPPED = 77
 """Exit status of a benchmark that lacks what it needs, such as data that is not in the project."""
@@ -101,7 +102,7 @@ class Report:
 
 def main(run: Callable[[bool], Report], argv: Sequence[str] | None = None) -> int:
     """The command line of a benchmark: call ``run(quick)``, print its report, write the JSON."""
-    parser = argparse.ArgumentParser(description=sys.modules[run.__module__].__doc__)
+    parser = Parser(description=sys.modules[run.__module__].__doc__)
     parser.add_argument("--quick", action="store_true", help="few repetitions: shows that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE")
     arguments = parser.parse_args(argv)

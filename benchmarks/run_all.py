@@ -10,7 +10,6 @@ benchmark that fails to run does.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _report
+from llumsched.flags import Parser
 
 FOLDER = Path(__file__).parent
 DOCS = FOLDER.parent / "docs"
@@ -134,7 +134,7 @@ def _page(benchmark: Benchmark, content: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the chosen benchmarks, or all; the exit status is 1 when one of them failed to run."""
     known = {benchmark.name: benchmark for benchmark in discover(FOLDER)}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(known)}")
     parser.add_argument("--quick", action="store_true", help="few repetitions; docs are left alone")
     parser.add_argument(

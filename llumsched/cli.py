@@ -17,6 +17,7 @@ from types import MappingProxyType, ModuleType
 
 from llumsched import __version__
 from llumsched.commands import CommandError
+from llumsched.flags import Parser
 
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
@@ -92,7 +93,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _parser(*, chosen: str | None, module: ModuleType | None) -> argparse.ArgumentParser:
     """The whole parser, in which only ``chosen`` has been asked for its own arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llumsched",
         description=(
             "A global scheduler for LLM serving: many vLLM instances as one pool, with running"

@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from llumsched.flags import Parser
 from scripts.comparison.page import Comparison
 from scripts.comparison.runs import (
     DELAYS_S,
@@ -35,9 +36,7 @@ QUICK_REQUESTS = 100
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Simulate, and write the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("traces", type=Path, help="folder with the public traces")
     parser.add_argument("--quick", action="store_true", help="few requests, one seed")
     parser.add_argument("--seeds", type=int, default=3, help="simulations of each; default: 3")

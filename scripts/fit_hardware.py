@@ -16,7 +16,6 @@ are what the fit is tested against.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from llumsched.flags import Parser
 from llumsched.simulator.hardware.model_shape import ModelShape, shape_of
 from llumsched.simulator.hardware.yaml_text import plain_text
 from scripts.hardware.h100 import h100_llama_3_1_8b
@@ -357,7 +357,7 @@ TARGETS: Mapping[str, Target] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the files of all targets, or of those named."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("profiles", type=Path, metavar="PROFILES", help="the folder of profiles")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(TARGETS)}")
     parser.add_argument("--out", type=Path, default=CONFIGS, help="default: configs/hardware")

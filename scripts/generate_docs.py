@@ -7,7 +7,6 @@ source. ``--check`` writes nothing and fails when a page is behind the code.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import inspect
 import re
@@ -26,6 +25,7 @@ from llumsched.core.params import params_of
 from llumsched.core.policy import MigrationPair, Placement
 from llumsched.core.snapshot import InstanceView
 from llumsched.core.types import SchedulingRequest
+from llumsched.flags import Parser
 from llumsched.metrics import CATALOGUE
 from llumsched.simulator.hardware.spec import available, load_hardware
 from llumsched.simulator.scenario import Scenario
@@ -247,7 +247,7 @@ def _grid(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def main() -> int:
     """Write the pages that are behind, or with ``--check`` name them and fail."""
-    parser = argparse.ArgumentParser(description="Write the parts of docs/ that come from code.")
+    parser = Parser(description="Write the parts of docs/ that come from code.")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if one is behind")
     arguments = parser.parse_args()
     stale = stale_pages(DOCS)

@@ -9,13 +9,14 @@ Only the standard library is imported until it is known that all it takes is the
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import importlib.util
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from llumsched.flags import Parser
 
 # Made by the drivers of NVIDIA and of AMD.
 GPU_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -102,7 +103,7 @@ def missing(device: str) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; exit status 0 only if all that is claimed held."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.gpu_demo", description=__doc__)
+    parser = Parser(prog="python -m scripts.gpu_demo", description=__doc__)
     parser.add_argument("--device", choices=tuple(SIZES), default="gpu")
     parser.add_argument(
         "--model", default="smollm2", help="'smollm2' (default), a hub name or a model folder"

@@ -10,7 +10,6 @@ A folder under its final name is complete: it is built and checked beside it, th
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -19,6 +18,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from llumsched.flags import Parser
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -156,7 +157,7 @@ def _say(what: str) -> None:
 
 def main() -> int:
     """Prepare one model and print, on stdout, what to give vLLM."""
-    parser = argparse.ArgumentParser(description="Prepare a model and print its folder.")
+    parser = Parser(description="Prepare a model and print its folder.")
     parser.add_argument(
         "model", nargs="?", default=ALIAS, help=f"'{ALIAS}' (default), a hub name or a folder"
     )

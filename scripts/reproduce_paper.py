@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from llumsched.flags import Parser
 from scripts.reproduction.experiments import JUDGED_FROM, Point, all_points
 from scripts.reproduction.page import page
 from scripts.reproduction.report import Report
@@ -30,9 +31,7 @@ NUM_REQUESTS = 10_000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Simulate what is missing, and write the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few requests, one seed")
     parser.add_argument("--report", action="store_true", help="simulate nothing")
     parser.add_argument("--afresh", action="store_true", help="forget the kept results")

@@ -8,7 +8,6 @@ written beside this script; a test compares that of the installed version.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 from llumsched.engine.vllm.compat import installed_folder, installed_version
 from llumsched.engine.vllm.sources import Sources, source_of
 from llumsched.engine.vllm.version_check import bodies, fingerprint, what_moved
+from llumsched.flags import Parser
 from scripts.prepare_model import default_cache_dir
 
 FINGERPRINTS = Path(__file__).with_name("vllm_fingerprints")
@@ -28,7 +28,7 @@ FINGERPRINTS = Path(__file__).with_name("vllm_fingerprints")
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 1 if something that is used is not there."""
-    parser = argparse.ArgumentParser(prog="vllm_diff", description=__doc__)
+    parser = Parser(prog="vllm_diff", description=__doc__)
     parser.add_argument("version", help="a release of vLLM, such as 0.33.0")
     parser.add_argument("--base", help="compare with this version (default: the one before it)")
     parser.add_argument("--show", action="store_true", help="print the changed lines as well")

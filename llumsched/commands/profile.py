@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from llumsched.commands import CommandError
 from llumsched.commands._torch_addons import check_torch_addons
+from llumsched.flags import Parser
 from llumsched.simulator.hardware.model_shape import ShapeError, shape_of
 from llumsched.simulator.hardware.residual_plot import residual_plot
 from llumsched.simulator.hardware.spec import hardware_from_plain
@@ -29,7 +30,7 @@ _HOST_NOTE = (
 
 def main(argv: Sequence[str]) -> int:
     """Our own options are parsed here, and the others by vLLM's parser."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llumsched profile",
         description=(
             "Boot one vLLM engine, measure steps of many shapes, and write what the simulator needs"

@@ -19,6 +19,7 @@ from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
+from llumsched.engine.vllm.compat import CLI_ARGS, first_of
 from llumsched.engine.vllm.prefix_blocks import record_kv_events
 from llumsched.frontend.options.arguments import UsageError, parse
 from llumsched.frontend.options.console import PROCESS
@@ -76,10 +77,12 @@ def _engine_config(args: argparse.Namespace, num_frontends: int) -> VllmConfig:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     try:
         engine_args = AsyncEngineArgs.from_cli_args(args)
-        if num_frontends > 1:
-            # As vLLM does it: then no frontend relies on an instance to have kept an input of its.
-            engine_args._api_process_count = num_frontends
-            engine_args._api_process_rank = -1
+        if not getattr(args, "enable_flash_late_interaction", True):  # 0.31 has no such flag
+            first_of(CLI_ARGS, "propagate_flash_late_interaction")(args, engine_args)
+        # With more than one, also if there is but one frontend: then it does not rely on an
+        # instance to have kept an image, which it may have sent to another.
+        engine_args._api_process_count = max(2, num_frontends)
+        engine_args._api_process_rank = -1
         config: VllmConfig = engine_args.create_engine_config(
             usage_context=UsageContext.OPENAI_API_SERVER
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 from pathlib import Path
 
 from llumsched.commands._admin import AdminClient
+from llumsched.flags import Parser
 from scripts.demo import act_by_hand, act_by_policy, act_chats
 from scripts.demo.client import Client
 from scripts.demo.running import machine, quiet, run
@@ -39,7 +39,7 @@ NEXT = (
 
 def main() -> int:
     """Run the demo."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.demo",
         description="Two vLLM instances, streamed chats, and live migrations, shown and measured.",
     )

@@ -66,11 +66,32 @@ def test_limits_of_scaling_are_flags_and_go_before_the_configuration(tmp_path: P
     assert options.planned_instances == options.most_instances == 12
 
 
-def test_spelling_mistake_is_told_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        parse(["m/m", "--instancs", "3"])
-    assert ended.value.code == 2
-    assert "--instancs" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--instnces", "3"], "unrecognized arguments: --instnces 3; did you mean --instances?"),
+        (["--max_modl_len=2k"], "did you mean --max-model-len?"),
+        (["--heartbeat", "3"], "did you mean --heartbeat-timeout?"),
+        (["--admin-api=maybe"], "invalid choice: 'maybe'"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_what_may_have_been_meant(
+    argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse(["m/m", *argv])
+    assert sentence in str(refused.value)
+    assert str(refused.value).count("\n") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_key_of_a_file_that_is_no_flag_is_named_with_its_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "vllm.yaml", "max_model_len: 2048\nfontends: 2\n")
+    with pytest.raises(UsageError) as refused:
+        parse(["m/m", "--config", path])
+    assert str(refused.value) == (
+        f"--config {path}: there is no flag for the key 'fontends'; did you mean 'frontends'?"
+    )
 
 
 @pytest.mark.parametrize(

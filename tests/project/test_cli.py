@@ -166,3 +166,16 @@ def test_a_reader_that_leaves_is_no_failure() -> None:
             check=False,
         )
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_mistyped_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["simulate", "example", "--instnces", "2"])
+    assert "did you mean --instances?" in capsys.readouterr().err
+
+
+def test_nothing_is_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    """The next flag that is added would change what it means."""
+    with pytest.raises(SystemExit):
+        cli.main(["simulate", "example", "--hardwar", "2"])
+    assert "did you mean --hardware?" in capsys.readouterr().err

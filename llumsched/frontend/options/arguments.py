@@ -8,13 +8,15 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from vllm.config.logging import LoggingConfig
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from llumsched.config import DEFAULT_POLICY, KEYS, Config, build_bundle, load
 from llumsched.engine.vllm.compat import CLI_ARGS, accepted, first_of
+from llumsched.frontend.options.parser import ServeParser
+from llumsched.frontend.options.refused_flags import refusal
 from llumsched.logs import FORMAT_FLAG, FORMATS, LogOptions
 
 make_arg_parser = first_of(CLI_ARGS, "make_arg_parser")
@@ -31,8 +33,8 @@ DEFAULT_STEP_TIMEOUT_S = 300.0
 
 DESCRIPTION = """Serve a model on several vLLM instances behind one OpenAI-compatible server.
 
-Every flag of `vllm serve` works as it does there and applies to each instance. See
---help=llumsched for the flags added here, --help=all for all of them.
+The flags of `vllm serve` work as they do there and apply to each instance; what a pool cannot
+honour is refused. See --help=llumsched for the flags added here, --help=all for all of them.
 """
 
 
@@ -79,10 +81,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
     Raises:
         UsageError: for what vLLM's parser does not catch itself.
     """
-    parser: argparse.ArgumentParser = make_arg_parser(
-        FlexibleArgumentParser(prog="llumsched serve", description=DESCRIPTION)
+    parser: ServeParser = make_arg_parser(
+        ServeParser(prog="llumsched serve", description=DESCRIPTION)
     )
-    group = parser.add_argument_group("llumsched", "The pool of instances and its scheduler.")
+    plain: argparse.ArgumentParser = parser
+    group = plain.add_argument_group("llumsched", "The pool of instances and its scheduler.")
     group.add_argument(
         "--instances",
         type=int,
@@ -187,11 +190,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         help="So is one that works but gives no sign of life for longer, or whose engine takes "
         "longer for a step. Default: %(default)s.",
     )
-    rest, config_path = _take_scheduler_config(list(argv))
     try:
+        rest, config_path = _take_scheduler_config(list(argv), parser)
         args = parser.parse_args(rest)
     except (AssertionError, ValueError) as error:
-        # How vLLM's parser tells of a --config it cannot use.
+        # vLLM's parser tells so of a --config it cannot use, ours of everything.
         raise UsageError(str(error)) from error
     if args.model_tag is not None:
         args.model = args.model_tag
@@ -201,7 +204,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
-    _refuse_what_cannot_work(args)
+    _refuse_what_cannot_work(args, parser)
     config = _scheduler_config(args, config_path)
     if args.instances == 0:
         _check_that_it_starts_some(config)
@@ -233,7 +236,7 @@ def _logs(args: argparse.Namespace) -> LogOptions:
     )
 
 
-def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
+def _refuse_what_cannot_work(args: argparse.Namespace, parser: ServeParser) -> None:
     if args.instances < 0:
         raise UsageError(f"--instances {args.instances}: a number of instances is needed.")
     if args.frontends < 1:
@@ -246,19 +249,9 @@ def _refuse_what_cannot_work(args: argparse.Namespace) -> None:
         if getattr(args, name) <= 0:
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag}: a positive number of seconds is needed.")
-    for flag, unset in (
-        ("data_parallel_size", 1),
-        ("pipeline_parallel_size", 1),
-        ("headless", False),
-        ("grpc", False),
-    ):
-        if getattr(args, flag) != unset:
-            name = "--" + flag.replace("_", "-")
-            raise UsageError(
-                f"{name} is not supported; --instances N runs N independent engines instead."
-            )
-    if args.api_server_count not in (None, 1):
-        raise UsageError("--api-server-count is not supported; --frontends K runs K processes.")
+    refused = refusal(args, parser)
+    if refused is not None:
+        raise UsageError(refused)
 
 
 def _check_that_it_starts_some(config: Config) -> None:
@@ -270,7 +263,7 @@ def _check_that_it_starts_some(config: Config) -> None:
         )
 
 
-def _take_scheduler_config(argv: list[str]) -> tuple[list[str], Path | None]:
+def _take_scheduler_config(argv: list[str], parser: ServeParser) -> tuple[list[str], Path | None]:
     """``argv`` without the ``--config`` whose file is the scheduler's, and that file.
 
     vLLM's ``--config`` names a file of flags. Ours is told apart by its keys, which are no
@@ -287,7 +280,10 @@ def _take_scheduler_config(argv: list[str]) -> tuple[list[str], Path | None]:
             position += 1
             continue
         path = Path(value if equals else argv[position + 1])
-        if not _is_scheduler_config(path):
+        document = _read(path)
+        if not isinstance(document, dict) or not SCHEDULER_KEYS & document.keys():
+            if isinstance(document, dict):
+                parser.check_keys(document, path)
             rest += ["--config", str(path)]  # vLLM overlooks --config=FILE
         elif found is not None:
             raise UsageError(f"Two scheduler configurations: {found} and {path}.")
@@ -297,14 +293,13 @@ def _take_scheduler_config(argv: list[str]) -> tuple[list[str], Path | None]:
     return rest, found
 
 
-def _is_scheduler_config(path: Path) -> bool:
+def _read(path: Path) -> Any:
     try:
-        document = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text())
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror or error}.") from error
     except yaml.YAMLError as error:
         raise UsageError(f"--config {path}: not YAML: {error}") from error
-    return isinstance(document, dict) and bool(SCHEDULER_KEYS & document.keys())
 
 
 def _scheduler_config(args: argparse.Namespace, path: Path | None) -> Config:

@@ -7,7 +7,9 @@ it is as ever. This module does not know who started the instances, nor what is 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -30,6 +32,9 @@ from llumsched.frontend.routing.scheduler_client import SchedulerClient
 from llumsched.frontend.routing.sockets import FrontendSockets
 from llumsched.wire.names import frontend_id
 
+# How often a server that stops looks whether its last request has ended.
+DRAIN_POLL_S = 0.05
+
 PrefixHasher = Callable[[EngineCoreRequest], tuple[int, ...]]
 
 
@@ -37,6 +42,8 @@ class Engine(AsyncLLM):
     """vLLM's frontend; its requests end when it does, and it serves also while nothing is up."""
 
     engine_core: RoutingEngineClient
+    _loop: asyncio.AbstractEventLoop | None = None
+    _is_stopping = False
 
     async def get_supported_tasks(self) -> tuple[SupportedTask, ...]:
         try:
@@ -59,11 +66,46 @@ class Engine(AsyncLLM):
             self.output_processor.abort_requests([request.request_id], internal=True)
             raise
 
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        if self._is_stopping:
+            raise _stopping()
+        super().check_admission(n, request_id)
+
+    def end_with(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Requests are served on ``loop``, also while another thread waits for their end."""
+        self._loop = loop
+
     def shutdown(self, timeout: float | None = None) -> None:
+        """Take no more requests; end those that there are when ``timeout`` has passed.
+
+        vLLM's server calls this on a thread of its own, with ``--shutdown-timeout``, and goes on
+        to send what comes meanwhile. The rest is for the last call, on the loop.
+        """
+        self._is_stopping = True
+        loop = self._loop
+        if loop is None or loop.is_closed() or _is_running_on(loop):
+            self._end_requests()
+            super().shutdown(timeout)
+            return
+        deadline_s = time.monotonic() + (timeout or 0.0)
+        while self.get_num_unfinished_requests() and time.monotonic() < deadline_s:
+            time.sleep(DRAIN_POLL_S)
+        loop.call_soon_threadsafe(self._end_requests)
+
+    def _end_requests(self) -> None:
         # AsyncLLM leaves them waiting for outputs, and their clients for the connection to break.
-        stopping = GracefulHTTPError("The server is stopping.", HTTPStatus.SERVICE_UNAVAILABLE)
-        self.output_processor.propagate_error(stopping)
-        super().shutdown(timeout)
+        self.output_processor.propagate_error(_stopping())
+
+
+def _stopping() -> GracefulHTTPError:
+    return GracefulHTTPError("The server is stopping.", HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+def _is_running_on(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +149,9 @@ def build_engine(
             client_count=surroundings.client_count,
             client_index=surroundings.client_index,
         )
-    return cast(Engine, engine), links[0]
+    engine = cast(Engine, engine)
+    engine.end_with(asyncio.get_running_loop())
+    return engine, links[0]
 
 
 @contextlib.contextmanager
