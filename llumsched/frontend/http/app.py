@@ -22,7 +22,7 @@ from llumsched.frontend.http.errors import UnauthorizedMiddleware, shape_errors
 from llumsched.frontend.http.exposition import expose
 from llumsched.frontend.options.arguments import is_local
 from llumsched.frontend.request.hints import SchedulingHintsMiddleware, let_keys_name_clients
-from llumsched.frontend.request.rejection import RetryAfterMiddleware
+from llumsched.frontend.request.rejection import RetryAfterMiddleware, tell_provenance
 from llumsched.frontend.routing.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ async def serve_app(
     listen_address: str,
     sock: socket.socket,
     begins: Callable[[], None],
+    policy: str,
     peer_loads: tuple[MutableSequence[int], int] | None = None,
 ) -> Any:
     """vLLM's ``build_and_serve``, with the admin routes added to its app, until a signal ends it.
@@ -48,6 +49,7 @@ async def serve_app(
         admin: the admin API, if it is served.
         registry: of the metrics that are shown.
         begins: called when all is ready.
+        policy: the bundle in force.
         peer_loads: connections of all frontends at this socket, and this one's index: the next
             connection is for the one that has the fewest.
 
@@ -64,6 +66,7 @@ async def serve_app(
     expose(app, engine.engine_core.labels, registry)
     if admin is not None:
         app.include_router(admin)
+        tell_provenance(app, policy)
     shape_errors(app)
     guard(app)
     if num_keys(args) > 1:

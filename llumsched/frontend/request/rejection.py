@@ -17,6 +17,7 @@ import math
 from contextvars import ContextVar
 from http import HTTPStatus
 
+from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,6 +25,7 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.exceptions import GracefulHTTPError
 
 from llumsched.core.actions import Rejection
+from llumsched.frontend.request.provenance import Placed, Provenance
 
 DEFAULT_RETRY_AFTER_S = 1.0
 
@@ -54,11 +56,25 @@ class Rejected(GracefulHTTPError):
             answering.rejected(self, retry_after_s)
 
 
-def placed() -> None:
+def placed(route: Placed | None = None) -> None:
     """The request that this is called for has its instance: its stream may begin."""
     answering = _answering.get()
     if answering is not None:
+        if route is not None:
+            answering.provenance.placed(route)
         answering.settled.set()
+
+
+def reasoned(reason: str) -> None:
+    """The scheduler has said why the request that this is called for goes where it goes."""
+    answering = _answering.get()
+    if answering is not None:
+        answering.provenance.reasoned(reason)
+
+
+def tell_provenance(app: FastAPI, policy: str) -> None:
+    """Have answers say in headers where they come from; ``policy`` is the bundle in force."""
+    app.state.llumsched_policy = policy
 
 
 class RetryAfterMiddleware:
@@ -86,6 +102,9 @@ class _Answering:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.settled = asyncio.Event()
+        self.provenance = Provenance()
+        self._policy: str | None = _policy_told(scope)
+        self._is_stream = False
         self._scope, self._receive, self._send = scope, receive, send
         self._rejection: Rejected | None = None
         self._retry_after_s: list[float] = []
@@ -103,15 +122,19 @@ class _Answering:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            if _is_event_stream(message) and not self.settled.is_set():
+            self._is_stream = _is_event_stream(message)
+            if self._is_stream and not self.settled.is_set():
                 self._held = message
                 self._releasing = asyncio.create_task(self._release_when_settled())
                 return
             self._add_header(message)
+            self._add_provenance(message)
         elif self._releasing is not None:
             await self._release()
             if self._is_replaced:
                 return  # the rejection as an event, and the end of the stream
+        if self._is_stream and self._policy is not None and message["type"] == "http.response.body":
+            message["body"] = self.provenance.with_comment(message.get("body", b""))
         await self._send(message)
 
     def close(self) -> None:
@@ -129,6 +152,7 @@ class _Answering:
             if held is None:
                 return
             if self._rejection is None:
+                self._add_provenance(held)
                 await self._send(held)
                 return
             self._is_replaced = True
@@ -141,6 +165,11 @@ class _Answering:
             self._add_header(message)
         await self._send(message)
 
+    def _add_provenance(self, message: Message) -> None:
+        if self._policy is not None:
+            told = self.provenance.headers(self._policy, is_complete=not self._is_stream)
+            message["headers"] = [*message.get("headers", ()), *told]
+
     def _add_header(self, message: Message) -> None:
         if message["status"] not in _TURNED_AWAY:
             return
@@ -148,6 +177,12 @@ class _Answering:
         if all(name.lower() != b"retry-after" for name, _ in headers):
             seconds = math.ceil(max(self._retry_after_s, default=DEFAULT_RETRY_AFTER_S))
             message["headers"] = [*headers, (b"retry-after", str(seconds).encode())]
+
+
+def _policy_told(scope: Scope) -> str | None:
+    """The policy that answers name in their headers, if they are to."""
+    policy: str | None = getattr(getattr(scope.get("app"), "state", None), "llumsched_policy", None)
+    return policy
 
 
 def _is_event_stream(message: Message) -> bool:

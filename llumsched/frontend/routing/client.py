@@ -120,7 +120,7 @@ class RoutingEngineClient(ConnectedInstances):
         self._resumer.keep(request)
         try:
             instance = await self._place(request)
-            overload.placed()
+            overload.placed(route)
             self._metrics.placement_s.observe(time.monotonic() - route.opened_s)
             if self.routes.get(request_id) is not route:
                 return  # aborted while the scheduler was choosing

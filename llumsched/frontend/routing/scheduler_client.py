@@ -24,7 +24,7 @@ from vllm.v1.engine import EngineCoreRequest
 from llumsched.core.types import SchedulingRequest, priority_class
 from llumsched.engine.vllm.predicted_length import predict
 from llumsched.frontend.request.hints import SchedulingHints, current
-from llumsched.frontend.request.rejection import Rejected
+from llumsched.frontend.request.rejection import Rejected, reasoned
 from llumsched.logs import FailureLog
 from llumsched.wire.control import (
     Accepted,
@@ -177,6 +177,7 @@ class SchedulerClient:
                         instance_name(instance),
                         level=logging.WARNING,
                     )
+                    reasoned("the scheduler is silent; fewest requests of this frontend")
                     return instance
                 if loop.time() - heard_s > self._patience.silent_s:
                     raise Rejected("the global scheduler is silent, and no instance is up", None)
@@ -184,6 +185,7 @@ class SchedulerClient:
             self._placements.pop(request.request_id, None)
         if placed.instance_id is None or placed.engine_index is None:
             raise Rejected(placed.reason, placed.retry_after_s, placed.rejection)
+        reasoned(placed.reason)
         if placed.predicted_output_tokens is not None and request.sampling_params is not None:
             predict(request.sampling_params, placed.predicted_output_tokens)
         return placed.engine_index

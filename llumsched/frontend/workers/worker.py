@@ -123,6 +123,7 @@ async def serve(plan: FrontendPlan, index: int, supervision: LauncherClient) -> 
             plan.listen_address,
             socket.socket(fileno=plan.listener),
             begins=supervision.serves,
+            policy=plan.options.config.policy,
             # Alone, a frontend need not ask whose turn it is.
             peer_loads=(connections_of_all(plan.loads, plan.options.num_frontends), index)
             if plan.options.num_frontends > 1
