@@ -138,6 +138,7 @@ setup(
     cmdclass={"build_py": BuildWithHardware},
     package_data={
         "llumsched": ["py.typed"],
+        "llumsched.frontend.http": ["live_page/*"],
         "llumsched.simulator": ["data/*", "report_page/*"],
     },
     # Enough for the simulator and for every command that only talks to a server.
@@ -153,6 +154,8 @@ setup(
             "hypothesis>=6.130",
             "import-linter>=2.5",
             "mypy>=1.18",
+            "pillow>=10",
+            "playwright>=1.50",
             "pre-commit>=4",
             PYARROW,
             "pytest>=8.4",

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from llumsched.core.events import MigrationOutcome
+from llumsched.frontend.http.live import LiveFeed, live_router
 from llumsched.frontend.routing.routes import Routes
 from llumsched.frontend.routing.scheduler_client import SchedulerClient, SchedulerUnavailable
 from llumsched.frontend.routing.status import RequestStatus
@@ -105,7 +106,20 @@ def requests_of(routes: Routes, frontend: str) -> Iterator[RequestStatus]:
             num_output_tokens=route.num_tokens,
             num_moves=route.num_moves,
             num_resumptions=route.num_resumptions,
+            num_prompt_tokens=route.num_prompt_tokens,
+            priority_class=route.priority_class,
         )
+
+
+async def all_requests(
+    routes: Routes, frontend: str, others: OtherFrontends
+) -> list[RequestStatus]:
+    """The unfinished requests of every frontend.
+
+    Raises:
+        TimeoutError: if one of the others does not answer.
+    """
+    return [*requests_of(routes, frontend), *await others.requests()]
 
 
 def admin_router(
@@ -115,6 +129,7 @@ def admin_router(
     others: OtherFrontends | None = None,
     frontend: str = frontend_id(0),
     config_file: str | None = None,
+    live: LiveFeed | None = None,
 ) -> APIRouter:
     """The routes.
 
@@ -123,6 +138,7 @@ def admin_router(
         others: those beside it, if there are several.
         frontend: this one's name.
         config_file: the scheduler's configuration, if it is not that of a bundle alone.
+        live: the frames of the live page, if it is served.
     """
     others = others or Alone()
     router = APIRouter(prefix="/llumsched", tags=["llumsched"])
@@ -178,14 +194,11 @@ def admin_router(
         berths.limit(body.num_instances)
         return JSONResponse({"num_instances": body.num_instances}, 202)
 
-    async def all_requests() -> list[RequestStatus]:
-        return [*requests_of(routes, frontend), *await others.requests()]
-
     @router.get("/requests", responses=_errors(503))
     async def list_requests() -> JSONResponse:
         """Every unfinished request, and the frontend and the instance that have it now."""
         try:
-            found = await all_requests()
+            found = await all_requests(routes, frontend, others)
         except TimeoutError:
             return _error(503, OTHERS_SILENT)
         return JSONResponse({"requests": msgspec.to_builtins(found)})
@@ -194,7 +207,7 @@ def admin_router(
     async def migrate(body: MigrationBody) -> JSONResponse:
         """Move a running request; answers when it has moved, with what it took."""
         try:
-            found = await all_requests()
+            found = await all_requests(routes, frontend, others)
         except TimeoutError:
             return _error(503, OTHERS_SILENT)
         matches = [
@@ -228,6 +241,8 @@ def admin_router(
             return _error(409, f"Not migrated: {answer.report.reason}.")
         return JSONResponse(_flat(msgspec.to_builtins(answer.report)))
 
+    if live is not None:
+        router.include_router(live_router(live))
     return router
 
 

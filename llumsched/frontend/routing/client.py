@@ -116,6 +116,7 @@ class RoutingEngineClient(ConnectedInstances):
             request.external_req_id,
             priority_class=priority_class(request.priority),
             opened_s=time.monotonic(),
+            num_prompt_tokens=len(request.prompt_token_ids or ()),
         )
         self._resumer.keep(request)
         try:

@@ -38,6 +38,7 @@ class Route:
     external_id: str
     priority_class: int = 0
     opened_s: float = 0.0
+    num_prompt_tokens: int = 0
     instance: int | None = None
     placement_number: int = 0
     output_token_ids: list[int] = field(default_factory=list)
@@ -136,10 +137,11 @@ class Routes:
         *,
         priority_class: int = 0,
         opened_s: float = 0.0,
+        num_prompt_tokens: int = 0,
     ) -> Route:
         """Begin to follow a request that has no instance yet."""
         route = self._routes[request_id] = Route(
-            external_id or request_id, priority_class, opened_s
+            external_id or request_id, priority_class, opened_s, num_prompt_tokens
         )
         return route
 

@@ -15,3 +15,5 @@ class RequestStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_output_tokens: int
     num_moves: int
     num_resumptions: int
+    num_prompt_tokens: int = 0
+    priority_class: int = 0

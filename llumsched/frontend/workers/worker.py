@@ -20,8 +20,9 @@ from vllm.utils.system_utils import decorate_logs
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from llumsched.engine.vllm.prefix_blocks import prefix_hasher
-from llumsched.frontend.http.admin import admin_router
+from llumsched.frontend.http.admin import admin_router, all_requests
 from llumsched.frontend.http.app import serve_app
+from llumsched.frontend.http.live import DESCRIBE_TIMEOUT_S, LiveFeed
 from llumsched.frontend.http.pool_metrics import PoolMetrics
 from llumsched.frontend.options.arguments import ServeOptions
 from llumsched.frontend.options.preflight import check_tasks
@@ -116,6 +117,12 @@ async def serve(plan: FrontendPlan, index: int, supervision: LauncherClient) -> 
                 supervision,
                 name,
                 plan.options.config_file,
+                LiveFeed(
+                    lambda: link.describe(DESCRIBE_TIMEOUT_S),
+                    lambda: all_requests(client.routes, name, supervision),
+                    lambda: vllm_config.cache_config.block_size,
+                    registry,
+                ),
             )
             if plan.options.admin_api
             else None,

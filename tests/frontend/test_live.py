@@ -1,0 +1,171 @@
+"""The live page: frames, quantiles of what was counted lately, and the page in a browser."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry, Histogram
+
+from llumsched.frontend.http.live import TTFT, LiveFeed, RecentQuantiles
+from llumsched.frontend.routing.scheduler_client import SchedulerUnavailable
+from llumsched.frontend.routing.status import RequestStatus
+from llumsched.wire.control import ClusterDescription
+from tests.frontend.live_incident import Incident, app_of
+
+TIMEOUT_S = 20.0
+
+
+async def first_frames(feed: LiveFeed, number: int) -> list[dict[str, Any]]:
+    frames = []
+    async with asyncio.timeout(TIMEOUT_S):
+        async for event in feed.frames():
+            frames.append(json.loads(event.removeprefix(b"data: ")))
+            if len(frames) == number:
+                break
+    return frames
+
+
+def feed_of(incident: Incident, **changes: Any) -> LiveFeed:
+    values: dict[str, Any] = {
+        "describe": incident.describe,
+        "requests": incident.requests,
+        "block_size": lambda: 16,
+        "registry": incident.registry,
+        "interval_s": 0.001,
+    }
+    return LiveFeed(**(values | changes))
+
+
+def test_a_frame_has_every_instance_and_request() -> None:
+    frames = asyncio.run(first_frames(feed_of(Incident(3, 10)), 2))
+    assert [i["id"] for i in frames[1]["instances"]] == ["instance-0", "instance-1", "instance-2"]
+    assert len(frames[1]["requests"]) == 10
+    assert {r["instance"] for r in frames[1]["requests"]} <= {
+        i["id"] for i in frames[1]["instances"]
+    }
+    assert frames[1]["at_s"] > frames[0]["at_s"]
+    assert frames[1]["ttft_p50_s"] > 0
+
+
+def test_what_was_known_is_shown_while_the_scheduler_is_silent() -> None:
+    incident, is_silent = Incident(2, 4), False
+
+    async def describe() -> ClusterDescription:
+        nonlocal is_silent
+        if is_silent:
+            raise SchedulerUnavailable("the scheduler does not answer")
+        is_silent = True
+        return await incident.describe()
+
+    frames = asyncio.run(first_frames(feed_of(incident, describe=describe), 2))
+    assert not frames[0]["error"]
+    assert "does not answer" in frames[1]["error"]
+    assert len(frames[1]["instances"]) == 2
+
+
+def test_a_frontend_that_is_silent_is_said() -> None:
+    async def requests() -> Sequence[RequestStatus]:
+        raise TimeoutError
+
+    (frame,) = asyncio.run(first_frames(feed_of(Incident(2, 4), requests=requests), 1))
+    assert "a frontend does not answer" in frame["error"]
+    assert frame["requests"] == []
+
+
+def test_nobody_is_asked_while_nobody_looks() -> None:
+    num_asked = 0
+    incident = Incident(1, 1)
+
+    async def describe() -> ClusterDescription:
+        nonlocal num_asked
+        num_asked += 1
+        return await incident.describe()
+
+    async def play() -> None:
+        feed = feed_of(incident, describe=describe)
+        assert num_asked == 0
+        await first_frames(feed, 1)
+        assert feed._task is not None
+        async with asyncio.timeout(TIMEOUT_S):
+            await feed._task
+
+    asyncio.run(play())
+    assert num_asked >= 1
+
+
+def test_quantiles_are_those_of_the_window() -> None:
+    registry = CollectorRegistry()
+    histogram = Histogram(TTFT, "", ["engine"], buckets=(0.1, 1.0, 10.0), registry=registry)
+    recent = RecentQuantiles(registry, TTFT, window_s=10.0)
+    assert recent.quantile(0.5) is None
+    for _ in range(100):
+        histogram.labels("0").observe(5.0)
+    recent.look(0.0)
+    recent.look(20.0)
+    assert recent.quantile(0.5) is None, "nothing was counted within the window"
+    for _ in range(50):
+        histogram.labels("0").observe(0.05)
+        histogram.labels("1").observe(0.5)
+    recent.look(25.0)
+    assert recent.quantile(0.25) == pytest.approx(0.05)
+    assert 0.1 <= (recent.quantile(0.75) or 0) <= 1.0
+    histogram.labels("1").observe(50.0)
+    recent.look(26.0)
+    assert recent.quantile(1.0) == 10.0, "beyond the last bound the bound is said"
+
+
+def test_the_page_is_one_file() -> None:
+    app: FastAPI = app_of(Incident(2, 4))
+    with TestClient(app) as client:
+        page = client.get("/llumsched/")
+    assert page.status_code == 200
+    assert "<script src" not in page.text
+    assert 'rel="stylesheet"' not in page.text
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+    assert '"use strict"' in page.text
+
+
+def in_a_browser() -> bool:
+    if importlib.util.find_spec("playwright") is None:
+        return False
+    from scripts.screenshots import chromium_path
+
+    return chromium_path() is not None
+
+
+@pytest.mark.skipif(not in_a_browser(), reason="needs playwright, and Chromium on the path")
+def test_in_a_browser_an_incident_is_seen_and_nothing_is_wider_than_the_window() -> None:
+    from scripts.screenshots import PHONE, browser, opened, served
+
+    async def play() -> None:
+        incident = Incident(6, 90)
+        incident.started_s -= 5.0  # instance-1 is crowded
+        async with asyncio.timeout(6 * TIMEOUT_S), served(incident) as url, browser() as chromium:
+            errors: list[str] = []
+            page = await opened(chromium, url, PHONE)
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            await page.wait_for_selector(".inst.hot")
+            verdict = await page.text_content("#verdict")
+            assert verdict is not None
+            assert "instance-1 is hot" in verdict
+            await page.wait_for_function(
+                "document.querySelector('#events').textContent.includes(' moved: ')"
+            )
+            await page.click(".inst .head button")
+            assert await page.is_visible("#detail")
+            assert await page.text_content("#detail h2 span") == "instance-0"
+            await page.keyboard.press("Escape")
+            assert not await page.is_visible("#detail")
+            width = await page.evaluate("document.documentElement.scrollWidth")
+            assert width <= PHONE["width"]
+            assert not errors
+
+    asyncio.run(play())
