@@ -108,8 +108,9 @@ def loads(text: str, source: str = "<text>") -> Config:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
         raise ConfigError(f"{source}:{line}: not YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not YAML: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{source}: not YAML: {said}") from error
     return Config() if root is None else _Reader(source).config(root)
 
 

@@ -153,10 +153,9 @@ def read_segment(path: Path) -> tuple[Header, Iterator[Decision]]:
     Raises:
         DecisionLogError: it is not a segment of this format (also while iterating).
     """
-    with path.open(encoding="utf-8") as file:
-        first = file.readline()
     try:
-        data = json.loads(first)
+        with path.open(encoding="utf-8") as file:
+            data = json.loads(file.readline())
         if data["format"] != FORMAT:
             raise DecisionLogError(
                 f"{path}:1: format {data['format']!r}; this version reads format {FORMAT}"
@@ -166,17 +165,25 @@ def read_segment(path: Path) -> tuple[Header, Iterator[Decision]]:
             config=config_from_plain(data["config"]),
             checkpoint=data["checkpoint"],
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, DecisionLogError):
             raise
-        raise DecisionLogError(f"{path}:1: not the header of a decision log: {error!r}") from error
+        raise DecisionLogError(
+            f"{path}:1: not the header of a decision log: {error!r:.200}"
+        ) from error
     return header, _decisions(path)
 
 
 def _decisions(path: Path) -> Iterator[Decision]:
     with path.open(encoding="utf-8") as file:
         next(file)
-        for number, line in enumerate(file, start=2):
+        number = 1
+        while True:
+            number += 1
+            try:
+                line = file.readline()
+            except UnicodeDecodeError as error:
+                raise DecisionLogError(f"{path}:{number}: not UTF-8 text: {error}") from error
             if not line.endswith("\n"):
                 return
             try:
@@ -186,8 +193,10 @@ def _decisions(path: Path) -> Iterator[Decision]:
                     event=decode_event(data["event"]),
                     actions=tuple(decode_action(action) for action in data["actions"]),
                 )
-            except (CodecError, ValueError, KeyError, TypeError) as error:
-                raise DecisionLogError(f"{path}:{number}: not a decision: {error!r}") from error
+            except (CodecError, ValueError, KeyError, TypeError, RecursionError) as error:
+                raise DecisionLogError(
+                    f"{path}:{number}: not a decision: {error!r:.200}"
+                ) from error
             yield decision
 
 

@@ -42,11 +42,13 @@ def to_s(time_ps: int) -> float:
 class Kernel:
     """The heap and the clock. Whoever runs the loop may read `heap` directly."""
 
-    __slots__ = ("heap", "next_number", "now")
+    __slots__ = ("heap", "next_number", "now", "skipped")
 
     def __init__(self) -> None:
         self.heap: list[Entry] = []
         self.now = 0
+        self.skipped = 0
+        """Idle time that was cut out so far (see `cluster.idle`)."""
         self.next_number: Callable[[], int] = count(1).__next__
         """Gives a number that no other caller has been given."""
 

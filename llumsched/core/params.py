@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 _SPEC = "llumsched.param"
+LARGEST = 2**1000
+"""No parameter is as large; a float takes no whole number much above."""
 
 
 class ParamError(ValueError):
@@ -104,7 +106,7 @@ def check_param(described: Param, value: Any) -> Any:
         ParamError: wrong type, or outside the range.
     """
     accepted = get_args(described.type) if get_origin(described.type) else (described.type,)
-    if float in accepted and type(value) is int:
+    if float in accepted and type(value) is int and abs(value) < LARGEST:
         value = float(value)
     # bool is an int in Python, but `max_migrations: true` is a mistake in YAML.
     if type(value) not in accepted:

@@ -83,7 +83,7 @@ class Instances:
         )
         self.engines.append(engine)
         self.by_id[engine.instance_id] = engine
-        self._launched.append(now)
+        self._launched.append(now + self._kernel.skipped)
         self._serving.append(-1)
         self._gone.append(-1)
         if self._machine_size > 1:
@@ -98,11 +98,11 @@ class Instances:
 
     def serve(self, engine: Engine, now: int) -> None:
         """Note that the instance is up."""
-        self._serving[engine.index] = now
+        self._serving[engine.index] = now + self._kernel.skipped
 
     def stop(self, engine: Engine, now: int) -> None:
         """Note that the instance is gone, and not paid for any more."""
-        self._gone[engine.index] = now
+        self._gone[engine.index] = now + self._kernel.skipped
 
     def lifetimes(self) -> tuple[InstanceLifetime, ...]:
         """Records of all instances, by index."""

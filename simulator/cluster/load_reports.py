@@ -94,7 +94,7 @@ class Reports:
         num_in, num_out = self._migrations.counts(engine.index)
         load = read_load(engine, now, num_in, num_out)
         if self._timeline is not None:
-            self._timeline.add(now, engine.index, load)
+            self._timeline.add(now + self._kernel.skipped, engine.index, load)
         at = now + self._delay
         if self._tells_blocks:
             for event in kv_events(engine, load.num_free_blocks):

@@ -39,8 +39,9 @@ from llumsched.core.events import (
 from llumsched.core.load import InstanceSpec
 from llumsched.core.types import InstanceRole
 from llumsched.policy_failures import PolicyFailures
+from llumsched.simulator.cluster.idle import IdleTime
 from llumsched.simulator.cluster.instances import Instances
-from llumsched.simulator.cluster.load_reports import Reports
+from llumsched.simulator.cluster.load_reports import VICTIM_INTERVAL, Reports
 from llumsched.simulator.cluster.migration_source import Migrations
 from llumsched.simulator.cluster.results import Columns, TimelineRecorder, result_of
 from llumsched.simulator.cluster.scheduler_port import SchedulerPort
@@ -66,7 +67,7 @@ class Cluster:
         self._options = options
         self._port = port = SchedulerPort(options)
         self._kernel = Kernel()
-        self._columns = Columns(trace)
+        self._columns = Columns(trace, self._kernel)
         self._instances = Instances(
             options, self._kernel, self, has_hashes=trace.prefix_hashes is not None
         )
@@ -92,6 +93,7 @@ class Cluster:
         self._counters: Counter[str] = Counter()
         self._failures = PolicyFailures()
         self._timeline = TimelineRecorder() if options.record_timeline else None
+        self._idle = IdleTime(options, port.scheduler.options, victim_interval=VICTIM_INTERVAL)
         self._reports = Reports(
             options,
             kernel=self._kernel,
@@ -139,7 +141,7 @@ class Cluster:
             failures=self._failures,
             counters=self._counters,
             uses_randomness=self._port.has_drawn,
-            now=self._kernel.now,
+            now=self._kernel.now + self._kernel.skipped,
             is_complete=is_complete,
         )
 
@@ -171,7 +173,7 @@ class Cluster:
             if not turns:
                 turns = TURNS_BETWEEN_LOOKS
                 if progress is not None:
-                    progress(self._num_ended, kernel.now / PS_PER_S)
+                    progress(self._num_ended, (kernel.now + kernel.skipped) / PS_PER_S)
                 if stop is not None and stop():
                     return False
             # The next of what comes by itself.
@@ -194,8 +196,15 @@ class Cluster:
             if source == _ARRIVAL:
                 self._arrive(next_row, now)
                 next_row += 1
-                next_arrival = arrivals[next_row] if next_row < num_requests else NEVER
+                next_arrival = NEVER
+                if next_row < num_requests:
+                    next_arrival = arrivals[next_row] - kernel.skipped
             elif source == _REPORT:
+                if not (self._live or heap):
+                    length = self._idle.length(now, min(next_arrival, until))
+                    kernel.skipped += length
+                    next_arrival -= length
+                    until -= length
                 _, engine = reports.popleft()
                 self._reports.make(engine, now)
             elif source == _REPORTED:
@@ -215,7 +224,7 @@ class Cluster:
         heap = kernel.heap
         while heap and heap[0][0] < before:
             now, priority, _, item = heappop(heap)
-            kernel.now = now
+            kernel.now = self._idle.busy_at = now
             if priority != STEP:
                 item(now)
                 return
@@ -262,6 +271,7 @@ class Cluster:
     # ---- requests -------------------------------------------------------------------------
 
     def _arrive(self, row: int, now: int) -> None:
+        self._idle.busy_at = now
         columns = self._columns
         request = columns.live_request(row, now, self._instances)
         if request.num_prompt >= self._instances.max_model_len:

@@ -49,6 +49,8 @@ class Move:
         self.source = source
         self.destination = destination
         self.start = now
+        self.skipped = source.kernel.skipped
+        """Idle time cut out before it; none is during it."""
         self.reservation = absent(order.migration_id)
 
     @property

@@ -19,7 +19,7 @@ from llumsched.simulator.cluster.instances import Instances
 from llumsched.simulator.cluster.migration_record import Move
 from llumsched.simulator.cluster.migration_source import Migrations
 from llumsched.simulator.engines.request import DECODING, LiveRequest
-from llumsched.simulator.kernel import PS_PER_S, to_s
+from llumsched.simulator.kernel import PS_PER_S, Kernel, to_s
 from llumsched.simulator.options import SimulationError, SimulationOptions
 from llumsched.simulator.results.records import (
     FloatArray,
@@ -39,8 +39,9 @@ FINISHED = int(RequestStatus.FINISHED)
 class Columns:
     """The rows of a trace as they go in and come out."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, kernel: Kernel) -> None:
         self._trace = trace
+        self._kernel = kernel
         self._client_ids = trace.client_ids
         self._predicted = trace.predicted_output_tokens
         n = len(trace)
@@ -119,8 +120,8 @@ class Columns:
     def write_finished(self, request: LiveRequest, now: int) -> None:
         """The last token came."""
         row = request.row
-        self.finished[row] = now / PS_PER_S
-        self.last_end = now
+        self.last_end = real = now + self._kernel.skipped
+        self.finished[row] = real / PS_PER_S
         self._write(request, FINISHED)
 
     def write_rejected(self, request: LiveRequest, reason: str) -> None:
@@ -140,12 +141,14 @@ class Columns:
         row = request.row
         self.status[row] = status
         self.generated[row] = request.generated
+        # No idle time is cut out while a request is live.
+        skipped = self._kernel.skipped
         if request.dispatched >= 0:
-            self.dispatched[row] = request.dispatched / PS_PER_S
+            self.dispatched[row] = (request.dispatched + skipped) / PS_PER_S
         if request.scheduled >= 0:
-            self.scheduled[row] = request.scheduled / PS_PER_S
+            self.scheduled[row] = (request.scheduled + skipped) / PS_PER_S
         if request.first_token >= 0:
-            self.first_token[row] = request.first_token / PS_PER_S
+            self.first_token[row] = (request.first_token + skipped) / PS_PER_S
         if request.generated > 1:
             self.itl_max[row] = request.itl_max / PS_PER_S
         if request.place is not None:
@@ -302,8 +305,8 @@ def _record(move: Move) -> MigrationRecord:
         request=move.request.row,
         source=move.order.source,
         destination=move.order.destination,
-        start_s=to_s(move.start),
-        end_s=to_s(move.end) if move.end >= 0 else NAN,
+        start_s=to_s(move.start + move.skipped),
+        end_s=to_s(move.end + move.skipped) if move.end >= 0 else NAN,
         num_stages=move.migration.stage,
         num_blocks=move.num_blocks_copied,
         downtime_s=to_s(move.downtime) if move.downtime >= 0 else NAN,

@@ -23,6 +23,8 @@ from llumsched.simulator.hardware.kv_shape import (
 )
 from llumsched.simulator.hardware.spec import ComputeShape
 
+_MOST = 10**9
+
 
 class ShapeError(ValueError):
     """The configuration of a model lacks what is needed; the message names file and key."""
@@ -46,13 +48,15 @@ def read_shape(path: Path, *, tensor_parallel: int = 1, kv_bytes_per_value: int 
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ShapeError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ShapeError(f"{path}: not JSON: {error}") from error
+    # Models of several parts have one configuration for each.
+    if isinstance(config, dict):
+        config = config.get("text_config", config)
     if not isinstance(config, dict):
         raise ShapeError(f"{path}: must be an object")
-    # Models of several parts have one configuration for each.
     return shape_of(
-        config.get("text_config", config),
+        config,
         source=str(path),
         tensor_parallel=tensor_parallel,
         kv_bytes_per_value=kv_bytes_per_value,
@@ -102,6 +106,8 @@ class _Keys:
         value = self.optional(*names)
         if value is None:
             raise ShapeError(f"{self._source}: {' or '.join(map(repr, names))} is missing")
+        if value < 1:
+            raise ShapeError(f"{self._source}: {' or '.join(map(repr, names))} must be at least 1")
         return value
 
     def optional(self, *names: str) -> int | None:
@@ -109,8 +115,10 @@ class _Keys:
             value = self._config.get(name)
             if value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ShapeError(f"{self._source}: {name!r} must be a whole number, not {value!r}")
+            if type(value) is not int or not 0 <= value <= _MOST:
+                raise ShapeError(
+                    f"{self._source}: {name!r} must be a whole number, not {value!r:.60}"
+                )
             return value
         return None
 

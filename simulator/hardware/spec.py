@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from llumsched.core.params import ParamError, check_param, check_params, param, params_of
+from llumsched.core.params import LARGEST, ParamError, check_param, check_params, param, params_of
 from llumsched.plugins import unknown_name
 
 _IN_WHEEL = Path(__file__).parents[1] / "hardware_files"
@@ -224,8 +224,15 @@ def load_hardware(name_or_path: str | Path, folder: Path = FOLDER) -> Hardware:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise HardwareError(f"{path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise HardwareError(f"{path}: not YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise HardwareError(f"{path}: not UTF-8 text: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
+        raise HardwareError(f"{path}:{line}: not YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # A date that is none, or a number too long, is a ValueError.
+        said = " ".join(str(error).split())
+        raise HardwareError(f"{path}: not YAML that can be read: {said}") from error
     return hardware_from_plain(data, str(path))
 
 
@@ -246,7 +253,7 @@ def hardware_from_plain(data: Any, source: str) -> Hardware:
         if name in _SECTIONS:
             made[name] = _section(_SECTIONS[name], name, value, source)
         elif name in ("fit_error", "boot_s"):
-            if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+            if type(value) not in (int, float) or value < 0 or value > LARGEST:
                 raise HardwareError(f"{source}: {name} must be a number of at least 0 (or .nan)")
             made[name] = float(value)
         elif name == "notes":
@@ -254,7 +261,7 @@ def hardware_from_plain(data: Any, source: str) -> Hardware:
                 raise HardwareError(f"{source}: notes must be a list of strings")
             made[name] = tuple(value)
         elif not isinstance(value, str) or not value:
-            raise HardwareError(f"{source}: {name} must be text, not {value!r}")
+            raise HardwareError(f"{source}: {name} must be text, not {value!r:.60}")
         else:
             made[name] = value
     return Hardware(**made)
@@ -278,7 +285,7 @@ def _section(cls: type, name: str, data: Any, source: str) -> Any:
 def _table(data: Any, source: str) -> tuple[tuple[int, float], ...]:
     try:
         return tuple((int(tokens), float(seconds)) for tokens, seconds in data)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise HardwareError(
             f"{source}: step: table must be a list of [tokens, seconds]: {error}"
         ) from error

@@ -1,7 +1,6 @@
 """CSV traces: each format is a row of the table at the end, read by one reader.
 
-Columns are found by name, in any order; columns that nobody asks for are ignored. Rows of public
-traces without a token in or out are failed requests: they are left out, and their number is noted.
+Columns are found by name, in any order; columns that nobody asks for are ignored.
 """
 
 from __future__ import annotations
@@ -12,6 +11,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from llumsched.simulator.traces.reader import Columns, Format, ReadOptions, Source
+
+# The hashes of a long prompt are one field; the limit of the standard library is 128 kB.
+csv.field_size_limit(2**31 - 1)
 
 Row = Mapping[str, str]
 ReadArrival = Callable[[Source, int, Row, str], float]
@@ -36,7 +38,6 @@ class CsvFormat:
     execution_priority: str = ""
     prefix_hashes: str = ""
     hash_block_size: str = ""
-    drops_empty: bool = True
     spreads: bool = False
 
     def as_format(self) -> Format:
@@ -68,13 +69,10 @@ class CsvFormat:
             )
         columns = Columns()
         self._add_optional(columns, header)
-        num_dropped = 0
         for line, row in _rows(source, reader, header):
-            least = 0 if self.drops_empty else 1
-            num_prompt_tokens = source.whole(line, row, self.prompt, at_least=least)
-            num_output_tokens = source.whole(line, row, self.output, at_least=least)
-            if num_prompt_tokens == 0 or num_output_tokens == 0:
-                num_dropped += 1
+            num_prompt_tokens = source.length(line, row, self.prompt)
+            num_output_tokens = source.length(line, row, self.output)
+            if not columns.is_request(num_prompt_tokens, num_output_tokens):
                 continue
             if columns.arrival_s is not None:
                 if self.no_arrival and row[self.arrival] == self.no_arrival:
@@ -86,8 +84,6 @@ class CsvFormat:
             self._read_optional(source, line, row, columns)
             if options.is_enough(columns):
                 break
-        if num_dropped:
-            columns.notes.append(f"{num_dropped} rows without prompt or output tokens left out")
         return columns
 
     def _add_optional(self, columns: Columns, header: list[str]) -> None:
@@ -144,11 +140,11 @@ def _utc(source: Source, line: int, row: Row, key: str) -> float:
     """Seconds since 1970 of a date and time, which is UTC unless it says otherwise."""
     try:
         when = datetime.fromisoformat(row[key])
-    except ValueError:
+        return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
         raise source.error(
-            line, f"{key!r} must be a date and time (2023-11-16 18:15:46.68), not {row[key]!r}"
+            line, f"{key!r} must be a date and time (2023-11-16 18:15:46.68), not {row[key]!r:.60}"
         ) from None
-    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
 
 
 def _seconds(source: Source, line: int, row: Row, key: str) -> float:
@@ -169,7 +165,6 @@ OWN_CSV = CsvFormat(
     execution_priority="execution_priority",
     prefix_hashes="prefix_hashes",
     hash_block_size="hash_block_size",
-    drops_empty=False,
 )
 
 CSV_FORMATS = (

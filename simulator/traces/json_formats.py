@@ -7,6 +7,7 @@ partial block is never shared: it is left out.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -26,8 +27,8 @@ def read_mooncake(source: Source, options: ReadOptions) -> Columns:
     columns = Columns(prefix_hashes=[])
     last = 1
     for line, row in source.json_lines():
-        _read_lengths(source, line, row, columns, tick_s=_MS)
         last = line
+        _read_lengths(source, line, row, columns, tick_s=_MS)
         if options.is_enough(columns):
             break
     _keep_full_blocks(source, last, columns, options.hash_block_size)
@@ -37,15 +38,15 @@ def read_mooncake(source: Source, options: ReadOptions) -> Columns:
 def read_bailian(source: Source, options: ReadOptions) -> Columns:
     """`timestamp` (s), `input_length`, `output_length`, `hash_ids`; a client is a conversation."""
     columns = Columns(prefix_hashes=[], client_ids=[])
-    conversation: dict[object, str] = {}
+    conversation: dict[str, str] = {}
     last = 1
     for line, row in source.json_lines():
-        _read_lengths(source, line, row, columns, tick_s=1.0)
-        chat, parent = row.get("chat_id"), row.get("parent_chat_id")
-        conversation[chat] = conversation.get(parent, str(chat))
-        assert columns.client_ids is not None
-        columns.client_ids.append(conversation[chat])
         last = line
+        chat, parent = str(row.get("chat_id")), str(row.get("parent_chat_id"))
+        conversation[chat] = conversation.get(parent, chat)
+        if _read_lengths(source, line, row, columns, tick_s=1.0):
+            assert columns.client_ids is not None
+            columns.client_ids.append(conversation[chat])
         if options.is_enough(columns):
             break
     _keep_full_blocks(source, last, columns, options.hash_block_size or BAILIAN_BLOCK_SIZE)
@@ -60,10 +61,14 @@ def read_own_jsonl(source: Source, options: ReadOptions) -> Columns:
         if not first:
             first = row
             _add_optional(columns, row)
+        num_prompt_tokens = source.length(line, row, "num_prompt_tokens")
+        num_output_tokens = source.length(line, row, "num_output_tokens")
+        if not columns.is_request(num_prompt_tokens, num_output_tokens):
+            continue
+        columns.num_prompt_tokens.append(num_prompt_tokens)
+        columns.num_output_tokens.append(num_output_tokens)
         if columns.arrival_s is not None:
             columns.arrival_s.append(source.seconds(line, row, "arrival_s"))
-        columns.num_prompt_tokens.append(source.whole(line, row, "num_prompt_tokens", at_least=1))
-        columns.num_output_tokens.append(source.whole(line, row, "num_output_tokens", at_least=1))
         for key in ("predicted_output_tokens", "scheduling_priority", "execution_priority"):
             values = getattr(columns, key)
             if values is not None:
@@ -78,39 +83,54 @@ def read_own_jsonl(source: Source, options: ReadOptions) -> Columns:
     return columns
 
 
-def read_sharegpt(source: Source, options: ReadOptions) -> Columns:
+def read_sharegpt(source: Source, options: ReadOptions, *, skips_system: bool = False) -> Columns:
     """A JSON list of conversations; as in vLLM's benchmark, the first two turns are a request.
 
+    A system turn at the beginning is one of the two, unless it is skipped.
     Without a tokenizer, lengths are estimated from characters, and the notes say so.
     """
     try:
         conversations = json.load(source.file)
     except json.JSONDecodeError as error:
         raise source.error(error.lineno, f"not JSON: {error.msg}") from error
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise source.error(1, f"not JSON that can be read: {error}") from error
     if not isinstance(conversations, list):
         raise source.error(1, "ShareGPT is a JSON list of conversations")
     count = options.count_tokens or _estimate_tokens
     columns = Columns(arrival_s=None)
-    num_dropped = 0
+    num_system = 0
     for number, conversation in enumerate(conversations, start=1):
         try:
-            turns = [turn["value"] for turn in conversation["conversations"][:2]]
-            num_tokens = [count(text) for text in turns]
-        except (TypeError, LookupError) as error:
+            turns = conversation["conversations"]
+            begins_with_system = bool(turns) and turns[0].get("from") == "system"
+            skipped = 1 if begins_with_system and skips_system else 0
+            num_system += begins_with_system
+            num_tokens = [count(turn["value"]) for turn in turns[skipped : skipped + 2]]
+        except (TypeError, LookupError, AttributeError) as error:
             raise source.error(
                 1,
                 f"conversation {number} is not of the form"
                 ' {"conversations": [{"from": ..., "value": ...}, ...]}',
             ) from error
-        if len(num_tokens) < 2 or 0 in num_tokens:
-            num_dropped += 1
+        if not columns.is_request(*[*num_tokens, 0, 0][:2]):
             continue
         columns.num_prompt_tokens.append(num_tokens[0])
         columns.num_output_tokens.append(num_tokens[1])
         if options.is_enough(columns):
             break
-    if num_dropped:
-        columns.notes.append(f"{num_dropped} conversations without an answer left out")
+    if num_system:
+        columns.notes.append(
+            f"{num_system} conversations begin with a system turn, which is"
+            + (
+                " left out (--format sharegpt takes it for the prompt, as vLLM's benchmark does)"
+                if skips_system
+                else " taken for the prompt, as in vLLM's benchmark (--format sharegpt-chat leaves"
+                " it out)"
+            )
+        )
     if options.count_tokens is None:
         columns.notes.append(
             f"token counts estimated as characters / {_CHARACTERS_PER_TOKEN:g}: no tokenizer given"
@@ -124,15 +144,20 @@ def _estimate_tokens(text: str) -> int:
 
 def _read_lengths(
     source: Source, line: int, row: Mapping[str, Any], columns: Columns, *, tick_s: float
-) -> None:
-    num_prompt_tokens = source.whole(line, row, "input_length", at_least=1)
-    num_output_tokens = source.whole(line, row, "output_length", at_least=1)
+) -> bool:
+    """Whether the row is a request, which is then added; one without hash ids shares nothing."""
+    num_prompt_tokens = source.length(line, row, "input_length")
+    num_output_tokens = source.length(line, row, "output_length")
+    if not columns.is_request(num_prompt_tokens, num_output_tokens):
+        return False
     assert columns.arrival_s is not None
     assert columns.prefix_hashes is not None
     columns.arrival_s.append(source.seconds(line, row, "timestamp") * tick_s)
-    columns.prefix_hashes.append(_hashes(source, line, row, "hash_ids"))
+    has_hashes = row.get("hash_ids") is not None
+    columns.prefix_hashes.append(_hashes(source, line, row, "hash_ids") if has_hashes else [])
     columns.num_prompt_tokens.append(num_prompt_tokens)
     columns.num_output_tokens.append(num_output_tokens)
+    return True
 
 
 def _hashes(source: Source, line: int, row: Mapping[str, Any], key: str) -> list[int]:
@@ -148,9 +173,17 @@ def _keep_full_blocks(
     """Cut the ids of partial blocks, with the block size that fits every prompt."""
     assert columns.prefix_hashes is not None
     rows = list(zip(columns.num_prompt_tokens, columns.prefix_hashes, strict=True))
+    num_without = sum(not ids for _, ids in rows)
+    if num_without == len(rows):
+        columns.prefix_hashes = None
+        if num_without:
+            columns.notes.append("no hash ids in the file: no prompt shares a prefix with another")
+        return
+    if num_without:
+        columns.notes.append(f"{num_without} rows without hash ids share no prefix")
 
     def fits(size: int) -> bool:
-        return all(num // size <= len(ids) <= -(-num // size) for num, ids in rows)
+        return all(num // size <= len(ids) <= -(-num // size) for num, ids in rows if ids)
 
     sizes = _BLOCK_SIZES if block_size is None else (block_size,)
     fitting = next((size for size in sizes if fits(size)), None)
@@ -218,5 +251,11 @@ JSON_FORMATS = (
         summary="ShareGPT JSON: a list of conversations (no arrivals)",
         matches=_is_sharegpt,
         read=read_sharegpt,
+    ),
+    Format(
+        name="sharegpt-chat",
+        summary="the same without system turns; only where it is named",
+        matches=lambda start: False,
+        read=functools.partial(read_sharegpt, skips_system=True),
     ),
 )

@@ -7,7 +7,7 @@ notes of the trace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -27,6 +27,7 @@ from llumsched.simulator.traces.trace import (
 )
 
 _START_CHARACTERS = 65536
+_DAY_S = 86_400.0
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
@@ -66,8 +67,12 @@ def load_trace(
     chosen = detect_format(path) if format is None else find_format(format)
     with open_source(path) as source:
         columns = chosen.read(source, options)
+    if columns.num_left_out:
+        columns.notes.append(
+            f"{columns.num_left_out} rows without prompt or output tokens left out"
+        )
     if not columns:
-        raise TraceError(f"{path}: no requests in it")
+        raise TraceError(f"{path}: no requests in it; {'; '.join(columns.notes) or 'it is empty'}")
     rng = np.random.default_rng(seed)
     trace = make_trace(
         path.name,
@@ -100,10 +105,13 @@ def detect_format(path: Path) -> Format:
     for trace_format in FORMATS.values():
         if trace_format.matches(start):
             return trace_format
-    known = "; ".join(f"{f.name}: {f.summary}" for f in FORMATS.values())
-    first_line = start.partition("\n")[0]
+    if "ustar" in start[:512]:
+        raise TraceError(f"{path}: a tar archive: unpack it and name a file of it")
+    if "\0" in start:
+        raise TraceError(f"{path}: not text, so no trace; gzip is unpacked, nothing else is")
     raise TraceError(
-        f"{path}:1: this is no trace that is known: {first_line[:80]!r}. Formats: {known}"
+        f"{path}:1: not the beginning of a trace: {start.partition(chr(10))[0][:80]!r}; it begins"
+        f" with the columns, or with an object, of one of: {', '.join(FORMATS)}"
     )
 
 
@@ -144,5 +152,17 @@ def _arrivals(
             f"time stamps are rounded to {tick:.3g} s in the file; each was moved by a random part"
             " of that"
         )
+    columns.notes.extend(_stray_gap(np.sort(arrival_s)))
     shifted: Floats = arrival_s - arrival_s.min()
     return shifted
+
+
+def _stray_gap(arrival_s: Floats) -> Iterator[str]:
+    """A note on one gap of days that is most of the trace: such is a wrong time stamp, mostly."""
+    gaps = np.diff(arrival_s)
+    if len(gaps) and gaps.max() > max(_DAY_S, 0.9 * gaps.sum()):
+        row = int(gaps.argmax())
+        yield (
+            f"{gaps[row] / _DAY_S:,.0f} days without a request lie after request {row}, most of the"
+            " trace: is its time stamp, or the next one, right?"
+        )

@@ -6,9 +6,11 @@ the file, the line and what was expected there. gzip is recognised by its first 
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +20,8 @@ from typing import Any, TextIO
 from llumsched.simulator.traces.trace import TraceError
 
 _GZIP_MAGIC = b"\x1f\x8b"
+MOST = 10**12
+"""Beyond this no number of tokens, of a class or of a block is meant."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +38,15 @@ class Columns:
     hash_block_size: int | None = None
     predicted_output_tokens: list[int] | None = None
     notes: list[str] = field(default_factory=list)
+
+    num_left_out: int = 0
+    """Rows that are no request: nothing in, or nothing out."""
+
+    def is_request(self, num_prompt_tokens: int, num_output_tokens: int) -> bool:
+        """Whether a row is a request; one that is not is counted and left out, in every format."""
+        is_one = num_prompt_tokens > 0 and num_output_tokens > 0
+        self.num_left_out += not is_one
+        return is_one
 
     def __len__(self) -> int:
         return len(self.num_prompt_tokens)
@@ -87,11 +100,20 @@ class Source:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise self.error(number, f"not JSON: {error.msg} (column {error.colno})") from error
+            except (ValueError, RecursionError) as error:
+                raise self.error(number, f"not JSON that can be read: {error}") from error
             if not isinstance(row, dict):
                 raise self.error(number, f"must be a JSON object, not {type(row).__name__}")
             yield number, row
 
-    def whole(self, line: int, row: Mapping[str, Any], key: str, *, at_least: int = 0) -> int:
+    def length(self, line: int, row: Mapping[str, Any], key: str) -> int:
+        """Tokens out of a row; 0 for none, which may be written as nothing or as less than one."""
+        value = self._get(line, row, key)
+        return 0 if value in (None, "") else max(0, self.whole(line, row, key, at_least=None))
+
+    def whole(
+        self, line: int, row: Mapping[str, Any], key: str, *, at_least: int | None = 0
+    ) -> int:
         """A whole number out of a row."""
         value = self._get(line, row, key)
         try:
@@ -100,9 +122,11 @@ class Source:
         except (TypeError, ValueError, OverflowError):
             exact = False
         if not exact or isinstance(value, bool):
-            raise self.error(line, f"{key!r} must be a whole number, not {value!r}")
-        if number < at_least:
-            raise self.error(line, f"{key!r} must be at least {at_least}, not {value!r}")
+            raise self.error(line, f"{key!r} must be a whole number, not {value!r:.60}")
+        if at_least is not None and number < at_least:
+            raise self.error(line, f"{key!r} must be at least {at_least}, not {value!r:.60}")
+        if number > MOST:
+            raise self.error(line, f"{key!r} must be at most {MOST:,}, not {value!r:.60}")
         return number
 
     def seconds(self, line: int, row: Mapping[str, Any], key: str) -> float:
@@ -110,10 +134,10 @@ class Source:
         value = self._get(line, row, key)
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = float("nan")
-        if not abs(number) < float("inf"):
-            raise self.error(line, f"{key!r} must be a number, not {value!r}")
+        if not abs(number) < float("inf") or isinstance(value, bool):
+            raise self.error(line, f"{key!r} must be a number, not {value!r:.60}")
         return number
 
     def _get(self, line: int, row: Mapping[str, Any], key: str) -> Any:
@@ -139,5 +163,9 @@ def open_source(path: Path) -> Iterator[Source]:
     except (OSError, EOFError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TraceError(f"{path}: cannot be read: {reason}") from error
+    except zlib.error as error:
+        raise TraceError(f"{path}: cannot be unpacked, it is damaged: {error}") from error
+    except csv.Error as error:
+        raise TraceError(f"{path}: not CSV: {error}") from error
     except UnicodeDecodeError as error:
         raise TraceError(f"{path}: not UTF-8 text: {error}") from error

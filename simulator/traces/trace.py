@@ -24,6 +24,10 @@ Bools = NDArray[np.bool_]
 PrefixHashes = tuple[tuple[int, ...], ...]
 
 DEFAULT_HASH_BLOCK_SIZE = 16
+MOST_TOKENS = 10**9
+"""A longer prompt or output is a mistake."""
+MOST_SECONDS = 1e11
+"""An arrival further from 0 (three thousand years) is a mistake."""
 
 
 class TraceError(ValueError):
@@ -88,11 +92,17 @@ class Trace:
 
     def _with_length(self, factor: float) -> Trace:
         def scale(tokens: Ints) -> Ints:
-            scaled: Ints = np.maximum(np.ceil(tokens * factor), 1).astype(np.int64)
-            return scaled
+            scaled = np.maximum(np.ceil(tokens * factor), 1)
+            if len(scaled) and scaled.max() > MOST_TOKENS:
+                raise TraceError(
+                    f"lengths {factor:g} times those of the trace are up to {scaled.max():.3g}"
+                    f" tokens; at most {MOST_TOKENS:,} are meant"
+                )
+            whole: Ints = scaled.astype(np.int64)
+            return whole
 
         prompts = scale(self.num_prompt_tokens)
-        block_size = max(1, round(self.hash_block_size * factor))
+        block_size = max(1, round(min(self.hash_block_size * factor, MOST_TOKENS)))
         hashes = self.prefix_hashes
         if hashes is not None:
             full = (prompts // block_size).tolist()
@@ -198,6 +208,8 @@ def make_trace(
     arrivals = np.asarray(arrival_s, dtype=np.float64)
     if not np.isfinite(arrivals).all():
         raise TraceError(f"{name}: an arrival time is not a number")
+    if len(arrivals) and np.abs(arrivals).max() > MOST_SECONDS:
+        raise TraceError(f"{name}: an arrival at {np.abs(arrivals).max():.3g} s is no time")
     order = np.argsort(arrivals, kind="stable")
 
     def column(what: str, values: ArrayLike | None, at_least: int, default: int = 0) -> Ints:
@@ -207,6 +219,8 @@ def make_trace(
         _check_length(name, what, len(array), len(arrivals))
         if len(array) and array.min() < at_least:
             raise TraceError(f"{name}: {what} must be at least {at_least}, not {array.min()}")
+        if len(array) and array.max() > MOST_TOKENS:
+            raise TraceError(f"{name}: {what} must be at most {MOST_TOKENS:,}, not {array.max()}")
         return array[order]
 
     prompts = column("num_prompt_tokens", num_prompt_tokens, 1)

@@ -6,6 +6,7 @@ The samples are a few rows each, written for these tests in the form of the publ
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,78 @@ def test_sharegpt_counts_with_a_tokenizer_or_says_that_it_estimates() -> None:
     estimated = load_trace(SAMPLES / "sharegpt.json", rate_rps=1.0)
     assert rows(estimated)[0][1:] == (7, 2)
     assert "estimated as characters / 4" in " ".join(estimated.notes)
-    assert "1 conversations without an answer left out" in counted.notes
+    assert "1 rows without prompt or output tokens left out" in counted.notes
+
+
+@pytest.mark.parametrize(
+    ("format", "lengths", "said"),
+    [
+        ("sharegpt", (2, 3), "taken for the prompt, as in vLLM's benchmark"),
+        ("sharegpt-chat", (3, 1), "left out (--format sharegpt takes it"),
+    ],
+)
+def test_a_system_turn_in_front_is_said_and_can_be_left_out(
+    format: str, lengths: tuple[int, int], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "chats.json"
+    turns = [("system", "Be brief."), ("human", "How many eggs?"), ("gpt", "Two.")]
+    conversation = [{"from": who, "value": text} for who, text in turns]
+    path.write_text(json.dumps([{"conversations": conversation}]))
+    trace = load_trace(path, format=format, rate_rps=1, count_tokens=lambda text: len(text.split()))
+    assert rows(trace)[0][1:] == lengths
+    assert f"1 conversations begin with a system turn, which is {said}" in trace.notes[0]
+
+
+# Prompt and output of each row: a request, and what is none.
+ODD_ROWS = (("5", "1"), ("5", "0"), ("", "3"), ("4", "-1"), ("6", "2"))
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "row"),
+    [
+        ("own.csv", "arrival_s,num_prompt_tokens,num_output_tokens", "{},{},{}"),
+        ("vidur.csv", "arrived_at,num_prefill_tokens,num_decode_tokens", "{},{},{}"),
+        ("own.jsonl", "", '{{"arrival_s":{},"num_prompt_tokens":{},"num_output_tokens":{}}}'),
+        (
+            "mooncake.jsonl",
+            "",
+            '{{"timestamp":{},"input_length":{},"output_length":{},"hash_ids":[1]}}',
+        ),
+    ],
+)
+def test_rows_that_are_no_request_are_left_out_and_counted_in_every_format(
+    name: str, header: str, row: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    none = "null" if name.endswith("jsonl") else ""
+    lines = [row.format(i, p or none, o) for i, (p, o) in enumerate(ODD_ROWS)]
+    path.write_text("\n".join([header, *lines] if header else lines))
+    trace = load_trace(path)
+    assert [row[1:] for row in rows(trace)] == [(5, 1), (6, 2)]
+    assert "3 rows without prompt or output tokens left out" in trace.notes
+
+
+def test_a_file_without_hash_ids_shares_no_prefix_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "moon.jsonl"
+    row = '{"timestamp": 0, "input_length": 600, "output_length": 10}\n'
+    path.write_text(row * 2)
+    trace = load_trace(path)
+    assert trace.prefix_hashes is None
+    assert "no hash ids in the file" in " ".join(trace.notes)
+    path.write_text(row + row.replace("}", ', "hash_ids": [1, 2]}'))
+    trace = load_trace(path)
+    assert trace.prefix_hashes == ((), (1,))
+    assert "1 rows without hash ids share no prefix" in trace.notes
+
+
+def test_a_stray_time_stamp_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "burst.csv"
+    path.write_text(
+        "Timestamp,Model,Request tokens,Response tokens\n0,x,5,1\n"
+        + "".join(f"{1_700_000_000 + i},x,5,1\n" for i in range(5))
+    )
+    trace = load_trace(path)
+    assert "19,676 days without a request lie after request 0" in " ".join(trace.notes)
 
 
 def test_a_rate_scales_time() -> None:
@@ -152,15 +224,15 @@ def test_gzip_is_read_and_only_as_far_as_wanted(tmp_path: Path) -> None:
         ("c.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 09:00:00,1\n",
          r"c.csv:2: 2 values where the header has 3"),
         ("d.csv", "arrival_s,num_prompt_tokens,num_output_tokens\n0,5,0\n",
-         r"d.csv:2: 'num_output_tokens' must be at least 1, not '0'"),
+         r"d.csv: no requests in it; 1 rows without prompt or output tokens left out"),
         ("e.csv", "arrival_s,num_prompt_tokens,num_output_tokens\nnan,5,1\n",
          r"e.csv:2: 'arrival_s' must be a number, not 'nan'"),
         ("f.csv", "when,what\n1,2\n",
-         r"f.csv:1: this is no trace that is known: 'when,what'. Formats: llumsched-csv: "),
+         r"f.csv:1: not the beginning of a trace: 'when,what'; it begins .* of: llumsched-csv, "),
         ("g.jsonl", '{"timestamp": 1, "input_length": 5, "output_length": 1, "hash_ids": [1]}\n{',
          r"g.jsonl:2: not JSON: "),
-        ("h.jsonl", '{"timestamp": 1, "input_length": 5, "output_length": 1}\n',
-         r"h.jsonl:1: 'hash_ids' must be a list of whole numbers, not None"),
+        ("h.jsonl", '{"timestamp": 1, "input_length": 5, "output_length": 1, "hash_ids": 7}\n',
+         r"h.jsonl:1: 'hash_ids' must be a list of whole numbers, not 7"),
         ("i.jsonl", '{"timestamp": 1, "input_length": 5, "output_length": 1, "hash_ids": [1, 2]}\n',
          r"i.jsonl:1: the number of hash ids .* give the hash block size"),
         ("j.jsonl", '{"timestamp": 1, "input_length": 5}\n',
