@@ -31,8 +31,9 @@ CLOSING = (
 class Size:
     """How much is asked of the two instances, and for how long.
 
-    ``num_streams`` answers are under way at a time, more than the two batches of ``max_num_seqs``
-    hold; each has ``max_tokens``. They stay for ``still_s``, then move for ``moving_s``.
+    ``num_streams`` answers of ``max_tokens`` are under way at a time, almost as many as the two
+    batches of ``max_num_seqs`` hold: an instance takes no arrival that its batch has no place for.
+    They stay for ``still_s``, then move for ``moving_s``.
     """
 
     flags: tuple[str, ...]
@@ -49,7 +50,7 @@ SIZES = {
     "gpu": Size(
         flags=("--gpus-per-instance 0.5", "--dtype bfloat16", "--max-model-len 2048"),
         max_num_seqs=32,
-        num_streams=72,
+        num_streams=62,
         num_questions=12,
         max_tokens=192,
         still_s=20.0,
@@ -66,7 +67,7 @@ SIZES = {
             "--max-model-len 1024",
         ),
         max_num_seqs=3,
-        num_streams=8,
+        num_streams=5,
         num_questions=4,
         max_tokens=32,
         still_s=15.0,

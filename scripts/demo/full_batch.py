@@ -1,8 +1,9 @@
 """Full batches whose requests move all the time, and every answer compared with what it is alone.
 
-Each question is asked once while nothing else runs; then more of them at a time than the batches
-hold, at first without a move, then with as many moves as the instances carry out. Half of the
-answers are sampled with a seed. This module does not know what the engines compute on.
+Each question is asked once while nothing else runs; then almost as many at a time as the batches
+hold, at first without a move, then with as many moves as the instances carry out, each of which
+fills the batch that it leads to. Half of the answers are sampled with a seed. This module does not
+know what the engines compute on.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def questions(number: int) -> list[Question]:
 @dataclass(slots=True, kw_only=True)
 class Seen:
     """Observations while the batches were full. ``moves`` are the server's reports, by the ids
-    that clients know; ``num_looks_full`` of ``num_looks`` found both batches full, while moving."""
+    that clients know; ``num_looks_full`` of ``num_looks`` found a batch full, while moving."""
 
     answers: dict[str, Answer] = field(default_factory=dict)
     differing: list[str] = field(default_factory=list)
@@ -198,7 +199,7 @@ class Load:
         while True:
             loads = [instance["load"] for instance in await stage.instances()]
             seen.num_looks += 1
-            seen.num_looks_full += all(load["num_running"] >= self.max_num_seqs for load in loads)
+            seen.num_looks_full += any(load["num_running"] >= self.max_num_seqs for load in loads)
             seen.most_waiting = max(seen.most_waiting, sum(load["num_waiting"] for load in loads))
             await asyncio.sleep(POLL_INTERVAL_S)
 
@@ -216,8 +217,8 @@ class Load:
             ),
             Check(
                 holds=bool(seen.num_looks_full),
-                text=f"both batches were full in {seen.num_looks_full} of {seen.num_looks} looks"
-                f" ({self.max_num_seqs} requests each, up to {seen.most_waiting} waiting)",
+                text=f"a batch was full in {seen.num_looks_full} of {seen.num_looks} looks"
+                f" ({self.max_num_seqs} requests, up to {seen.most_waiting} more waiting)",
             ),
         ]
 

@@ -22,8 +22,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# What `llumsched serve` says itself; all else on its output is vLLM's and Ray's log.
-OURS = re.compile(r"\(llumsched pid=\d+\) \S+ \S+ \S+ \[\S+\] (?P<sentence>.*)")
+# What `llumsched serve` says of its progress, by the modules that say it: vLLM's lines have the
+# same shape.
+OURS = re.compile(
+    r"\(llumsched pid=\d+\) \S+ \S+ \S+ \[(?:serve|pool|launcher)\.py:\d+\] (?P<sentence>.*)"
+)
 REFUSAL = "llumsched serve: "
 READY = "serving "
 

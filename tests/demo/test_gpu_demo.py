@@ -46,8 +46,8 @@ def test_a_pytorch_for_gpus_is_missing(machine: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_there_is_more_to_do_than_the_batches_hold(size: gpu_demo.Size) -> None:
-    assert size.num_streams > 2 * size.max_num_seqs
+def test_the_batches_are_full_but_for_a_place_or_two(size: gpu_demo.Size) -> None:
+    assert 2 * size.max_num_seqs - 2 <= size.num_streams < 2 * size.max_num_seqs
     asked = questions(size.num_questions)
     assert len(set(asked)) == size.num_questions
     assert {question.seed is None for question in asked} == {True, False}
@@ -131,7 +131,7 @@ def test_what_is_claimed_of_a_pool_that_works(play: Any) -> None:
     checks, printed = play(server)
     assert [check.holds for check in checks] == [True] * 4, checks
     assert f"{server.num_moves} moves, of" in checks[1].text
-    assert "(2 requests each, up to 2 waiting)" in checks[2].text
+    assert "(2 requests, up to 2 more waiting)" in checks[2].text
     assert "a moved request stood still for" in printed
     assert "1.0 ms (median), 1.0 ms (99 %)" in printed
 

@@ -54,8 +54,9 @@ def test_it_says_what_the_server_says_and_logs_everything(
 ) -> None:
     server = make_server(
         LISTEN + "print('noise', sys.argv[1:4], flush=True)\n"
-        "print('(llumsched pid=1) INFO 11-30 16:40:02 [a.py:1] booting', flush=True)\n"
-        "print('(llumsched pid=1) INFO 11-30 16:40:09 [a.py:2] serving it', flush=True)\n"
+        "print('(llumsched pid=1) INFO 11-30 16:40:02 [pool.py:1] booting', flush=True)\n"
+        "print('(llumsched pid=1) INFO 11-30 16:40:03 [vllm.py:3] using V1', flush=True)\n"
+        "print('(llumsched pid=1) INFO 11-30 16:40:09 [launcher.py:2] serving it', flush=True)\n"
         "time.sleep(60)"
     )
     said: list[str] = []

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llumsched.engine.vllm import version_check
+from llumsched.engine.vllm.compat import installed_folder, installed_version
 from llumsched.engine.vllm.internals import Internal
 from llumsched.engine.vllm.sources import Sources
 from scripts import vllm_diff
@@ -110,5 +111,5 @@ def test_the_installed_version_is_not_downloaded(
     monkeypatch: pytest.MonkeyPatch, pip: list[list[str]]
 ) -> None:
     make: Callable[[str], Sources] = vllm_diff.sources_of
-    assert make(vllm_diff.installed_version()).folder == vllm_diff.installed_folder()
+    assert make(installed_version()).folder == installed_folder()
     assert pip == []
