@@ -9,13 +9,18 @@ that is started in its place has the same name and another connection.
 
 from __future__ import annotations
 
+from collections import deque
+
+NUM_DEAD_KEPT = 256
+
 
 class FrontendRegistry:
     """Connections are those of the scheduler's socket."""
 
     def __init__(self) -> None:
         self._names: dict[bytes, str] = {}
-        self._dead: set[bytes] = set()
+        # What a dead frontend had sent comes soon after its death or never: the latest are enough.
+        self._dead: deque[bytes] = deque(maxlen=NUM_DEAD_KEPT)
         self._asked_by: dict[str, bytes] = {}
 
     def register(self, identity: bytes, frontend_id: str) -> None:
@@ -47,7 +52,7 @@ class FrontendRegistry:
         gone = {identity for identity, name in self._names.items() if name == frontend_id}
         for identity in gone:
             del self._names[identity]
-        self._dead |= gone
+        self._dead.extend(gone)
         lost = [request_id for request_id, asker in self._asked_by.items() if asker in gone]
         for request_id in lost:
             del self._asked_by[request_id]

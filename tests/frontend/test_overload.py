@@ -14,7 +14,12 @@ from starlette.testclient import TestClient
 from starlette.types import Message
 
 from llumsched.core.actions import Rejection
-from llumsched.frontend.request.rejection import Rejected, RetryAfterMiddleware, placed
+from llumsched.frontend.request.rejection import (
+    Rejected,
+    RetryAfterMiddleware,
+    placed,
+    turned_away,
+)
 
 
 def answer(status: int, retry_after_s: float | None, headers: dict[str, str]) -> Response:
@@ -22,6 +27,7 @@ def answer(status: int, retry_after_s: float | None, headers: dict[str, str]) ->
         try:
             raise Rejected("the queue is full", retry_after_s)
         except Rejected as error:
+            turned_away(error)
             return JSONResponse({"error": {"message": str(error)}}, status, headers)
 
     app = RetryAfterMiddleware(Starlette(routes=[Route("/", endpoint)]))
@@ -88,14 +94,16 @@ async def is_placed() -> None:
 
 
 async def is_rejected() -> None:
-    raise Rejected("the queue is full", 2.3)
+    error = Rejected("the queue is full", 2.3)
+    turned_away(error)
+    raise error
 
 
 @pytest.mark.parametrize("num_rejections", [1, 2])
 def test_a_stream_that_is_turned_away_is_answered_as_any_other_request(num_rejections: int) -> None:
     async def place() -> None:
         for _ in range(num_rejections - 1):
-            Rejected("as full for the other sequence", 1.0)
+            turned_away(Rejected("as full for the other sequence", 1.0))
         await is_rejected()
 
     answer = TestClient(served(lambda: as_vllm_streams(place))).post("/")

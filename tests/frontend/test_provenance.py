@@ -17,6 +17,7 @@ from llumsched.frontend.request.rejection import (
     placed,
     reasoned,
     tell_provenance,
+    turned_away,
 )
 
 
@@ -58,6 +59,7 @@ def client(*, is_told: bool = True) -> TestClient:
         try:
             raise Rejected("full", 1.0)
         except Rejected as error:
+            turned_away(error)
             return JSONResponse({"error": str(error)}, 503)
 
     @app.get("/health")

@@ -51,9 +51,14 @@ class Rejected(GracefulHTTPError):
     ) -> None:
         hint = f" Try again in {math.ceil(retry_after_s)} s." if retry_after_s else ""
         super().__init__(f"No instance can take the request: {reason}.{hint}", STATUS[rejection])
-        answering = _answering.get()
-        if answering is not None:
-            answering.rejected(self, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
+def turned_away(rejection: Rejected) -> None:
+    """Let the answer to the request that this is called for be the rejection."""
+    answering = _answering.get()
+    if answering is not None:
+        answering.rejected(rejection, rejection.retry_after_s)
 
 
 def placed(route: Placed | None = None) -> None:

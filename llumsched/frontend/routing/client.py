@@ -128,6 +128,8 @@ class RoutingEngineClient(ConnectedInstances):
             route.instance = instance
             await self.add(instance, request)
         except BaseException as error:
+            if isinstance(error, overload.Rejected):
+                overload.turned_away(error)
             # Nobody waits for it any more, nor aborts it.
             if self.routes.get(request_id) is route:
                 self._drop(request_id, "rejected" if isinstance(error, Exception) else "aborted")
