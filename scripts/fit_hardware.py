@@ -68,6 +68,7 @@ _NOT_MEASURED = (
 )
 _NO_HOST = (
     "Kernel times alone: host_s is 0, for an engine that prepares a step while the one before runs."
+    " TTFT, where nothing queues, comes out about half of a server's."
 )
 
 

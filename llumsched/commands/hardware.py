@@ -26,10 +26,10 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         help="list the modelled hardware, or scale it to another model",
         description=(
             "List the hardware files that ship. With BASE and --model-config, write one for another"
-            " model on the same accelerator: the times of BASE scaled by parameters that compute a"
-            " token (of a mixture of experts those that are activated), bytes of KV (multi-head,"
-            " grouped-query or latent attention) and attention heads. It is an estimate, and says"
-            " so; 'llumsched profile' measures."
+            " model on the same accelerator: the times of BASE scaled by parameters, bytes of KV"
+            " (multi-head, grouped-query or latent attention) and attention heads. It is an"
+            " estimate, and says so; a mixture of experts, and a model so small that the host"
+            " decides, are refused. 'llumsched profile' measures."
         ),
     )
     parser.add_argument("base", nargs="?", metavar="BASE", help="a name of the list, or a file")

@@ -321,6 +321,11 @@ def _warnings(options: SimulationOptions, columns: Columns, instances: Instances
     measured = hardware.measured
     if math.isnan(hardware.fit_error):
         found.append(f"NOT MEASURED: {hardware.name}: {' '.join(hardware.notes[:1])}")
+    if not hardware.step.host_s:
+        found.append(
+            f"NO HOST TIME: {hardware.name} has kernel times alone (host_s: 0): where nothing"
+            " queues, TTFT comes out about half of a server's"
+        )
     for what, most, limit in (
         ("tokens in a step", max(e.most_tokens for e in instances.engines), measured.batch_tokens),
         ("requests in a step", max(e.most_requests for e in instances.engines), measured.requests),

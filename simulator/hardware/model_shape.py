@@ -24,6 +24,7 @@ from llumsched.simulator.hardware.kv_shape import (
 from llumsched.simulator.hardware.spec import ComputeShape
 
 _MOST = 10**9
+_NUM_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
 
 class ShapeError(ValueError):
@@ -36,6 +37,8 @@ class ModelShape:
 
     compute: ComputeShape
     kv_bytes_per_token: int
+    num_experts: int = 0
+    """Routed experts of a layer; 0 for a dense model."""
 
 
 def read_shape(path: Path, *, tensor_parallel: int = 1, kv_bytes_per_value: int = 2) -> ModelShape:
@@ -93,6 +96,7 @@ def shape_of(
             attention_width=width // tensor_parallel,
         ),
         kv_bytes_per_token=tensor_parallel_kv_bytes(kv_bytes, num_kv_heads, tensor_parallel),
+        num_experts=keys.optional(*_NUM_EXPERTS) or 0,
     )
 
 
@@ -164,7 +168,7 @@ def _mlps(keys: _Keys, *, num_shared: int) -> int:
     """Parameters that compute a token, with those that are not of an MLP given."""
     num_layers, hidden = keys.number("num_hidden_layers"), keys.number("hidden_size")
     dense = 3 * hidden * keys.number("intermediate_size", "moe_intermediate_size")
-    num_experts = keys.optional("n_routed_experts", "num_experts", "num_local_experts")
+    num_experts = keys.optional(*_NUM_EXPERTS)
     if not num_experts:
         return num_shared + num_layers * dense
     expert = 3 * hidden * keys.number("moe_intermediate_size", "intermediate_size")

@@ -9,13 +9,14 @@ import pytest
 
 from llumsched.cli import main
 from tests.simulator.test_model_shape import DEEPSEEK_V3
+from tests.simulator.test_odd_files import LLAMA
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    path = tmp_path / "DeepSeek-V3" / "config.json"
+    path = tmp_path / "Llama-3.1-8B" / "config.json"
     path.parent.mkdir()
-    path.write_text(json.dumps(DEEPSEEK_V3))
+    path.write_text(json.dumps(LLAMA))
     return path
 
 
@@ -29,14 +30,34 @@ def test_what_ships_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_another_model_is_simulated_on_scaled_hardware(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "deepseek.yaml"
-    flags = ["--model-config", str(config), "--num-kv-blocks", "4000", "--tensor-parallel", "8"]
+    out = tmp_path / "llama.yaml"
+    flags = ["--model-config", str(config), "--num-kv-blocks", "4000", "--tensor-parallel", "2"]
     assert main(["hardware", "h100-llama-3.1-8b", *flags, "--out", str(out)]) == 0
     assert "Scaled from h100-llama-3.1-8b" in capsys.readouterr().out
     few = ["example", "--requests", "20", "--quiet", "--hardware", str(out)]
     assert main(["simulate", *few]) == 0
-    assert "NOT MEASURED: deepseek: Scaled from" in capsys.readouterr().err
-    assert "DeepSeek-V3" in out.read_text()
+    assert "NOT MEASURED: llama: Scaled from" in capsys.readouterr().err
+    assert "Llama-3.1-8B" in out.read_text()
+
+
+def test_a_mixture_of_experts_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(DEEPSEEK_V3))
+    flags = ["--model-config", str(path), "--num-kv-blocks", "4000", "--tensor-parallel", "8"]
+    assert main(["hardware", "h100-llama-3.1-8b", *flags]) == 1
+    error = capsys.readouterr().err
+    assert "a mixture of experts (256 in a layer) cannot be scaled" in error
+    assert "llumsched profile" in error
+
+
+def test_kernel_times_alone_are_said_with_every_result(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["example", "--requests", "5", "--quiet", "--hardware"]
+    assert main(["simulate", *few, "h100-llama-3.1-8b"]) == 0
+    assert "NO HOST TIME: h100-llama-3.1-8b" in capsys.readouterr().err
+    assert main(["simulate", *few, "a10-llama-7b"]) == 0
+    assert "NO HOST TIME" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,21 @@ def test_its_text_loads_as_what_it_is() -> None:
     assert replace(again, fit_error=0.0) == replace(other, fit_error=0.0)
 
 
+def test_a_mixture_of_experts_is_refused_with_what_to_do() -> None:
+    assert BASE.shape is not None
+    shape = ModelShape(compute=BASE.shape, kv_bytes_per_token=1, num_experts=128)
+    other = Other(name="moe", model="MoE", shape=shape, share=shape, num_blocks=1, block_size=16)
+    with pytest.raises(HardwareError, match=r"a mixture of experts \(128 in a layer\) cannot be"):
+        rescale(BASE, other)
+
+
+def test_a_step_that_no_host_could_prepare_is_refused() -> None:
+    """SmolLM2-135M from the file of an 8B model: 0.14 ms a step."""
+    assert scaled(compute=0.2).step.table[0][1] > 1e-3
+    with pytest.raises(HardwareError, match=r"a step would take 0\.11 ms, less than the host"):
+        scaled(compute=0.017)
+
+
 def test_a_base_without_a_shape_is_refused_with_what_to_add() -> None:
     assert BASE.shape is not None
     other = Other(
