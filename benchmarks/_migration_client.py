@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,51 @@ class Moves:
                             gaps[f"{side}, during"].append(gap_s)
         return moves, gaps
 
+    async def among_prompts(
+        self, context: int, num_prompt_tokens: int, num_prompts: int, num_moves: int
+    ) -> list[Move]:
+        """Moves to an instance that computes prompts; ``step_s`` is that of *its* steps meanwhile.
+
+        The policy takes turns, so every second request goes to the destination: first an answer
+        that tells the steps there, then the prompts, with questions for one token between them.
+        """
+        moves = []
+        async with clients() as session:
+            for _ in range(num_moves):
+                stream, witness = Stream(), Stream()
+                tasks = [
+                    asyncio.create_task(
+                        read(session, self._server, self._prompt(context), stream, 8 * NUM_TOKENS)
+                    )
+                ]
+                await _reached(stream, 2, tasks[0])
+                tasks.append(
+                    asyncio.create_task(
+                        read(session, self._server, self._prompt(64), witness, 8 * NUM_TOKENS)
+                    )
+                )
+                await _reached(witness, 2, tasks[1])
+                for _ in range(num_prompts):
+                    await read(session, self._server, self._prompt(8), Stream(), 1)
+                    known = {each["request_id"] for each in await self._requests(session)}
+                    prompt = self._prompt(num_prompt_tokens)
+                    tasks.append(
+                        asyncio.create_task(read(session, self._server, prompt, Stream(), 2))
+                    )
+                    await self._one_more_than(known, session)
+                move = await self._move(session, stream, tasks[0])
+                arrived_s = move.left_s + move.pause_s
+                steps_s = [
+                    gap
+                    for ended_s, gap in witness.gaps_s()
+                    if ended_s > move.left_s and ended_s - gap < arrived_s
+                ]
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                moves.append(replace(move, step_s=statistics.mean(steps_s)))
+        return moves
+
     async def _move_one(
         self,
         session: aiohttp.ClientSession,
@@ -137,6 +182,20 @@ class Moves:
         reading = asyncio.create_task(
             read(session, self._server, self._prompt(context), stream, MOVE_AFTER + 4 * NUM_TOKENS)
         )
+        move = await self._move(session, stream, reading, reports)
+        reading.cancel()
+        with suppress(asyncio.CancelledError):
+            await reading
+        return move
+
+    async def _move(
+        self,
+        session: aiohttp.ClientSession,
+        stream: Stream,
+        reading: asyncio.Task[None],
+        reports: list[dict[str, Any]] | None = None,
+    ) -> Move:
+        """Move the request of a stream that ``reading`` reads."""
         await _reached(stream, MOVE_AFTER, reading)
         began_s = time.perf_counter()
         body = {"request_id": stream.request_id}
@@ -146,9 +205,6 @@ class Moves:
                 raise RuntimeError(f"not migrated: {report}")
         last = int(report["num_output_tokens"])
         await _reached(stream, last + 8, reading)
-        reading.cancel()
-        with suppress(asyncio.CancelledError):
-            await reading
         if reports is not None:
             reports.append(report)
         before = [gap for end, gap in stream.gaps_s() if end < began_s]
@@ -183,6 +239,13 @@ class Moves:
             for instance in described["instances"]:
                 reserved = instance["load"]["num_reserved_blocks"]
                 self._peak_reserved_blocks = max(self._peak_reserved_blocks, reserved)
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+    async def _one_more_than(self, known: set[str], session: aiohttp.ClientSession) -> None:
+        """Wait until another request was sent to an instance."""
+        while True:
+            if {request["request_id"] for request in await self._requests(session)} - known:
+                return
             await asyncio.sleep(POLL_INTERVAL_S)
 
     async def _requests(self, session: aiohttp.ClientSession) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ No prompt is asked twice, so no prefix is found in a cache.
 
 The others: some requests decode on both instances while one with a long context moves past them;
 their gaps while it moves are held against those just before, with the same requests in each batch.
+One row has the destination compute prompts of 3000 tokens meanwhile: the pause is held against the
+destination's steps then, which another answer there tells.
 
 The control run asks plain vLLM, without any move, whether an answer is the same alone and in a
 batch: what a batch changes, no migration can keep. The tests of exactness use float32.
@@ -35,6 +37,8 @@ BENCHMARK = "Migration"
 CONTEXTS = (256, 512, 1000, 2000, 3000)
 SHORT, LONG = CONTEXTS[0], CONTEXTS[-1]
 NUM_OTHERS = 2
+# Under way at the destination while requests move there.
+NUM_PROMPTS, NUM_PROMPT_TOKENS = 4, 3000
 STAGE_NUM_BLOCKS = 64
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
 PLOTS = {"pause": "Pause as the client sees it", "total": "A migration from order to commit"}
@@ -53,6 +57,8 @@ class Measured:
     stop_and_copy: dict[int, list[Move]]
     recompute_s: dict[int, list[float]]
     loaded: list[Move]
+    among_prompts: list[Move]
+    """``step_s`` is of the destination's steps, which compute prompts."""
     others: dict[str, list[float]]
     """Gaps of the other requests, by ``source``/``destination`` and ``before``/``during``."""
     peak_reserved_blocks: int
@@ -88,6 +94,9 @@ def _measure(quick: bool) -> Measured:
             live = asyncio.run(moves.alone(contexts, num_rounds))
             recompute_s = asyncio.run(moves.recompute(contexts, num_rounds_of_others))
             loaded, others = asyncio.run(moves.among_others(LONG, NUM_OTHERS, 2 if quick else 8))
+            among_prompts = asyncio.run(
+                moves.among_prompts(SHORT, NUM_PROMPT_TOKENS, NUM_PROMPTS, 1 if quick else 6)
+            )
             peak = asyncio.run(moves.watch_blocks(LONG, 1))
             staging = staging_num_bytes(server.pid)
         with llumsched(2, (*ENGINE_FLAGS, "--config", str(configs["stop"]))) as server:
@@ -97,6 +106,7 @@ def _measure(quick: bool) -> Measured:
         stop_and_copy=stop_and_copy,
         recompute_s=recompute_s,
         loaded=loaded,
+        among_prompts=among_prompts,
         others=others,
         peak_reserved_blocks=peak,
         staging_num_bytes=staging,
@@ -196,6 +206,17 @@ def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
             unit="",
         ),
         Figure(
+            name=f"pause to a destination computing {NUM_PROMPTS} prompts, in its steps",
+            value=_median(m.pause_s / m.step_s for m in measured.among_prompts),
+            unit="",
+            at_most=1.25,
+        ),
+        Figure(
+            name=f"step of a destination computing {NUM_PROMPTS} prompts",
+            value=_ms(m.step_s for m in measured.among_prompts),
+            unit="ms",
+        ),
+        Figure(
             name=f"blocks reserved at the destination at the peak, {LONG} tokens",
             value=measured.peak_reserved_blocks,
             unit="blocks",
@@ -237,7 +258,14 @@ def _tables(measured: Measured) -> list[Table]:
         ),
         Table(
             title="A live migration, medians",
-            columns=("context", "stages", "MB", "total, ms", "suspended, ms", "worst pause, ms"),
+            columns=(
+                "context",
+                "stages",
+                "MB",
+                "total, ms",
+                "reported pause, ms",
+                "worst pause, ms",
+            ),
             rows=[
                 (
                     str(context),

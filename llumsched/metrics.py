@@ -195,8 +195,8 @@ MIGRATION_PAUSE = MetricSpec(
     name="llumsched_migration_suspended_seconds",
     kind="histogram",
     where=Where.SCHEDULER,
-    help="Of committed migrations: from the last step at the source to the destination's"
-    " acknowledgement. A client's pause is that and one step.",
+    help="Of committed migrations: from the last step at the source to the next token at the"
+    " destination: the client's pause, of which at most a second of that step is counted.",
     buckets=PAUSE_BUCKETS,
 )
 MIGRATION_BYTES = MetricSpec(

@@ -218,11 +218,11 @@ class SourceEngine(Protocol):
 
         Raises:
             CannotMigrate: if the request cannot move, or is being moved already; with
-                ``Refusal.PREFILLING``, it can after ``await_first_token``.
+                ``Refusal.PREFILLING``, it can after its first token.
         """
 
-    def await_first_token(self, request_id: str) -> Future[None]:
-        """Resolves when the request has an output token, or is gone."""
+    def await_output(self, request_id: str, num_tokens: int) -> Future[None]:
+        """Resolves when the request has so many output tokens, or is gone."""
 
     def pin_copyable(self, request_id: str) -> CopyableBlocks:
         """Pin, besides those pinned before, the blocks that are full and never written again."""
@@ -265,6 +265,9 @@ class DestinationEngine(Protocol):
         Raises:
             CannotMigrate: if it cannot be taken over; the import is then over and nothing is held.
         """
+
+    def await_output(self, request_id: str, num_tokens: int) -> Future[None]:
+        """Resolves when the request has so many output tokens, or is gone."""
 
     def cancel(self, request_id: str) -> None:
         """End the import and free its blocks; nothing if there is none."""

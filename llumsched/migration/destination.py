@@ -45,6 +45,8 @@ GRAMMAR_TIMEOUT_S = 4.0
 # A client waits for the step that begins with a commit. Whatever else this process does then takes
 # the interpreter, and where cores are few the core, from it; nobody waits for the answer.
 ANSWER_AFTER_S = 0.04
+# The answer says when the request went on: with its next token here, if that comes so soon.
+NEXT_TOKEN_WITHIN_S = 1.0
 
 
 @dataclass(slots=True)
@@ -63,8 +65,10 @@ class _Arriving:
     blocks_written: set[int] = field(default_factory=set)
     num_writing: int = 0
     timer: asyncio.TimerHandle | None = None
-    committed: Future[float] | None = None
-    """When the engine took the request over, by ``time.perf_counter()``."""
+    committed: Future[Future[None]] | None = None
+    """The engine's, of the request's next token: it has taken the request over."""
+    next_token_at_s: float | None = None
+    """When that token was there, by ``time.perf_counter()``."""
 
     @property
     def is_committed(self) -> bool:
@@ -344,8 +348,8 @@ class IncomingMigrations:
                     ),
                 )
             case protocol.AcknowledgeCommit():
-                assert arriving.committed is not None
-                held_back_s = time.perf_counter() - arriving.committed.result()
+                now_s = time.perf_counter()
+                held_back_s = now_s - (arriving.next_token_at_s or now_s)
                 self._answer(
                     arriving, CommitAnswer(migration_id=migration_id, held_back_s=held_back_s)
                 )
@@ -412,25 +416,34 @@ class IncomingMigrations:
     def _admit(self, arriving: _Arriving, migration_id: str, request_id: str) -> None:
         final_state = arriving.final
 
-        def commit() -> float:
-            self._port.commit(request_id, msgspec.msgpack.decode(final_state, type=FinalState))
-            return time.perf_counter()
+        def note(_: Future[None]) -> None:
+            arriving.next_token_at_s = time.perf_counter()
+
+        def commit() -> Future[None]:
+            final = msgspec.msgpack.decode(final_state, type=FinalState)
+            self._port.commit(request_id, final)
+            # Without KV it waits for its turn, and nobody for an answer that tells when that came.
+            num_tokens = len(final.output_token_ids) + (final.num_computed_tokens > 0)
+            next_token = self._port.await_output(request_id, num_tokens)
+            next_token.add_done_callback(note)
+            return next_token
 
         arriving.committed = self._call(commit)
         self._spawn(self._admitted(arriving, migration_id, arriving.committed))
 
     async def _admitted(
-        self, arriving: _Arriving, migration_id: str, committed: Future[float]
+        self, arriving: _Arriving, migration_id: str, committed: Future[Future[None]]
     ) -> None:
         await asyncio.sleep(ANSWER_AFTER_S)
         try:
-            await asyncio.wrap_future(committed)
+            next_token = await asyncio.wrap_future(committed)
         except Exception as error:
             logger.warning("Commit of migration %s failed: %r", migration_id, error)
             self._post(protocol.AdmissionFailed(migration_id=migration_id, reason=str(error)))
             return
         arriving.is_allocated = False  # the blocks are the request's own now
         arriving.block_ids = []
+        await asyncio.wait([asyncio.wrap_future(next_token)], timeout=NEXT_TOKEN_WITHIN_S)
         self._post(protocol.RequestAdmitted(migration_id=migration_id))
 
     # ---- helpers --------------------------------------------------------------------------

@@ -106,7 +106,8 @@ class Commit(Message, frozen=True, kw_only=True):
 
 
 class CommitAnswer(Message, frozen=True, kw_only=True):
-    """``refused`` is ``None`` if the destination runs the request, since ``held_back_s`` ago."""
+    """``refused`` is ``None`` if the destination runs the request. It had the request's next token
+    ``held_back_s`` ago, or has not had it yet (0)."""
 
     migration_id: Name
     refused: str | None = None

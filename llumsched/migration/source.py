@@ -129,7 +129,7 @@ class OutgoingMigration:
         self.post(kinds[what](migration_id=self.migration_id))
 
     def committed_before(self, held_back_s: float) -> None:
-        """The destination took the request over so long before it said so."""
+        """The destination had the request's next token so long before it said so."""
         self._held_back_s = held_back_s
 
     def reserved(self, num_cached_blocks: int) -> None:
@@ -225,7 +225,7 @@ class OutgoingMigration:
                 left_s = deadline_s - time.monotonic()
                 if error.refusal is not Refusal.PREFILLING or left_s <= 0:
                     raise
-            first_token = await self._engine(lambda: self._port.await_first_token(self.request_id))
+            first_token = await self._engine(lambda: self._port.await_output(self.request_id, 1))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_s):
                     await asyncio.wrap_future(first_token)

@@ -141,8 +141,9 @@ class ReportMigration(Message, frozen=True, kw_only=True):
 
 
 class MigrationStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """Measured at the source. Times in seconds; ``suspended_s`` is from the suspension to the
-    destination's acknowledgement, so the client's pause is that plus one decode step."""
+    """Measured at the source. Times in seconds; ``suspended_s`` is from the end of the last step
+    here to the next token at the destination, so it is the client's pause. If that token takes
+    longer than a second, it is to the destination's acknowledgement, which does not wait on."""
 
     num_stages: int
     num_blocks: int

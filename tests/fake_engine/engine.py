@@ -75,6 +75,7 @@ class FakeEngine:
         self.on_lost: Callable[[str, str], None] = lambda _request_id, _what: None
         self._steps: deque[list[_ScheduledRequest]] = deque()
         self._exports: dict[str, _Export] = {}
+        self._awaited: list[tuple[FakeRequest, int, Future[None]]] = []
         self._imports: dict[str, FakeRequest] = {}
 
     # ---- serving ----------------------------------------------------------------------------
@@ -161,7 +162,18 @@ class FakeEngine:
         ]
         for request_id in list(self._exports):
             self._settle_suspension(self._exports[request_id])
+        self._settle_awaited()
         return tuple(outputs)
+
+    def _settle_awaited(self) -> None:
+        awaited, self._awaited = self._awaited, []
+        for request, num_tokens, future in awaited:
+            is_gone = self.requests.get(request.request_id) is not request
+            if is_gone or len(request.output_token_ids) >= num_tokens:
+                if not future.done():
+                    future.set_result(None)
+            else:
+                self._awaited.append((request, num_tokens, future))
 
     # ---- migration ---------------------------------------------------------------------------
 
@@ -191,8 +203,15 @@ class FakeEngine:
     def rest(self, request_id: str, refusal: Refusal) -> None:
         """Nothing rests: a test says what moves."""
 
-    def await_first_token(self, request_id: str) -> Future[None]:
-        raise AssertionError("nothing is refused for computing its prompt")
+    def await_output(self, request_id: str, num_tokens: int) -> Future[None]:
+        future: Future[None] = Future()
+        request = self.requests.get(request_id)
+        if request is None:
+            future.set_result(None)
+        else:
+            self._awaited.append((request, num_tokens, future))
+            self._settle_awaited()
+        return future
 
     # ---- migration: source ------------------------------------------------------------------
 

@@ -12,9 +12,12 @@ import msgspec
 import pytest
 
 from llumsched.core.migration.destination.machine import ReservationOptions
-from llumsched.engine.base import RequestState
+from llumsched.engine.base import FinalState, RequestState
+from llumsched.migration import destination as executor
 from llumsched.migration.destination import IncomingMigrations
 from llumsched.migration.messages import (
+    Commit,
+    CommitAnswer,
     PeerMessage,
     ReleaseReservation,
     Reserve,
@@ -35,14 +38,14 @@ class Destination:
     def __init__(self) -> None:
         self.cancelled: list[str] = []
         self.answers: asyncio.Queue[PeerMessage] = asyncio.Queue()
-        port: Any = SimpleNamespace(
+        self.port: Any = SimpleNamespace(
             reserve=lambda _state: SimpleNamespace(
                 block_ids=BLOCK_IDS, num_cached_blocks=0, grammar=None
             ),
             cancel=self.cancelled.append,
         )
         self.incoming = IncomingMigrations(
-            port=port, call=_at_once, abort=lambda _: None, options=ReservationOptions()
+            port=self.port, call=_at_once, abort=lambda _: None, options=ReservationOptions()
         )
 
     async def reply(self, answer: PeerMessage) -> None:
@@ -150,3 +153,56 @@ def test_what_cannot_be_written_ends_the_migration() -> None:
         assert destination.cancelled == ["r"]
 
     run(scenario)
+
+
+def committing(monkeypatch: pytest.MonkeyPatch, scenario: Callable[..., Awaitable[None]]) -> None:
+    """A request is taken over; the scenario gets the future of its next token, and the clock."""
+    monkeypatch.setattr(executor, "ANSWER_AFTER_S", 0.0)
+
+    async def with_a_commit(destination: Destination) -> None:
+        next_token: Future[None] = Future()
+        clock = [5.0]
+        monkeypatch.setattr(executor, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+        awaited: list[tuple[str, int]] = []
+
+        def await_output(request_id: str, num_tokens: int) -> Future[None]:
+            awaited.append((request_id, num_tokens))
+            return next_token
+
+        destination.port.commit = lambda *_: None
+        destination.port.await_output = await_output
+        final = FinalState(output_token_ids=[1, 2], num_computed_tokens=4, generator_state=None)
+        message = Commit(migration_id="m", num_blocks=0, final=msgspec.msgpack.encode(final))
+        destination.incoming.take_in(message, destination.reply)
+        assert awaited == [("r", 3)]
+        await scenario(destination, next_token, clock)
+
+    run(with_a_commit)
+
+
+def test_the_answer_to_a_commit_says_when_the_next_token_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(
+        destination: Destination, next_token: Future[None], clock: list[float]
+    ) -> None:
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert destination.answers.empty()
+        clock[0] = 6.5
+        next_token.set_result(None)
+        clock[0] = 7.0
+        assert await destination.answer() == CommitAnswer(migration_id="m", held_back_s=0.5)
+
+    committing(monkeypatch, scenario)
+
+
+def test_the_answer_to_a_commit_does_not_wait_long_for_the_next_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(executor, "NEXT_TOKEN_WITHIN_S", 0.0)
+
+    async def scenario(destination: Destination, *_: Any) -> None:
+        assert await destination.answer() == CommitAnswer(migration_id="m", held_back_s=0.0)
+
+    committing(monkeypatch, scenario)

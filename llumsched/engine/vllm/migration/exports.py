@@ -83,7 +83,7 @@ class SourceAdapter(EngineAdapter):
         super().__init__(engine)
         self._exports: dict[str, _Export] = {}
         self._rests: WeakKeyDictionary[Request, _Rest] = WeakKeyDictionary()
-        self._first_tokens: list[tuple[Request, Future[None]]] = []
+        self._awaited: list[tuple[Request, int, Future[None]]] = []
         self._rolled_back: list[Request] = []
         self.on_lost: Callable[[str, str], None] = lambda _request_id, _what: None
         self.on_release: Callable[[str], None] = lambda _request_id: None
@@ -130,7 +130,7 @@ class SourceAdapter(EngineAdapter):
         """Begin to move a request away; what the destination needs to reserve room.
 
         Raises:
-            CannotMigrate: with the reason. ``Refusal.PREFILLING``: see ``await_first_token``.
+            CannotMigrate: with the reason. ``Refusal.PREFILLING``: it can after its first token.
         """
         request = self._exportable(request_id)
         has_kv = self._check_moment(request)
@@ -198,14 +198,15 @@ class SourceAdapter(EngineAdapter):
             raise refused
         return request
 
-    def await_first_token(self, request_id: str) -> Future[None]:
-        """Resolves when the request has an output token, or is gone."""
+    def await_output(self, request_id: str, num_tokens: int) -> Future[None]:
+        """Resolves when the request has so many output tokens, or is gone."""
         future: Future[None] = Future()
         request = self._scheduler.requests.get(request_id)
         if request is None:
             future.set_result(None)
         else:
-            self._first_tokens.append((request, future))
+            self._awaited.append((request, num_tokens, future))
+            self._settle_awaited()
         return future
 
     def pin_copyable(self, request_id: str) -> CopyableBlocks:
@@ -290,8 +291,8 @@ class SourceAdapter(EngineAdapter):
 
     def after_step(self) -> None:
         """Notice what the step did to requests that are being exported, or soon will be."""
-        if self._first_tokens:
-            self._settle_first_tokens()
+        if self._awaited:
+            self._settle_awaited()
         if self._rolled_back:
             self._settle_rolled_back()
         for request_id, export in list(self._exports.items()):
@@ -307,14 +308,14 @@ class SourceAdapter(EngineAdapter):
             if export is not None:
                 self._lose(request_id, export, "aborted")
 
-    def _settle_first_tokens(self) -> None:
-        waiting, self._first_tokens = self._first_tokens, []
-        for request, future in waiting:
-            if request.num_output_tokens > 0 or request.is_finished():
+    def _settle_awaited(self) -> None:
+        awaited, self._awaited = self._awaited, []
+        for request, num_tokens, future in awaited:
+            if request.num_output_tokens >= num_tokens or request.is_finished():
                 if not future.done():
                     future.set_result(None)
             elif not future.cancelled():
-                self._first_tokens.append((request, future))
+                self._awaited.append((request, num_tokens, future))
 
     # ---- helpers --------------------------------------------------------------------------
 
