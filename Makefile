@@ -28,6 +28,9 @@ GPU_DEMO_ARGS ?=
 PYTEST_ARGS ?=
 # What `make test-fast` runs; the marks are given by folder, in tests/conftest.py.
 FAST := not engine and not ray and not chaos and not slow
+# What `make test-v2` runs.
+ON_V2 := tests/migration/test_exact.py tests/migration/test_waiting.py tests/migration/test_next_step.py \
+	tests/migration/test_features.py
 # How long the soak lasts.
 SOAK_S ?= 600
 # Which vLLM `make vllm-diff` looks at, what with (the version before), and more: DIFF_ARGS=--show.
@@ -48,7 +51,7 @@ ifeq ($(MODEL),smollm2)
 export HF_HUB_OFFLINE ?= 1
 endif
 
-.PHONY: help install model demo gpu-demo serve test test-fast check format format-check lint types contracts bench \
+.PHONY: help install model demo gpu-demo serve test test-fast test-v2 check format format-check lint types contracts bench \
 	soak vllm-diff docs hooks clean distclean
 
 help: ## show this list
@@ -92,6 +95,10 @@ test: $(INSTALLED) ## run every test
 
 test-fast: $(INSTALLED) ## run the tests that start no engine and no Ray: under two minutes on two cores
 	$(PY) -m pytest -m "$(FAST)" $(PYTEST_ARGS)
+
+test-v2: $(INSTALLED) ## moves are exact on vLLM's model runner V2 too, by Triton's interpreter: slow
+	@$(PY) -m scripts.prepare_model >/dev/null
+	LLUMSCHED_MODEL_RUNNER=2 LLUMSCHED_THOROUGH=1 $(PY) -m pytest -o faulthandler_timeout=0 $(ON_V2) $(PYTEST_ARGS)
 
 check: $(INSTALLED) ## format, lint, types, import contracts, tests
 	@$(MAKE) --no-print-directory --jobs=2 format-check lint types contracts test

@@ -9,6 +9,7 @@ import pytest
 import zmq
 from hypothesis import settings
 
+from tests import runner_v2
 from tests.marks import marks_of
 from tests.wheels import ROOT, build_wheel
 
@@ -19,6 +20,9 @@ settings.register_profile(
     "llumsched", deadline=None, derandomize="LLUMSCHED_EXAMPLES" not in os.environ
 )
 settings.load_profile("llumsched")
+
+if runner_v2.IS_ON:
+    runner_v2.switch_on()
 
 # Otherwise the first request with logprobs waits for a compiler, in every engine.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
+from tests import runner_v2
 from tests.migration.adapters import make_adapter
 from tests.migration.cases import CASES
 from tests.migration.pool import Pool
@@ -17,7 +18,9 @@ from tests.models import fewer_layers, random_weights
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return fewer_layers(tmp_path_factory.mktemp("model"))
+    folder = tmp_path_factory.mktemp("model")
+    # Each step of runner V2 takes as long as some of V1.
+    return random_weights(folder) if runner_v2.IS_ON else fewer_layers(folder)
 
 
 @pytest.fixture(scope="session")

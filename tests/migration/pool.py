@@ -42,6 +42,7 @@ from llumsched.frontend.routing.routes import Arrival, Passed, Routes
 from llumsched.migration.migrator import Migrator
 from llumsched.wire.control import OrderMigration, ReportMigration
 from llumsched.wire.keys import PoolKeys
+from tests import runner_v2
 from tests.migration.stepped import Answer, Instance, SteppedCore
 
 BLOCK_SIZE = 32
@@ -138,6 +139,7 @@ class Pool:
             log_stats=True,
         )
         core = SteppedCore(settings)
+        assert config.use_v2_model_runner is runner_v2.IS_ON
         port = MigrationAdapter(core)
         core.observe(after_step=port.after_step, on_abort=port.on_abort)
         return Instance(index, core, port, self._migrator(index, core, port))
