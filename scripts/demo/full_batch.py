@@ -29,6 +29,8 @@ NUM_MOVERS = 4
 # When nothing could be moved.
 REST_S = 0.05
 NUM_REASONS_SHOWN = 3
+# For the answers under way to end, and all processes.
+END_S = 25.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +72,7 @@ class Seen:
     moves: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     moving_since_s: float = float("inf")
+    moved_for_s: float = float("inf")
     num_looks: int = 0
     num_looks_full: int = 0
     most_waiting: int = 0
@@ -96,7 +99,8 @@ class Seen:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """``num_streams`` answers of ``max_tokens`` tokens at a time, for ``still_s`` without and
-    ``moving_s`` with moves, on instances of ``max_num_seqs`` requests at a time."""
+    ``moving_s`` with moves, on instances of ``max_num_seqs`` requests at a time. Both are shorter
+    if all would not be over by ``ends_at_s`` (``time.monotonic()``)."""
 
     max_num_seqs: int
     num_streams: int
@@ -104,6 +108,7 @@ class Load:
     max_tokens: int
     still_s: float
     moving_s: float
+    ends_at_s: float
 
     async def act(self, screen: Screen, url: str) -> list[Check]:
         """Ask each question alone, then fill the batches; show and claim what was seen."""
@@ -127,6 +132,9 @@ class Load:
     async def _fill(
         self, stage: Stage, asked: Sequence[Question], alone: Sequence[Answer], seen: Seen
     ) -> None:
+        left_s = max(0.0, self.ends_at_s - time.monotonic() - END_S)
+        still_s = min(self.still_s, left_s / 4)
+        moving_s = min(self.moving_s, left_s - still_s)
         ending = asyncio.Event()
         turns = itertools.cycle(range(len(asked)))
         streams = [
@@ -135,16 +143,17 @@ class Load:
         ]
         try:
             async with stage.screen.waiting("full batches, nothing moves"):
-                await _while_they_live(streams, self.still_s)
+                await _while_they_live(streams, still_s)
             seen.moving_since_s = time.perf_counter()
             async with (
                 stage.screen.waiting("full batches, requests move all the time"),
                 beside(self._move(stage, seen)),
                 beside(self._look(stage, seen)),
             ):
-                await _while_they_live(streams, self.moving_s)
+                await _while_they_live(streams, moving_s)
                 ending.set()
                 await asyncio.gather(*streams)
+            seen.moved_for_s = time.perf_counter() - seen.moving_since_s
         finally:
             for stream in streams:
                 stream.cancel()
@@ -229,7 +238,7 @@ class Load:
         screen.heading("Measured in this run")
         screen.facts(
             {
-                "moves": f"{len(seen.moves)}, {len(seen.moves) / self.moving_s:.1f} a second",
+                "moves": f"{len(seen.moves)}, {len(seen.moves) / seen.moved_for_s:.1f} a second",
                 "a moved request stood still for": _spread(suspended),
                 "pause that its client saw": _spread(pauses),
                 "between two tokens, nothing moves": _spread(still),

@@ -38,13 +38,18 @@ async def run(screen: Screen, server: Server, act: Act, *, closing: str, timeout
 
     Args:
         closing: said at the end if all held.
-        timeout_s: how long the act may take.
+        timeout_s: how long boot and act may take together.
 
     Returns:
         the exit status.
     """
     loop = asyncio.get_running_loop()
-    playing = asyncio.create_task(_play(screen, server, act, timeout_s))
+
+    async def within_its_time() -> list[Check]:
+        async with asyncio.timeout(timeout_s):
+            return await _play(screen, server, act)
+
+    playing = asyncio.create_task(within_its_time())
     for number in SIGNALS:
         loop.add_signal_handler(number, playing.cancel)
     try:
@@ -81,19 +86,14 @@ async def _outcome(playing: asyncio.Task[list[Check]], timeout_s: float) -> tupl
     return (1, f"{broken} of {len(checks)} claims did not hold.") if broken else (0, "")
 
 
-async def _play(screen: Screen, server: Server, act: Act, timeout_s: float) -> list[Check]:
+async def _play(screen: Screen, server: Server, act: Act) -> list[Check]:
     """Boot, then the act, for as long as the server lives."""
     screen.line()
     screen.command(server.command)
     async with screen.waiting("booting"):
         server.start()
         await server.boot(screen.step)
-
-    async def within_its_time() -> list[Check]:
-        async with asyncio.timeout(timeout_s):
-            return await act(screen, server.url)
-
-    acting = asyncio.create_task(within_its_time())
+    acting = asyncio.ensure_future(act(screen, server.url))
     ended = asyncio.create_task(server.ended())
     try:
         await asyncio.wait({acting, ended}, return_when=asyncio.FIRST_COMPLETED)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import itertools
+import time
 from typing import Any
 
 import pytest
@@ -101,7 +102,7 @@ class Server:
 def play(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs the load on a server that is played; what it claims, and what it printed."""
 
-    def run(server: Server) -> tuple[list[Check], str]:
+    def run(server: Server, left_s: float = 60.0) -> tuple[list[Check], str]:
         @contextlib.asynccontextmanager
         async def client(_url: str) -> Any:
             yield server
@@ -120,6 +121,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Any:
             max_tokens=20,
             still_s=0.05,
             moving_s=0.3,
+            ends_at_s=time.monotonic() + left_s,
         )
         return asyncio.run(load.act(Screen(printed), "")), printed.getvalue()
 
@@ -134,6 +136,12 @@ def test_what_is_claimed_of_a_pool_that_works(play: Any) -> None:
     assert "(2 requests, up to 2 more waiting)" in checks[2].text
     assert "a moved request stood still for" in printed
     assert "1.0 ms (median), 1.0 ms (99 %)" in printed
+
+
+def test_a_demo_that_is_late_still_compares_every_answer(play: Any) -> None:
+    checks, _ = play(Server(), left_s=full_batch.END_S)
+    assert checks[0].holds
+    assert checks[0].text.startswith("all 6 answers"), "one for each stream"
 
 
 def test_an_answer_that_differs_is_noticed(play: Any) -> None:
