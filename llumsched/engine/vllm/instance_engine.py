@@ -16,6 +16,7 @@ from llumsched.engine.vllm.load import LoadReader
 from llumsched.engine.vllm.migration import MigrationAdapter
 from llumsched.engine.vllm.migration.resumption import Resumption
 from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
+from llumsched.engine.vllm.warm_up import warm_up
 from llumsched.wire.keys import PoolKeys
 
 T = TypeVar("T")
@@ -34,6 +35,7 @@ class VllmEngine:
     ) -> None:
         prove_membership(keys)
         self._core = core = LlumschedEngineCore(settings)
+        warm_up(core)
         self.migration = MigrationAdapter(core)
         self.prefix_blocks = (
             PrefixBlockRecorder(core.scheduler, instance_id) if reports_prefix_blocks else None
