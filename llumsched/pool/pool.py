@@ -43,6 +43,7 @@ from llumsched.pool.instance_actor import (
 from llumsched.pool.instance_process import NodeWatches
 from llumsched.pool.instance_supervisor import TICK_S, InstanceSupervisor
 from llumsched.pool.node_drain import LOOK_INTERVAL_S, DrainingMachines
+from llumsched.pool.orphans import OrphanWatch
 from llumsched.pool.ray_cluster import LaunchError, cluster_resources, in_words, start_ray
 from llumsched.pool.scheduler_watch import SchedulerWatch
 from llumsched.scheduler.actor import ACTOR_NAME, SchedulerActor
@@ -98,6 +99,7 @@ class Pool:
         self._controller: Any = None
         self._owns_ray = False
         self._threads: list[threading.Thread] = []
+        self._orphans = OrphanWatch()
         self._telling: dict[str, Any] = {}
         self._stopping = threading.Event()
         self._ending = threading.Event()
@@ -120,6 +122,7 @@ class Pool:
             the address that the sockets of this machine bind to.
         """
         started_s = time.monotonic()
+        self._orphans.start()
         self._owns_ray = start_ray(
             self._ray_address, num_cpus=max(os.cpu_count() or 1, self._planned_instances + 1)
         )
@@ -328,7 +331,11 @@ class Pool:
         self._stopping.set()
         started_s = time.monotonic()
         # Known now, since those whose parent ends first are no longer found from here.
-        processes = psutil.Process().children(recursive=True)
+        processes = [
+            process
+            for process in psutil.Process().children(recursive=True)
+            if process.pid != self._orphans.pid
+        ]
         has_started = bool(processes) or ray.is_initialized()
         if ray.is_initialized():
             self.stop_supervising()
@@ -337,6 +344,7 @@ class Pool:
         if self._heartbeats is not None and not any(t.is_alive() for t in self._threads):
             self._heartbeats.close()
         _end(processes)
+        self._orphans.close()
         if self.metrics_folder.name:
             shutil.rmtree(self.metrics_folder, ignore_errors=True)
         if has_started:

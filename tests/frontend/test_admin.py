@@ -8,7 +8,7 @@ from typing import cast
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from llumsched.frontend.http.admin import OtherFrontends, admin_router
+from llumsched.frontend.http.admin import OtherFrontends, admin_router, named
 from llumsched.frontend.routing.routes import Routes
 from llumsched.frontend.routing.scheduler_client import SchedulerClient
 from llumsched.frontend.routing.status import RequestStatus
@@ -52,6 +52,27 @@ class Others:
             num_resumptions=0,
         )
         return [theirs]
+
+
+def status_of(external_id: str) -> RequestStatus:
+    return RequestStatus(
+        request_id=f"{external_id}-abcd",
+        external_id=external_id,
+        frontend_id="frontend-0",
+        instance_id="instance-0",
+        num_output_tokens=5,
+        num_moves=0,
+        num_resumptions=0,
+    )
+
+
+def test_an_exact_id_goes_before_those_that_begin_with_it() -> None:
+    requests = [status_of(i) for i in ("job-1", "job", "job-10", "cmpl-7-0", "cmpl-7-1")]
+    assert named("job", requests) == ["job-abcd"]
+    assert named("job-1", requests) == ["job-1-abcd"]
+    assert named("job-1-abcd", requests) == ["job-1-abcd"]
+    assert named("cmpl-7", requests) == ["cmpl-7-0-abcd", "cmpl-7-1-abcd"]
+    assert named("jo", requests) == []
 
 
 class PeerConnection:

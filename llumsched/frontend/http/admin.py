@@ -122,6 +122,18 @@ async def all_requests(
     return [*requests_of(routes, frontend), *await others.requests()]
 
 
+def named(name: str, requests: Sequence[RequestStatus]) -> list[str]:
+    """The ids of the requests that an operator's name stands for.
+
+    An id that is exactly this goes before those that only begin with it, as ``cmpl-1`` does for
+    the ``cmpl-1-0`` and ``cmpl-1-1`` that one call has become.
+    """
+    exact = [r.request_id for r in requests if r.request_id == name]
+    given = [r.request_id for r in requests if r.external_id == name]
+    parts = [r.request_id for r in requests if r.external_id.startswith(f"{name}-")]
+    return exact or given or parts
+
+
 def admin_router(
     link: SchedulerClient,
     routes: Routes,
@@ -210,12 +222,7 @@ def admin_router(
             found = await all_requests(routes, frontend, others)
         except TimeoutError:
             return _error(503, OTHERS_SILENT)
-        matches = [
-            request.request_id
-            for request in found
-            if body.request_id in (request.request_id, request.external_id)
-            or request.external_id.startswith(f"{body.request_id}-")
-        ]
+        matches = named(body.request_id, found)
         if not matches:
             return _error(
                 404,
