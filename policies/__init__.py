@@ -10,6 +10,7 @@ from types import MappingProxyType
 BUILT_IN: Mapping[str, str] = MappingProxyType(
     {
         # Bundles
+        "adaptive": "llumsched.policies.adaptive:bundle",
         "latency": "llumsched.policies.latency:bundle",
         "throughput": "llumsched.policies.throughput:bundle",
         "long_context": "llumsched.policies.long_context:bundle",
@@ -25,6 +26,7 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
         "mooncake": "llumsched.policies.mooncake:bundle",
         "dynamo": "llumsched.policies.dynamo:bundle",
         # Dispatch; each is also a bundle of its own
+        "least_cost": "llumsched.policies.adaptive:LeastCost",
         "freeness": "llumsched.policies.freeness:Freeness",
         "round_robin": "llumsched.policies.round_robin:RoundRobin",
         "random": "llumsched.policies.random_choice:RandomChoice",
@@ -42,6 +44,7 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
         "conductor": "llumsched.policies.mooncake:Conductor",
         "kv_router": "llumsched.policies.dynamo:KvRouter",
         # Migration
+        "expected_win": "llumsched.policies.adaptive:ExpectedWin",
         "freeness_pairs": "llumsched.policies.freeness_pairs:FreenessPairs",
         "consolidate": "llumsched.policies.throughput:Consolidate",
         "clear_room": "llumsched.policies.long_context:ClearRoom",

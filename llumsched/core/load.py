@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 from llumsched.core.fast_init import fast_init
+from llumsched.core.step_time import MeasuredStep
 from llumsched.core.types import InstanceRole, PriorityClass
 
 
@@ -53,8 +54,12 @@ class InstanceLoad:
     num_waiting_tokens: int = 0
     num_prefill_tokens_pending: int = 0
     """Prompt tokens not computed yet, of running and waiting requests together."""
+    num_prefill_pairs_pending: int = 0
+    """Pairs of such a token and a token it attends to: what their attention costs."""
     step_time_s: float = 0.0
     """Duration of a recent ordinary engine step; 0 if none has run."""
+    step: MeasuredStep | None = None
+    """A step since the last report, with its batch; one with prompts, if there was one."""
     num_running_by_class: tuple[tuple[int, int], ...] = ()
     """(execution priority class, running requests of it) pairs; absent classes count 0."""
     victim_blocks: int | None = None

@@ -96,6 +96,11 @@ class SchedulerOptions:
     step_running_s: float = param(
         0.00027, "Fitted step time: seconds each running request adds to a step.", at_least=0
     )
+    learn_costs: bool = param(
+        False,
+        "Learn step times and the length of answers from the load reports, beginning with the "
+        "fitted step time; off, the fitted step time stays what it is.",
+    )
     prefix_index_blocks: int = param(
         0, "Bound of the index of cached prefix blocks; 0 keeps none.", at_least=0
     )

@@ -30,9 +30,12 @@ class Placement:
 
 @runtime_checkable
 class DispatchPolicy(Protocol):
-    """Where a request goes. None holds it, and those behind it, until something changes."""
+    """Where a request goes. None holds it, and those behind it, until something changes; a `Hold`
+    says why, and may let others pass."""
 
-    def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
+    def dispatch(
+        self, request: SchedulingRequest, cluster: ClusterSnapshot
+    ) -> "Placement | Hold | None":
         """Choose an instance among `cluster.accepting`."""
 
 

@@ -34,6 +34,8 @@ BoolColumn = npt.NDArray[np.bool_]
 Rows = BoolColumn | IntColumn
 """Some of the rows: a mask, or their numbers in ascending order."""
 
+MAX_RISK_EXPONENT = 2.0
+"""Where a cost that rises as room runs out stops to rise: nothing is worse than full."""
 STATES = (
     InstanceState.BOOTING,
     InstanceState.SERVING,
@@ -53,6 +55,8 @@ class Columns:
     decode_step_s: FloatColumn
     prefill_token_s: FloatColumn
     block_turnover_s: FloatColumn
+    prefill_ends_s: FloatColumn
+    block_price_s: FloatColumn
     last_report_s: FloatColumn
     num_total_blocks: FloatColumn
     num_free_blocks: FloatColumn
@@ -138,7 +142,10 @@ class ClusterSnapshot:
     unreported and `num_requests` that + waiting; `decode_step_s` is the measured step, or the
     modelled one, with the unreported requests in it; `prefill_token_s` is what a prompt token
     takes in such steps; `block_turnover_s` how long it takes, per token of output, until one block
-    comes free; `predicted_final_blocks` is the sum of the predicted final sizes of all requests, 0
+    comes free; `prefill_ends_s` is when the prompts that are there will be computed;
+    `block_price_s` is the expected cost of one more block in use, in seconds that requests wait
+    after an eviction: it rises as the room of the running requests to grow within `reaction_s`
+    runs out; `predicted_final_blocks` is the sum of the predicted final sizes of all requests, 0
     without a length predictor.
     """
 
@@ -148,6 +155,11 @@ class ClusterSnapshot:
     rng: random.Random
     """The one source of randomness: seeded, so a replay draws the same numbers."""
     step_time: StepTimeModel = DEFAULT_STEP_TIME
+    """As configured, or as learned of the kind of instance that reported last."""
+    mean_output_tokens: float = 256.0
+    """Tokens that a running request is expected to produce yet; learned where step times are."""
+    reaction_s: float = 1.0
+    """Within this time a migration that is decided takes effect."""
     num_booting: int = 0
     block_size: int | None = None
     """Block size of all instances; None if they differ."""
@@ -157,6 +169,8 @@ class ClusterSnapshot:
     rows: dict[str, int] = field(default_factory=dict)
     held: Callable[[], Sequence[SchedulingRequest]] = tuple
     """Requests waiting for a place, in dispatch order (a bounded number of them)."""
+    queued_s: Callable[[str], float | None] = lambda request_id: None
+    """When a live request was first queued, on the clock of `now`."""
     match_prefix: Callable[[SchedulingRequest], Sequence[PrefixHolders]] = lambda request: ()
     """Who holds a start of the prompt, longest first; nobody, if no prefix index is kept."""
 
@@ -268,6 +282,9 @@ class ClusterSnapshot:
             columns=self.columns.copy(),
             rng=self.rng,
             step_time=self.step_time,
+            mean_output_tokens=self.mean_output_tokens,
+            reaction_s=self.reaction_s,
+            queued_s=self.queued_s,
             num_booting=self.num_booting,
             block_size=self.block_size,
             num_accepting=self.num_accepting,

@@ -1,6 +1,7 @@
 """The fitted step-time model.
 
     step = base + prefill_token * prompt tokens in the step + running * running requests
+         + prefill_pair * attention pairs of the prompts + kv_token * tokens of context
 
 The form and the default coefficients are those of the evaluation in Llumnix (OSDI '24): LLaMA-7B on
 an A10. Where an instance has reported the duration of a step, the report replaces the model's own
@@ -12,6 +13,8 @@ This module does not know deadlines, nor columns (`cluster` keeps them).
 
 from dataclasses import dataclass
 
+from llumsched.core.fast_init import fast_init
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimeModel:
@@ -20,11 +23,16 @@ class StepTimeModel:
     base_s: float = 0.0432
     prefill_token_s: float = 0.000203
     running_s: float = 0.00027
+    prefill_pair_s: float = 0.0
+    """Of a pair of a prompt token and a token it attends to; 0 unless it is learned."""
+    kv_token_s: float = 0.0
+    """Of a token of context of a running request; 0 unless it is learned."""
 
 
 DEFAULT_STEP_TIME = StepTimeModel()
 
 
+@fast_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredStep:
     """One step that an engine was measured to take: its batch, and its duration in seconds."""

@@ -115,9 +115,11 @@ def read_load(
     num_running = len(engine.running)
     num_high = engine.num_high_running
     waiting = engine.waiting
-    prefill_tokens = engine.num_waiting_tokens
+    prefill_tokens, prefill_pairs = engine.num_waiting_tokens, engine.num_waiting_pairs
     for request, _ in engine.prefills:
-        prefill_tokens += request.target - request.computed
+        target, computed = request.target, request.computed
+        prefill_tokens += target - computed
+        prefill_pairs += (target * target - computed * computed) // 2
     engine.reported_free_blocks = num_free_blocks
     engine.reported_waiting = bool(waiting)
     received, finished = engine.received_ids, engine.finished_ids
@@ -137,7 +139,9 @@ def read_load(
         num_waiting_blocks=engine.num_waiting_blocks,
         num_waiting_tokens=engine.num_waiting_tokens,
         num_prefill_tokens_pending=prefill_tokens,
+        num_prefill_pairs_pending=prefill_pairs,
         step_time_s=step_ps / PS_PER_S,
+        step=engine.take_step(now),
         num_running_by_class=(
             ((0, num_running - num_high), (1, num_high)) if num_high else ((0, num_running),)
         ),

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
+from llumsched.core.step_time import MeasuredStep
 from llumsched.simulator.engines.cost import CostModel, series_ps, steps_until
 from llumsched.simulator.engines.host import EngineHost
 from llumsched.simulator.engines.kv_cache import PrefixCache
@@ -29,7 +30,7 @@ from llumsched.simulator.engines.request import (
     LiveRequest,
 )
 from llumsched.simulator.engines.segment import Segment
-from llumsched.simulator.kernel import STEP, Kernel
+from llumsched.simulator.kernel import PS_PER_S, STEP, Kernel
 
 
 class Engine(Segment, ABC):
@@ -75,6 +76,8 @@ class Engine(Segment, ABC):
         self.suspending: list[LiveRequest] = []
         self.num_waiting_blocks = 0
         self.num_waiting_tokens = 0
+        self.num_waiting_pairs = 0
+        """Pairs of prompt tokens that the queue will compute, without what a cache may hold."""
         self.num_high_running = 0
         self.is_blocked = False
         # Blocks.
@@ -91,6 +94,9 @@ class Engine(Segment, ABC):
         """Somebody came into or left queue or batch, since it was last looked at."""
         self.num_steps = 0
         self.step_time_ps = 0
+        self.begun_prompt_step: MeasuredStep | None = None
+        self.prompt_step: MeasuredStep | None = None
+        """The last step that computed prompts and has ended, until a report tells of it."""
         self.most_tokens = self.most_requests = self.most_kv_tokens = 0
         self.received_ids: list[str] = []
         self.finished_ids: list[str] = []
@@ -224,6 +230,22 @@ class Engine(Segment, ABC):
             self.due = now
             heappush(self.kernel.heap, (now, STEP, self.index, self))
 
+    def take_step(self, now: int) -> MeasuredStep | None:
+        """A step since the last report: one with prompts, or the decodes under way."""
+        step, self.prompt_step = self.prompt_step, None
+        if step is not None or not self.segment_decodes or self.prefills:
+            return step
+        num_before = self.steps_begun(now) - 1
+        b = self.num_decodes
+        return MeasuredStep(
+            num_prefill_tokens=0,
+            num_pairs=0,
+            num_decodes=b,
+            num_kv_tokens=b * (self.progress + num_before) + self.offset_sum,
+            num_skew_tokens=0,
+            seconds=(self.first_ps + self.increment_ps * num_before) / PS_PER_S,
+        )
+
     # A segment ends.
 
     def end_of_segment(self, now: int) -> None:
@@ -282,6 +304,7 @@ class Engine(Segment, ABC):
                     self._end(request, now)
         if prefills:
             self.prefills = []
+            self.prompt_step = self.begun_prompt_step
             for request, num_tokens in prefills:
                 request.computed += num_tokens
                 if request.computed == request.target:
@@ -377,6 +400,7 @@ class Engine(Segment, ABC):
         request.computed = 0
         request.target = request.num_prompt + request.generated
         self.num_waiting_tokens += request.target
+        self.num_waiting_pairs += request.target * request.target // 2
         self.num_waiting_blocks += -(-request.target // self.block_size)
         if in_front:
             self.waiting.appendleft(request)
@@ -387,6 +411,7 @@ class Engine(Segment, ABC):
         """The head of the queue begins to run."""
         request = self.waiting.popleft()
         self.num_waiting_tokens -= request.target
+        self.num_waiting_pairs -= request.target * request.target // 2
         self.num_waiting_blocks -= -(-request.target // self.block_size)
         request.phase = PREFILLING
         self.may_have_changed = True

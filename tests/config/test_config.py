@@ -80,7 +80,7 @@ def test_two_bundles_share_no_state() -> None:
     [
         ("polcy: x", "f.yaml:1: unknown key in the configuration: 'polcy'; did you mean 'policy'?"),
         ("\npolicy: latancy", "f.yaml:2: unknown policy 'latancy'; did you mean 'latency'?"),
-        ("policy: zzz", "f.yaml:1: unknown policy 'zzz'; installed: after_first_token, "),
+        ("policy: zzz", "f.yaml:1: unknown policy 'zzz'; installed: adaptive, after_first_token, "),
         ("policy: freeness_pairs", "f.yaml:1: 'freeness_pairs' is a migration policy; name it"),
         ("policy: [1]", "f.yaml:1: policy must be a name, not [1]"),
         ("policy: a.b:C", "f.yaml:1: policy 'a.b:C': cannot import a.b (No module named 'a')"),

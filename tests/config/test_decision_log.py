@@ -37,7 +37,15 @@ from llumsched.decision_log import (
 from llumsched.replay import replay
 from tests.core.builders import make_load, make_request, make_spec
 
-EVERY_BUNDLE = ["latency", "prefix_aware", "random", "round_robin", "mooncake", "throughput"]
+EVERY_BUNDLE = [
+    "adaptive",
+    "latency",
+    "prefix_aware",
+    "random",
+    "round_robin",
+    "mooncake",
+    "throughput",
+]
 
 
 HEADER = (

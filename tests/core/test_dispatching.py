@@ -394,7 +394,7 @@ def vandalise(cluster: ClusterSnapshot) -> Any:
     [
         (explode, "RuntimeError: broken"),
         (vandalise, "ValueError: assignment destination is read-only"),
-        (lambda _: "a", "answered 'a', not Placement"),
+        (lambda _: "a", "answered 'a', not Placement or Hold"),
         (lambda _: Placement(instance_id="zz", reason=""), "chose unknown instance 'zz'"),
         (lambda _: Placement(instance_id=[], reason=""), "whose instance_id is []"),  # type: ignore[arg-type]
         (lambda _: Placement(instance_id="b", reason=None), "whose reason is None"),  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llumsched.core.events import DrainRequested, KvBlocksStored
-from llumsched.core.policy import ADMIT, DispatchPolicy
+from llumsched.core.policy import ADMIT, DispatchPolicy, Placement
 from llumsched.core.snapshot import ClusterSnapshot, InstanceView
 from llumsched.core.types import SchedulingRequest
 from llumsched.policies._pools import split
@@ -69,7 +69,7 @@ def drivers(draw: st.DrawFn) -> Driver:
 
 def chosen(driver: Driver, policy: DispatchPolicy, request: SchedulingRequest) -> str | None:
     placement = policy.dispatch(request, driver.cluster)
-    return None if placement is None else placement.instance_id
+    return placement.instance_id if isinstance(placement, Placement) else None
 
 
 def able(request: SchedulingRequest, cluster: ClusterSnapshot) -> list[InstanceView]:

@@ -8,7 +8,7 @@ import pytest
 
 from llumsched.core.actions import RejectRequest
 from llumsched.core.events import DrainRequested, InstanceLost, KvBlocksStored
-from llumsched.core.policy import MigrationCandidate
+from llumsched.core.policy import MigrationCandidate, Placement
 from llumsched.core.types import InstanceRole
 from llumsched.policies.after_first_token import AfterFirstToken
 from llumsched.policies.mooncake import EarlyRejection
@@ -208,6 +208,6 @@ def test_dynamo_draws_with_a_temperature() -> None:
     policy = cold.scheduler.bundle.dispatch
     hot_policy = hot.scheduler.bundle.dispatch
     drawn = [hot_policy.dispatch(make_request(), hot.cluster) for _ in range(50)]
-    assert {p.instance_id for p in drawn if p is not None} == {"a", "b"}
+    assert {p.instance_id for p in drawn if isinstance(p, Placement)} == {"a", "b"}
     settled = [policy.dispatch(make_request(), cold.cluster) for _ in range(50)]
-    assert {p.instance_id for p in settled if p is not None} == {"b"}
+    assert {p.instance_id for p in settled if isinstance(p, Placement)} == {"b"}

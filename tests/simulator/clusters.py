@@ -163,7 +163,9 @@ def clusters(draw: st.DrawFn) -> tuple[Trace, SimulationOptions]:
         "migration_settle_s": draw(st.sampled_from((0.0, 5.0))),
     }
     policy = draw(
-        st.sampled_from(("round_robin", "latency", "throughput", "prefix_aware", "disaggregated"))
+        st.sampled_from(
+            ("round_robin", "adaptive", "latency", "throughput", "prefix_aware", "disaggregated")
+        )
     )
     config = Config(policy=policy, scheduler=scheduler)
     if policy == "latency":

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from llumsched.core.load import Headroom, InstanceLoad, InstanceSpec
+from llumsched.core.scheduling.cost_model import CostModel, LearnedCosts
 from llumsched.core.snapshot import (
+    MAX_RISK_EXPONENT,
     ROLES,
     STATES,
     ClusterSnapshot,
@@ -42,6 +44,8 @@ class InstanceRecord:
     spec: InstanceSpec
     load: InstanceLoad
     last_report_s: float
+    costs: LearnedCosts
+    """As they were known when it reported last."""
     state: InstanceState = InstanceState.SERVING
     is_fresh: bool = True
     num_sent: int = 0
@@ -72,13 +76,19 @@ class Cluster:
         stale_after_s: float,
         rng: random.Random,
         step_time: StepTimeModel = DEFAULT_STEP_TIME,
+        costs: CostModel | None = None,
+        reaction_s: float = 1.0,
         held: Callable[[], Sequence[SchedulingRequest]] = tuple,
+        queued_s: Callable[[str], float | None] = lambda request_id: None,
         match_prefix: Callable[[SchedulingRequest], Sequence[PrefixHolders]] = lambda request: (),
     ) -> None:
         self._headroom = headroom
         self._stale_after_s = stale_after_s
         self._rng = rng
-        self._step_time = step_time
+        self._costs = costs
+        self._shown = LearnedCosts(step_time) if costs is None else costs.latest
+        self._reaction_s = reaction_s
+        self._queued_s = queued_s
         self._held = held
         self._match_prefix = match_prefix
         self.records: dict[str, InstanceRecord] = {}
@@ -104,7 +114,7 @@ class Cluster:
             num_total_blocks=spec.num_total_blocks,
             num_free_blocks=spec.num_total_blocks,
         )
-        record = InstanceRecord(spec=spec, load=load, last_report_s=now)
+        record = InstanceRecord(spec=spec, load=load, last_report_s=now, costs=self._shown)
         row = bisect.bisect_left(self._ids, spec.instance_id)
         self._insert_row(row)
         self._ids.insert(row, spec.instance_id)
@@ -157,7 +167,10 @@ class Cluster:
             instance_ids=tuple(self._ids),
             columns=columns,
             rng=self._rng,
-            step_time=self._step_time,
+            step_time=self._shown.step_time,
+            mean_output_tokens=self._shown.mean_output_tokens,
+            reaction_s=self._reaction_s,
+            queued_s=self._queued_s,
             num_booting=self.num_booting,
             block_size=smallest if smallest == largest and self._ids else None,
             num_accepting=self._num_accepting,
@@ -193,6 +206,11 @@ class Cluster:
 
     def report(self, record: InstanceRecord, load: InstanceLoad, now: float) -> None:
         """Take in a report that is newer than the last one."""
+        if self._costs is not None:
+            self._learn(self._costs, record, load, now)
+        self._take_in(record, load, now)
+
+    def _take_in(self, record: InstanceRecord, load: InstanceLoad, now: float) -> None:
         total_changed = load.num_total_blocks != record.load.num_total_blocks
         record.load = load
         record.last_report_s = now
@@ -204,11 +222,40 @@ class Cluster:
         if total_changed:
             self.snapshot = self._view(now)
 
+    def _learn(
+        self, costs: CostModel, record: InstanceRecord, load: InstanceLoad, now: float
+    ) -> None:
+        elapsed_s = now - record.last_report_s
+        costs.reported(record.spec, record.load, elapsed_s, load, now)
+        record.costs = costs.latest
+        self._show(costs.latest)
+
+    def _show(self, costs: LearnedCosts) -> None:
+        self._shown = costs
+        object.__setattr__(self.snapshot, "step_time", costs.step_time)
+        object.__setattr__(self.snapshot, "mean_output_tokens", costs.mean_output_tokens)
+
+    def show_costs(self) -> None:
+        """Show what is known of costs by now: a checkpoint was restored."""
+        if self._costs is not None:
+            self._show(self._costs.latest)
+
+    def request_ended(self) -> None:
+        """A request has ended, wherever it was."""
+        if self._costs is not None:
+            self._costs.ended()
+
     def restore(
-        self, record: InstanceRecord, load: InstanceLoad, last_report_s: float, is_fresh: bool
+        self,
+        record: InstanceRecord,
+        load: InstanceLoad,
+        last_report_s: float,
+        is_fresh: bool,
+        costs: LearnedCosts,
     ) -> None:
         """Put an instance back as a checkpoint has it."""
-        self.report(record, load, last_report_s)
+        record.costs = costs
+        self._take_in(record, load, last_report_s)
         record.is_fresh = is_fresh
         self._next_stale_s = -math.inf
         self._publish_state(record)
@@ -264,6 +311,28 @@ class Cluster:
         destination.num_migrations_in += by
         row = self._rows[destination.spec.instance_id]
         self._columns.num_migrations_in[row] = destination.num_migrations_in
+
+    def _block_price_s(
+        self,
+        mean_output_tokens: float,
+        num_room: int,
+        num_used: int,
+        num_requests: int,
+        block_size: int,
+        step_s: float,
+        token_s: float,
+    ) -> float:
+        """The slope of `eviction_risk`, times what an eviction costs."""
+        num_requests = num_requests or 1
+        growth_tokens = self._reaction_s / (step_s or 1e-3)
+        left_tokens = num_room * block_size / num_requests
+        exponent = min(MAX_RISK_EXPONENT, -left_tokens / growth_tokens)
+        if exponent < -30:
+            return 0.0
+        # Evicted, a request waits for about one of the others to end, and is computed again.
+        wait_s = mean_output_tokens * step_s / num_requests
+        again_s = num_used * block_size / num_requests * token_s
+        return (wait_s + again_s) * block_size / growth_tokens * math.exp(exponent)
 
     # Rows.
 
@@ -323,16 +392,30 @@ class Cluster:
         cells.num_prefill_tokens_pending[row] = (
             load.num_prefill_tokens_pending + record.num_sent_tokens
         )
-        step_time = self._step_time
+        step_time = record.costs.step_time
         if load.step_time_s > 0:
             step_s = load.step_time_s + step_time.running_s * num_sent
         else:
             step_s = step_time.base_s + step_time.running_s * batch_size
         cells.decode_step_s[row] = step_s
-        cells.prefill_token_s[row] = (
-            step_time.prefill_token_s + step_s / record.spec.max_num_batched_tokens
-        )
+        token_s = step_time.prefill_token_s + step_s / record.spec.max_num_batched_tokens
+        cells.prefill_token_s[row] = token_s
         cells.block_turnover_s[row] = step_s / (num_used or 1)
+        # Work goes on between reports: it is the end of it that stays what it is.
+        cells.prefill_ends_s[row] = (
+            record.last_report_s
+            + (load.num_prefill_tokens_pending + record.num_sent_tokens) * token_s
+            + load.num_prefill_pairs_pending * step_time.prefill_pair_s
+        )
+        cells.block_price_s[row] = self._block_price_s(
+            record.costs.mean_output_tokens,
+            num_free - load.num_waiting_blocks,
+            num_used,
+            batch_size + num_waiting,
+            record.spec.block_size,
+            step_s,
+            token_s,
+        )
         if record.state is not _SERVING:
             cells.virtual_usage[row] = math.inf
             cells.freeness[row] = -math.inf

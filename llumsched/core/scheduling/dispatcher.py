@@ -87,6 +87,7 @@ class Dispatcher:
         if record.is_held:
             self._queue.remove(record)
         self._ledger.close(record)
+        self._cluster.request_ended()
         if self._turns is not None and num_output_tokens is not None:
             self._turns.ended(record.request.client_id, num_output_tokens)
         predictor = self._bundle.predictor
@@ -271,9 +272,12 @@ class Dispatcher:
                     return None
                 if isinstance(verdict, Hold):
                     return verdict
-            placement = self._choose(request, cluster, candidates, out)
-            if placement is None:
+            chosen = self._choose(request, cluster, candidates, out)
+            if chosen is None:
                 return Hold(reason="the dispatch policy holds it")
+            if isinstance(chosen, Hold):
+                return chosen
+            placement = chosen
             limit = self._options.max_waiting_per_instance if not record.redispatch_reason else 0
             row = cluster.rows[placement.instance_id]
             if limit and not _has_room_to_wait(cluster, row, limit):
@@ -321,7 +325,7 @@ class Dispatcher:
         cluster: ClusterSnapshot,
         candidates: BoolColumn | None,
         out: list[Action],
-    ) -> Placement | None:
+    ) -> Placement | Hold | None:
         policy = self._bundle.dispatch
         try:
             placement = policy.dispatch(request, cluster)
@@ -374,10 +378,10 @@ class Dispatcher:
 
 
 def _problem(
-    placement: Placement, cluster: ClusterSnapshot, candidates: BoolColumn | None
+    placement: Placement | Hold, cluster: ClusterSnapshot, candidates: BoolColumn | None
 ) -> str | None:
-    wrong_shape = malformed(placement, Placement)
-    if wrong_shape is not None:
+    wrong_shape = malformed(placement, Placement, Hold)
+    if wrong_shape is not None or isinstance(placement, Hold):
         return wrong_shape
     row = cluster.rows.get(placement.instance_id)
     if row is None:

@@ -17,6 +17,7 @@ from llumsched.core.events import InstanceJoined
 from llumsched.core.load import InstanceLoad, InstanceSpec
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.scheduling.cluster_state import Cluster, InstanceRecord
+from llumsched.core.scheduling.cost_model import LearnedCosts
 from llumsched.core.scheduling.dispatcher import Dispatcher
 from llumsched.core.scheduling.migration_arbiter import MigrationArbiter
 from llumsched.core.scheduling.prefix_index import PrefixIndex
@@ -124,6 +125,7 @@ class InstanceLifecycles:
             {
                 "spec": to_plain(record.spec),
                 "load": to_plain(record.load),
+                "costs": to_plain(record.costs),
                 "last_report_s": record.last_report_s,
                 "is_fresh": record.is_fresh,
                 "state": record.state.value,
@@ -139,7 +141,8 @@ class InstanceLifecycles:
             self.join(InstanceJoined(spec=spec), now)
             record = self._cluster.records[spec.instance_id]
             load = from_plain(InstanceLoad, entry["load"])
-            self._cluster.restore(record, load, entry["last_report_s"], entry["is_fresh"])
+            costs = from_plain(LearnedCosts, entry["costs"])
+            self._cluster.restore(record, load, entry["last_report_s"], entry["is_fresh"], costs)
             if entry["state"] != InstanceState.SERVING:
                 self._cluster.set_state(record, InstanceState(entry["state"]))
             if entry["drain_by_s"] is not None:

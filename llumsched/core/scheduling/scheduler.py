@@ -40,6 +40,7 @@ from llumsched.core.load import Headroom
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.policy import PolicyBundle, Stateful
 from llumsched.core.scheduling.cluster_state import Cluster
+from llumsched.core.scheduling.cost_model import CostModel
 from llumsched.core.scheduling.dispatch_queue import DispatchQueue
 from llumsched.core.scheduling.dispatcher import Dispatcher
 from llumsched.core.scheduling.instance_lifecycle import InstanceLifecycles
@@ -51,6 +52,9 @@ from llumsched.core.scheduling.scaler import Scaling
 from llumsched.core.snapshot import ClusterSnapshot, PrefixHolders
 from llumsched.core.step_time import StepTimeModel
 from llumsched.core.types import SchedulingRequest
+
+REACTION_INTERVALS = 2.5
+"""From a need for a migration to its effect: the next decision, a report, and the copy."""
 
 
 class GlobalScheduler:
@@ -66,15 +70,20 @@ class GlobalScheduler:
             PrefixIndex(options.prefix_index_blocks) if options.prefix_index_blocks else None
         )
         self._queue = DispatchQueue()
+        step_time = StepTimeModel(
+            base_s=options.step_base_s,
+            prefill_token_s=options.step_prefill_token_s,
+            running_s=options.step_running_s,
+        )
+        self._costs = CostModel(step_time) if options.learn_costs else None
         self._cluster = Cluster(
             headroom=Headroom(target_load=options.high_priority_target_load),
             stale_after_s=options.stale_after_s,
             rng=random.Random(seed),
-            step_time=StepTimeModel(
-                base_s=options.step_base_s,
-                prefill_token_s=options.step_prefill_token_s,
-                running_s=options.step_running_s,
-            ),
+            step_time=step_time,
+            costs=self._costs,
+            reaction_s=REACTION_INTERVALS * options.migration_interval_s,
+            queued_s=self._queued_s,
             held=self._held,
             match_prefix=self._match_prefix,
         )
@@ -203,6 +212,7 @@ class GlobalScheduler:
             "scaling": self._scaling.state(),
             "num_replacing": self._cluster.num_replacing,
             "prefix_blocks": {} if self._prefix_index is None else self._prefix_index.state(),
+            "costs": None if self._costs is None else self._costs.state(),
             "policies": {
                 type(policy).__qualname__: policy.state()
                 for policy in self.bundle.policies().values()
@@ -213,6 +223,9 @@ class GlobalScheduler:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; for a new scheduler. Another bundle starts without memory."""
         self._now = state["now"]
+        if self._costs is not None and state["costs"] is not None:
+            self._costs.restore(state["costs"])
+            self._cluster.show_costs()
         version, internal, gauss = state["rng"]
         self._cluster.snapshot.rng.setstate((version, tuple(internal), gauss))
         self._instances.restore(state["instances"], self._now)
@@ -236,6 +249,10 @@ class GlobalScheduler:
             return ()
         limit = self.options.max_queue_attempts
         return tuple(record.request for record in self._queue.in_order(limit))
+
+    def _queued_s(self, request_id: str) -> float | None:
+        record = self._ledger.requests.get(request_id)
+        return None if record is None else record.queued_s
 
     def _match_prefix(self, request: SchedulingRequest) -> Sequence[PrefixHolders]:
         if self._prefix_index is None or not request.prefix_hashes:

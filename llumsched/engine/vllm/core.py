@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import zmq
@@ -28,7 +28,9 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 
+from llumsched.core.step_time import MeasuredStep
 from llumsched.engine.vllm.reconnect_probe import IntroducingSocket
+from llumsched.engine.vllm.step_recorder import StepRecorder
 from llumsched.wire.keys import PoolKeys
 
 T = TypeVar("T")
@@ -106,6 +108,7 @@ class LlumschedEngineCore(EngineCoreProc):
         self._on_abort: list[Callable[[list[str]], None]] = []
         self._on_add: list[Callable[[Request], None]] = []
         self.step_time_s = 0.0
+        self._step: MeasuredStep | None = None
         self.frontend_calls: FrontendCalls | None = None
         self._is_called = False
         super().__init__(
@@ -116,6 +119,7 @@ class LlumschedEngineCore(EngineCoreProc):
             log_stats=settings.log_stats,
             engine_index=settings.engine_index,
         )
+        self._recorder = StepRecorder(self.scheduler)
 
     # ---- what the rest of the instance uses -------------------------------------------------
 
@@ -154,6 +158,15 @@ class LlumschedEngineCore(EngineCoreProc):
             self._on_abort.append(on_abort)
         if on_add is not None:
             self._on_add.append(on_add)
+
+    def take_step(self) -> MeasuredStep | None:
+        """A step since the last call, with its batch and duration; on the loop thread.
+
+        Where steps overlap, the batch is of the step that began as the one of this duration ended.
+        """
+        step, self._step = self._step, None
+        self._recorder.is_recording = True
+        return step
 
     def run(self) -> None:
         """Run the busy loop until shutdown is requested, then free the engine."""
@@ -224,6 +237,11 @@ class LlumschedEngineCore(EngineCoreProc):
         if model_executed:
             elapsed_s = time.perf_counter() - started_s
             self.step_time_s += STEP_TIME_WEIGHT * (elapsed_s - self.step_time_s)
+            batch = self._recorder.take()
+            if batch is not None:
+                # One a report is enough: looking at a batch takes time between two steps.
+                self._step = replace(batch, seconds=elapsed_s)
+                self._recorder.is_recording = False
         for observer in self._after_step:
             observer()
         return model_executed

@@ -77,6 +77,11 @@ class LoadReader:
         self._sequence += 1
         self._last_free_blocks = self._block_pool.get_num_free_blocks()
         self._last_num_waiting = num_waiting
+        unfinished = [
+            (request.num_prompt_tokens, request.num_computed_tokens)
+            for request in (*waiting, *scheduler.running)
+            if request.num_computed_tokens < request.num_prompt_tokens
+        ]
         classes = Counter(int(priority_class(request.priority)) for request in scheduler.running)
         return InstanceLoad(
             instance_id=self._instance_id,
@@ -89,11 +94,12 @@ class LoadReader:
             head_of_line_blocks=self._num_blocks(waiting[0]) if waiting else 0,
             num_waiting_blocks=sum(self._num_blocks(request) for request in waiting),
             num_waiting_tokens=sum(request.num_tokens for request in waiting),
-            num_prefill_tokens_pending=sum(
-                max(0, request.num_prompt_tokens - request.num_computed_tokens)
-                for request in (*waiting, *scheduler.running)
+            num_prefill_tokens_pending=sum(whole - done for whole, done in unfinished),
+            num_prefill_pairs_pending=sum(
+                (whole * whole - done * done) // 2 for whole, done in unfinished
             ),
             step_time_s=self._engine.step_time_s,
+            step=self._engine.take_step(),
             num_running_by_class=tuple(sorted(classes.items())),
             victim_blocks=victim_blocks,
             num_migrations_in=num_migrations_in,

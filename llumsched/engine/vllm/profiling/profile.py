@@ -19,11 +19,11 @@ from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from llumsched.core.step_time import MeasuredStep
+from llumsched.engine.vllm.step_recorder import StepRecorder
 
 _OUTPUT_TOKENS = 12
 _REPEATS = 2
@@ -60,47 +60,6 @@ class Workload:
         return sum(self.contexts) + sum(self.joining)
 
 
-class _Recorder:
-    """Sees every batch that the scheduler makes."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self._scheduler: Scheduler = scheduler
-        self._schedule = scheduler.schedule
-        self._batch: MeasuredStep | None = None
-        scheduler.schedule = self._record
-
-    def take(self) -> MeasuredStep | None:
-        """The batch since the last call, without its duration; None if there was none to run."""
-        batch, self._batch = self._batch, None
-        return batch if batch and batch.num_prefill_tokens + batch.num_decodes else None
-
-    def _record(self, *args: Any, **options: Any) -> SchedulerOutput:
-        output: SchedulerOutput = self._schedule(*args, **options)
-        self._batch = self._describe(output)
-        return output
-
-    def _describe(self, output: SchedulerOutput) -> MeasuredStep:
-        num_prefill_tokens = num_pairs = 0
-        contexts = []
-        for request_id, num_tokens in output.num_scheduled_tokens.items():
-            request = self._scheduler.requests[request_id]
-            # Already counts what this step computes.
-            after: int = request.num_computed_tokens
-            if request.num_output_tokens > 0:
-                contexts.append(after)
-            else:
-                num_prefill_tokens += num_tokens
-                num_pairs += num_tokens * (after - num_tokens) + num_tokens * (num_tokens + 1) // 2
-        return MeasuredStep(
-            num_prefill_tokens=num_prefill_tokens,
-            num_pairs=num_pairs,
-            num_decodes=len(contexts),
-            num_kv_tokens=sum(contexts),
-            num_skew_tokens=len(contexts) * max(contexts, default=0) - sum(contexts),
-            seconds=float("nan"),
-        )
-
-
 def profile_engine(
     arguments: EngineArgs,
     *,
@@ -125,7 +84,7 @@ def profile_engine(
     config = engine.vllm_config
     block_size = scheduler.block_size
     num_blocks = kv.num_blocks - 1
-    recorder = _Recorder(scheduler)
+    recorder = StepRecorder(scheduler)
     workloads = plan(
         max_num_seqs=config.scheduler_config.max_num_seqs,
         max_model_len=config.model_config.max_model_len,
@@ -190,7 +149,7 @@ def _doubling(first: int, last: int) -> Iterator[int]:
 
 
 def _run(
-    engine: LLMEngine, recorder: _Recorder, workload: Workload, rng: random.Random
+    engine: LLMEngine, recorder: StepRecorder, workload: Workload, rng: random.Random
 ) -> list[MeasuredStep]:
     """The steps of a workload, from the first to the last token of it."""
     steps: list[MeasuredStep] = []
