@@ -49,6 +49,11 @@ class SchedulerOptions:
     max_migrations_per_decision: int = param(
         64, "Migrations started at one decision, over all instances.", at_least=1
     )
+    relieve_waiting: bool = param(
+        True,
+        "Whether an instance that joins takes over, at once, requests that wait elsewhere: they "
+        "hold no KV, and need none of the slots. For bundles that migrate.",
+    )
     migration_settle_s: float = param(
         5.0,
         "A request that has just moved stays for this long, and its pair of instances is not "

@@ -23,7 +23,14 @@ from llumsched.core.scheduling.answer_checks import policy_failed
 from llumsched.simulator.cluster.migration_destination import Reservations
 from llumsched.simulator.cluster.migration_record import Move, OpenMoves
 from llumsched.simulator.engines.base import Engine
-from llumsched.simulator.engines.request import DECODING, ENDED, SUSPENDED, LiveRequest
+from llumsched.simulator.engines.request import (
+    AWAY,
+    DECODING,
+    ENDED,
+    SUSPENDED,
+    WAITING,
+    LiveRequest,
+)
 from llumsched.simulator.kernel import Kernel, to_ps, to_s
 
 _NONE = (0, 0)
@@ -91,6 +98,9 @@ class Migrations:
         if request is None:
             self._report(order, None, MigrationOutcome.NOTHING_TO_MOVE, "nothing can move", now)
             return
+        if request.phase == WAITING and request.place is source:
+            self._send_on(order, request, source, destination, now)
+            return
         if not _is_movable(request, source):
             reason = "the request is not decoding here, or is being moved already"
             self._report(order, request, MigrationOutcome.REFUSED, reason, now)
@@ -110,6 +120,32 @@ class Migrations:
         self._arm(move, now)
         for command in commands:
             self._carry_out(move, command, now)
+
+    def _send_on(
+        self,
+        order: StartMigration,
+        request: LiveRequest,
+        source: Engine,
+        destination: Engine,
+        now: int,
+    ) -> None:
+        """A request that waits holds no KV: it goes from one queue to the end of the other."""
+        source.take_back(request, now)
+        request.phase = SUSPENDED
+
+        def come(at: int) -> None:
+            moves = destination.is_alive or not source.is_alive
+            if destination.is_alive:
+                request.num_migrations += 1
+                destination.add(request, at)
+            elif source.is_alive:
+                source.add(request, at)
+            else:
+                request.phase = AWAY
+            outcome = MigrationOutcome.COMMITTED if moves else MigrationOutcome.ABORTED
+            self._report(order, request, outcome, "" if moves else "destination lost", at)
+
+        self._kernel.send(now + self._delay, come)
 
     def victim_blocks(self, source: Engine, now: int) -> int | None:
         """Blocks of the request that would move next; None if there is none."""

@@ -126,6 +126,15 @@ class Engine(Segment, ABC):
             if self.segment_steps > 1:
                 self.cut(now)
 
+    def take_back(self, request: LiveRequest, now: int) -> None:
+        """Let a request that waits go, as if it had never come; what waits behind it moves up."""
+        self.waiting.remove(request)
+        self.num_waiting_tokens -= request.target
+        self.num_waiting_blocks -= -(-request.target // self.block_size)
+        request.place = None
+        self.may_have_changed = True
+        self.freed(now)
+
     def freed(self, now: int) -> None:
         """Blocks came free in the middle of a segment: what is blocked may go on."""
         if self.due < 0:

@@ -41,8 +41,9 @@ def check_invariants(scheduler: GlobalScheduler) -> None:
         assert instance.predicted_final_blocks == sum(r.num_predicted_blocks for r in on_instance)
 
         # Slots.
-        num_in = sum(m.destination == instance_id for m in arbiter.active.values())
-        num_out = sum(m.source == instance_id for m in arbiter.active.values())
+        holding = [m for m in arbiter.active.values() if m.has_slot]
+        num_in = sum(m.destination == instance_id for m in holding)
+        num_out = sum(m.source == instance_id for m in holding)
         assert snapshot.columns.num_migrations_in[row] == num_in <= options.max_migrations_in
         assert snapshot.columns.num_migrations_out[row] == num_out <= options.max_migrations_out
 

@@ -31,6 +31,8 @@ class ActiveMigration:
     started_s: float
     is_overlaid: bool = True
     """Its blocks are expected at the destination, and no report shows them reserved yet."""
+    has_slot: bool = True
+    """False for a request that waits: it holds no KV, so nothing is copied."""
 
 
 class MigrationArbiter:
@@ -99,6 +101,8 @@ class MigrationArbiter:
         request_id: str | None,
         num_blocks: int,
         now: float,
+        *,
+        has_slot: bool = True,
     ) -> ActiveMigration:
         """Take the slots and overlay the destination."""
         self._next_id += 1
@@ -109,6 +113,7 @@ class MigrationArbiter:
             request_id=request_id,
             num_blocks=num_blocks,
             started_s=now,
+            has_slot=has_slot,
         )
         self._add(migration)
         self._overlay(migration)
@@ -118,8 +123,9 @@ class MigrationArbiter:
         self.active[migration.migration_id] = migration
         for instance_id in (migration.source, migration.destination):
             self._by_instance.setdefault(instance_id, {})[migration.migration_id] = migration
-        self._cluster.add_migration_out(self._cluster.records[migration.source], 1)
-        self._cluster.add_migration_in(self._cluster.records[migration.destination], 1)
+        if migration.has_slot:
+            self._cluster.add_migration_out(self._cluster.records[migration.source], 1)
+            self._cluster.add_migration_in(self._cluster.records[migration.destination], 1)
 
     def _overlay(self, migration: ActiveMigration) -> None:
         self._cluster.add_sent(
@@ -139,10 +145,11 @@ class MigrationArbiter:
                 del self._by_instance[instance_id]
         source = self._cluster.records.get(migration.source)
         destination = self._cluster.records.get(migration.destination)
-        if source is not None:
+        if source is not None and migration.has_slot:
             self._cluster.add_migration_out(source, -1)
         if destination is not None:
-            self._cluster.add_migration_in(destination, -1)
+            if migration.has_slot:
+                self._cluster.add_migration_in(destination, -1)
             self._drop_overlay(migration, destination)
         rests = self._rests_until
         until = now + self._options.migration_settle_s
@@ -150,6 +157,8 @@ class MigrationArbiter:
             self._forget_rests_s = until
             for pair in [pair for pair, until in rests.items() if until <= now]:
                 del rests[pair]
+        if not migration.has_slot:
+            return
         if outcome is MigrationOutcome.COMMITTED:
             rests[(migration.source, migration.destination)] = until
         elif outcome is MigrationOutcome.NOTHING_TO_MOVE and migration.request_id is None:

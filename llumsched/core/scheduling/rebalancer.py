@@ -1,8 +1,9 @@
 """Migrations from the scheduler's side: propose pairs, start what may start, learn how it ended.
 
-Invariants: a `StartMigration` is emitted only for what `arbitration` allows; a request is on the
-destination from the moment its commit is known, by the source's word or by a load report of the
-destination. This module does not know which request moves: the source picks it.
+Invariants: a `StartMigration` is emitted only for what `migration_arbiter` allows, or for requests
+that wait, of which nothing is copied; a request is on the destination from the moment its commit is
+known, by the source's word or by a load report of the destination. This module does not know which
+running request moves: the source picks it.
 """
 
 from itertools import islice
@@ -18,6 +19,9 @@ from llumsched.core.scheduling.migration_arbiter import MigrationArbiter
 from llumsched.core.scheduling.request_ledger import Ledger, RequestRecord
 from llumsched.core.snapshot import ClusterSnapshot
 from llumsched.core.types import InstanceState
+
+MOST_RELIEVED = 256
+"""Requests that one newcomer takes over at once."""
 
 
 class Rebalancer:
@@ -100,6 +104,61 @@ class Rebalancer:
             self._start(source, destination, None, num_blocks, pair.reason, now, out)
         return limit
 
+    def relieve(self, newcomer: InstanceRecord, now: float, out: list[Action]) -> None:
+        """Send a newcomer its share of what waits elsewhere.
+
+        The share is what fits into half of its blocks, the longest waiting first (the other half is
+        for what they become); or, of a longer queue, one in as many as there are instances, so that
+        old and new ones wait alike everywhere. Which of an instance's requests wait follows from
+        their number: those that came last.
+        """
+        if self._policy is None or not self._options.relieve_waiting:
+            return
+        waiting = self._waiting_elsewhere(newcomer)
+        if not waiting:
+            return
+        serving = self._cluster.at(now).num_accepting
+        share = waiting[:: max(1, serving)]
+        fitting = waiting[: self._num_fitting(newcomer, waiting)]
+        for record, source in max(share, fitting, key=len)[:MOST_RELIEVED]:
+            num_blocks = record.request.num_prompt_blocks(newcomer.spec.block_size)
+            reason = f"it waits, and {newcomer.spec.instance_id} has just joined"
+            request_id = record.request.request_id
+            self._start(source, newcomer, request_id, num_blocks, reason, now, out, has_slot=False)
+
+    def _num_fitting(
+        self, newcomer: InstanceRecord, waiting: list[tuple[RequestRecord, InstanceRecord]]
+    ) -> int:
+        """How many of these fit into half of its blocks, and into its batch."""
+        columns, rows = self._cluster.snapshot.columns, self._cluster.snapshot.rows
+        row = rows[newcomer.spec.instance_id]
+        room = int(columns.num_free_blocks[row]) - int(columns.num_total_blocks[row]) // 2
+        places = max(0, newcomer.spec.max_num_seqs - int(columns.num_requests[row]))
+        for number, (record, _) in enumerate(waiting[:places]):
+            room -= record.request.num_prompt_blocks(newcomer.spec.block_size)
+            if room < 0:
+                return number
+        return min(places, len(waiting))
+
+    def _waiting_elsewhere(
+        self, newcomer: InstanceRecord
+    ) -> list[tuple[RequestRecord, InstanceRecord]]:
+        moving = {migration.request_id for migration in self._arbiter.active.values()}
+        found = []
+        for instance_id, source in self._cluster.records.items():
+            if source is newcomer or not source.is_fresh or source.load.num_waiting < 2:
+                continue
+            # The head of the queue is next where it is.
+            on_instance = self._ledger.on(instance_id)
+            num_waiting = sum(record.is_unreported for record in on_instance)
+            num_waiting += source.load.num_waiting - 1
+            found += [
+                (record, source)
+                for record in on_instance[-num_waiting:]
+                if record.request.request_id not in moving
+            ]
+        return sorted(found, key=lambda pair: pair[0].sequence)
+
     def request(self, event: MigrationRequested, now: float, out: list[Action]) -> None:
         """Carry out an operator's wish, or refuse it with the reason."""
         self._cluster.at(now)
@@ -164,8 +223,12 @@ class Rebalancer:
         reason: str,
         now: float,
         out: list[Action],
+        *,
+        has_slot: bool = True,
     ) -> None:
-        migration = self._arbiter.start(source, destination, request_id, num_blocks, now)
+        migration = self._arbiter.start(
+            source, destination, request_id, num_blocks, now, has_slot=has_slot
+        )
         out.append(
             StartMigration(
                 migration_id=migration.migration_id,

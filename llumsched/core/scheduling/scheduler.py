@@ -293,6 +293,9 @@ class GlobalScheduler:
         self._instances.join(event, now)
         self._scaling.joined(event.launch_id, now)
         self._dispatcher.dispatch_held(now, out)
+        newcomer = self._cluster.records.get(event.spec.instance_id)
+        if newcomer is not None:
+            self._rebalancer.relieve(newcomer, now, out)
 
     def _lost(self, event: InstanceLost, now: float, out: list[Action]) -> None:
         self._instances.lose(event.instance_id, now)
