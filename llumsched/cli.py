@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "serve": "serve a model on several vLLM instances behind one OpenAI endpoint",
         "status": "show the instances of a running server, their load and their requests",
+        "trace": "show what became of a request: queue, dispatch, migrations, resumptions",
         "migrate": "move a running request to another instance",
         "drain": "empty an instance and end it; its requests go on elsewhere",
         "scale": "start or drain instances until there are N",

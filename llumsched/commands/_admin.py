@@ -67,6 +67,11 @@ class AdminClient:
         ]
         return found
 
+    def trace(self, request_id: str) -> dict[str, Any]:
+        """``GET /llumsched/requests/ID/trace``: what became of a request, step by step."""
+        path = f"/llumsched/requests/{urllib.parse.quote(request_id, safe='')}/trace"
+        return self._call(path, timeout_s=STATUS_TIMEOUT_S)
+
     def migrate(self, request_id: str, destination: str | None = None) -> dict[str, Any]:
         """``POST /llumsched/migrations``: move a request; how it went, once it has moved."""
         body = {"request_id": request_id, "destination": destination}

@@ -54,6 +54,7 @@ from llumsched.scheduler.frontend_registry import FrontendRegistry
 from llumsched.scheduler.instance_registry import InstanceRegistry
 from llumsched.scheduler.metrics import SchedulerMetrics
 from llumsched.scheduler.pending_migrations import PendingMigrations
+from llumsched.scheduler.request_history import RequestHistory
 from llumsched.wire.control import (
     Accepted,
     ClusterDescription,
@@ -73,7 +74,9 @@ from llumsched.wire.control import (
     ReportMigration,
     ReportPrefixBlocks,
     RequestEnded,
+    RequestTraced,
     ScalePool,
+    TraceRequest,
     Unknown,
     Welcomed,
     decode_control,
@@ -124,6 +127,7 @@ class Controller:
         self._reasons_told: set[str] = set()
         self._frontends = FrontendRegistry()
         self._orders = ActionExecutor(self._instances, self._frontends, self._handle)
+        self._history = RequestHistory(lambda: self._instances.loads)
         self._operator_calls = PendingMigrations()
         self._num_replacing = 0
         self._failures = FailureLog(logger)
@@ -246,6 +250,10 @@ class Controller:
                 self._orders.send(identity, Accepted(call_id=message.call_id))
             case LaunchRefused():
                 self._handle(LaunchFailed(launch_id=message.launch_id, reason=message.reason))
+            case TraceRequest():
+                traced = self._history.steps(message.request_id)
+                answer = RequestTraced(call_id=message.call_id, requests=traced)
+                self._orders.send(identity, answer)
             case DescribeCluster():
                 self._orders.send(identity, self._describe(message.call_id))
             case _:
@@ -328,6 +336,7 @@ class Controller:
 
     def _report_migration(self, report: ReportMigration) -> None:
         self._metrics.migration_ended(report)
+        self._history.migration_ended(report)
         self._log.migration_ended(report)
         self._handle(
             MigrationFinished(
@@ -388,6 +397,7 @@ class Controller:
         if self._notes is not None:
             self._notes.note(now_s, event, actions)
         self._log.handled(event, actions)
+        self._history.handled(event, actions)
         for action in actions:
             if isinstance(action, LaunchInstance) and self._is_learning():
                 reason = "the scheduler has just started, and learns what there is"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from llumsched.core.load import InstanceLoad
 from llumsched.core.snapshot import ClusterSnapshot
@@ -22,6 +23,11 @@ class InstanceRegistry:
         self._load_times_s: dict[str, float] = {}
         self.identities: dict[str, bytes] = {}
         self.unproven: dict[str, int] = {}
+
+    @property
+    def loads(self) -> Mapping[str, InstanceLoad]:
+        """The last load report of each instance, by its id."""
+        return self._loads
 
     def __contains__(self, instance_id: str) -> bool:
         return instance_id in self._registered

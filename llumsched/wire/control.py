@@ -275,6 +275,42 @@ class DescribeCluster(Message, frozen=True, kw_only=True):
     call_id: int
 
 
+class TraceRequest(Message, frozen=True, kw_only=True):
+    """Asks what became of a request; ``request_id`` may be what the client knows."""
+
+    call_id: int
+    request_id: str
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """An instance as the scheduler knew it when it chose one."""
+
+    instance_id: str
+    num_free_blocks: int
+    num_total_blocks: int
+    num_running: int
+    num_waiting: int
+
+
+class TraceStep(msgspec.Struct, frozen=True, kw_only=True):
+    """One step of a request. ``at_s`` are seconds since the epoch; ``candidates`` are told of a
+    dispatch, the freest first."""
+
+    at_s: float
+    kind: str
+    text: str
+    instance_id: str | None
+    migration_id: str | None
+    candidates: list[Candidate]
+
+
+class RequestTraced(Message, frozen=True, kw_only=True):
+    """The steps of a request, by the ids of its sequences; none if it is not remembered."""
+
+    call_id: int
+    requests: dict[str, list[TraceStep]]
+
+
 class InstanceGone(Message, frozen=True, kw_only=True):
     """The process of an instance is known to be dead; sent to every instance."""
 
@@ -339,6 +375,8 @@ ControlMessage = (
     | MigrateAnswer
     | DescribeCluster
     | ClusterDescription
+    | TraceRequest
+    | RequestTraced
 )
 
 encode = msgspec.msgpack.Encoder().encode

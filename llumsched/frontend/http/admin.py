@@ -215,6 +215,17 @@ def admin_router(
             return _error(503, OTHERS_SILENT)
         return JSONResponse({"requests": msgspec.to_builtins(found)})
 
+    @router.get("/requests/{request_id}/trace", responses=_errors(404, 503))
+    async def trace(request_id: str) -> JSONResponse:
+        """What became of a request, step by step, while the scheduler remembers it."""
+        try:
+            traced = await link.trace(request_id, DESCRIBE_TIMEOUT_S)
+        except SchedulerUnavailable as error:
+            return _error(503, str(error))
+        if not traced.requests:
+            return _error(404, f"The scheduler remembers no request '{request_id}'.")
+        return JSONResponse({"requests": msgspec.to_builtins(traced.requests)})
+
     @router.post("/migrations", responses=_errors(400, 404, 409, 503))
     async def migrate(body: MigrationBody) -> JSONResponse:
         """Move a running request; answers when it has moved, with what it took."""

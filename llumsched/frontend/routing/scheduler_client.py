@@ -42,7 +42,9 @@ from llumsched.wire.control import (
     PlaceRequest,
     RegisterFrontend,
     RequestEnded,
+    RequestTraced,
     ScalePool,
+    TraceRequest,
     Welcomed,
     decode_control,
     encode,
@@ -247,6 +249,13 @@ class SchedulerClient:
         )
         return answer
 
+    async def trace(self, request_id: str, timeout_s: float) -> RequestTraced:
+        """The steps of a request; raises ``SchedulerUnavailable`` without an answer in time."""
+        call_id = next(self._call_ids)
+        asked = TraceRequest(call_id=call_id, request_id=request_id)
+        answer: RequestTraced = await self._call(call_id, asked, timeout_s)
+        return answer
+
     def close(self) -> None:
         self._receiving.cancel()
         self._registering.cancel()
@@ -325,7 +334,7 @@ class SchedulerClient:
                     placement = self._placements.get(message.request_id)
                     if placement is not None and not placement.done():
                         placement.set_result(message)
-                case MigrateAnswer() | ClusterDescription() | Accepted():
+                case MigrateAnswer() | ClusterDescription() | Accepted() | RequestTraced():
                     call = self._calls.get(message.call_id)
                     if call is not None and not call.done():
                         call.set_result(message)
