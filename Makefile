@@ -133,6 +133,7 @@ vllm-diff: $(INSTALLED) ## what has moved in vLLM VERSION, and its fingerprint (
 
 docs: $(INSTALLED) ## write again the parts of docs/ that come from the code
 	$(PY) -m scripts.generate_docs
+	$(PY) -m scripts.grafana_boards
 
 hooks: $(INSTALLED) ## run format, lint, types and contracts before every commit
 	$(VENV)/bin/pre-commit install

@@ -65,8 +65,8 @@ class RequestHistory:
         match event:
             case RequestArrived() if event.has_begun or event.request.request_id not in self._at:
                 arrived = event.request.request_id
-                again = " again, since its instance was lost" if event.has_begun else ""
-                text = f"arrived{again}: {event.request.num_prompt_tokens} prompt tokens"
+                again = ", again, since its instance was lost" if event.has_begun else ""
+                text = f"{event.request.num_prompt_tokens} prompt tokens{again}"
                 self._note(arrived, "arrived", text)
             case RequestFinished():
                 tokens = event.num_output_tokens

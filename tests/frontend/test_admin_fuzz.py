@@ -21,7 +21,13 @@ from llumsched.frontend.request.rejection import RetryAfterMiddleware
 from llumsched.frontend.routing.routes import Routes
 from llumsched.frontend.routing.scheduler_client import SchedulerClient, SchedulerUnavailable
 from llumsched.pool.instance_supervisor import InstanceSlotStatus
-from llumsched.wire.control import Accepted, ClusterDescription, MigrateAnswer, ReportMigration
+from llumsched.wire.control import (
+    Accepted,
+    ClusterDescription,
+    MigrateAnswer,
+    ReportMigration,
+    RequestTraced,
+)
 from tests.campaigns import examples
 
 NUM_EXAMPLES = 25
@@ -68,6 +74,10 @@ class PeerConnection:
     async def describe(self, timeout_s: float) -> ClusterDescription:
         self._refused()
         return ClusterDescription(call_id=1, policy="latency", instances=[], migrations={})
+
+    async def trace(self, request_id: str, timeout_s: float) -> RequestTraced:
+        self._refused()
+        return RequestTraced(call_id=1, requests={REQUEST: []} if request_id == REQUEST else {})
 
     async def drain(self, instance_id: str, deadline_s: float | None, timeout_s: float) -> Accepted:
         assert instance_id == INSTANCE
@@ -125,8 +135,9 @@ def test_every_answer_is_one_that_is_described() -> None:
             @given(operation.as_strategy(generation_mode=mode))
             def ask(case: Any) -> None:
                 # The instance and the request that there are, every other time.
-                if case.path_parameters and len(case.path_parameters["instance_id"]) % 2:
-                    case.path_parameters["instance_id"] = INSTANCE
+                for name, value in {"instance_id": INSTANCE, "request_id": REQUEST}.items():
+                    if len((case.path_parameters or {}).get(name, "")) % 2:
+                        case.path_parameters[name] = value
                 if isinstance(case.body, dict) and len(str(case.body.get("request_id"))) % 2:
                     case.body = {**case.body, "request_id": REQUEST}
                 response = case.call()
@@ -148,5 +159,6 @@ def test_every_answer_is_one_that_is_described() -> None:
         "/llumsched/instances/{instance_id}/drain": {202, 400, 404, 409, 503},
         "/llumsched/scale": {202, 400, 409, 503},
         "/llumsched/requests": {200},
+        "/llumsched/requests/{request_id}/trace": {200, 404, 503},
         "/llumsched/migrations": {200, 400, 404, 409, 503},
     }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 from fastapi import FastAPI
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.testclient import TestClient
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from llumsched.frontend.http.errors import UnauthorizedMiddleware, shape_errors
+from llumsched.frontend.http.errors import ErrorShapeMiddleware
 
 KEY = {"Authorization": "Bearer right"}
 
@@ -22,10 +22,15 @@ def client() -> TestClient:
     def stream() -> StreamingResponse:
         return StreamingResponse(iter(["a", "b"]))
 
+    @app.get("/v1/missing")
+    def missing() -> JSONResponse:
+        return JSONResponse({"error": {"message": "no such model", "code": 404}}, 404)
+
     init_exception_handler(app)
     app.add_middleware(AuthenticationMiddleware, tokens=["right"])
-    app.add_middleware(UnauthorizedMiddleware)
-    shape_errors(app)
+    app.add_middleware(ErrorShapeMiddleware)
+    # vLLM's app is in this state when it is handed over: it takes no handlers any more.
+    app.middleware_stack = app.build_middleware_stack()
     return TestClient(app)
 
 
@@ -59,3 +64,9 @@ def test_a_method_that_a_path_does_not_take(client: TestClient) -> None:
 
 def test_what_is_answered_passes_as_it_is(client: TestClient) -> None:
     assert client.get("/v1/models", headers=KEY).text == "ab"
+
+
+def test_an_error_that_has_the_shape_passes_as_it_is(client: TestClient) -> None:
+    answer = client.get("/v1/missing", headers=KEY)
+    assert answer.status_code == 404
+    assert answer.json() == {"error": {"message": "no such model", "code": 404}}

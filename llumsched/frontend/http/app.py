@@ -18,7 +18,7 @@ from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
 from llumsched.engine.vllm.compat import accepted
 from llumsched.frontend.http.api_keys import guard, num_keys
-from llumsched.frontend.http.errors import UnauthorizedMiddleware, shape_errors
+from llumsched.frontend.http.errors import ErrorShapeMiddleware
 from llumsched.frontend.http.exposition import expose
 from llumsched.frontend.options.arguments import is_local
 from llumsched.frontend.request.hints import SchedulingHintsMiddleware, let_keys_name_clients
@@ -27,7 +27,7 @@ from llumsched.frontend.routing.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-MIDDLEWARE = (SchedulingHintsMiddleware, RetryAfterMiddleware, UnauthorizedMiddleware)
+MIDDLEWARE = (SchedulingHintsMiddleware, RetryAfterMiddleware, ErrorShapeMiddleware)
 # How long connections may take to close once their requests have ended.
 CLOSING_TIMEOUT_S = 3
 
@@ -67,7 +67,6 @@ async def serve_app(
     if admin is not None:
         app.include_router(admin)
         tell_provenance(app, policy)
-    shape_errors(app)
     guard(app)
     if num_keys(args) > 1:
         let_keys_name_clients(app)
