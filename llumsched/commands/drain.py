@@ -23,7 +23,15 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
             " it has, which costs computing them again. No client notices more than a pause."
         ),
     )
-    parser.add_argument("instance_id", metavar="INSTANCE", help="as 'llumsched status' names it")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "instance_id", nargs="?", metavar="INSTANCE", help="as 'llumsched status' names it"
+    )
+    which.add_argument(
+        "--node",
+        metavar="ADDRESS",
+        help="every instance on the machine of this address, as before it goes away",
+    )
     parser.add_argument(
         "--deadline",
         type=float,
@@ -40,16 +48,31 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Drain one instance."""
+    """Drain one instance, or those of a machine."""
     client = AdminClient.of(args)
-    client.drain(args.instance_id, deadline_s=args.deadline, replace=args.replace)
-    print(f"{args.instance_id} takes no more requests", flush=True)
+    drained = {args.instance_id} if args.node is None else _on(client, args.node)
+    if not drained:
+        print(f"no instance runs on {args.node}")
+        return 0
+    for instance_id in sorted(drained):
+        client.drain(instance_id, deadline_s=args.deadline, replace=args.replace)
+        print(f"{instance_id} takes no more requests", flush=True)
     if not args.no_wait:
+        names = ", ".join(sorted(drained))
         await_that(
             client,
-            lambda pool: all(b["instance_id"] != args.instance_id for b in pool["berths"]),
+            lambda pool: not drained & {b["instance_id"] for b in pool["berths"]},
             args.timeout,
-            f"the end of {args.instance_id}",
+            f"the end of {names}",
         )
-        print(f"{args.instance_id} has ended")
+        print(f"{names} {'has' if len(drained) == 1 else 'have'} ended")
     return 0
+
+
+def _on(client: AdminClient, node: str) -> set[str]:
+    """The instances that run on a machine; what boots there is not one yet."""
+    return {
+        slot["instance_id"]
+        for slot in client.instances()["berths"]
+        if slot["node"] == node and slot["state"] == "running"
+    }

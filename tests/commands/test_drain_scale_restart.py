@@ -85,6 +85,23 @@ def test_drain_waits_for_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert pool.instance_ids == ["instance-1"]
 
 
+def test_the_instances_of_a_machine_that_goes_are_drained(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pool = Pool("instance-0", "instance-1")
+    pool.wanted = 0
+    with served(pool) as url:
+        assert cli.main(["drain", "--node", "10.0.0.1", "--url", url]) == 0
+        assert pool.instance_ids == []
+        assert cli.main(["drain", "--node", "10.0.0.9", "--url", url]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "instance-0 takes no more requests",
+        "instance-1 takes no more requests",
+        "instance-0, instance-1 have ended",
+        "no instance runs on 10.0.0.9",
+    ]
+
+
 def test_an_instance_that_is_not_there_cannot_be_drained(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
