@@ -35,7 +35,7 @@ from llumsched.simulator.labels import file_name, labels
 from llumsched.simulator.results.chrome_trace import write_chrome_trace
 from llumsched.simulator.results.comparison import Run, as_json, by_label, reduce_run, text_table
 from llumsched.simulator.results.export import check_parquet, write_csv, write_parquet
-from llumsched.simulator.results.remarks import remarks
+from llumsched.simulator.results.remarks import remarks, warnings_of
 from llumsched.simulator.results.report import write_report
 from llumsched.simulator.results.result import SimulationResult
 from llumsched.simulator.scenario import Scenario
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         said = [*remarks(runs), *done.notes]
         print(text_table(runs))
         print("\n" + "\n".join(said))
-        for warning in dict.fromkeys(f"{r.label}: {w}" for r in runs for w in r.warnings):
+        for warning in warnings_of(runs):
             print(f"warning: {warning}", file=sys.stderr)
         if args.out is not None:
             _write_comparison(args.out, next(iter(scenarios.values())), done, said)

@@ -55,6 +55,7 @@ function chooseTheme() {
 
 function drawComparison() {
   const table = byId("comparison");
+  if (data.policies.length > 6) table.classList.add("many");
   const header = element("tr", {}, element("th", { scope: "col" }));
   for (const policy of data.policies) header.append(element("th", { scope: "col" }, policy));
   table.append(element("thead", {}, header));
@@ -65,29 +66,38 @@ function drawComparison() {
     const row = element("tr", {}, label);
     for (const policy of data.policies) {
       const { mean, least, greatest } = data.table[policy][column.key];
-      const cell = element("td");
-      if (column.best.includes(policy)) {
-        cell.append(element("span", { class: "tag" }, "best"), element("b", {}, number(mean)));
-      } else {
-        cell.append(number(mean));
-      }
+      const isBest = column.best.includes(policy);
+      const cell = element("td", isBest ? { class: "best" } : {}, element(isBest ? "b" : "span", {},
+        number(mean)));
       const [from, to] = [number(least), number(greatest)];
-      cell.append(element("span", { class: "spread" }, from === to ? "" : `${from} – ${to}`));
+      if (from !== to) cell.append(element("span", { class: "spread" }, `${from} – ${to}`));
       row.append(cell);
     }
     body.append(row);
   }
   table.append(body);
-  byId("comparison-hint").textContent = data.num_seeds > 1
-    ? `Mean of ${data.num_seeds} seeds, and beside it the least and the greatest.`
-    : "One seed: another would give other tails.";
+  const seeds = data.num_seeds > 1
+    ? `Mean of ${data.num_seeds} seeds, and below it the least and the greatest.`
+    : "One seed.";
+  const isMarked = data.columns.some((column) => column.best.length);
+  byId("comparison-hint").textContent = seeds
+    + (isMarked ? " Bold: the best mean, and those within 1 % of it." : "");
 }
 
 function legend(parent, entries) {
-  for (const { label, paint, line } of entries) {
-    const swatch = element("i", { class: line ? "swatch line" : "swatch" });
-    swatch.style.background = paint;
-    parent.append(element("span", {}, swatch, label));
+  for (const { label, paint, line, dash } of entries) {
+    const entry = element("span");
+    if (line) {
+      const swatch = shape(entry, "svg", { class: "swatch-line", viewBox: "0 0 26 6" });
+      shape(swatch, "line", { x1: 0, x2: 26, y1: 3, y2: 3, style: `stroke: ${paint}`,
+        "stroke-width": 3, "stroke-dasharray": dash || "" });
+    } else {
+      const swatch = element("i", { class: "swatch" });
+      swatch.style.background = paint;
+      entry.append(swatch);
+    }
+    entry.append(label);
+    parent.append(entry);
   }
 }
 
@@ -106,8 +116,18 @@ function logTicks(low, high) {
       if (tick >= low && tick <= high) ticks.push(tick);
     }
   }
+  if (ticks.length < 3) return evenTicks(low, high);
   const step = Math.ceil(ticks.length / 7);
   return ticks.filter((_, index) => index % step === 0);
+}
+
+// Of a narrow range: three to six round numbers, evenly apart.
+function evenTicks(low, high) {
+  const rough = (high - low) / 4, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((digit) => digit * power).find((size) => size >= rough);
+  const ticks = [];
+  for (let tick = Math.ceil(low / step) * step; tick <= high; tick += step) ticks.push(tick);
+  return ticks;
 }
 
 function drawCdf(parent, figure) {
@@ -137,16 +157,18 @@ function drawCdf(parent, figure) {
     shape(svg, "line", { class: "axis", x1: x(tick), x2: x(tick), y1: height - bottom,
       y2: height - bottom + 4 });
     shape(svg, "text", { x: x(tick), y: height - 8, "text-anchor": "middle" },
-      Number(tick.toPrecision(2)).toLocaleString("en", { maximumFractionDigits: 6 }));
+      Number(tick.toPrecision(3)).toLocaleString("en", { maximumFractionDigits: 6 }));
   }
-  for (const [policy, curve] of curves) {
+  for (const [place, [policy, curve]] of curves.entries()) {
     const index = data.policies.indexOf(policy);
     const points = curve.values.map((value, i) => `${x(value).toFixed(1)},${y(curve.shares[i]).toFixed(1)}`);
-    shape(svg, "polyline", { class: "curve", points: points.join(" "),
+    // Those drawn first are wider: where two coincide, both can be seen.
+    const size = 1.6 + Math.min(2.4, 0.5 * (curves.length - 1 - place));
+    shape(svg, "polyline", { class: "curve", points: points.join(" "), "stroke-width": size,
       style: `stroke: ${colour(index)}`, "stroke-dasharray": dashes(index) });
   }
   const cursor = shape(svg, "line", { class: "cursor", x1: left, x2: width - right, visibility: "hidden" });
-  svg.addEventListener("mousemove", (event) => {
+  svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
     const at = ((event.clientY - box.top) / box.height) * height;
     // The nearest drawn share; all curves have the same shares.
@@ -162,7 +184,7 @@ function drawCdf(parent, figure) {
       `${policy}: ${number(curve.values[nearest])} ${figure.unit}`);
     showTooltip(event, [`P${number(100 * shares[nearest])}`, ...lines].join("\n"));
   });
-  svg.addEventListener("mouseleave", () => {
+  svg.addEventListener("pointerleave", () => {
     cursor.setAttribute("visibility", "hidden");
     hideTooltip();
   });
@@ -201,7 +223,8 @@ function drawTimeline(policy) {
       const h = share * laneHeight, r = run.reserved[lane][i] * laneHeight;
       if (h > 0.05) used += block(base - h, h);
       if (r > 0.05) reserved += block(base - h - r, r);
-      if (run.waiting[lane][i] > 0) waiting += block(laneTop(lane), 2.5);
+      // Of what waited for a moment only, a mark would say too much.
+      if (run.waiting[lane][i] >= 0.05) waiting += block(laneTop(lane), 2.5);
     }
     shape(svg, "path", { class: "kv", d: used });
     shape(svg, "path", { class: "kv-reserved", d: reserved });
@@ -228,7 +251,7 @@ function drawMigrations(svg, run, x, middle) {
     shape(group, "path", { class: "migration", "stroke-width": 1.4,
       d: `M${x1} ${y1}C${x1 + bend} ${y1} ${x2 + bend} ${y2} ${x2} ${y2}` });
     shape(group, "circle", { class: "migration-end", cx: x2, cy: y2, r: 2.4 });
-    group.addEventListener("mousemove", (event) => {
+    group.addEventListener("pointermove", (event) => {
       event.stopPropagation();
       showTooltip(event, `request ${request}\n${run.instances[source]} → ${run.instances[destination]}\n`
         + `${number(start)} – ${number(end)} s\n${blocks} blocks in ${stages} stages\n`
@@ -239,7 +262,7 @@ function drawMigrations(svg, run, x, middle) {
 
 function trackTimeline(svg, run, place) {
   const cursor = shape(svg, "line", { class: "cursor", y1: 0, y2: place.height - 24, visibility: "hidden" });
-  svg.addEventListener("mousemove", (event) => {
+  svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
     const px = ((event.clientX - box.left) / box.width) * place.width;
     const py = ((event.clientY - box.top) / box.height) * place.height;
@@ -256,7 +279,7 @@ function trackTimeline(svg, run, place) {
         + `waiting requests ${number(run.waiting[lane][sample])}`;
     showTooltip(event, `${run.instances[lane]} at ${number(share * run.end_s)} s\n${text}`);
   });
-  svg.addEventListener("mouseleave", () => {
+  svg.addEventListener("pointerleave", () => {
     cursor.setAttribute("visibility", "hidden");
     hideTooltip();
   });
@@ -278,7 +301,7 @@ function drawTimelines() {
     tabs.append(tab);
   }
   legend(byId("timeline-legend"), [
-    { label: "KV blocks in use", paint: "var(--kv)" },
+    { label: "KV blocks in use (a lane is 0 to 100 %)", paint: "var(--kv)" },
     { label: "reserved for a migration that arrives", paint: "var(--kv-reserved)" },
     { label: "a request waits", paint: "var(--waiting)", line: true },
     { label: "migration (the dot is where it goes)", paint: "var(--migration)", line: true },
@@ -304,6 +327,6 @@ chooseTheme();
 fillText();
 drawComparison();
 legend(byId("cdf-legend"), data.policies.map((label, index) => (
-  { label, paint: colour(index), line: true })));
+  { label, paint: colour(index), line: true, dash: dashes(index) })));
 for (const figure of data.cdfs) drawCdf(byId("cdfs"), figure);
 drawTimelines();

@@ -7,7 +7,7 @@ misread without a remark has one. This module does not know where remarks are sh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from llumsched.simulator.results.comparison import Run, by_label, number
 from llumsched.simulator.results.metrics import Summary
@@ -22,16 +22,31 @@ _IDLE_KV_USAGE = 0.05
 
 def remarks(runs: Sequence[Run]) -> list[str]:
     """Every remark on these runs, the gravest first."""
+    return [line for what in (_failures, _rejections, _verdicts) for line in _said_once(runs, what)]
+
+
+def warnings_of(runs: Sequence[Run]) -> list[str]:
+    """What to know before believing the numbers: what was extrapolated, and runs cut short."""
+    return _said_once(runs, _warnings)
+
+
+def _said_once(runs: Sequence[Run], what: Callable[[Sequence[Run]], Iterable[str]]) -> list[str]:
     told: dict[str, list[str]] = {}
-    for what in (_failures, _rejections, _verdicts):
-        for label, group in by_label(runs).items():
-            for text in what(group):
-                told.setdefault(text, []).append(label)
-    num_labels = len(by_label(runs))
+    grouped = by_label(runs)
+    for label, group in grouped.items():
+        for text in dict.fromkeys(what(group)):
+            told.setdefault(text, []).append(label)
     return [
-        f"{'every policy' if len(names) == num_labels > 1 else ', '.join(names)}: {text}"
+        f"{'every policy' if len(names) == len(grouped) > 1 else ', '.join(names)}: {text}"
         for text, names in told.items()
     ]
+
+
+def _warnings(group: Sequence[Run]) -> Iterator[str]:
+    for run in group:
+        if not run.is_complete:
+            yield f"seed {run.seed} was cut short: its figures are partial"
+        yield from run.warnings
 
 
 def verdict(summary: Summary) -> str:
@@ -57,7 +72,7 @@ def verdict(summary: Summary) -> str:
             " so policies can hardly differ; a higher --rate or fewer --instances would tell them"
             " apart"
         )
-    return f"neither full nor idle: hardly any request waits for an engine{use}"
+    return "neither full nor idle: hardly any request waits for an engine"
 
 
 def _verdicts(group: Sequence[Run]) -> Iterator[str]:

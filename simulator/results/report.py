@@ -26,6 +26,7 @@ from llumsched.simulator.results.comparison import (
     spreads,
 )
 from llumsched.simulator.results.export import quantile_curve
+from llumsched.simulator.results.remarks import warnings_of
 
 _CURVES = (("ttft_s", "TTFT", "s", 1.0), ("tpot_s", "TPOT", "ms", 1e3), ("e2e_s", "E2E", "s", 1.0))
 
@@ -76,9 +77,6 @@ def report_data(
         for run in group[:1]
         if run.timeline is not None
     }
-    warnings = dict.fromkeys(
-        f"{run.label}: {warning}" for run in runs for warning in _warnings_of(run)
-    )
     return {
         "subtitle": subtitle,
         "policies": list(table),
@@ -102,13 +100,8 @@ def report_data(
         "notes": list(notes),
         "remarks": list(remarks),
         "tracebacks": list(tracebacks(failure for run in runs for failure in run.policy_failures)),
-        "warnings": list(warnings),
+        "warnings": warnings_of(runs),
     }
-
-
-def _warnings_of(run: Run) -> list[str]:
-    cut = [] if run.is_complete else [f"seed {run.seed} was cut short: its figures are partial"]
-    return [*cut, *run.warnings]
 
 
 def _cdf(

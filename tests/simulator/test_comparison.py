@@ -100,7 +100,7 @@ def test_the_page_gets_the_time_line_of_the_first_seed() -> None:
     assert (line["seed"], line["instances"], line["num_migrations"]) == (0, ["i0", "i1"], 1)
     assert line["migrations"] == [[1.2, 2.0, 0, 1, 0, 7, 2, 20.0]]
     assert [v for v in line["used"][0] if v is not None] == [0.5, 0.6]
-    assert data["warnings"][0] == "latency: seed 0 was cut short: its figures are partial"
+    assert data["warnings"][0] == "every policy: seed 0 was cut short: its figures are partial"
 
 
 class Page(html.parser.HTMLParser):

@@ -8,7 +8,7 @@ from llumsched.core.actions import PolicyFailed
 from llumsched.policy_failures import Failure
 from llumsched.simulator.results.comparison import Run, reduce_run
 from llumsched.simulator.results.records import Timeline
-from llumsched.simulator.results.remarks import remarks, verdict
+from llumsched.simulator.results.remarks import remarks, verdict, warnings_of
 from tests.simulator.results import NAN, make_result
 
 
@@ -20,6 +20,11 @@ def test_what_holds_for_every_policy_is_said_once() -> None:
     runs = [make_run("a"), make_run("b")]
     assert sum("1 rejected: the queue is full" in remark for remark in remarks(runs)) == 1
     assert remarks(runs)[0] == "every policy: 1 rejected: the queue is full"
+
+
+def test_what_every_run_is_warned_of_is_said_once() -> None:
+    runs = [make_run(label, warnings=("NOT MEASURED",), is_complete=True) for label in "ab"]
+    assert warnings_of(runs) == ["every policy: NOT MEASURED"]
 
 
 def test_a_failure_comes_first_and_names_the_policy() -> None:
