@@ -16,6 +16,7 @@ import torch
 import zmq
 import zmq.asyncio
 
+from llumsched.core.migration.messages import BlocksCopied, ToSource
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.transfer.access import LocalKV
 from llumsched.engine.transfer.blocks import BlockLayout, KVBlocks, Runs
@@ -25,9 +26,7 @@ from llumsched.engine.transfer.transport import Here, IncomingPart, Transport
 from llumsched.migration.link import PeerConnection
 from llumsched.migration.messages import (
     Hello,
-    PeerMessage,
     SlotRead,
-    StageStored,
     StoreBlocks,
     Welcome,
     decode_peer,
@@ -112,10 +111,9 @@ async def _send(
     ring, num_bytes = here.ring, here.kv.block_num_bytes
     stored: asyncio.Queue[int] = asyncio.Queue()
 
-    def on_answer(message: PeerMessage) -> bool:
-        if isinstance(message, StageStored):
+    def on_answer(message: ToSource) -> None:
+        if isinstance(message, BlocksCopied):
             stored.put_nowait(message.stage)
-        return True
 
     context = zmq.asyncio.Context()
     link = PeerConnection(context, keys, endpoint, here, RateLimiter(0), on_answer=on_answer)
@@ -170,7 +168,7 @@ async def _answer(parent: Connection, keys: PoolKeys) -> None:
             num_received += message.num_blocks
             if num_received == message.stage_num_blocks:
                 num_received = 0
-                done = StageStored(
+                done = BlocksCopied(
                     migration_id="m", stage=message.stage, num_blocks_total=message.stage_num_blocks
                 )
                 await router.send_multipart([identity, encode(done)])

@@ -26,9 +26,11 @@ PROCESSES = {
 }
 PROTOCOLS = (
     ("wire/control.py", "Scheduler, instances, frontends"),
-    ("migration/messages.py", "Instance and instance"),
+    ("core/migration/messages.py", "The two ends of a migration"),
+    ("migration/messages.py", "Their connection"),
     ("frontend/workers/messages.py", "Launcher and frontends"),
 )
+_BASES = {"Message", "ToDestination", "ToSource"}
 _SECTION = re.compile(r"^# -{2,} ?(?P<title>.+?) ?-{2,}$")
 
 
@@ -96,7 +98,7 @@ def _pattern(name: ast.expr | None) -> str:
 
 
 def _is_message(node: ast.ClassDef) -> bool:
-    return any(isinstance(base, ast.Name) and base.id == "Message" for base in node.bases)
+    return any(isinstance(base, ast.Name) and base.id in _BASES for base in node.bases)
 
 
 def _section(source: str, line: int) -> str:

@@ -354,7 +354,7 @@ class InstanceEngine(Protocol):
         """End every request of a frontend that is gone; returns which they were."""
 
     def load_has_changed_much(self) -> bool:
-        """Whether load moved far enough since the last report for another one at once."""
+        """True if load moved far enough since the last report for another one at once."""
 
     def read_load(
         self,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import ray
 
-from llumsched.core.migration.source.machine import MigrationOptions
+from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.policy import VictimPolicy
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.factory import EngineSettings, build_engine

@@ -21,7 +21,7 @@ import zmq.asyncio
 
 from llumsched.core.events import Event
 from llumsched.core.load import InstanceLoad
-from llumsched.core.migration.source.machine import MigrationOptions
+from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.policy import MigrationCandidate, VictimPolicy, settled
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.base import InstanceEngine

@@ -23,14 +23,12 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from llumsched.core.migration.messages import ToDestination, ToSource
 from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.transfer.registry import offered
 from llumsched.engine.transfer.transport import Here, OutgoingPart, Transport, Unavailable
 from llumsched.migration.messages import (
-    CommitAnswer,
     Hello,
-    MigrationClosed,
-    PeerMessage,
     SlotRead,
     StoreBlocks,
     Welcome,
@@ -52,7 +50,7 @@ class PeerConnection:
         keys: the pool's.
         here: what transports may use of this instance; all its links share the staging memory.
         pacer: this instance's limit on bytes a second.
-        on_answer: takes in an answer; whether it was to a migration that goes on.
+        on_answer: takes in an answer; what is to be said to that, if anything.
     """
 
     def __init__(
@@ -63,7 +61,7 @@ class PeerConnection:
         here: Here,
         pacer: RateLimiter,
         *,
-        on_answer: Callable[[PeerMessage], bool],
+        on_answer: Callable[[ToSource], ToDestination | None],
     ) -> None:
         self.endpoint = endpoint
         # No more bytes get through: the two have to shake hands again.
@@ -148,7 +146,7 @@ class PeerConnection:
             ) from error
         return transport
 
-    async def send(self, message: PeerMessage) -> None:
+    async def send(self, message: ToDestination | Hello) -> None:
         """Send, unless the link is closed: then its destination is dead and hears nothing."""
         if not self._socket.closed:
             await self._socket.send(encode(message))
@@ -265,7 +263,9 @@ class PeerConnection:
                     more_s = message.core_s - self._core_s
                     if more_s > 0:
                         self._pacer.copied(more_s, time.monotonic())
+                case ToSource():
+                    reply = self._on_answer(message)
+                    if reply is not None:
+                        await self.send(reply)
                 case _:
-                    if not self._on_answer(message) and isinstance(message, CommitAnswer):
-                        # The destination asks until it knows that its answer has come.
-                        await self.send(MigrationClosed(migration_id=message.migration_id))
+                    logger.warning("Dropped an answer that is none: %s", type(message).__name__)

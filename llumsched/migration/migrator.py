@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -23,34 +23,34 @@ import zmq
 import zmq.asyncio
 
 from llumsched.core.events import MigrationOutcome
-from llumsched.core.migration.destination.machine import ReservationOptions
-from llumsched.core.migration.source import machine as protocol
+from llumsched.core.migration.destination.record import ReservationOptions
+from llumsched.core.migration.messages import ToDestination, ToSource
+from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.base import CannotMigrate, KVAccess, MigrationEngine, Refusal
 from llumsched.engine.compatibility import differences
 from llumsched.engine.transfer.registry import accepted
 from llumsched.engine.transfer.shared_ring import SendRing
 from llumsched.engine.transfer.transport import Broken, Here, IncomingPart, Transport, Unavailable
-from llumsched.migration.destination import ANSWER_AFTER_S, IncomingMigrations, Reply
+from llumsched.migration.destination import ANSWER_AFTER_S, IncomingMigrations
 from llumsched.migration.link import PeerConnection
 from llumsched.migration.messages import (
-    CommitAnswer,
     Hello,
     PeerMessage,
-    Reserved,
-    ReserveRejected,
     SlotRead,
-    StageStored,
     StoreBlocks,
     Welcome,
     decode_peer,
 )
 from llumsched.migration.rate_limit import RateLimiter
-from llumsched.migration.source import OutgoingMigration
+from llumsched.migration.source import OutgoingMigrations
 from llumsched.wire.control import OrderMigration, ReportMigration, encode
 from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 logger = logging.getLogger(__name__)
+
+Answer = ToSource | Welcome | SlotRead
+Reply = Callable[[Answer], Awaitable[None]]
 
 BYTES_PER_MB = 1_000_000
 
@@ -76,7 +76,7 @@ class Migrator:
         keys: PoolKeys,
         host: str,
         step_time_s: Callable[[], float],
-        options: protocol.MigrationOptions,
+        options: MigrationOptions,
         transfer: TransferOptions,
     ) -> None:
         self.instance_id = instance_id
@@ -90,8 +90,6 @@ class Migrator:
             transfer.core_share if port.kv is not None and port.kv.copies_on_cores else 1.0,
         )
         self._call = call
-        self._step_time_s = step_time_s
-        self._options = options
         self._context = zmq.asyncio.Context()
         self._keys = keys
         self._router = self._context.socket(zmq.ROUTER)
@@ -104,15 +102,20 @@ class Migrator:
         self.endpoint: str = self._router.get_string(zmq.LAST_ENDPOINT)
         self._links: dict[str, PeerConnection] = {}
         self._here = self._what_transports_use(port.kv) if port.kv is not None else None
-        self._outgoing: dict[str, OutgoingMigration] = {}
         # Sources that have said Hello: by their connection, which instance, and the way here.
         self._sources: dict[bytes, tuple[str, Transport]] = {}
+        self._outgoing = OutgoingMigrations(
+            instance_id=instance_id,
+            port=port,
+            call=call,
+            step_time_s=step_time_s,
+            block_num_bytes=port.kv.block_num_bytes if port.kv is not None else 0,
+            options=options,
+        )
         self._incoming = IncomingMigrations(
             port=port, call=call, abort=abort, options=ReservationOptions()
         )
         self._tasks: set[asyncio.Task[None]] = set()
-        self._loop = asyncio.get_running_loop()
-        port.on_lost = self._on_lost
         self._receiving = asyncio.create_task(self._receive())
 
     @property
@@ -167,7 +170,7 @@ class Migrator:
         return report
 
     async def _migrate(self, order: OrderMigration, request_id: str) -> ReportMigration:
-        if any(request_id == other.request_id for other in self._outgoing.values()):
+        if any(request_id == other.request_id for other in self._outgoing):
             raise CannotMigrate("the request is being migrated already", Refusal.BEING_MIGRATED)
         if not self._incoming.may_leave(request_id):
             raise CannotMigrate("the request has only just arrived", Refusal.JUST_ARRIVED)
@@ -176,41 +179,20 @@ class Migrator:
                 f"this instance cannot migrate: {self._port.refusal}", Refusal.UNSUPPORTED_ENGINE
             )
         link = await self._link(order.destination, order.destination_endpoint, self._here)
-        outgoing = OutgoingMigration(
-            migration_id=order.migration_id,
-            request_id=request_id,
-            source=self.instance_id,
-            destination=order.destination,
-            port=self._port,
-            call=self._call,
-            link=link,
-            step_time_s=self._step_time_s,
-            block_num_bytes=self._port.kv.block_num_bytes,
-            options=self._options,
-        )
-        self._outgoing[order.migration_id] = outgoing
         try:
-            return await outgoing.run()
+            return await self._outgoing.run(order.migration_id, request_id, order.destination, link)
         finally:
-            del self._outgoing[order.migration_id]
             link.ended(order.migration_id)
 
     def peer_gone(self, instance_id: str) -> None:
         """The process of another instance is known to be dead."""
-        for outgoing in self._outgoing.values():
-            if outgoing.destination == instance_id:
-                outgoing.post(
-                    protocol.PeerLost(
-                        migration_id=outgoing.migration_id,
-                        reason=f"instance {instance_id} died",
-                        is_dead=True,
-                    )
-                )
+        reason = f"instance {instance_id} died"
+        self._outgoing.peer_lost(instance_id, reason, is_dead=True)
         link = self._links.pop(instance_id, None)
         if link is not None:
             link.close()
         self._forget_source(instance_id)
-        self._incoming.source_gone(instance_id)
+        self._incoming.peer_lost(instance_id, reason, is_dead=True)
 
     def give_up_arrival(self, request_id: str) -> None:
         """End every migration by which a request arrives here."""
@@ -236,16 +218,6 @@ class Migrator:
             phase=phase,
         )
 
-    def _on_lost(self, request_id: str, what: str) -> None:
-        """Called on the engine's loop thread."""
-
-        def tell() -> None:
-            for outgoing in self._outgoing.values():
-                if outgoing.request_id == request_id:
-                    outgoing.lost(what)
-
-        self._loop.call_soon_threadsafe(tell)
-
     def _slot_num_bytes(self, kv: KVAccess | None) -> int:
         """Parts large enough that a message costs little beside the copy, small enough that
         gathering one overlaps the receiver's scattering of another."""
@@ -269,7 +241,7 @@ class Migrator:
     async def _link(self, destination: str, endpoint: str, here: Here) -> PeerConnection:
         link = self._links.get(destination)
         if link is not None and link.is_broken:
-            if any(other.destination == destination for other in self._outgoing.values()):
+            if any(other.destination == destination for other in self._outgoing):
                 # Their destination may still have to be asked, over this link, what it committed.
                 raise CannotMigrate(
                     "the link broke, and is made anew after the migrations that use it",
@@ -287,7 +259,7 @@ class Migrator:
                 endpoint,
                 here,
                 self._pacer,
-                on_answer=self._on_answer,
+                on_answer=self._outgoing.take_in,
             )
         try:
             await link.open(self.instance_id, self._fingerprint, self._transfer.transport)
@@ -297,33 +269,6 @@ class Migrator:
                 link.close()
             raise
         return link
-
-    def _on_answer(self, message: PeerMessage) -> bool:
-        """An answer from a destination; whether it was to a migration that goes on."""
-        outgoing = self._outgoing.get(getattr(message, "migration_id", ""))
-        if outgoing is None:
-            return False
-        migration_id = outgoing.migration_id
-        match message:
-            case Reserved():
-                outgoing.reserved(message.num_cached_blocks)
-            case ReserveRejected():
-                outgoing.refusal = message.refusal
-                outgoing.post(
-                    protocol.ReservationRejected(migration_id=migration_id, reason=message.reason)
-                )
-            case StageStored():
-                outgoing.stored(message.stage, message.num_blocks_total)
-            case CommitAnswer(refused=None):
-                outgoing.committed_before(message.held_back_s)
-                outgoing.post(protocol.CommitAcknowledged(migration_id=migration_id))
-            case CommitAnswer():
-                outgoing.post(
-                    protocol.CommitRefused(migration_id=migration_id, reason=message.refused or "")
-                )
-            case _:
-                logger.warning("Dropped an answer that is none: %s", type(message).__name__)
-        return True
 
     # ---- destination ----------------------------------------------------------------------
 
@@ -343,7 +288,7 @@ class Migrator:
     async def _handle(
         self, identity: bytes, message: PeerMessage, payload: memoryview | None
     ) -> None:
-        async def reply(answer: PeerMessage) -> None:
+        async def reply(answer: Answer) -> None:
             if self._router.closed:
                 return  # this instance ends, and the other learns that from the link
             await self._router.send_multipart([identity, encode(answer)])
@@ -360,8 +305,10 @@ class Migrator:
                     if self._incoming.is_admitting(message.migration_id):
                         await asyncio.sleep(ANSWER_AFTER_S)
                     await reply(SlotRead(slot=message.slot, use=message.use, core_s=core_s))
-            case _:
+            case ToDestination():
                 self._incoming.take_in(message, reply)
+            case _:
+                logger.warning("Dropped a request that is none: %s", type(message).__name__)
 
     def _welcome(self, identity: bytes, hello: Hello) -> Welcome:
         if self._port.refusal is not None or self._here is None:

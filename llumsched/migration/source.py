@@ -1,11 +1,12 @@
-"""One request on its way out: the source's executor of the migration table.
+"""Requests on their way out: the source's host of the migration protocol.
 
-The table (``core.migration``) decides; this carries its commands out and turns what happens
-into events, in one coroutine a migration. Long commands (copying a stage, waiting for a
-suspension) run as tasks of their own, so an abort or a deadline is handled while they last;
-events that come too late are dropped by ``is_current`` before they reach the table.
+The table (``core.migration.source``) decides; this carries its commands out, in their order, and
+turns what happens into events, in one coroutine a migration. Long commands (copying a stage,
+waiting for a suspension) run as tasks of their own, so an abort or a deadline is handled while they
+last; events that come too late are dropped before they reach the table.
 
-Invariant: when ``run`` returns, the engine holds nothing on the migration's behalf.
+Invariant: when ``run`` returns, the engine holds nothing on the migration's behalf, unless the
+destination may run the request.
 """
 
 from __future__ import annotations
@@ -14,39 +15,61 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 import msgspec
 
 from llumsched.core.events import MigrationOutcome
-from llumsched.core.migration.source import machine as protocol
+from llumsched.core.migration.events import LocalEvent, PeerLost
+from llumsched.core.migration.messages import (
+    BlocksCopied,
+    BlocksReserved,
+    CloseMigration,
+    CommitAcknowledged,
+    CommitRequest,
+    CopyBlocks,
+    ReservationRejected,
+    ReserveBlocks,
+    ToDestination,
+    ToSource,
+)
+from llumsched.core.migration.source import machine
+from llumsched.core.migration.source.events import (
+    AbortedAtSource,
+    FinishedAtSource,
+    MigrationState,
+    PreemptedAtSource,
+    ReleaseRequest,
+    RequestSuspended,
+    ResumeRequest,
+    SourceCommand,
+    SourceEvent,
+    SuspendRequest,
+)
+from llumsched.core.migration.source.record import AbortReason, Migration, MigrationOptions
 from llumsched.engine.base import (
     CannotMigrate,
+    CopyableBlocks,
     MigrationEngine,
     Refusal,
     RequestState,
     SuspendedRequest,
 )
-from llumsched.migration.messages import (
-    AbortMigrated,
-    Commit,
-    MigrationClosed,
-    PeerMessage,
-    QueryCommit,
-    ReleaseReservation,
-    Reserve,
-)
+from llumsched.migration.host import Call, MigrationHost
 from llumsched.wire.control import MigrationStatistics, ReportMigration
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-_ENDED = frozenset({protocol.MigrationState.COMMITTED, protocol.MigrationState.ABORTED})
 # The destination may run the request: only its word, or its death, lets the source resume.
-_FATE_UNKNOWN = frozenset({protocol.MigrationState.COMMITTING, protocol.MigrationState.RESOLVING})
+_FATE_UNKNOWN = frozenset({MigrationState.COMMITTING, MigrationState.RESOLVING})
+
+_LOSSES: dict[str, type[LocalEvent]] = {
+    "finished": FinishedAtSource,
+    "aborted": AbortedAtSource,
+    "preempted": PreemptedAtSource,
+}
 
 
 class PeerLink(Protocol):
@@ -55,7 +78,7 @@ class PeerLink(Protocol):
     @property
     def transport(self) -> str: ...
 
-    async def send(self, message: PeerMessage) -> None: ...
+    async def send(self, message: ToDestination) -> None: ...
 
     async def send_blocks(
         self,
@@ -69,8 +92,8 @@ class PeerLink(Protocol):
         """Gather blocks and hand them over, chunk by chunk; returns when the last is sent."""
 
 
-class OutgoingMigration:
-    """Moves ``request_id`` to ``destination``; ``run`` returns how it went.
+class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
+    """Moves ``request_id`` to ``destination``; ``run`` returns what became of it.
 
     Args:
         call: runs a closure on the engine's loop thread.
@@ -85,25 +108,19 @@ class OutgoingMigration:
         source: str,
         destination: str,
         port: MigrationEngine,
-        call: Callable[[Callable[[], Any]], Future[Any]],
+        call: Call,
         link: PeerLink,
-        step_time_s: Callable[[], float],
-        block_num_bytes: int,
-        options: protocol.MigrationOptions,
+        options: MigrationOptions,
     ) -> None:
-        self.migration_id = migration_id
+        super().__init__(machine, migration_id, call)
         self.request_id = request_id
         self.destination = destination
-        self.refusal = ""  # the destination's word for it, when it rejects the reservation
         self._source = source
         self._port = port
-        self._call = call
         self._link = link
-        self._step_time_s = step_time_s
-        self._block_num_bytes = block_num_bytes
         self._options = options
-        self._events: asyncio.Queue[protocol.MigrationEvent] = asyncio.Queue()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._state: RequestState | None = None
+        self._commands: asyncio.Queue[SourceCommand | None] = asyncio.Queue()
         self._block_ids: list[int] = []
         self._num_preemptions = 0
         self._num_cached_blocks = 0
@@ -111,109 +128,99 @@ class OutgoingMigration:
         self._suspended: SuspendedRequest | None = None
         self._suspended_s = 0.0
         self._held_back_s = 0.0
-        self._phase = "starting"
+        # How far it came, and the destination's word for a rejection.
+        self.phase = "starting"
+        self.refusal = ""
 
     # ---- events ---------------------------------------------------------------------------
 
-    def post(self, event: protocol.MigrationEvent) -> None:
-        """Take in an event; on the migrator's thread only."""
-        self._events.put_nowait(event)
+    def take_in(self, message: ToSource) -> None:
+        """A message of the destination."""
+        if not self.has_begun or self.record.is_terminal:
+            return
+        match message:
+            case BlocksReserved():
+                self._num_cached_blocks = message.num_cached_blocks
+                self._fill_in(message)
+            case BlocksCopied():
+                self._fill_in(message)
+            case ReservationRejected():
+                self.refusal = message.refusal
+                self.post(message)
+            case CommitAcknowledged():
+                self._held_back_s = message.held_back_s
+                self.post(message)
+            case _:
+                self.post(message)
 
     def lost(self, what: str) -> None:
         """The engine's word that the request finished, was aborted or preempted."""
-        kinds = {
-            "finished": protocol.RequestFinished,
-            "aborted": protocol.RequestAborted,
-            "preempted": protocol.RequestPreempted,
-        }
-        self.post(kinds[what](migration_id=self.migration_id))
+        self.post(_LOSSES[what](migration_id=self.migration_id))
 
-    def committed_before(self, held_back_s: float) -> None:
-        """The destination had the request's next token so long before it said so."""
-        self._held_back_s = held_back_s
+    def advanced(self) -> None:
+        if self.record.is_terminal:
+            self._commands.put_nowait(None)  # there may be no other
+        else:
+            self.phase = self.record.state.lower()
 
-    def reserved(self, num_cached_blocks: int) -> None:
-        self._num_cached_blocks = num_cached_blocks
+    def _fill_in(self, message: BlocksReserved | BlocksCopied) -> None:
+        """Add what the source itself knows, as it is now."""
+        if self._suspended is None:
+            # Called here and now: the end of the export may be the next call.
+            pinned = self._call(lambda: self._port.pin_copyable(self.request_id))
+            self._spawn(self._pinned(message, pinned))
+        else:
+            self._post_filled_in(message)
 
-        async def read_progress() -> None:
-            await self._pin_copyable()
-            self.post(
-                protocol.BlocksReserved(
-                    migration_id=self.migration_id,
-                    num_cached_blocks=num_cached_blocks,
-                    num_full_blocks_now=len(self._block_ids),
-                    num_preemptions=self._num_preemptions,
-                )
+    async def _pinned(
+        self, message: BlocksReserved | BlocksCopied, pinned: Future[CopyableBlocks]
+    ) -> None:
+        blocks = await asyncio.wrap_future(pinned)
+        if self._suspended is None:
+            self._block_ids = blocks.block_ids
+            self._num_preemptions = blocks.num_preemptions
+        self._post_filled_in(message)
+
+    def _post_filled_in(self, message: BlocksReserved | BlocksCopied) -> None:
+        self.post(
+            msgspec.structs.replace(
+                message,
+                num_full_blocks_now=len(self._block_ids),
+                num_preemptions=self._num_preemptions,
             )
+        )
 
-        self._spawn(read_progress())
+    # ---- commands -------------------------------------------------------------------------
 
-    def stored(self, stage: int, num_blocks_total: int) -> None:
-        """The destination has written a stage."""
-
-        async def read_progress() -> None:
-            if self._suspended is None:
-                await self._pin_copyable()
-            self.post(
-                protocol.BlocksCopied(
-                    migration_id=self.migration_id,
-                    stage=stage,
-                    num_blocks_total=num_blocks_total,
-                    num_full_blocks_now=len(self._block_ids),
-                    num_preemptions=self._num_preemptions,
-                )
-            )
-
-        self._spawn(read_progress())
-
-    async def _pin_copyable(self) -> None:
-        blocks = await self._engine(lambda: self._port.pin_copyable(self.request_id))
-        self._block_ids = blocks.block_ids
-        self._num_preemptions = blocks.num_preemptions
-
-    # ---- the loop -------------------------------------------------------------------------
-
-    async def run(self) -> ReportMigration:
-        """Move the request.
+    async def run(self) -> Migration:
+        """Move the request; returns the record at its end.
 
         Raises:
             CannotMigrate: if it cannot move; nothing has been done then.
         """
-        started_s = time.perf_counter()
-        state = await self._start_export()
+        self._state = state = await self._start_export()
         self._num_preemptions = state.num_preemptions
-        self._state = state
-        migration, commands = protocol.start(
-            migration_id=self.migration_id,
-            request_id=self.request_id,
-            source=self._source,
-            destination=self.destination,
-            num_preemptions=state.num_preemptions,
-            options=self._options,
-        )
-        self._migration = migration
-        self._phase = migration.state.lower()
         try:
-            await self._drive(commands)
+            migration, commands = machine.start(
+                migration_id=self.migration_id,
+                request_id=self.request_id,
+                source=self._source,
+                destination=self.destination,
+                num_preemptions=state.num_preemptions,
+                options=self._options,
+            )
+            self.phase = migration.state.lower()
+            self.begin(migration, commands)
+            while not self.record.is_terminal or not self._commands.empty():
+                command = await self._commands.get()
+                if command is not None:
+                    await self._carry_out(command)
         finally:
-            for task in self._tasks:
-                task.cancel()
-            if self._migration.state not in _FATE_UNKNOWN:
+            self.stop()
+            if self.record.state not in _FATE_UNKNOWN:
                 # Whatever else happened, nothing stays pinned or suspended.
                 await self._engine(lambda: self._port.resume(self.request_id))
-        migration = self._migration
-        if migration.state is protocol.MigrationState.COMMITTED:
-            total_s = time.perf_counter() - started_s
-            return self._report(MigrationOutcome.COMMITTED, "", self._measured(migration, total_s))
-        reason = migration.abort_reason
-        detail = migration.abort_detail
-        text = reason.value.replace("_", " ") if reason is not None else "aborted"
-        refused = reason is protocol.AbortReason.RESERVATION_REJECTED
-        return self._report(
-            MigrationOutcome.REFUSED if refused else MigrationOutcome.ABORTED,
-            detail if refused and detail else f"{text}: {detail}" if detail else text,
-            cause=self.refusal or (reason.value if reason is not None else ""),
-        )
+        return self.record
 
     async def _start_export(self) -> RequestState:
         """Take the request; one that is computing its prompt has some time to get through it."""
@@ -230,95 +237,36 @@ class OutgoingMigration:
                 async with asyncio.timeout(left_s):
                     await asyncio.wrap_future(first_token)
 
-    async def _drive(self, commands: tuple[protocol.MigrationCommand, ...]) -> None:
-        deadline_s = self._deadline(self._migration)
-        while True:
-            for command in commands:
-                await self._execute(self._migration, command)
-            migration = self._migration
-            if migration.is_terminal:
-                return
-            try:
-                async with asyncio.timeout(max(0.0, deadline_s - time.monotonic())):
-                    event = await self._events.get()
-            except TimeoutError:
-                event = protocol.DeadlineExpired(
-                    migration_id=self.migration_id, state=migration.state, stage=migration.stage
-                )
-            commands = ()
-            if not protocol.is_current(migration, event):
-                continue
-            try:
-                self._migration, commands = protocol.advance(migration, event)
-                if self._migration.state not in _ENDED:
-                    self._phase = self._migration.state.lower()
-            except protocol.IllegalTransition as error:
-                # A peer that breaks the protocol, or a defect here: the table has changed nothing,
-                # and the deadline of the state it left in place ends the migration in order.
-                logger.error("Migration %s: %s", self.migration_id, error)
-                continue
-            if protocol.restarts_timer(migration, event, self._migration):
-                deadline_s = self._deadline(self._migration)
+    def execute(self, command: SourceCommand) -> None:
+        self._commands.put_nowait(command)
 
-    @staticmethod
-    def _deadline(migration: protocol.Migration) -> float:
-        timeout_s = protocol.timeout_s(migration)
-        return time.monotonic() + (timeout_s if timeout_s is not None else 0.0)
-
-    # ---- commands -------------------------------------------------------------------------
-
-    async def _execute(
-        self, migration: protocol.Migration, command: protocol.MigrationCommand
-    ) -> None:
+    async def _carry_out(self, command: SourceCommand) -> None:
         match command:
-            case protocol.ReserveBlocks():
-                await self._link.send(
-                    Reserve(
-                        migration_id=self.migration_id,
-                        request_id=self.request_id,
-                        source=self._source,
-                        state=msgspec.msgpack.encode(self._state),
-                    )
-                )
-            case protocol.CopyBlocks():
+            case ReserveBlocks():
+                state = msgspec.msgpack.encode(self._state)
+                await self._link.send(msgspec.structs.replace(command, state=state))
+            case CopyBlocks():
                 self._spawn(self._copy(command))
-            case protocol.SuspendRequest():
-                self._spawn(self._suspend(command.num_blocks_copied))
-            case protocol.CommitRequest():
+            case CommitRequest():
                 assert self._suspended is not None
-                await self._link.send(
-                    Commit(
-                        migration_id=self.migration_id,
-                        num_blocks=command.num_blocks,
-                        final=msgspec.msgpack.encode(self._suspended.final),
-                    )
-                )
-            case protocol.QueryCommit():
-                await self._link.send(QueryCommit(migration_id=self.migration_id))
-            case protocol.ReleaseBlocks(side=protocol.Side.SOURCE):
+                final = msgspec.msgpack.encode(self._suspended.final)
+                await self._link.send(msgspec.structs.replace(command, final=final))
+            case ToDestination():
+                await self._link.send(command)
+            case SuspendRequest():
+                called = self._call(lambda: self._port.suspend(self.request_id))
+                self._spawn(self._suspend(called, command.num_blocks_copied))
+            case ReleaseRequest():
                 if self._suspended is not None:
                     resumed_at_s = time.perf_counter() - self._held_back_s
                     self._suspended_s = resumed_at_s - self._suspended.suspended_at_s
                 await self._engine(lambda: self._port.release(self.request_id))
-            case protocol.ReleaseBlocks():
-                await self._link.send(
-                    ReleaseReservation(
-                        migration_id=self.migration_id,
-                        reason=str(migration.abort_reason or ""),
-                    )
-                )
-            case protocol.ResumeRequest():
+            case ResumeRequest():
                 await self._engine(lambda: self._port.resume(self.request_id))
-            case protocol.AbortAtDestination():
-                await self._link.send(
-                    AbortMigrated(migration_id=self.migration_id, request_id=self.request_id)
-                )
-            case protocol.CloseMigration():
-                await self._link.send(MigrationClosed(migration_id=self.migration_id))
             case _:
                 raise AssertionError(f"no such command: {command}")
 
-    async def _copy(self, command: protocol.CopyBlocks) -> None:
+    async def _copy(self, command: CopyBlocks) -> None:
         last = command.first_block + command.num_blocks
         self._num_blocks_sent += command.num_blocks
         await self._link.send_blocks(
@@ -326,12 +274,14 @@ class OutgoingMigration:
             command.stage,
             self._block_ids[command.first_block : last],
             command.first_block,
-            is_final=command.final,
+            is_final=command.is_final,
         )
 
-    async def _suspend(self, num_blocks_copied: int) -> None:
+    async def _suspend(
+        self, called: Future[Future[SuspendedRequest]], num_blocks_copied: int
+    ) -> None:
         try:
-            suspension = await self._engine(lambda: self._port.suspend(self.request_id))
+            suspension: Future[SuspendedRequest] = await asyncio.wrap_future(called)
             suspended = await asyncio.wrap_future(suspension)
         except CannotMigrate as error:
             # The engine says why by itself (``lost``), or the deadline of this state does.
@@ -341,66 +291,160 @@ class OutgoingMigration:
         self._block_ids = suspended.blocks.block_ids
         self._num_preemptions = suspended.blocks.num_preemptions
         self.post(
-            protocol.RequestSuspended(
+            RequestSuspended(
                 migration_id=self.migration_id,
                 num_blocks_to_copy=max(0, len(self._block_ids) - num_blocks_copied),
                 num_preemptions=self._num_preemptions,
             )
         )
 
-    # ---- helpers --------------------------------------------------------------------------
+    def failed(self, error: BaseException) -> None:
+        self.post(PeerLost(migration_id=self.migration_id, reason=f"failed: {error}"))
 
-    async def _engine(self, function: Callable[[], T]) -> T:
-        result: T = await asyncio.wrap_future(self._call(function))
-        return result
+    # ---- afterwards -----------------------------------------------------------------------
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        async def guarded() -> None:
-            try:
-                await coroutine
-            except asyncio.CancelledError:
-                raise
-            except Exception as error:
-                logger.exception("Migration %s failed", self.migration_id)
-                self.post(
-                    protocol.PeerLost(migration_id=self.migration_id, reason=f"failed: {error}")
-                )
-
-        task = asyncio.create_task(guarded())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _measured(self, migration: protocol.Migration, total_s: float) -> MigrationStatistics:
+    def statistics(
+        self, *, total_s: float, step_time_s: float, block_num_bytes: int
+    ) -> MigrationStatistics:
+        """Of a migration that was committed."""
         assert self._suspended is not None
         final = self._suspended.final
         return MigrationStatistics(
-            num_stages=migration.stage,
+            num_stages=self.record.stage,
             num_blocks=self._num_blocks_sent,
             num_cached_blocks=self._num_cached_blocks,
-            num_bytes=self._num_blocks_sent * self._block_num_bytes,
+            num_bytes=self._num_blocks_sent * block_num_bytes,
             num_tokens=final.num_computed_tokens + 1,
             num_output_tokens=len(final.output_token_ids),
             total_s=total_s,
             suspended_s=self._suspended_s,
-            step_time_s=self._step_time_s(),
+            step_time_s=step_time_s,
             transport=self._link.transport,
         )
 
-    def _report(
+
+class OutgoingMigrations:
+    """All migrations out of one instance. Every method runs on the loop.
+
+    Args:
+        call: runs a closure on the engine's loop thread.
+        step_time_s: the engine's recent step time, for the statistics.
+        block_num_bytes: of a block on its way, for the statistics.
+    """
+
+    def __init__(
         self,
-        outcome: MigrationOutcome,
-        reason: str,
-        statistics: MigrationStatistics | None = None,
-        cause: str = "",
+        *,
+        instance_id: str,
+        port: MigrationEngine,
+        call: Call,
+        step_time_s: Callable[[], float],
+        block_num_bytes: int,
+        options: MigrationOptions,
+    ) -> None:
+        self._instance_id = instance_id
+        self._port = port
+        self._call = call
+        self._step_time_s = step_time_s
+        self._block_num_bytes = block_num_bytes
+        self._options = options
+        self._open: dict[str, OutgoingMigration] = {}
+        self._loop = asyncio.get_running_loop()
+        port.on_lost = self._on_lost
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __iter__(self) -> Iterator[OutgoingMigration]:
+        return iter(list(self._open.values()))
+
+    async def run(
+        self, migration_id: str, request_id: str, destination: str, link: PeerLink
     ) -> ReportMigration:
-        return ReportMigration(
-            migration_id=self.migration_id,
-            request_id=self.request_id,
-            source=self._source,
-            destination=self.destination,
-            outcome=outcome.value,
-            reason=reason,
-            cause=cause,
-            phase=self._phase,
-            statistics=statistics,
+        """Move a request, or try to; how it went.
+
+        Raises:
+            CannotMigrate: if it cannot move; nothing has been done then.
+        """
+        started_s = time.perf_counter()
+        outgoing = self._open[migration_id] = OutgoingMigration(
+            migration_id=migration_id,
+            request_id=request_id,
+            source=self._instance_id,
+            destination=destination,
+            port=self._port,
+            call=self._call,
+            link=link,
+            options=self._options,
         )
+        try:
+            migration = await outgoing.run()
+        finally:
+            del self._open[migration_id]
+        if migration.state is MigrationState.COMMITTED:
+            statistics = outgoing.statistics(
+                total_s=time.perf_counter() - started_s,
+                step_time_s=self._step_time_s(),
+                block_num_bytes=self._block_num_bytes,
+            )
+            return report_of(outgoing, MigrationOutcome.COMMITTED, statistics=statistics)
+        reason, detail = migration.abort_reason, migration.abort_detail
+        text = reason.value.replace("_", " ") if reason is not None else "aborted"
+        refused = reason is AbortReason.RESERVATION_REJECTED
+        return report_of(
+            outgoing,
+            MigrationOutcome.REFUSED if refused else MigrationOutcome.ABORTED,
+            detail if refused and detail else f"{text}: {detail}" if detail else text,
+            cause=outgoing.refusal or (reason.value if reason is not None else ""),
+        )
+
+    def take_in(self, message: ToSource) -> ToDestination | None:
+        """A message of a destination; the answer, if the migration it is of is forgotten."""
+        outgoing = self._open.get(message.migration_id)
+        if outgoing is not None:
+            outgoing.take_in(message)
+        elif isinstance(message, CommitAcknowledged):
+            # The destination asks until it knows that its answer has come.
+            return CloseMigration(migration_id=message.migration_id)
+        return None
+
+    def peer_lost(self, instance_id: str, reason: str, *, is_dead: bool) -> None:
+        """A destination cannot be reached, or its process is known to be dead."""
+        for outgoing in self:
+            if outgoing.destination == instance_id:
+                outgoing.post(
+                    PeerLost(migration_id=outgoing.migration_id, reason=reason, is_dead=is_dead)
+                )
+
+    def _on_lost(self, request_id: str, what: str) -> None:
+        """Called on the engine's loop thread."""
+
+        def tell() -> None:
+            for outgoing in self:
+                if outgoing.request_id == request_id:
+                    outgoing.lost(what)
+
+        self._loop.call_soon_threadsafe(tell)
+
+
+def report_of(
+    outgoing: OutgoingMigration,
+    outcome: MigrationOutcome,
+    reason: str = "",
+    *,
+    cause: str = "",
+    statistics: MigrationStatistics | None = None,
+) -> ReportMigration:
+    """Report to the scheduler."""
+    migration = outgoing.record
+    return ReportMigration(
+        migration_id=migration.migration_id,
+        request_id=migration.request_id,
+        source=migration.source,
+        destination=migration.destination,
+        outcome=outcome.value,
+        reason=reason,
+        cause=cause,
+        statistics=statistics,
+        phase=outgoing.phase,
+    )

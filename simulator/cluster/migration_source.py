@@ -2,7 +2,7 @@
 
 The table (`core.migration`) decides; this carries its commands out on an engine model and turns
 what happens into events. Messages between instances take `message_delay_s`; a copy takes what the
-hardware file says, and slows both ends meanwhile. The destination's end is `cluster_reservation`.
+hardware file says, and slows both ends meanwhile. The destination's end is `migration_destination`.
 
 Invariant: a request is in the batch of one engine at most. This module does not know why a
 migration was asked for.
@@ -13,15 +13,37 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import msgspec
+
 from llumsched.core.actions import PolicyFailed, StartMigration
 from llumsched.core.events import MigrationFinished, MigrationOutcome
-from llumsched.core.migration.destination import machine as destination_side
-from llumsched.core.migration.source import machine as protocol
-from llumsched.core.migration.source.record import MigrationOptions
+from llumsched.core.migration.destination.events import BlocksWritten
+from llumsched.core.migration.events import PeerLost
+from llumsched.core.migration.messages import (
+    BlocksCopied,
+    BlocksReserved,
+    CopyBlocks,
+    ReserveBlocks,
+    ToDestination,
+    ToSource,
+)
+from llumsched.core.migration.source import machine
+from llumsched.core.migration.source.events import (
+    FinishedAtSource,
+    MigrationState,
+    PreemptedAtSource,
+    ReleaseRequest,
+    RequestSuspended,
+    ResumeRequest,
+    SourceCommand,
+    SourceEvent,
+    SuspendRequest,
+)
+from llumsched.core.migration.source.record import AbortReason, MigrationOptions
 from llumsched.core.policy import MigrationCandidate, VictimPolicy, settled
 from llumsched.core.scheduling.answer_checks import policy_failed
 from llumsched.simulator.cluster.migration_destination import Reservations
-from llumsched.simulator.cluster.migration_record import Move, OpenMoves
+from llumsched.simulator.cluster.migration_record import EndOfMove, Move, OpenMoves
 from llumsched.simulator.engines.base import Engine
 from llumsched.simulator.engines.request import (
     AWAY,
@@ -31,7 +53,7 @@ from llumsched.simulator.engines.request import (
     WAITING,
     LiveRequest,
 )
-from llumsched.simulator.kernel import Kernel, to_ps, to_s
+from llumsched.simulator.kernel import Kernel, to_s
 
 _NONE = (0, 0)
 _PRIORITY_AND_SIZE = ("execution_priority", "num_blocks")
@@ -109,7 +131,8 @@ class Migrations:
         self.moves.append(move)
         self._leaving.add(source.index, move)
         request.migration = move
-        move.migration, commands = protocol.start(
+        self._reservations.expect(move)
+        migration, commands = machine.start(
             migration_id=order.migration_id,
             request_id=request.request_id,
             source=source.instance_id,
@@ -117,9 +140,8 @@ class Migrations:
             num_preemptions=request.num_preemptions,
             options=self._options,
         )
-        self._arm(move, now)
-        for command in commands:
-            self._carry_out(move, command, now)
+        move.leaving = EndOfMove(machine, migration, self, move, self._kernel)
+        move.leaving.driver.begin(commands)
 
     def _send_on(
         self,
@@ -216,13 +238,13 @@ class Migrations:
         if request.migration is move:
             request.migration = None
         migration = move.migration
-        if migration.state is protocol.MigrationState.COMMITTED:
+        if migration.state is MigrationState.COMMITTED:
             move.outcome = MigrationOutcome.COMMITTED.value
             self._report(move.order, request, MigrationOutcome.COMMITTED, "", now)
             return
         assert migration.abort_reason is not None
         move.outcome = migration.abort_reason.value
-        refused = migration.abort_reason is protocol.AbortReason.RESERVATION_REJECTED
+        refused = migration.abort_reason is AbortReason.RESERVATION_REJECTED
         outcome = MigrationOutcome.REFUSED if refused else MigrationOutcome.ABORTED
         self._report(move.order, request, outcome, move.outcome.replace("_", " "), now)
 
@@ -231,90 +253,61 @@ class Migrations:
     def request_finished(self, request: LiveRequest, now: int) -> None:
         """A request that is leaving has ended."""
         move = request.migration
-        self._tell(move, protocol.RequestFinished(migration_id=move.migration_id), now)
+        self._tell(move, FinishedAtSource(migration_id=move.migration_id), now)
 
     def request_preempted(self, request: LiveRequest, now: int) -> None:
         """A request that is leaving was evicted."""
         move = request.migration
-        self._tell(move, protocol.RequestPreempted(migration_id=move.migration_id), now)
+        self._tell(move, PreemptedAtSource(migration_id=move.migration_id), now)
 
     def request_suspended(self, request: LiveRequest, now: int) -> None:
         """No step touches the request any more."""
         move = request.migration
         move.source_blocks, move.source_held = request.num_blocks, request.held
         move.source_progress = (request.computed, request.generated)
-        event = protocol.RequestSuspended(
+        event = RequestSuspended(
             migration_id=move.migration_id,
             num_blocks_to_copy=max(0, request.num_blocks - move.migration.num_blocks_copied),
             num_preemptions=request.num_preemptions,
         )
         self._tell(move, event, now)
 
-    def _tell(self, move: Move, event: protocol.MigrationEvent, now: int) -> None:
+    def _tell(self, move: Move, event: SourceEvent, now: int) -> None:
         # It happened at the end of a step: its consequences belong to a later instant.
-        self._kernel.send(now + 1, lambda at: self._handle(move, event, at))
+        self._kernel.send(now + 1, lambda at: self.handle(move, event, at))
 
     # ---- the table ------------------------------------------------------------------------
 
-    def _handle(self, move: Move, event: protocol.MigrationEvent, now: int) -> None:
-        before = move.migration
-        if move.end >= 0 or not move.source.is_alive or not protocol.is_current(before, event):
+    def handle(self, move: Move, event: SourceEvent, now: int) -> None:
+        """Something happened at the source, or came from the destination."""
+        if move.end >= 0 or not move.source.is_alive:
             return
-        move.migration, commands = protocol.advance(before, event)
-        after = move.migration
-        if protocol.restarts_timer(before, event, after):
-            self._arm(move, now)
-        for command in commands:
-            self._carry_out(move, command, now)
-        if after.is_terminal:
+        if move.leaving.driver.handle(event) and move.migration.is_terminal:
             self._ended(move, now)
 
-    def _arm(self, move: Move, now: int) -> None:
-        migration = move.migration
-        timeout_s = protocol.timeout_s(migration)
-        if timeout_s is not None:
-            event = protocol.DeadlineExpired(
-                migration_id=migration.migration_id, state=migration.state, stage=migration.stage
-            )
-            self._kernel.send(now + to_ps(timeout_s), lambda at: self._handle(move, event, at))
-
-    def _carry_out(self, move: Move, command: protocol.MigrationCommand, now: int) -> None:
-        migration_id = move.migration_id
+    def carry_out(self, move: Move, command: SourceCommand, now: int) -> None:
+        """Carry out a command of the table."""
         request = move.request
         match command:
-            case protocol.ReserveBlocks():
+            case ReserveBlocks():
                 num_tokens = move.source.progress_at(now) + request.offset + 1
-                asked = destination_side.ReservationRequested(
-                    migration_id=migration_id,
-                    request_id=request.request_id,
-                    source=move.source.instance_id,
-                )
                 self._kernel.send(
                     now + self._delay,
-                    lambda at: self._reservations.asked(move, asked, num_tokens, at),
+                    lambda at: self._reservations.asked(move, command, num_tokens, at),
                 )
-            case protocol.CopyBlocks():
+            case CopyBlocks():
                 self._begin_copy(move, command, now)
-            case protocol.SuspendRequest():
+            case ToDestination():
+                self._send(move, command, now)
+            case SuspendRequest():
                 if request.phase == DECODING:
                     move.source.suspend(request, now)
-            case protocol.CommitRequest():
-                commit = destination_side.CommitRequested(
-                    migration_id=migration_id, num_blocks=command.num_blocks
-                )
-                self._send(move, commit, now)
-            case protocol.QueryCommit():
-                self._send(move, destination_side.CommitQueried(migration_id=migration_id), now)
-            case protocol.ReleaseBlocks(side=protocol.Side.SOURCE):
+            case ReleaseRequest():
                 move.source.release(move.source_blocks, move.source_held, now)
-            case protocol.ReleaseBlocks():
-                self._send(move, destination_side.ReleaseRequested(migration_id=migration_id), now)
-            case protocol.ResumeRequest():
+            case ResumeRequest():
                 self._resume(move, now)
-            case protocol.CloseMigration():
-                self._send(move, destination_side.MigrationClosed(migration_id=migration_id), now)
             case _:
-                raise AssertionError(f"no client aborts in a simulation: {command}")
+                raise AssertionError(f"no such command: {command}")
 
     def _resume(self, move: Move, now: int) -> None:
         request = move.request
@@ -332,23 +325,16 @@ class Migrations:
         elif request in move.source.suspending:
             move.source.suspending.remove(request)
 
-    def _begin_copy(self, move: Move, command: protocol.CopyBlocks, now: int) -> None:
+    def _begin_copy(self, move: Move, stage: CopyBlocks, now: int) -> None:
         source, destination = move.source, move.destination
-        migration_id = move.migration_id
-        move.num_blocks_copied += command.num_blocks
-        announced = destination_side.StageAnnounced(
-            migration_id=migration_id,
-            stage=command.stage,
-            first_block=command.first_block,
-            num_blocks=command.num_blocks,
-        )
-        self._send(move, announced, now)
+        move.num_blocks_copied += stage.num_blocks
+        self._send(move, stage, now)
         source.set_copying(1, now)
         destination.set_copying(1, now)
-        written = destination_side.BlocksWritten(
-            migration_id=migration_id,
-            stage=command.stage,
-            num_blocks_total=command.first_block + command.num_blocks,
+        written = BlocksWritten(
+            migration_id=move.migration_id,
+            stage=stage.stage,
+            num_blocks_total=stage.first_block + stage.num_blocks,
         )
 
         def end(at: int) -> None:
@@ -356,18 +342,20 @@ class Migrations:
             destination.set_copying(-1, at)
             self._reservations.handle(move, written, at)
 
-        self._kernel.send(now + max(self._delay, self._copy(command.num_blocks)), end)
+        self._kernel.send(now + max(self._delay, self._copy(stage.num_blocks)), end)
 
     # ---- messages -------------------------------------------------------------------------
 
-    def _send(self, move: Move, event: destination_side.ReservationEvent, now: int) -> None:
-        self._kernel.send(now + self._delay, lambda at: self._reservations.handle(move, event, at))
+    def _send(self, move: Move, message: ToDestination, now: int) -> None:
+        self._kernel.send(
+            now + self._delay, lambda at: self._reservations.handle(move, message, at)
+        )
 
-    def _answer(self, move: Move, make: Callable[[int], protocol.MigrationEvent], now: int) -> None:
+    def _answer(self, move: Move, message: ToSource, now: int) -> None:
         def come(at: int) -> None:
             # Of a request that has ended at the source the engine has told by itself.
             if move.is_admitted or move.request.phase != ENDED:
-                self._handle(move, make(at), at)
+                self.handle(move, _filled_in(move, message, at), at)
 
         self._kernel.send(now + self._delay, come)
 
@@ -385,17 +373,34 @@ class Migrations:
             elif move.request.migration is move:
                 move.request.migration = None
             self._leaving.remove(engine.index, move)
-            lost = destination_side.SourceLost(
-                migration_id=move.migration_id, reason="it died", is_dead=True
-            )
+            lost = PeerLost(migration_id=move.migration_id, reason="it died", is_dead=True)
             self._reservations.handle(move, lost, now)
         for move in self._leaving.all():
             if move.destination is engine:
-                gone = protocol.PeerLost(
-                    migration_id=move.migration_id, reason="it died", is_dead=True
-                )
-                self._handle(move, gone, now)
+                gone = PeerLost(migration_id=move.migration_id, reason="it died", is_dead=True)
+                self.handle(move, gone, now)
         return untold
+
+
+def _filled_in(move: Move, message: ToSource, now: int) -> ToSource:
+    """The message, with what the source adds when it comes."""
+    if not isinstance(message, BlocksReserved | BlocksCopied):
+        return message
+    return msgspec.structs.replace(
+        message,
+        num_full_blocks_now=_num_full_blocks(move, now),
+        num_preemptions=move.request.num_preemptions,
+    )
+
+
+def _num_full_blocks(move: Move, now: int) -> int:
+    """Blocks of the request at its source that no step in flight writes to."""
+    request, source = move.request, move.source
+    if request.phase == DECODING and request.place is move.source:
+        return (source.progress_at(now) + request.offset) // source.block_size
+    if request.phase == SUSPENDED:
+        return request.num_blocks
+    return move.migration.num_copyable_blocks
 
 
 def _is_movable(request: LiveRequest, source: Engine) -> bool:

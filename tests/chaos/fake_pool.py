@@ -16,12 +16,12 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from llumsched.core.migration.destination import machine as destination
 from llumsched.engine.base import RequestState
 from llumsched.frontend.routing.routes import Arrival, Finished, Passed, Routes
 from tests.fake_engine.request import FakeOutput, SentRequest, sent_request, state_of
+from tests.migration_table.clients import require
 from tests.migration_table.host import Instance
-from tests.migration_table.world import INSTANCE_IDS, World, require
+from tests.migration_table.world import INSTANCE_IDS, World
 
 # How often an instance tries to end what arrives of a request before it goes on with it.
 MAX_ATTEMPTS = 5
@@ -53,11 +53,8 @@ class FakePool(World):
         self.prompts: dict[str, tuple[int, ...]] = {}
         self.resumed: list[str] = []
         self._gone: set[str] = set()
-        self._placements: dict[tuple[str, str], int] = {}
         self._placing = random.Random(f"{seed}/placing")
         super().__init__(seed)
-        for instance in self.instances.values():
-            self._keep_news_apart(instance)
         self._num_crashes_left = self._placing.choice((1, 2))
         # More of what the frontend adds, and of deaths.
         self._acts[:48] = (
@@ -97,22 +94,6 @@ class FakePool(World):
     ) -> None:
         arrival = Arrival(INSTANCE_IDS.index(instance_id), placement_number, num_tokens)
         self.outputs[instance_id].append((request_id, arrival))
-
-    def _keep_news_apart(self, instance: Instance) -> None:
-        """News of a request that was taken over are none of a migration of the copy before it."""
-        tell = instance.engine.on_lost
-
-        def tell_of_this_one(request_id: str, what: str) -> None:
-            placement_number = self._placements.get((instance.instance_id, request_id), 0)
-            for outgoing in instance.outgoing.values():
-                migration = outgoing.migration
-                if migration.request_id == request_id and not migration.is_terminal:
-                    if outgoing.state.placement_number > placement_number:
-                        tell(request_id, what)
-                    return
-            tell(request_id, what)
-
-        instance.engine.on_lost = tell_of_this_one
 
     # ---- the frontend -----------------------------------------------------------------------
 
@@ -231,33 +212,23 @@ class FakePool(World):
     def _take_over(self, instance: Instance, state: RequestState, num_attempts_left: int) -> None:
         """As ``Resumption`` does it."""
         request_id = sent_request(state).request_id
-        arriving = [
-            migration_id
-            for migration_id, incoming in instance.incoming.items()
-            if incoming.holds_import and incoming.reservation.request_id == request_id
-        ]
-        if arriving:
-            require(num_attempts_left > 0, f"{request_id} arrives for ever")
+        if instance.engine.is_arriving(request_id):
+            # What a worker is about to write is waited for.
+            require(
+                num_attempts_left > 0 or bool(instance.copies), f"{request_id} arrives for ever"
+            )
 
             def give_up() -> None:
-                for migration_id in arriving:
-                    if migration_id in instance.incoming:
-                        instance.tell_incoming(
-                            destination.SourceLost(
-                                migration_id=migration_id, reason="resumed", is_dead=True
-                            )
-                        )
+                instance.incoming.give_up(request_id)
                 instance.engine_work.append(
                     lambda: self._take_over(instance, state, num_attempts_left - 1)
                 )
 
-            instance.host_work.append(give_up)
+            instance.loop.call_soon(give_up)
             return
         if request_id in instance.engine.requests:
             instance.engine.abort(request_id)
-        self._placements[instance.instance_id, request_id] = state.placement_number
         instance.engine.take_over(state)
-        instance.moved_to.pop(request_id, None)
         self._announce(
             instance.instance_id, request_id, state.placement_number, len(state.output_token_ids)
         )
@@ -294,10 +265,7 @@ class FakePool(World):
         for request_id, route in self.routes:
             assert route.instance is not None
             instance = self.instances[INSTANCE_IDS[route.instance]]
-            is_arriving = any(
-                incoming.holds_import and incoming.reservation.request_id == request_id
-                for incoming in instance.incoming.values()
-            )
+            is_arriving = instance.engine.is_arriving(request_id)
             if request_id not in instance.engine.requests and not is_arriving:
                 self._found_missing(request_id)
                 return True

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from llumsched.core.actions import PolicyFailed, StartMigration
 from llumsched.core.events import MigrationFinished, MigrationOutcome
-from llumsched.core.migration.source.machine import MigrationOptions
+from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.simulator.cluster.migration_source import Migrations
 from llumsched.simulator.engines.base import Engine
 from llumsched.simulator.engines.cost import StepCost, copy_ps

@@ -54,6 +54,7 @@ class _Export:
     num_preemptions: int
     pinned: list[int] = field(default_factory=list)
     suspended: Future[SuspendedRequest] | None = None
+    is_lost: bool = False
 
 
 class FakeEngine:
@@ -131,6 +132,14 @@ class FakeEngine:
     def is_suspended(self, request_id: str) -> bool:
         """Whether the request is here and only the end of its export will schedule it again."""
         return request_id in self.requests and request_id not in self.scheduled_request_ids
+
+    def is_exporting(self, request_id: str) -> bool:
+        """True if there is an export of the request."""
+        return request_id in self._exports
+
+    def is_arriving(self, request_id: str) -> bool:
+        """True if there is an import of the request."""
+        return request_id in self._imports
 
     def schedule_step(self) -> bool:
         """Begin a step; False if there is nothing to do or too much in flight."""
@@ -458,8 +467,9 @@ class FakeEngine:
 
     def _lose(self, request_id: str, what: str) -> None:
         export = self._exports.get(request_id)
-        if export is None:
+        if export is None or export.is_lost:
             return
+        export.is_lost = True
         if export.suspended is not None and not export.suspended.done():
             export.suspended.set_exception(CannotMigrate(f"the request was {what}"))
         self.on_lost(request_id, what)

@@ -34,7 +34,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.metrics.stats import IterationStats
 
-from llumsched.core.migration.source.machine import MigrationOptions
+from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import EngineSettings
 from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID, MigrationAdapter

@@ -28,17 +28,17 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.utils import EngineZmqAddresses
 
-from llumsched.core.migration.destination.machine import ReservationOptions
-from llumsched.core.migration.source.machine import MigrationOptions
+from llumsched.core.migration.destination.record import ReservationOptions
+from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.vllm.core import EngineSettings
 from llumsched.engine.vllm.migration import HAND_OVER_CALL_ID, MigrationAdapter
-from llumsched.migration import destination as incoming
 from llumsched.migration import link as peer_link
 from llumsched.migration import migrator
-from llumsched.migration import source as outgoing
+from llumsched.migration.destination import IncomingMigration
 from llumsched.migration.messages import PeerMessage, decode_peer
 from llumsched.migration.migrator import Migrator
+from llumsched.migration.source import OutgoingMigration
 from llumsched.wire.control import OrderMigration, ReportMigration
 from llumsched.wire.keys import PoolKeys
 from tests.migration.pool import ENGINE_FLAGS, NUM_BLOCKS
@@ -215,16 +215,15 @@ class _Instance:
 
     def _install_faults(self) -> None:
         """Every state that is entered with a command can be caught before it is carried out."""
-        send_out: Any = outgoing.OutgoingMigration._execute
-        take_in: Any = incoming.IncomingMigrations._execute
 
-        async def execute_outgoing(this: Any, migration: Any, command: Any) -> None:
-            self._happen(Side.SOURCE, migration.state)
-            await send_out(this, migration, command)
+        def caught(host: Any, side: Side) -> Callable[[Any, Any], None]:
+            execute = host.execute
 
-        def execute_incoming(this: Any, arriving: Any, command: Any) -> None:
-            self._happen(Side.DESTINATION, arriving.record.state)
-            take_in(this, arriving, command)
+            def happen_first(this: Any, command: Any) -> None:
+                self._happen(side, this.record.state)
+                execute(this, command)
+
+            return happen_first
 
         def decode(frame: Any) -> PeerMessage:
             if time.monotonic() < self._cut_until_s:
@@ -240,8 +239,8 @@ class _Instance:
             return send_or_lose
 
         changes: list[tuple[Any, str, Any]] = [
-            (outgoing.OutgoingMigration, "_execute", execute_outgoing),
-            (incoming.IncomingMigrations, "_execute", execute_incoming),
+            (OutgoingMigration, "execute", caught(OutgoingMigration, Side.SOURCE)),
+            (IncomingMigration, "execute", caught(IncomingMigration, Side.DESTINATION)),
             (peer_link, "decode_peer", decode),
             (migrator, "decode_peer", decode),
             (zmq.asyncio.Socket, "send", unless_cut(zmq.asyncio.Socket.send)),

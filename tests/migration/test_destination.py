@@ -11,21 +11,21 @@ from typing import Any
 import msgspec
 import pytest
 
-from llumsched.core.migration.destination.machine import ReservationOptions
+from llumsched.core.migration.destination.record import ReservationOptions
+from llumsched.core.migration.messages import (
+    BlocksCopied,
+    BlocksReserved,
+    CommitAcknowledged,
+    CommitRequest,
+    ReleaseReservation,
+    ReservationRejected,
+    ReserveBlocks,
+    ToSource,
+)
 from llumsched.engine.base import FinalState, RequestState
 from llumsched.migration import destination as executor
 from llumsched.migration.destination import IncomingMigrations
-from llumsched.migration.messages import (
-    Commit,
-    CommitAnswer,
-    PeerMessage,
-    ReleaseReservation,
-    Reserve,
-    Reserved,
-    ReserveRejected,
-    StageStored,
-    StoreBlocks,
-)
+from llumsched.migration.messages import StoreBlocks
 
 STATE = RequestState(request=b"", output_token_ids=[1], num_preemptions=0, placement_number=1)
 BLOCK_IDS = [7, 3, 5]
@@ -37,7 +37,7 @@ class Destination:
 
     def __init__(self) -> None:
         self.cancelled: list[str] = []
-        self.answers: asyncio.Queue[PeerMessage] = asyncio.Queue()
+        self.answers: asyncio.Queue[ToSource] = asyncio.Queue()
         self.port: Any = SimpleNamespace(
             reserve=lambda _state: SimpleNamespace(
                 block_ids=BLOCK_IDS, num_cached_blocks=0, grammar=None
@@ -48,10 +48,10 @@ class Destination:
             port=self.port, call=_at_once, abort=lambda _: None, options=ReservationOptions()
         )
 
-    async def reply(self, answer: PeerMessage) -> None:
+    async def reply(self, answer: ToSource) -> None:
         self.answers.put_nowait(answer)
 
-    async def answer(self) -> PeerMessage:
+    async def answer(self) -> ToSource:
         """The next one."""
         async with asyncio.timeout(PATIENCE_S):
             return await self.answers.get()
@@ -59,9 +59,9 @@ class Destination:
     async def reserve(self) -> None:
         state = msgspec.msgpack.encode(STATE)
         self.incoming.take_in(
-            Reserve(migration_id="m", request_id="r", source="s", state=state), self.reply
+            ReserveBlocks(migration_id="m", request_id="r", source="s", state=state), self.reply
         )
-        assert isinstance(await self.answer(), Reserved)
+        assert isinstance(await self.answer(), BlocksReserved)
 
     def store(
         self, first: int, write: Callable[[list[int]], Awaitable[None]]
@@ -80,7 +80,7 @@ class Destination:
         return asyncio.create_task(self.incoming.store(message, self.reply, write))
 
     def release(self) -> None:
-        self.incoming.take_in(ReleaseReservation(migration_id="m", reason=""), self.reply)
+        self.incoming.take_in(ReleaseReservation(migration_id="m"), self.reply)
 
 
 def _at_once(function: Callable[[], Any]) -> Future[Any]:
@@ -111,7 +111,7 @@ def test_a_stage_is_stored_when_all_of_it_is_written() -> None:
         assert destination.answers.empty()
         go_on.set()
         await asyncio.gather(*parts)
-        assert isinstance(await destination.answer(), StageStored)
+        assert isinstance(await destination.answer(), BlocksCopied)
         assert sorted(written) == sorted(BLOCK_IDS), "what came twice is written once"
         assert destination.cancelled == []
 
@@ -148,7 +148,7 @@ def test_what_cannot_be_written_ends_the_migration() -> None:
 
         await destination.store(0, write)
         rejected = await destination.answer()
-        assert isinstance(rejected, ReserveRejected)
+        assert isinstance(rejected, ReservationRejected)
         assert "the worker of rank 1 is gone" in rejected.reason
         assert destination.cancelled == ["r"]
 
@@ -172,7 +172,7 @@ def committing(monkeypatch: pytest.MonkeyPatch, scenario: Callable[..., Awaitabl
         destination.port.commit = lambda *_: None
         destination.port.await_output = await_output
         final = FinalState(output_token_ids=[1, 2], num_computed_tokens=4, generator_state=None)
-        message = Commit(migration_id="m", num_blocks=0, final=msgspec.msgpack.encode(final))
+        message = CommitRequest(migration_id="m", num_blocks=0, final=msgspec.msgpack.encode(final))
         destination.incoming.take_in(message, destination.reply)
         assert awaited == [("r", 3)]
         await scenario(destination, next_token, clock)
@@ -192,7 +192,7 @@ def test_the_answer_to_a_commit_says_when_the_next_token_came(
         clock[0] = 6.5
         next_token.set_result(None)
         clock[0] = 7.0
-        assert await destination.answer() == CommitAnswer(migration_id="m", held_back_s=0.5)
+        assert await destination.answer() == CommitAcknowledged(migration_id="m", held_back_s=0.5)
 
     committing(monkeypatch, scenario)
 
@@ -203,6 +203,6 @@ def test_the_answer_to_a_commit_does_not_wait_long_for_the_next_token(
     monkeypatch.setattr(executor, "NEXT_TOKEN_WITHIN_S", 0.0)
 
     async def scenario(destination: Destination, *_: Any) -> None:
-        assert await destination.answer() == CommitAnswer(migration_id="m", held_back_s=0.0)
+        assert await destination.answer() == CommitAcknowledged(migration_id="m", held_back_s=0.0)
 
     committing(monkeypatch, scenario)

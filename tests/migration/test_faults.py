@@ -12,21 +12,22 @@ from typing import Any
 import msgspec
 import pytest
 
-from llumsched.core.migration.source.machine import Migration, MigrationOptions, MigrationState
+from llumsched.core.migration.messages import CloseMigration, ToDestination
+from llumsched.core.migration.source.events import MigrationState
+from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.migration import link as peer_link
 from llumsched.migration import migrator
-from llumsched.migration import source as outgoing
 from llumsched.migration.link import PeerConnection
 from llumsched.migration.messages import (
     Hello,
-    MigrationClosed,
     PeerMessage,
     StoreBlocks,
     Welcome,
     decode_peer,
 )
 from llumsched.migration.migrator import Migrator
+from llumsched.migration.source import OutgoingMigration
 from tests.campaigns import THOROUGH
 from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES
@@ -71,15 +72,15 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[MigrationState, Callable[[]
 
     def at(state: MigrationState, fault: Callable[[], None]) -> None:
         has_happened: list[bool] = []
-        real = outgoing.OutgoingMigration._execute
+        real = OutgoingMigration.execute
 
-        async def execute(self: Any, migration: Migration, command: Any) -> None:
-            if migration.state is state and not has_happened:
+        def execute(self: OutgoingMigration, command: Any) -> None:
+            if self.record.state is state and not has_happened:
                 has_happened.append(True)
                 fault()
-            await real(self, migration, command)
+            real(self, command)
 
-        monkeypatch.setattr(outgoing.OutgoingMigration, "_execute", execute)
+        monkeypatch.setattr(OutgoingMigration, "execute", execute)
 
     return at
 
@@ -290,9 +291,9 @@ def release(pool: Pool) -> None:
 
     async def expire() -> None:
         for instance in pool.instances:
-            for arriving in list(instance.migrator._incoming._arriving.values()):
-                if arriving.is_allocated and arriving.timer is not None:
-                    when = arriving.timer
+            for arriving in instance.migrator._incoming:
+                when = arriving._timer
+                if arriving._is_allocated and when is not None:
                     callback, arguments = when._callback, when._args  # type: ignore[attr-defined]
                     when.cancel()
                     callback(*arguments)
@@ -304,11 +305,11 @@ def release(pool: Pool) -> None:
 def test_closing_is_asked_for_again(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The source's word that it knows of the commit is lost: the destination repeats its answer,
     and the request may then move on."""
-    lost: list[PeerMessage] = []
+    lost: list[ToDestination] = []
     send = PeerConnection.send
 
-    async def lose_once(self: PeerConnection, message: PeerMessage) -> None:
-        if isinstance(message, MigrationClosed) and not lost:
+    async def lose_once(self: PeerConnection, message: ToDestination) -> None:
+        if isinstance(message, CloseMigration) and not lost:
             lost.append(message)
             return
         await send(self, message)

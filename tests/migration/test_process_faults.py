@@ -18,8 +18,8 @@ from dataclasses import replace
 
 import pytest
 
-from llumsched.core.migration.destination.machine import ReservationState
-from llumsched.core.migration.source.machine import MigrationState
+from llumsched.core.migration.destination.events import ReservationState
+from llumsched.core.migration.source.events import MigrationState
 from llumsched.wire.control import OrderMigration
 from llumsched.wire.keys import PoolKeys
 from tests.campaigns import THOROUGH

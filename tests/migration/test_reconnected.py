@@ -7,16 +7,17 @@ by themselves, and the two get on as before.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from llumsched.core.migration.destination.machine import ReservationState
-from llumsched.core.migration.source.machine import MigrationOptions, MigrationState
+from llumsched.core.migration.destination.events import ReservationState
+from llumsched.core.migration.source.events import MigrationState
+from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.transfer.torch_group import GroupChannel
-from llumsched.migration.destination import IncomingMigrations
+from llumsched.migration.destination import IncomingMigration
 from llumsched.migration.source import OutgoingMigration
 from tests.campaigns import THOROUGH
 from tests.migration.answers import seen_by_client
@@ -82,23 +83,18 @@ def test_a_link_breaks_and_is_made_again(
     state: MigrationState | ReservationState,
 ) -> None:
     cut_at_s: list[float] = []
-    leave, arrive = OutgoingMigration._execute, IncomingMigrations._execute
 
-    def cut_once(found: object) -> None:
-        if found is state and not cut_at_s:
-            cut_at_s.append(time.monotonic())
-            cable.cut()
+    def cutting_once(execute: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def cut_and_execute(self: Any, command: Any) -> None:
+            if self.record.state is state and not cut_at_s:
+                cut_at_s.append(time.monotonic())
+                cable.cut()
+            execute(self, command)
 
-    async def execute_outgoing(self: Any, migration: Any, command: Any) -> None:
-        cut_once(migration.state)
-        await leave(self, migration, command)
+        return cut_and_execute
 
-    def execute_incoming(self: Any, arriving: Any, command: Any) -> None:
-        cut_once(arriving.record.state)
-        arrive(self, arriving, command)
-
-    monkeypatch.setattr(OutgoingMigration, "_execute", execute_outgoing)
-    monkeypatch.setattr(IncomingMigrations, "_execute", execute_incoming)
+    for host in (OutgoingMigration, IncomingMigration):
+        monkeypatch.setattr(host, "execute", cutting_once(host.execute))
 
     sequence_id = start(pool)
     moving = pool.start_move(sequence_id, THERE)

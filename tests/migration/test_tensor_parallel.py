@@ -128,7 +128,7 @@ def test_blocks_are_not_free_while_a_worker_writes_them(
     pool.until(lambda: pool.num_tokens("r") >= 3)
     moving = pool.start_move(sequence_id, 1)
     incoming = destination.migrator._incoming
-    pool.until(lambda: any(a.num_writing for a in list(incoming._arriving.values())))
+    pool.until(lambda: any(a.num_writing for a in incoming))
     pool.abort("r")
     pool.until(moving.done)
     assert moving.result().outcome == "aborted"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llumsched.core.migration.source.machine import MigrationOptions
+from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.transfer.shared_memory import SharedMemory
 from llumsched.engine.transfer.shared_ring import SendRing

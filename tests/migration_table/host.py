@@ -1,37 +1,49 @@
-"""One instance of the model: a fake engine and a host that drives both tables by it.
+"""One instance of the model: a fake engine under what ships of a migrator, but for its sockets.
 
-The host does what any host has to: it turns messages and the engine's news into events, drops what
-is not current, and carries commands out in order. Work for the engine goes through a queue (the
-engine's thread), its answers through another (the host's) and its news of lost requests through a
-third, so anything can happen in between.
+`OutgoingMigrations` and `IncomingMigrations` run as they do in an instance's process, on a loop
+whose callbacks, timers and time belong to the test. Work for the engine goes through a queue (the
+engine's thread) and copying through another (its workers), so anything can happen in between.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
-from llumsched.core.migration.destination import machine as destination
-from llumsched.core.migration.source import machine as source
-from llumsched.engine.base import (
-    CannotMigrate,
-    CopyableBlocks,
-    FinalState,
-    RequestState,
-    SuspendedRequest,
-)
+from llumsched.core.migration.destination.events import ReservationState
+from llumsched.core.migration.destination.record import Reservation, ReservationOptions
+from llumsched.core.migration.events import DeadlineExpired
+from llumsched.core.migration.messages import MigrationMessage, ToDestination, ToSource
+from llumsched.core.migration.source.record import Migration, MigrationOptions
+from llumsched.engine.base import CannotMigrate, FinalState
+from llumsched.migration.destination import IncomingMigrations
+from llumsched.migration.messages import StoreBlocks
+from llumsched.migration.source import OutgoingMigrations
+from llumsched.wire.control import ReportMigration
 from tests.fake_engine.blocks import BlockContent
 from tests.fake_engine.engine import FakeEngine
-from tests.migration_table.wire import Message, event_of
+from tests.virtual_loop import Callback, VirtualLoop
 
-Wait = source.DeadlineExpired | destination.ReservationExpired
+BLOCKS_PER_PART = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sent:
+    """A message on its way, and the content of blocks that travels with it."""
+
+    sender: str
+    receiver: str
+    message: MigrationMessage | StoreBlocks
+    content: list[BlockContent] = field(default_factory=list)
 
 
 class Network(Protocol):
-    def send(self, message: Message) -> None: ...
+    def send(self, sent: Sent) -> None: ...
 
     def notice(self, request_id: str, instance_id: str, order: tuple[int, int]) -> None:
         """Tell the frontend which instance has the request; the highest order is the latest."""
@@ -42,431 +54,236 @@ class Network(Protocol):
     def admission_fails(self) -> bool: ...
 
 
-@dataclass(slots=True, kw_only=True)
-class Outgoing:
-    """A migration at its source, with what the host keeps beside the record."""
-
-    migration: source.Migration
-    state: RequestState
-    block_ids: list[int] = field(default_factory=list)
-    final: FinalState | None = None
-    holds_export: bool = True
-
-
-@dataclass(slots=True, kw_only=True)
-class Incoming:
-    """A reservation, with what the host keeps beside the record."""
-
-    reservation: destination.Reservation
-    state: RequestState | None = None
-    final: FinalState | None = None
-    stage_content: list[BlockContent] = field(default_factory=list)
-    holds_import: bool = False
-
-
 class Instance:
-    """The world runs `engine_work`, `host_work` and `losses`, entry by entry."""
+    """The world runs `engine_work`, `copies` and the callbacks and timers of `loop`, one by one."""
 
     def __init__(
         self,
         instance_id: str,
         engine: FakeEngine,
         network: Network,
-        options: source.MigrationOptions,
+        options: MigrationOptions,
     ) -> None:
         self.instance_id = instance_id
         self.engine = engine
         self.alive = True
-        self.outgoing: dict[str, Outgoing] = {}
-        self.incoming: dict[str, Incoming] = {}
-        self.moved_to: dict[str, str] = {}
         self.known_dead: set[str] = set()
         self.engine_work: deque[Callable[[], None]] = deque()
-        self.host_work: deque[Callable[[], None]] = deque()
-        self.losses: deque[Callable[[], None]] = deque()
+        self.copies: deque[Callable[[], None]] = deque()
+        self.loop = VirtualLoop()
+        self.reports: dict[str, ReportMigration | None] = {}
         self._network = network
-        self._options = options
-        engine.on_lost = self._on_lost
+        self._resume, self._commit = engine.resume, engine.commit
+        observed: Any = engine
+        observed.resume, observed.commit = self._observe_resume, self._observe_commit
+        with self.loop.running():
+            self.outgoing = OutgoingMigrations(
+                instance_id=instance_id,
+                port=engine,
+                call=self._call,
+                step_time_s=lambda: 0.0,
+                block_num_bytes=1,
+                options=options,
+            )
+            self.incoming = IncomingMigrations(
+                port=engine, call=self._call, abort=self.abort, options=ReservationOptions()
+            )
 
     # ---- what the world does to it ----------------------------------------------------------
 
     def start_migration(self, migration_id: str, request_id: str, to: str) -> bool:
-        """Begin to move a request, if the host may."""
-        if to in self.known_dead or self._active(request_id) is not None:
+        """Begin to move a request, if the migrator would."""
+        if to in self.known_dead or any(o.request_id == request_id for o in self.outgoing):
             return False
-        if any(
-            incoming.reservation.request_id == request_id and not incoming.reservation.may_move_on
-            for incoming in self.incoming.values()
-        ):
+        if not self.incoming.may_leave(request_id):
             return False
-        try:
-            state = self.engine.start_export(request_id)
-        except CannotMigrate:
-            return False
-        migration, commands = source.start(
-            migration_id=migration_id,
-            request_id=request_id,
-            source=self.instance_id,
-            destination=to,
-            num_preemptions=state.num_preemptions,
-            options=self._options,
-        )
-        outgoing = self.outgoing[migration_id] = Outgoing(migration=migration, state=state)
-        for command in commands:
-            self._execute_outgoing(outgoing, command)
+        self.loop.create_task(self._migrate(migration_id, request_id, to))
         return True
 
-    def receive(self, message: Message) -> None:
-        """Handle a message, whichever side it is for."""
-        event = event_of(message)
-        if isinstance(event, destination.ReservationEvent):
-            self.tell_incoming(event, message)
-        elif isinstance(event, source.BlocksReserved | source.BlocksCopied):
-            self.engine_work.append(lambda: self._complete_with_progress(event))
-        else:
-            self.tell_outgoing(event)
+    async def _migrate(self, migration_id: str, request_id: str, to: str) -> None:
+        self.reports[migration_id] = None
+        with contextlib.suppress(CannotMigrate):
+            self.reports[migration_id] = await self.outgoing.run(
+                migration_id, request_id, to, _Link(self, to)
+            )
+
+    def receive(self, sent: Sent) -> None:
+        """A message has come, for either side."""
+        message = sent.message
+
+        async def reply(answer: ToSource) -> None:
+            self.send(Sent(sender=self.instance_id, receiver=sent.sender, message=answer))
+
+        match message:
+            case StoreBlocks():
+                self.loop.create_task(
+                    self.incoming.store(message, reply, lambda ids: self._write(ids, sent.content))
+                )
+            case ToDestination():
+                self.loop.call_soon(self.incoming.take_in, message, reply)
+            case ToSource():
+                self.loop.call_soon(self._answered, message, sent.sender)
+
+    def _answered(self, message: ToSource, sender: str) -> None:
+        answer = self.outgoing.take_in(message)
+        if answer is not None:
+            self.send(Sent(sender=self.instance_id, receiver=sender, message=answer))
 
     def abort(self, request_id: str) -> None:
-        """A client's abort has come here. The engine's thread knows whether the request has."""
-        self.engine_work.append(lambda: self._abort_or_forward(request_id))
+        """A client's abort has come here."""
+        self.engine_work.append(lambda: self.engine.abort(request_id))
 
     def peer_lost(self, peer: str, is_dead: bool) -> None:
         if is_dead:
             self.known_dead.add(peer)
         reason = f"instance {peer} is lost"
-        for outgoing in list(self.outgoing.values()):
-            migration = outgoing.migration
-            if migration.destination == peer:
-                self.tell_outgoing(
-                    source.PeerLost(
-                        migration_id=migration.migration_id, reason=reason, is_dead=is_dead
-                    )
-                )
-        for incoming in list(self.incoming.values()):
-            reservation = incoming.reservation
-            if reservation.source == peer:
-                self.tell_incoming(
-                    destination.SourceLost(
-                        migration_id=reservation.migration_id, reason=reason, is_dead=is_dead
-                    )
-                )
+        self.loop.call_soon(lambda: self.outgoing.peer_lost(peer, reason, is_dead=is_dead))
+        self.loop.call_soon(lambda: self.incoming.peer_lost(peer, reason, is_dead=is_dead))
 
-    def waits(self) -> list[Wait]:
-        """The deadlines that could pass now, as events; tombstones are the world's business."""
-        expiries: list[Wait] = []
-        for outgoing in self.outgoing.values():
-            migration = outgoing.migration
-            if source.timeout_s(migration) is not None:
-                expiries.append(
-                    source.DeadlineExpired(
-                        migration_id=migration.migration_id,
-                        state=migration.state,
-                        stage=migration.stage,
-                    )
-                )
-        for incoming in self.incoming.values():
-            reservation = incoming.reservation
-            if destination.timeout_s(reservation, destination.ReservationOptions()) is not None:
-                expiries.append(
-                    destination.ReservationExpired(
-                        migration_id=reservation.migration_id,
-                        state=reservation.state,
-                        stage=reservation.stage,
-                    )
-                )
-        return expiries
+    def die(self) -> None:
+        """Nothing of it runs any more, and nothing that it was about to say is sent."""
+        self.alive = False
+        self.engine_work.clear()
+        self.copies.clear()
+        self.loop.end_tasks()
 
-    def expire(self, event: Wait) -> None:
-        if isinstance(event, source.DeadlineExpired):
-            self.tell_outgoing(event)
+    # ---- what it waits for ------------------------------------------------------------------
+
+    def deadlines(self) -> list[Callback]:
+        """Timers of the protocol, but for tombstones."""
+        return [t for t in self.loop.timers() if (e := _expiry(t)) and not _is_tombstone(e)]
+
+    def tombstones(self) -> list[tuple[str, Callback]]:
+        """Timers of tombstones, with the migration of each."""
+        timers = self.loop.timers()
+        return [(e.migration_id, t) for t in timers if (e := _expiry(t)) and _is_tombstone(e)]
+
+    def sleeps(self) -> list[Callback]:
+        """Timers that end by themselves."""
+        return [timer for timer in self.loop.timers() if _expiry(timer) is None]
+
+    def migrations(self) -> list[Migration]:
+        """Records of the migrations that leave."""
+        return [outgoing.record for outgoing in self.outgoing if outgoing.has_begun]
+
+    def reservations(self) -> dict[str, Reservation]:
+        """Records of the migrations that arrive, or have arrived a while ago."""
+        return {arriving.migration_id: arriving.record for arriving in self.incoming}
+
+    # ---- what it stands on ------------------------------------------------------------------
+
+    def send(self, sent: Sent) -> None:
+        if self.alive:
+            self._network.send(sent)
+
+    def _call(self, function: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = function()
+            except CannotMigrate as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        if self.alive:
+            self.engine_work.append(run)
         else:
-            self.tell_incoming(event)
+            future.cancel()
+        return future
 
-    # ---- source -----------------------------------------------------------------------------
+    async def copy(self, function: Callable[[], None]) -> None:
+        """Have a worker copy, when the world lets it."""
+        done = self.loop.create_future()
 
-    def tell_outgoing(self, event: source.MigrationEvent) -> None:
-        outgoing = self.outgoing[event.migration_id]
-        if not source.is_current(outgoing.migration, event):
+        def run() -> None:
+            if not done.cancelled():
+                function()
+                done.set_result(None)
+
+        self.copies.append(run)
+        await done
+
+    async def _write(self, block_ids: list[int], content: list[BlockContent]) -> None:
+        await self.copy(lambda: self.engine.blocks.scatter(block_ids, content))
+
+    def _observe_resume(self, request_id: str) -> None:
+        was_exporting = self.engine.is_exporting(request_id)
+        self._resume(request_id)
+        request = self.engine.requests.get(request_id)
+        if request is None or not was_exporting:
             return
-        was_terminal = outgoing.migration.is_terminal
-        outgoing.migration, commands = source.advance(outgoing.migration, event)
-        migration = outgoing.migration
-        if migration.state is source.MigrationState.COMMITTED and not was_terminal:
-            self.moved_to[migration.request_id] = migration.destination
-        for command in commands:
-            # An abort that is no answer is not repeated with one, so the host sees to it.
-            self._execute_outgoing(
-                outgoing, command, reliable=isinstance(event, source.RequestAborted)
-            )
-        if migration.state is source.MigrationState.ABORTED and not was_terminal:
-            self.engine_work.append(lambda: self._end_unsuspended_export(outgoing))
+        for migration in self.migrations():
+            if migration.request_id == request_id and migration.destination_is_dead:
+                # The destination may have announced this move: it counts, and this outdoes it.
+                request.placement_number += 1
+                self._network.allow_repeats(request_id)
+                order = (request.placement_number, 1)
+                self._network.notice(request_id, self.instance_id, order)
 
-    def _execute_outgoing(
-        self, outgoing: Outgoing, command: source.MigrationCommand, reliable: bool = False
-    ) -> None:
-        match command:
-            case source.ReserveBlocks():
-                self._send_out(outgoing, command, outgoing.state)
-            case source.CopyBlocks():
-                self.engine_work.append(lambda: self._copy(outgoing, command))
-            case source.SuspendRequest():
-                self.engine_work.append(lambda: self._suspend(outgoing, command))
-            case source.CommitRequest():
-                self._send_out(outgoing, command, outgoing.final)
-            case source.ReleaseBlocks(side=source.Side.SOURCE):
-                self.engine_work.append(lambda: self._end_export(outgoing, self.engine.release))
-            case source.ResumeRequest():
-                self.engine_work.append(lambda: self._resume(outgoing, command))
-            case source.AbortAtDestination():
-                self._send_out(outgoing, command, reliable=reliable)
-            case _:
-                self._send_out(outgoing, command)
-
-    def _send_out(
-        self,
-        outgoing: Outgoing,
-        command: source.MigrationCommand,
-        payload: object = None,
-        reliable: bool = False,
-    ) -> None:
-        self._network.send(
-            Message(
-                sender=self.instance_id,
-                receiver=outgoing.migration.destination,
-                command=command,
-                payload=payload,
-                reliable=reliable,
-            )
-        )
-
-    def _copy(self, outgoing: Outgoing, command: source.CopyBlocks) -> None:
-        if outgoing.migration.is_terminal:
-            return
-        last = command.first_block + command.num_blocks
-        content: list[BlockContent] = []
-        self.engine.blocks.gather(outgoing.block_ids[command.first_block : last], content)
-        self._send_out(outgoing, command, content)
-
-    def _suspend(self, outgoing: Outgoing, command: source.SuspendRequest) -> None:
-        if outgoing.migration.is_terminal:
-            return
-
-        def tell(future: Future[SuspendedRequest]) -> None:
-            if future.exception() is not None:
-                return  # the engine says why by itself
-            suspended = future.result()
-            outgoing.final = suspended.final
-            outgoing.block_ids = suspended.blocks.block_ids
-            event = source.RequestSuspended(
-                migration_id=command.migration_id,
-                num_blocks_to_copy=max(0, len(outgoing.block_ids) - command.num_blocks_copied),
-                num_preemptions=suspended.blocks.num_preemptions,
-            )
-            self.host_work.append(lambda: self.tell_outgoing(event))
-
-        self.engine.suspend(command.request_id).add_done_callback(tell)
-
-    def _resume(self, outgoing: Outgoing, command: source.ResumeRequest) -> None:
-        request_id = command.request_id
-        self._end_export(outgoing, self.engine.resume)
-        if command.may_have_decoded and request_id in self.engine.requests:
-            # The destination may have announced this move already: it counts, and this outdoes it.
-            placement_number = outgoing.state.placement_number
-            self.engine.requests[request_id].placement_number = placement_number
-            self._network.allow_repeats(request_id)
-            self._network.notice(request_id, self.instance_id, (placement_number, 1))
-
-    @staticmethod
-    def _end_export(outgoing: Outgoing, end: Callable[[str], None]) -> None:
-        if outgoing.holds_export:
-            outgoing.holds_export = False
-            end(outgoing.migration.request_id)
-
-    def _end_unsuspended_export(self, outgoing: Outgoing) -> None:
-        """What is pinned is not needed any more. A suspended request has been seen to before."""
-        if outgoing.holds_export:
-            request_id = outgoing.migration.request_id
-            assert not self.engine.is_suspended(request_id), f"{request_id} is left suspended"
-            self._end_export(outgoing, self.engine.resume)
-
-    def _complete_with_progress(self, event: source.BlocksReserved | source.BlocksCopied) -> None:
-        """Fill in, on the engine's thread, what the source itself has to add."""
-        outgoing = self.outgoing[event.migration_id]
-        if outgoing.migration.is_terminal:
-            return
-        copyable: CopyableBlocks = self.engine.pin_copyable(outgoing.migration.request_id)
-        outgoing.block_ids = copyable.block_ids
-        complete: source.MigrationEvent
-        if isinstance(event, source.BlocksReserved):
-            complete = source.BlocksReserved(
-                migration_id=event.migration_id,
-                num_cached_blocks=event.num_cached_blocks,
-                num_full_blocks_now=len(copyable.block_ids),
-                num_preemptions=copyable.num_preemptions,
-            )
-        else:
-            complete = source.BlocksCopied(
-                migration_id=event.migration_id,
-                stage=event.stage,
-                num_blocks_total=event.num_blocks_total,
-                num_full_blocks_now=len(copyable.block_ids),
-                num_preemptions=copyable.num_preemptions,
-            )
-        self.host_work.append(lambda: self.tell_outgoing(complete))
-
-    def _on_lost(self, request_id: str, what: str) -> None:
-        outgoing = self._active(request_id)
-        if outgoing is None:
-            outgoing = self._left(request_id)
-        if outgoing is None:
-            return
-        kinds: dict[str, type[source.MigrationEvent]] = {
-            "finished": source.RequestFinished,
-            "aborted": source.RequestAborted,
-            "preempted": source.RequestPreempted,
-        }
-        event = kinds[what](migration_id=outgoing.migration.migration_id)
-        self.losses.append(lambda: self.tell_outgoing(event))
-
-    def _active(self, request_id: str) -> Outgoing | None:
-        for outgoing in self.outgoing.values():
-            if outgoing.migration.request_id == request_id and not outgoing.migration.is_terminal:
-                return outgoing
-        return None
-
-    def _left(self, request_id: str) -> Outgoing | None:
-        """The migration by which the request has left for good."""
-        if request_id not in self.moved_to:
-            return None
-        for outgoing in reversed(list(self.outgoing.values())):
-            migration = outgoing.migration
-            if (
-                migration.request_id == request_id
-                and migration.state is source.MigrationState.COMMITTED
-            ):
-                return outgoing
-        return None
-
-    def _abort_or_forward(self, request_id: str) -> None:
-        if request_id in self.engine.requests:
-            self.engine.abort(request_id)  # `on_lost` tells the migration, if there is one
-            return
-        left = self._left(request_id)
-        if left is not None:
-            event = source.RequestAborted(migration_id=left.migration.migration_id)
-            self.host_work.append(lambda: self.tell_outgoing(event))
-
-    # ---- destination ------------------------------------------------------------------------
-
-    def tell_incoming(
-        self, event: destination.ReservationEvent, message: Message | None = None
-    ) -> None:
-        migration_id = event.migration_id
-        incoming = self.incoming.get(migration_id)
-        if incoming is None:
-            incoming = Incoming(reservation=destination.absent(migration_id))
-        if not destination.is_current(incoming.reservation, event):
-            return
-        if message is not None:
-            self._keep_payload(incoming, message)
-        incoming.reservation, commands = destination.advance(incoming.reservation, event)
-        if incoming.reservation.state is destination.ReservationState.ABSENT:
-            self.incoming.pop(migration_id, None)
-        else:
-            self.incoming[migration_id] = incoming
-        for command in commands:
-            self._execute_incoming(incoming, command, message)
-
-    @staticmethod
-    def _keep_payload(incoming: Incoming, message: Message) -> None:
-        match message.command:
-            case source.ReserveBlocks():
-                incoming.state = message.payload
-            case source.CopyBlocks():
-                incoming.stage_content = message.payload
-            case source.CommitRequest():
-                incoming.final = message.payload
-
-    def _execute_incoming(
-        self,
-        incoming: Incoming,
-        command: destination.ReservationCommand,
-        message: Message | None,
-    ) -> None:
-        match command:
-            case destination.AllocateBlocks():
-                self.engine_work.append(lambda: self._allocate(incoming, command))
-            case destination.ReceiveBlocks():
-                self.engine_work.append(lambda: self._write(incoming, command))
-            case destination.AdmitRequest():
-                self.engine_work.append(lambda: self._admit(incoming, command))
-            case destination.FreeBlocks():
-                self.engine_work.append(lambda: self._free(incoming))
-            case destination.AbortRequest():
-                self.abort(command.request_id)
-            case _:
-                # A tombstone made by an early message does not know its source.
-                receiver = message.sender if message else incoming.reservation.source
-                self._network.send(
-                    Message(sender=self.instance_id, receiver=receiver, command=command)
-                )
-
-    def _answer(self, event: destination.ReservationEvent) -> None:
-        self.host_work.append(lambda: self.tell_incoming(event))
-
-    def _allocate(self, incoming: Incoming, command: destination.AllocateBlocks) -> None:
-        assert incoming.state is not None
-        try:
-            reserved = self.engine.reserve(incoming.state)
-        except CannotMigrate as error:
-            self._answer(
-                destination.AllocationFailed(migration_id=command.migration_id, reason=str(error))
-            )
-            return
-        incoming.holds_import = True
-        self._answer(
-            destination.BlocksAllocated(
-                migration_id=command.migration_id, num_cached_blocks=reserved.num_cached_blocks
-            )
-        )
-
-    def _write(self, incoming: Incoming, command: destination.ReceiveBlocks) -> None:
-        if not incoming.holds_import:
-            return
-        last = command.first_block + command.num_blocks
-        try:
-            block_ids = self.engine.grow(command.request_id, last)
-        except CannotMigrate as error:
-            self._answer(
-                destination.AllocationFailed(migration_id=command.migration_id, reason=str(error))
-            )
-            return
-        self.engine.blocks.scatter(block_ids[command.first_block : last], incoming.stage_content)
-        self._answer(
-            destination.BlocksWritten(
-                migration_id=command.migration_id, stage=command.stage, num_blocks_total=last
-            )
-        )
-
-    def _admit(self, incoming: Incoming, command: destination.AdmitRequest) -> None:
-        assert incoming.final is not None
-        assert incoming.state is not None
+    def _observe_commit(self, request_id: str, final: FinalState) -> None:
         if self._network.admission_fails():
-            self._answer(
-                destination.AdmissionFailed(migration_id=command.migration_id, reason="injected")
-            )
-            return
-        self.engine.commit(command.request_id, incoming.final)
-        incoming.holds_import = False
-        # It is here again: an abort that comes now is for this instance.
-        self.moved_to.pop(command.request_id, None)
-        self._network.notice(
-            command.request_id, self.instance_id, (incoming.state.placement_number, 0)
-        )
-        self._answer(destination.RequestAdmitted(migration_id=command.migration_id))
+            self.engine.cancel(request_id)
+            raise CannotMigrate("injected")
+        self._commit(request_id, final)
+        order = (self.engine.requests[request_id].placement_number, 0)
+        self._network.notice(request_id, self.instance_id, order)
 
-    def _free(self, incoming: Incoming) -> None:
-        # Another migration of the same request may hold an import under the same id.
-        if incoming.holds_import:
-            incoming.holds_import = False
-            self.engine.cancel(incoming.reservation.request_id)
+
+def _expiry(timer: Callback) -> DeadlineExpired | None:
+    return next((event for event in timer.args if isinstance(event, DeadlineExpired)), None)
+
+
+def _is_tombstone(event: DeadlineExpired) -> bool:
+    return event.state is ReservationState.RELEASED
+
+
+class _Link:
+    """The way from an instance to a destination, part by part."""
+
+    transport = "the model's"
+
+    def __init__(self, source: Instance, destination: str) -> None:
+        self._source = source
+        self._destination = destination
+
+    async def send(self, message: ToDestination) -> None:
+        self._send(message, [])
+
+    async def send_blocks(
+        self,
+        migration_id: str,
+        stage: int,
+        block_ids: list[int],
+        first_block: int,
+        *,
+        is_final: bool,
+    ) -> None:
+        for start in range(0, len(block_ids), BLOCKS_PER_PART):
+            ids = block_ids[start : start + BLOCKS_PER_PART]
+            content: list[BlockContent] = []
+            await self._source.copy(partial(self._source.engine.blocks.gather, ids, content))
+            part = StoreBlocks(
+                migration_id=migration_id,
+                stage=stage,
+                stage_first_block=first_block,
+                stage_num_blocks=len(block_ids),
+                first_block=first_block + start,
+                num_blocks=len(ids),
+                slot=0,
+                use=0,
+            )
+            self._send(part, content)
+
+    def _send(self, message: ToDestination | StoreBlocks, content: list[BlockContent]) -> None:
+        self._source.send(
+            Sent(
+                sender=self._source.instance_id,
+                receiver=self._destination,
+                message=message,
+                content=content,
+            )
+        )

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from llumsched.core.migration import events, messages
+from llumsched.core.migration.destination import events as arriving
 from llumsched.core.migration.destination import machine as destination
-from llumsched.core.migration.destination.machine import (
-    Reservation,
-    ReservationEvent,
-    ReservationState,
-)
+from llumsched.core.migration.destination.events import DestinationEvent, ReservationState
+from llumsched.core.migration.destination.record import Reservation, ReservationOptions
+from llumsched.core.migration.source import events as leaving
 from llumsched.core.migration.source import machine as source
-from llumsched.core.migration.source.machine import (
-    Migration,
-    MigrationEvent,
-    MigrationOptions,
-    MigrationState,
-)
+from llumsched.core.migration.source.events import MigrationState, SourceEvent
+from llumsched.core.migration.source.record import Migration, MigrationOptions
 
 MIGRATION_ID = "m"
 
@@ -62,6 +58,7 @@ def make_reservation(
         return destination.absent(MIGRATION_ID)
     return Reservation(
         migration_id=MIGRATION_ID,
+        options=ReservationOptions(),
         request_id="r",
         source="a",
         state=state,
@@ -74,14 +71,14 @@ def make_reservation(
     )
 
 
-def source_events(migration: Migration) -> dict[type[MigrationEvent], list[MigrationEvent]]:
+def source_events(migration: Migration) -> dict[type[SourceEvent], list[SourceEvent]]:
     """Events about `migration` as it stands, by type, in as many variants as guards tell apart."""
     m = migration.migration_id
     copied = migration.num_blocks_copied
     progress = [(0, 0), (0, 1), (0, 2), (0, 9), (0, 1000), (1, 0)]
     return {
-        source.BlocksReserved: [
-            source.BlocksReserved(
+        messages.BlocksReserved: [
+            messages.BlocksReserved(
                 migration_id=m,
                 num_cached_blocks=4,
                 num_full_blocks_now=4 + num_left,
@@ -89,9 +86,9 @@ def source_events(migration: Migration) -> dict[type[MigrationEvent], list[Migra
             )
             for num_preemptions, num_left in progress
         ],
-        source.ReservationRejected: [source.ReservationRejected(migration_id=m, reason="full")],
-        source.BlocksCopied: [
-            source.BlocksCopied(
+        messages.ReservationRejected: [messages.ReservationRejected(migration_id=m, reason="full")],
+        messages.BlocksCopied: [
+            messages.BlocksCopied(
                 migration_id=m,
                 stage=migration.stage,
                 num_blocks_total=copied,
@@ -100,74 +97,70 @@ def source_events(migration: Migration) -> dict[type[MigrationEvent], list[Migra
             )
             for num_preemptions, num_left in progress
         ],
-        source.RequestSuspended: [
-            source.RequestSuspended(
+        leaving.RequestSuspended: [
+            leaving.RequestSuspended(
                 migration_id=m, num_blocks_to_copy=num_left, num_preemptions=num_preemptions
             )
             for num_preemptions, num_left in progress
         ],
-        source.RequestFinished: [source.RequestFinished(migration_id=m)],
-        source.RequestAborted: [source.RequestAborted(migration_id=m)],
-        source.RequestPreempted: [source.RequestPreempted(migration_id=m)],
-        source.CommitAcknowledged: [source.CommitAcknowledged(migration_id=m)],
-        source.CommitRefused: [source.CommitRefused(migration_id=m, reason="expired")],
-        source.DeadlineExpired: [
-            source.DeadlineExpired(migration_id=m, state=migration.state, stage=migration.stage)
+        leaving.FinishedAtSource: [leaving.FinishedAtSource(migration_id=m)],
+        leaving.AbortedAtSource: [leaving.AbortedAtSource(migration_id=m)],
+        leaving.PreemptedAtSource: [leaving.PreemptedAtSource(migration_id=m)],
+        messages.CommitAcknowledged: [messages.CommitAcknowledged(migration_id=m)],
+        messages.CommitRefused: [messages.CommitRefused(migration_id=m, reason="expired")],
+        events.DeadlineExpired: [
+            events.DeadlineExpired(migration_id=m, state=migration.state, stage=migration.stage)
         ],
-        source.PeerLost: [
-            source.PeerLost(migration_id=m, reason="no route"),
-            source.PeerLost(migration_id=m, reason="killed", is_dead=True),
+        events.PeerLost: [
+            events.PeerLost(migration_id=m, reason="no route"),
+            events.PeerLost(migration_id=m, reason="killed", is_dead=True),
         ],
     }
 
 
 def destination_events(
     reservation: Reservation,
-) -> dict[type[ReservationEvent], list[ReservationEvent]]:
+) -> dict[type[DestinationEvent], list[DestinationEvent]]:
     """The same of `reservation`."""
     m = reservation.migration_id
     written = reservation.num_blocks_written
     return {
-        destination.ReservationRequested: [
-            destination.ReservationRequested(migration_id=m, request_id="r", source="a")
+        messages.ReserveBlocks: [
+            messages.ReserveBlocks(migration_id=m, request_id="r", source="a")
         ],
-        destination.StageAnnounced: [
-            destination.StageAnnounced(
+        messages.CopyBlocks: [
+            messages.CopyBlocks(
                 migration_id=m, stage=reservation.stage + 1, first_block=first, num_blocks=3
             )
             for first in (written, written + 1)
         ],
-        destination.CommitRequested: [
-            destination.CommitRequested(migration_id=m, num_blocks=num_blocks)
+        messages.CommitRequest: [
+            messages.CommitRequest(migration_id=m, num_blocks=num_blocks)
             for num_blocks in (written, written + 1)
         ],
-        destination.CommitQueried: [destination.CommitQueried(migration_id=m)],
-        destination.ReleaseRequested: [destination.ReleaseRequested(migration_id=m)],
-        destination.AbortRequested: [destination.AbortRequested(migration_id=m, request_id="r")],
-        destination.MigrationClosed: [destination.MigrationClosed(migration_id=m)],
-        destination.BlocksAllocated: [
-            destination.BlocksAllocated(migration_id=m, num_cached_blocks=2)
+        messages.QueryCommit: [messages.QueryCommit(migration_id=m)],
+        messages.ReleaseReservation: [messages.ReleaseReservation(migration_id=m)],
+        messages.AbortAtDestination: [messages.AbortAtDestination(migration_id=m, request_id="r")],
+        messages.CloseMigration: [messages.CloseMigration(migration_id=m)],
+        arriving.BlocksAllocated: [arriving.BlocksAllocated(migration_id=m, num_cached_blocks=2)],
+        arriving.AllocationFailed: [
+            arriving.AllocationFailed(migration_id=m, reason="12 blocks are free")
         ],
-        destination.AllocationFailed: [
-            destination.AllocationFailed(migration_id=m, reason="12 blocks are free")
-        ],
-        destination.BlocksWritten: [
-            destination.BlocksWritten(
+        arriving.BlocksWritten: [
+            arriving.BlocksWritten(
                 migration_id=m, stage=reservation.stage, num_blocks_total=num_blocks
             )
             for num_blocks in (written, written + 3)
         ],
-        destination.RequestAdmitted: [destination.RequestAdmitted(migration_id=m)],
-        destination.AdmissionFailed: [
-            destination.AdmissionFailed(migration_id=m, reason="the grammar refuses")
+        arriving.RequestAdmitted: [arriving.RequestAdmitted(migration_id=m)],
+        arriving.AdmissionFailed: [
+            arriving.AdmissionFailed(migration_id=m, reason="the grammar refuses")
         ],
-        destination.ReservationExpired: [
-            destination.ReservationExpired(
-                migration_id=m, state=reservation.state, stage=reservation.stage
-            )
+        events.DeadlineExpired: [
+            events.DeadlineExpired(migration_id=m, state=reservation.state, stage=reservation.stage)
         ],
-        destination.SourceLost: [
-            destination.SourceLost(migration_id=m, reason="no route"),
-            destination.SourceLost(migration_id=m, reason="killed", is_dead=True),
+        events.PeerLost: [
+            events.PeerLost(migration_id=m, reason="no route"),
+            events.PeerLost(migration_id=m, reason="killed", is_dead=True),
         ],
     }

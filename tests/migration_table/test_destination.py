@@ -6,39 +6,37 @@ from typing import TypedDict
 
 import pytest
 
-from llumsched.core.migration.destination.machine import (
+from llumsched.core.migration.destination.events import (
     AbortRequest,
-    AbortRequested,
-    AcknowledgeCommit,
     AdmissionFailed,
     AdmitRequest,
     AllocateBlocks,
     AllocationFailed,
     BlocksAllocated,
     BlocksWritten,
-    CommitQueried,
-    CommitRequested,
-    ConfirmCopy,
-    ConfirmReservation,
+    DestinationCommand,
+    DestinationEvent,
     FreeBlocks,
-    MigrationClosed,
     ReceiveBlocks,
-    RefuseCommit,
-    RejectReservation,
-    ReleaseReason,
-    ReleaseRequested,
     RequestAdmitted,
-    Reservation,
-    ReservationCommand,
-    ReservationEvent,
-    ReservationExpired,
-    ReservationRequested,
     ReservationState,
-    SourceLost,
-    StageAnnounced,
-    absent,
-    advance,
-    is_current,
+)
+from llumsched.core.migration.destination.machine import absent, advance, is_current
+from llumsched.core.migration.destination.record import ReleaseReason, Reservation
+from llumsched.core.migration.events import DeadlineExpired, PeerLost
+from llumsched.core.migration.messages import (
+    AbortAtDestination,
+    BlocksCopied,
+    BlocksReserved,
+    CloseMigration,
+    CommitAcknowledged,
+    CommitRefused,
+    CommitRequest,
+    CopyBlocks,
+    QueryCommit,
+    ReleaseReservation,
+    ReservationRejected,
+    ReserveBlocks,
 )
 from tests.migration_table.samples import MIGRATION_ID, make_reservation
 
@@ -49,9 +47,9 @@ class Ids(TypedDict):
 
 
 IDS = Ids(migration_id=MIGRATION_ID, request_id="r")
-REQUESTED = ReservationRequested(**IDS, source="a")
-QUERIED = CommitQueried(migration_id=MIGRATION_ID)
-RELEASE = ReleaseRequested(migration_id=MIGRATION_ID)
+REQUESTED = ReserveBlocks(**IDS, source="a")
+QUERIED = QueryCommit(migration_id=MIGRATION_ID)
+RELEASE = ReleaseReservation(migration_id=MIGRATION_ID)
 HOLDING = (
     ReservationState.ALLOCATING,
     ReservationState.RESERVED,
@@ -60,30 +58,32 @@ HOLDING = (
 )
 
 
-def announced(stage: int, first: int, num: int) -> StageAnnounced:
-    return StageAnnounced(migration_id=MIGRATION_ID, stage=stage, first_block=first, num_blocks=num)
+def announced(stage: int, first: int, num: int) -> CopyBlocks:
+    return CopyBlocks(migration_id=MIGRATION_ID, stage=stage, first_block=first, num_blocks=num)
 
 
 def written(stage: int, num_total: int) -> BlocksWritten:
     return BlocksWritten(migration_id=MIGRATION_ID, stage=stage, num_blocks_total=num_total)
 
 
-def commit(num_blocks: int) -> CommitRequested:
-    return CommitRequested(migration_id=MIGRATION_ID, num_blocks=num_blocks)
+def commit(num_blocks: int) -> CommitRequest:
+    return CommitRequest(migration_id=MIGRATION_ID, num_blocks=num_blocks)
 
 
-def refusal(reason: ReleaseReason, detail: str = "") -> RefuseCommit:
-    return RefuseCommit(**IDS, reason=f"{reason}: {detail}" if detail else reason)
+def refusal(reason: ReleaseReason, detail: str = "") -> CommitRefused:
+    return CommitRefused(
+        migration_id=MIGRATION_ID, reason=f"{reason}: {detail}" if detail else reason
+    )
 
 
 def test_a_reservation_that_is_committed() -> None:
     reservation = absent(MIGRATION_ID)
-    steps: list[tuple[ReservationEvent, ReservationState, tuple[ReservationCommand, ...]]] = [
+    steps: list[tuple[DestinationEvent, ReservationState, tuple[DestinationCommand, ...]]] = [
         (REQUESTED, ReservationState.ALLOCATING, (AllocateBlocks(**IDS),)),
         (
             BlocksAllocated(migration_id=MIGRATION_ID, num_cached_blocks=2),
             ReservationState.RESERVED,
-            (ConfirmReservation(**IDS, num_cached_blocks=2),),
+            (BlocksReserved(migration_id=MIGRATION_ID, num_cached_blocks=2),),
         ),
         (
             announced(1, 2, 88),
@@ -93,7 +93,7 @@ def test_a_reservation_that_is_committed() -> None:
         (
             written(1, 90),
             ReservationState.RECEIVING,
-            (ConfirmCopy(**IDS, stage=1, num_blocks_total=90),),
+            (BlocksCopied(migration_id=MIGRATION_ID, stage=1, num_blocks_total=90),),
         ),
         (
             announced(2, 90, 1),
@@ -103,17 +103,17 @@ def test_a_reservation_that_is_committed() -> None:
         (
             written(2, 91),
             ReservationState.RECEIVING,
-            (ConfirmCopy(**IDS, stage=2, num_blocks_total=91),),
+            (BlocksCopied(migration_id=MIGRATION_ID, stage=2, num_blocks_total=91),),
         ),
         (commit(91), ReservationState.ADMITTING, (AdmitRequest(**IDS),)),
         (
             RequestAdmitted(migration_id=MIGRATION_ID),
             ReservationState.COMMITTED,
-            (AcknowledgeCommit(**IDS),),
+            (CommitAcknowledged(migration_id=MIGRATION_ID),),
         ),
-        (MigrationClosed(migration_id=MIGRATION_ID), ReservationState.RELEASED, ()),
+        (CloseMigration(migration_id=MIGRATION_ID), ReservationState.RELEASED, ()),
         (
-            ReservationExpired(migration_id=MIGRATION_ID, state=ReservationState.RELEASED, stage=2),
+            DeadlineExpired(migration_id=MIGRATION_ID, state=ReservationState.RELEASED, stage=2),
             ReservationState.ABSENT,
             (),
         ),
@@ -133,7 +133,7 @@ def test_a_doubled_commit_is_acknowledged_again_and_admitted_once() -> None:
     reservation, _ = advance(reservation, RequestAdmitted(migration_id=MIGRATION_ID))
     for again in (commit(10), QUERIED, commit(10)):
         reservation, commands = advance(reservation, again)
-        assert commands == (AcknowledgeCommit(**IDS),)
+        assert commands == (CommitAcknowledged(migration_id=MIGRATION_ID),)
 
 
 @pytest.mark.parametrize("state", HOLDING)
@@ -149,25 +149,27 @@ def test_a_query_ends_what_is_not_committed_so_the_late_commit_is_refused(
 
 
 @pytest.mark.parametrize("event", [commit(1), QUERIED], ids=["commit", "query"])
-def test_what_was_never_heard_of_is_refused_and_stays_refused(event: ReservationEvent) -> None:
+def test_what_was_never_heard_of_is_refused_and_stays_refused(event: DestinationEvent) -> None:
     reservation, commands = advance(absent(MIGRATION_ID), event)
-    assert [type(c) for c in commands] == [RefuseCommit]
+    assert [type(c) for c in commands] == [CommitRefused]
     _, commands = advance(reservation, REQUESTED)
-    assert [type(c) for c in commands] == [RejectReservation]
+    assert [type(c) for c in commands] == [ReservationRejected]
 
 
 def test_a_release_that_overtakes_its_reservation_is_remembered() -> None:
     reservation, commands = advance(absent(MIGRATION_ID), RELEASE)
     assert commands == ()
     _, commands = advance(reservation, REQUESTED)
-    assert commands == (RejectReservation(**IDS, reason=ReleaseReason.RELEASED_BY_SOURCE),)
+    assert commands == (
+        ReservationRejected(migration_id=MIGRATION_ID, reason=ReleaseReason.RELEASED_BY_SOURCE),
+    )
 
 
 def test_a_query_during_the_admission_is_answered_by_its_outcome() -> None:
     admitting = make_reservation(ReservationState.ADMITTING)
     assert advance(admitting, QUERIED) == (admitting, ())
     _, commands = advance(admitting, RequestAdmitted(migration_id=MIGRATION_ID))
-    assert commands == (AcknowledgeCommit(**IDS),)
+    assert commands == (CommitAcknowledged(migration_id=MIGRATION_ID),)
     failure = AdmissionFailed(migration_id=MIGRATION_ID, reason="the grammar refuses")
     _, commands = advance(admitting, failure)
     assert commands == (
@@ -195,7 +197,7 @@ def test_a_commit_of_more_than_was_written_waits_for_the_rest(commit_is_first: b
         (announced(2, 11, 1), "out_of_step"),
         (QUERIED, "not_committed_when_asked"),
         (
-            ReservationExpired(
+            DeadlineExpired(
                 migration_id=MIGRATION_ID, state=ReservationState.COMMIT_PENDING, stage=1
             ),
             "expired",
@@ -203,16 +205,16 @@ def test_a_commit_of_more_than_was_written_waits_for_the_rest(commit_is_first: b
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_commit_whose_blocks_do_not_come_is_refused(event: ReservationEvent, reason: str) -> None:
+def test_a_commit_whose_blocks_do_not_come_is_refused(event: DestinationEvent, reason: str) -> None:
     pending = make_reservation(ReservationState.COMMIT_PENDING)
     reservation, commands = advance(pending, event)
-    refused = RefuseCommit(**IDS, reason=reason)
+    refused = CommitRefused(migration_id=MIGRATION_ID, reason=reason)
     assert commands == (FreeBlocks(**IDS), refused)
     assert advance(reservation, QUERIED)[1] == (refused,)
 
 
 def test_a_source_that_is_lost_before_its_last_blocks_costs_a_reservation() -> None:
-    lost = SourceLost(migration_id=MIGRATION_ID, reason="killed", is_dead=True)
+    lost = PeerLost(migration_id=MIGRATION_ID, reason="killed", is_dead=True)
     reservation, commands = advance(make_reservation(ReservationState.COMMIT_PENDING), lost)
     assert (reservation.state, commands) == (ReservationState.RELEASED, (FreeBlocks(**IDS),))
 
@@ -220,10 +222,13 @@ def test_a_source_that_is_lost_before_its_last_blocks_costs_a_reservation() -> N
 def test_a_commit_is_acknowledged_until_the_source_has_heard() -> None:
     committed = make_reservation(ReservationState.COMMITTED)
     for _ in range(2):
-        event = ReservationExpired(
+        event = DeadlineExpired(
             migration_id=MIGRATION_ID, state=ReservationState.COMMITTED, stage=1
         )
-        assert advance(committed, event) == (committed, (AcknowledgeCommit(**IDS),))
+        assert advance(committed, event) == (
+            committed,
+            (CommitAcknowledged(migration_id=MIGRATION_ID),),
+        )
 
 
 # Blocks.
@@ -231,7 +236,7 @@ def test_a_commit_is_acknowledged_until_the_source_has_heard() -> None:
 
 def test_a_destination_without_room_says_so() -> None:
     failure = AllocationFailed(migration_id=MIGRATION_ID, reason="2 blocks are free")
-    rejected = RejectReservation(**IDS, reason="no_room: 2 blocks are free")
+    rejected = ReservationRejected(migration_id=MIGRATION_ID, reason="no_room: 2 blocks are free")
     _, commands = advance(make_reservation(ReservationState.ALLOCATING), failure)
     assert commands == (rejected,)
     _, commands = advance(make_reservation(ReservationState.RECEIVING), failure)
@@ -245,18 +250,18 @@ def test_a_stage_that_leaves_a_gap_ends_the_reservation() -> None:
     )
     assert commands == (
         FreeBlocks(**IDS),
-        RejectReservation(**IDS, reason=ReleaseReason.OUT_OF_STEP),
+        ReservationRejected(migration_id=MIGRATION_ID, reason=ReleaseReason.OUT_OF_STEP),
     )
 
 
 @pytest.mark.parametrize("state", HOLDING[:-1])
 def test_a_silent_source_costs_a_reservation_for_its_deadline(state: ReservationState) -> None:
     reservation = make_reservation(state)
-    event = ReservationExpired(migration_id=MIGRATION_ID, state=state, stage=1)
+    event = DeadlineExpired(migration_id=MIGRATION_ID, state=state, stage=1)
     reservation, commands = advance(reservation, event)
     assert commands == (
         FreeBlocks(**IDS),
-        RejectReservation(**IDS, reason=ReleaseReason.EXPIRED),
+        ReservationRejected(migration_id=MIGRATION_ID, reason=ReleaseReason.EXPIRED),
     )
 
 
@@ -265,7 +270,7 @@ def test_a_silent_source_costs_a_reservation_for_its_deadline(state: Reservation
 def test_a_lost_source_frees_the_reservation_at_once(
     state: ReservationState, is_dead: bool
 ) -> None:
-    event = SourceLost(migration_id=MIGRATION_ID, reason="no route", is_dead=is_dead)
+    event = PeerLost(migration_id=MIGRATION_ID, reason="no route", is_dead=is_dead)
     assert advance(make_reservation(state), event)[1] == (FreeBlocks(**IDS),)
 
 
@@ -274,12 +279,12 @@ def test_a_lost_source_frees_the_reservation_at_once(
 
 def test_the_outcome_is_remembered_until_nobody_can_ask() -> None:
     committed = make_reservation(ReservationState.COMMITTED)
-    unreachable = SourceLost(migration_id=MIGRATION_ID, reason="no route")
+    unreachable = PeerLost(migration_id=MIGRATION_ID, reason="no route")
     committed, _ = advance(committed, unreachable)
     assert committed.state is ReservationState.COMMITTED
     assert not committed.may_move_on
-    dead = SourceLost(migration_id=MIGRATION_ID, reason="killed", is_dead=True)
-    for end in (dead, MigrationClosed(migration_id=MIGRATION_ID)):
+    dead = PeerLost(migration_id=MIGRATION_ID, reason="killed", is_dead=True)
+    for end in (dead, CloseMigration(migration_id=MIGRATION_ID)):
         released, commands = advance(committed, end)
         assert (released.state, released.may_move_on, commands) == (
             ReservationState.RELEASED,
@@ -289,7 +294,7 @@ def test_the_outcome_is_remembered_until_nobody_can_ask() -> None:
 
 
 def test_a_source_that_died_during_the_admission_leaves_no_record_behind() -> None:
-    dead = SourceLost(migration_id=MIGRATION_ID, reason="killed", is_dead=True)
+    dead = PeerLost(migration_id=MIGRATION_ID, reason="killed", is_dead=True)
     reservation, _ = advance(make_reservation(ReservationState.ADMITTING), dead)
     reservation, commands = advance(reservation, RequestAdmitted(migration_id=MIGRATION_ID))
     assert (reservation.state, commands) == (ReservationState.RELEASED, ())
@@ -307,7 +312,7 @@ def test_a_source_that_died_during_the_admission_leaves_no_record_behind() -> No
 def test_an_abort_reaches_the_request_however_much_is_remembered(
     reservation: Reservation,
 ) -> None:
-    after, commands = advance(reservation, AbortRequested(**IDS))
+    after, commands = advance(reservation, AbortAtDestination(**IDS))
     assert commands == (AbortRequest(**IDS),)
     assert after.may_move_on
 
@@ -320,5 +325,5 @@ def test_stages_out_of_order_are_not_current() -> None:
     assert not is_current(reservation, written(1, 10))
     assert not is_current(
         reservation,
-        ReservationExpired(migration_id=MIGRATION_ID, state=ReservationState.RECEIVING, stage=1),
+        DeadlineExpired(migration_id=MIGRATION_ID, state=ReservationState.RECEIVING, stage=1),
     )

@@ -9,8 +9,14 @@ from typing import Any
 import pytest
 
 from llumsched.core.migration.destination import machine as destination
+from llumsched.core.migration.destination import rules as destination_rules
+from llumsched.core.migration.destination.events import ReservationState
+from llumsched.core.migration.destination.record import Reservation
+from llumsched.core.migration.messages import CommitRefused, ReservationRejected
 from llumsched.core.migration.source import machine as source
 from llumsched.core.migration.source import rules
+from llumsched.core.migration.source.events import FinishedAtSource, MigrationState, ResumeRequest
+from llumsched.core.migration.source.record import TERMINAL_STATES, Migration
 from llumsched.core.migration.table import IllegalTransition
 from tests.migration_table.samples import (
     destination_events,
@@ -35,7 +41,7 @@ class End:
         return self.name
 
 
-def _migrations(state: source.MigrationState) -> Iterator[source.Migration]:
+def _migrations(state: MigrationState) -> Iterator[Migration]:
     for abort_requested in (False, True):
         for destination_is_dead in (False, True):
             yield make_migration(
@@ -43,7 +49,7 @@ def _migrations(state: source.MigrationState) -> Iterator[source.Migration]:
             )
 
 
-def _reservations(state: destination.ReservationState) -> Iterator[destination.Reservation]:
+def _reservations(state: ReservationState) -> Iterator[Reservation]:
     for source_is_dead in (False, True):
         yield make_reservation(state, source_is_dead=source_is_dead)
 
@@ -51,19 +57,19 @@ def _reservations(state: destination.ReservationState) -> Iterator[destination.R
 ENDS = (
     End(
         name="source",
-        table=source.TABLE,
+        table=rules.TABLE,
         advance=source.advance,
         records=_migrations,
         events=source_events,
-        terminal=source.TERMINAL_STATES,
+        terminal=TERMINAL_STATES,
     ),
     End(
         name="destination",
-        table=destination.TABLE,
+        table=destination_rules.TABLE,
         advance=destination.advance,
         records=_reservations,
         events=destination_events,
-        terminal=frozenset({destination.ReservationState.ABSENT}),
+        terminal=frozenset({ReservationState.ABSENT}),
     ),
 )
 
@@ -158,7 +164,7 @@ RESUMING = frozenset({rules.resume_request, rules.resume_after_death})
 
 
 def _aborting_rules() -> Iterator[tuple[Any, Any, Any]]:
-    for (state, event_type), candidates in source.TABLE.rules.items():
+    for (state, event_type), candidates in rules.TABLE.rules.items():
         for rule in candidates:
             if rule.to is rules.ABORTED:
                 yield state, event_type, rule
@@ -166,21 +172,21 @@ def _aborting_rules() -> Iterator[tuple[Any, Any, Any]]:
 
 def test_an_abort_leaves_no_request_suspended() -> None:
     for state, event_type, rule in _aborting_rules():
-        endings = [c for c in rule.do if c in RESUMING or c is rules.release_source]
-        if state in SUSPENDED and event_type is not source.RequestFinished:
+        endings = [c for c in rule.do if c in RESUMING or c is rules.release_request]
+        if state in SUSPENDED and event_type is not FinishedAtSource:
             assert len(endings) == 1, (state, event_type)
 
 
 def test_an_abort_before_the_commit_releases_the_destination() -> None:
     for state, event_type, rule in _aborting_rules():
-        if event_type is not source.ReservationRejected:
-            assert (rules.release_destination in rule.do) == (state in BEFORE_COMMIT)
+        if event_type is not ReservationRejected:
+            assert (rules.release_reservation in rule.do) == (state in BEFORE_COMMIT)
 
 
 def test_after_the_commit_was_sent_only_a_refusal_or_a_death_resumes() -> None:
     for state, event_type, rule in _aborting_rules():
         if state not in BEFORE_COMMIT:
-            refused = event_type is source.CommitRefused
+            refused = event_type is CommitRefused
             dead = rule.when in (rules.destination_is_dead, rules.dead_and_abort_requested)
             assert refused or dead, (state, event_type)
 
@@ -190,22 +196,13 @@ def test_a_client_that_aborted_never_gets_its_request_resumed() -> None:
         migration = make_migration(state, abort_requested=True)
         for events in source_events(migration).values():
             for event in events:
-                if (state, type(event)) not in source.TABLE.illegal:
+                if (state, type(event)) not in rules.TABLE.illegal:
                     _, commands = source.advance(migration, event)
-                    assert not any(isinstance(c, source.ResumeRequest) for c in commands)
+                    assert not any(isinstance(c, ResumeRequest) for c in commands)
 
 
 def test_every_wait_has_a_deadline_but_that_for_the_engine() -> None:
-    options = destination.ReservationOptions()
-    for state in source.MigrationState:
-        timeout_s = source.timeout_s(make_migration(state))
-        assert (timeout_s is None) == (state in source.TERMINAL_STATES)
-    unlimited = {
-        state
-        for state in destination.ReservationState
-        if destination.timeout_s(make_reservation(state), options) is None
-    }
-    assert unlimited == {
-        destination.ReservationState.ABSENT,
-        destination.ReservationState.ADMITTING,
-    }
+    for state in MigrationState:
+        assert (source.wait(make_migration(state)) is None) == (state in TERMINAL_STATES)
+    unlimited = {s for s in ReservationState if destination.wait(make_reservation(s)) is None}
+    assert unlimited == {ReservationState.ABSENT, ReservationState.ADMITTING}

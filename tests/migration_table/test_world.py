@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,15 +20,27 @@ from hypothesis import strategies as st
 
 from llumsched.core.migration.destination import machine as destination
 from llumsched.core.migration.destination import rules as destination_rules
+from llumsched.core.migration.destination.events import BlocksWritten
+from llumsched.core.migration.destination.record import ReleaseReason
+from llumsched.core.migration.events import DeadlineExpired, PeerLost
+from llumsched.core.migration.messages import (
+    CommitAcknowledged,
+    CommitRequest,
+    CopyBlocks,
+    QueryCommit,
+)
 from llumsched.core.migration.source import machine as source
 from llumsched.core.migration.source import rules as source_rules
+from llumsched.core.migration.source.events import AbortedAtSource, RequestSuspended
+from llumsched.core.migration.source.record import AbortReason
 from llumsched.core.migration.table import IllegalTransition, Rule, TransitionTable
 from llumsched.engine.base import FinalState
+from llumsched.migration.destination import IncomingMigration
 from tests.campaigns import examples
 from tests.fake_engine.engine import FakeEngine
 from tests.migration_table.world import World
 
-NUM_RUNS = int(os.environ.get("LLUMSCHED_MIGRATION_RUNS", "1200"))
+NUM_RUNS = int(os.environ.get("LLUMSCHED_MIGRATION_RUNS", "600"))
 NUM_RUNS_THAT_TAKE_EVERY_RULE = 20_000
 
 
@@ -37,8 +49,8 @@ def acts_of(seed: int) -> bytes:
     return generator.randbytes(2 * generator.randrange(40, 240))
 
 
-def run_worlds(num_runs: int) -> None:
-    for seed in range(num_runs):
+def run_worlds(seeds: Iterable[int]) -> None:
+    for seed in seeds:
         try:
             World(seed).run(acts_of(seed))
         except Exception as error:
@@ -56,7 +68,7 @@ def test_random_worlds_end_well() -> None:
     taken: Counter[tuple[Any, Any, int]] = Counter()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TransitionTable, "choose", _counting(TransitionTable.choose, taken))
-        run_worlds(NUM_RUNS)
+        run_worlds(range(NUM_RUNS))
     if NUM_RUNS >= NUM_RUNS_THAT_TAKE_EVERY_RULE:
         assert {rule for rule in _all_rules() if not taken[rule]} == UNREACHABLE
 
@@ -75,7 +87,7 @@ def _counting(
 
 
 def _all_rules() -> Iterator[tuple[Any, Any, int]]:
-    tables: tuple[Any, ...] = (source.TABLE, destination.TABLE)
+    tables: tuple[Any, ...] = (source_rules.TABLE, destination_rules.TABLE)
     for table in tables:
         for pair, candidates in table.rules.items():
             for index in range(len(candidates)):
@@ -84,20 +96,20 @@ def _all_rules() -> Iterator[tuple[Any, Any, int]]:
 
 UNREACHABLE: set[tuple[Any, Any, int]] = {
     # The fake engine refuses to suspend a request that was preempted.
-    (source_rules.SUSPENDING, source.RequestSuspended, 0),
+    (source_rules.SUSPENDING, RequestSuspended, 0),
     # A tombstone outlives its migration's messages, so nothing is asked of a forgotten one.
-    (destination_rules.ABSENT, destination.StageAnnounced, 0),
-    (destination_rules.ABSENT, destination.CommitRequested, 0),
-    (destination_rules.ABSENT, destination.CommitQueried, 0),
+    (destination_rules.ABSENT, CopyBlocks, 0),
+    (destination_rules.ABSENT, CommitRequest, 0),
+    (destination_rules.ABSENT, QueryCommit, 0),
     # A source commits, and asks after a commit, only when the destination has confirmed.
-    (destination_rules.ALLOCATING, destination.CommitRequested, 0),
-    (destination_rules.ALLOCATING, destination.CommitQueried, 0),
+    (destination_rules.ALLOCATING, CommitRequest, 0),
+    (destination_rules.ALLOCATING, QueryCommit, 0),
     # It announces a stage only when the one before was confirmed.
-    (destination_rules.RESERVED, destination.StageAnnounced, 1),
-    (destination_rules.RECEIVING, destination.StageAnnounced, 1),
-    (destination_rules.COMMIT_PENDING, destination.StageAnnounced, 1),
+    (destination_rules.RESERVED, CopyBlocks, 1),
+    (destination_rules.RECEIVING, CopyBlocks, 1),
+    (destination_rules.COMMIT_PENDING, CopyBlocks, 1),
     # The stage that comes with a commit is the last.
-    (destination_rules.COMMIT_PENDING, destination.BlocksWritten, 1),
+    (destination_rules.COMMIT_PENDING, BlocksWritten, 1),
 }
 """Rules against hosts and engines other than these; the tables' own tests take them."""
 
@@ -105,86 +117,101 @@ UNREACHABLE: set[tuple[Any, Any, int]] = {
 # The worlds notice what is wrong: each of these mistakes has been made by somebody.
 
 
+def _of(machine: Any) -> Any:
+    """The table that a machine goes by."""
+    return machine.TABLE
+
+
 def _source_rule(patch: pytest.MonkeyPatch, state: Any, event: Any, rule: Any) -> None:
-    changed = {**source.TABLE.rules, (state, event): (rule,)}
-    patch.setattr(source, "TABLE", replace(source.TABLE, rules=changed))
+    changed = {**_of(source).rules, (state, event): (rule,)}
+    patch.setattr(source, "TABLE", replace(_of(source), rules=changed))
 
 
 def _destination_rule(patch: pytest.MonkeyPatch, state: Any, event: Any, rule: Any) -> None:
-    changed = {**destination.TABLE.rules, (state, event): (rule,)}
-    patch.setattr(destination, "TABLE", replace(destination.TABLE, rules=changed))
+    changed = {**_of(destination).rules, (state, event): (rule,)}
+    patch.setattr(destination, "TABLE", replace(_of(destination), rules=changed))
 
 
 def resume_when_the_commit_is_not_answered(patch: pytest.MonkeyPatch) -> None:
     rule = Rule(
         to=source_rules.ABORTED,
         do=(source_rules.resume_request,),
-        reason=source.AbortReason.DEADLINE_EXPIRED,
+        reason=AbortReason.DEADLINE_EXPIRED,
     )
-    _source_rule(patch, source_rules.COMMITTING, source.DeadlineExpired, rule)
+    _source_rule(patch, source_rules.COMMITTING, DeadlineExpired, rule)
 
 
 def resume_when_the_link_breaks(patch: pytest.MonkeyPatch) -> None:
     rule = Rule(
         to=source_rules.ABORTED,
         do=(source_rules.resume_request,),
-        reason=source.AbortReason.PEER_LOST,
+        reason=AbortReason.PEER_LOST,
     )
-    _source_rule(patch, source_rules.RESOLVING, source.PeerLost, rule)
+    _source_rule(patch, source_rules.RESOLVING, PeerLost, rule)
 
 
 def answer_a_query_and_accept_the_commit_later(patch: pytest.MonkeyPatch) -> None:
     rule = Rule(to=destination_rules.RECEIVING, do=(destination_rules.refuse_commit,))
-    _destination_rule(patch, destination_rules.RECEIVING, destination.CommitQueried, rule)
+    _destination_rule(patch, destination_rules.RECEIVING, QueryCommit, rule)
 
 
 def admit_before_the_last_blocks(patch: pytest.MonkeyPatch) -> None:
     rule = Rule(to=destination_rules.ADMITTING, do=(destination_rules.admit_request,))
-    _destination_rule(patch, destination_rules.RECEIVING, destination.CommitRequested, rule)
+    _destination_rule(patch, destination_rules.RECEIVING, CommitRequest, rule)
 
 
 def answer_a_query_and_wait_for_the_last_blocks(patch: pytest.MonkeyPatch) -> None:
     rule = Rule(to=destination_rules.COMMIT_PENDING, do=(destination_rules.refuse_commit,))
-    _destination_rule(patch, destination_rules.COMMIT_PENDING, destination.CommitQueried, rule)
+    _destination_rule(patch, destination_rules.COMMIT_PENDING, QueryCommit, rule)
 
 
 def forget_a_commit(patch: pytest.MonkeyPatch) -> None:
     rule = Rule(to=destination_rules.COMMITTED, do=(destination_rules.refuse_commit,))
-    _destination_rule(patch, destination_rules.COMMITTED, destination.CommitQueried, rule)
+    _destination_rule(patch, destination_rules.COMMITTED, QueryCommit, rule)
 
 
 def ignore_an_abort_during_the_commit(patch: pytest.MonkeyPatch) -> None:
-    pair = (source_rules.COMMITTING, source.RequestAborted)
-    others = {other: rules for other, rules in source.TABLE.rules.items() if other != pair}
-    table = replace(source.TABLE, rules=others, ignored=source.TABLE.ignored | {pair})
+    pair = (source_rules.COMMITTING, AbortedAtSource)
+    others = {other: rules for other, rules in source_rules.TABLE.rules.items() if other != pair}
+    table = replace(source_rules.TABLE, rules=others, ignored=source_rules.TABLE.ignored | {pair})
     patch.setattr(source, "TABLE", table)
 
 
-def lose_an_abort_after_the_commit(patch: pytest.MonkeyPatch) -> None:
-    rule: source_rules.SourceRule = Rule(to=source_rules.COMMITTED)
-    _source_rule(patch, source_rules.COMMITTED, source.RequestAborted, rule)
-
-
-def leave_the_request_suspended(patch: pytest.MonkeyPatch) -> None:
+def close_a_migration_that_was_aborted(patch: pytest.MonkeyPatch) -> None:
     rule = Rule(
-        to=source_rules.ABORTED,
-        do=(source_rules.release_destination,),
-        reason=source.AbortReason.DEADLINE_EXPIRED,
+        to=source_rules.COMMITTED,
+        do=(source_rules.release_request, source_rules.close_migration),
     )
-    _source_rule(patch, source_rules.SUSPENDING, source.DeadlineExpired, rule)
+    for state in (source_rules.COMMITTING, source_rules.RESOLVING):
+        _source_rule(patch, state, CommitAcknowledged, rule)
+
+
+def give_back_blocks_that_are_being_written(patch: pytest.MonkeyPatch) -> None:
+    def cancel_at_once(self: IncomingMigration) -> None:
+        if not self._is_allocated:
+            request_id = self.record.request_id
+            self._call(lambda: self._port.cancel(request_id))
+
+    patch.setattr(IncomingMigration, "_cancel_unused", cancel_at_once)
+
+
+def believe_that_doubled_blocks_are_new(patch: pytest.MonkeyPatch) -> None:
+    store = IncomingMigration.store
+
+    async def store_again(self: IncomingMigration, *arguments: Any) -> None:
+        self._blocks_begun.clear()
+        await store(self, *arguments)
+
+    patch.setattr(IncomingMigration, "store", store_again)
 
 
 def leak_an_expired_reservation(patch: pytest.MonkeyPatch) -> None:
     rule = Rule(
         to=destination_rules.RELEASED,
         do=(destination_rules.reject_reservation,),
-        reason=destination.ReleaseReason.EXPIRED,
+        reason=ReleaseReason.EXPIRED,
     )
-    _destination_rule(patch, destination_rules.RECEIVING, destination.ReservationExpired, rule)
-
-
-def believe_late_messages(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(source, "is_current", lambda _migration, _event: True)
+    _destination_rule(patch, destination_rules.RECEIVING, DeadlineExpired, rule)
 
 
 def copy_blocks_that_are_being_written(patch: pytest.MonkeyPatch) -> None:
@@ -206,28 +233,31 @@ def leave_the_generator_behind(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(FakeEngine, "commit", commit_without)
 
 
+# With a world that notices each of them: the first one, as long as nothing else changes.
 MISTAKES = (
-    resume_when_the_commit_is_not_answered,
-    resume_when_the_link_breaks,
-    answer_a_query_and_accept_the_commit_later,
-    admit_before_the_last_blocks,
-    answer_a_query_and_wait_for_the_last_blocks,
-    forget_a_commit,
-    ignore_an_abort_during_the_commit,
-    lose_an_abort_after_the_commit,
-    leave_the_request_suspended,
-    leak_an_expired_reservation,
-    believe_late_messages,
-    copy_blocks_that_are_being_written,
-    leave_the_generator_behind,
+    (resume_when_the_commit_is_not_answered, 221),
+    (resume_when_the_link_breaks, 363),
+    (answer_a_query_and_accept_the_commit_later, 1890),
+    (admit_before_the_last_blocks, 4),
+    (answer_a_query_and_wait_for_the_last_blocks, 44),
+    (forget_a_commit, 117),
+    (ignore_an_abort_during_the_commit, 42),
+    (close_a_migration_that_was_aborted, 42),
+    (give_back_blocks_that_are_being_written, 0),
+    (believe_that_doubled_blocks_are_new, 143),
+    (leak_an_expired_reservation, 0),
+    (copy_blocks_that_are_being_written, 4),
+    (leave_the_generator_behind, 4),
 )
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+@pytest.mark.parametrize(
+    ("mistake", "seed"), MISTAKES, ids=[mistake.__name__ for mistake, _ in MISTAKES]
+)
 def test_a_mistake_is_noticed(
-    mistake: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+    mistake: Callable[[pytest.MonkeyPatch], None], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mistake(monkeypatch)
     # ValueError: a stage that is not as long as its blocks.
     with pytest.raises((AssertionError, IllegalTransition, ValueError)):
-        run_worlds(3_000)
+        run_worlds([seed, *range(6_000)])

@@ -2,35 +2,40 @@
 
 An act is two bytes and lets one thing happen: a message is delivered, lost or doubled (so
 they overtake each other), a queue's next entry runs, a step begins or ends, a deadline passes
-early, a client aborts, an instance dies or seems lost. Every byte string is a run. Invariants hold
-after each act:
+early, a client aborts, an instance dies or seems lost. Every byte string is a run. The hosts of the
+protocol are those that ship (`llumsched.migration`). Invariants hold after each act:
 
 - at most one living instance decodes a request;
 - each token comes once, in order, and is the one that the request would have had undisturbed;
 - every block has exactly the holders that the engine knows of;
-- no event is illegal.
+- no event is illegal, and nothing that a host does fails.
 
 `settle` then stops the faults and lets the world come to rest: every migration has ended, an
-aborted request runs nowhere, every other has finished unless the instance that had it died, and
-every block is free.
+aborted request runs nowhere, every other has finished unless the instance that had it died, every
+block is free, and no task is left.
 """
 
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
-from llumsched.core.migration.destination.machine import ReservationExpired, ReservationState
-from llumsched.core.migration.source.machine import Migration, MigrationOptions, MigrationState
+from llumsched.core.migration.messages import AbortAtDestination
+from llumsched.core.migration.source.events import MigrationState
+from llumsched.core.migration.source.record import Migration, MigrationOptions
 from tests.fake_engine.engine import FakeEngine
-from tests.fake_engine.request import (
-    FakeOutput,
-    expected_output,
+from tests.fake_engine.request import FakeOutput, expected_output
+from tests.migration_table.clients import (
+    Client,
+    Notice,
+    Violation,
+    errors_are_violations,
+    require,
 )
-from tests.migration_table.host import Instance, Wait
-from tests.migration_table.wire import Message
+from tests.migration_table.host import Instance, Sent
 
 T = TypeVar("T")
 
@@ -38,49 +43,13 @@ INSTANCE_IDS = ("a", "b", "c")
 MAX_MIGRATIONS = 8
 
 
-class Violation(AssertionError):
-    """An invariant does not hold."""
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise Violation(message)
-
-
-@dataclass(slots=True, kw_only=True)
-class Client:
-    """A request as its client and the frontend see it."""
-
-    request_id: str
-    expected: list[int]
-    believed_at: str
-    believed_order: tuple[int, int] = (0, 0)
-    tokens: list[int] = field(default_factory=list)
-    repeats_allowed: bool = False
-    abort_sent: bool = False
-    may_be_lost: bool = False
-
-    @property
-    def finished(self) -> bool:
-        return len(self.tokens) == len(self.expected)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Notice:
-    """Tells the frontend where a request is now."""
-
-    request_id: str
-    instance_id: str
-    order: tuple[int, int]
-
-
 class World:
     """Three instances and a few requests; `seed` shapes them, the acts do the rest."""
 
     def __init__(self, seed: int) -> None:
         shape = random.Random(seed)
-        self.link: list[Message] = []
-        self.delayed: list[Message] = []
+        self.link: list[Sent] = []
+        self.delayed: list[Sent] = []
         self.notices: list[Notice] = []
         self.aborts: list[str] = []
         self.clients: dict[str, Client] = {}
@@ -137,14 +106,14 @@ class World:
             if not under_way or under_way[0].state is target:
                 break
             self._advance()
-        for _ in range(shape.randrange(5)):
+        for _ in range(shape.randrange(16)):
             self._advance()
 
     # ---- the network, as hosts see it -------------------------------------------------------
 
-    def send(self, message: Message) -> None:
-        if self.instances[message.receiver].alive:
-            self.link.append(message)
+    def send(self, sent: Sent) -> None:
+        if self.instances[sent.receiver].alive:
+            self.link.append(sent)
 
     def notice(self, request_id: str, instance_id: str, order: tuple[int, int]) -> None:
         self.notices.append(Notice(request_id=request_id, instance_id=instance_id, order=order))
@@ -161,23 +130,30 @@ class World:
     # ---- acts -------------------------------------------------------------------------------
 
     def run(self, acts: bytes) -> None:
-        """All of `acts`, then come to rest; raises `Violation` or `IllegalTransition`."""
-        for kind, argument in zip(acts[::2], acts[1::2], strict=False):
-            self._acts[kind](argument)
-            self.check()
-            if all(client.finished for client in self.clients.values()) and not self._under_way():
-                break
-        self.settle()
+        """All of `acts`, then come to rest; raises `Violation`, or what went wrong."""
+        try:
+            with errors_are_violations():
+                for kind, argument in zip(acts[::2], acts[1::2], strict=False):
+                    self._acts[kind](argument)
+                    self.check()
+                    if self._all_finished() and not self._under_way():
+                        break
+                self.settle()
+        finally:
+            for instance in self._all_living():
+                instance.die()
+
+    def _all_finished(self) -> bool:
+        return all(client.finished for client in self.clients.values())
 
     def _weighted_acts(self, shape: random.Random) -> list[Callable[[int], None]]:
         """256 acts. Each world has faults of its own, some often and most never: were all of them
         equally likely, few migrations would live to see the rare ones."""
         usual = (
-            (self._make_progress, 60),
+            (self._make_progress, 66),
             (self._begin_step, 9),
             (self._end_step, 9),
             (self._migrate, 8),
-            (self._hear_of_loss, 6),
             (self._deliver_notice, 3),
             (self._deliver_abort, 3),
             (self._announce_death, 2),
@@ -205,33 +181,36 @@ class World:
 
     def _make_progress(self, argument: int) -> None:
         """Deliver a message or run an entry of a queue: a random one of those there are."""
-        living = self._all_living()
-        works = [i.engine_work for i in living if i.engine_work]
-        works += [i.host_work for i in living if i.host_work]
+        works: list[Callable[[], object]] = []
+        for instance in self._all_living():
+            works += [partial(_run_next, q) for q in (instance.engine_work, instance.copies) if q]
+            if not instance.loop.is_idle:
+                works.append(instance.loop.run_one)
+            works += [partial(instance.loop.fire, timer) for timer in instance.sleeps()]
         choice = argument % (len(works) + min(2, len(self.link)) or 1)
         if choice < len(works):
-            works[choice].popleft()()
+            works[choice]()
         elif self.link:
             # Mostly in order.
             self._deliver(0 if argument < self._in_order else argument)
+        if argument & 3:
+            # A host mostly does what it can at once; else others go on meanwhile.
+            for instance in self._all_living():
+                instance.loop.run_ready()
 
     def _deliver(self, argument: int) -> None:
-        message = self.link.pop(argument % len(self.link))
-        receiver = self.instances[message.receiver]
+        sent = self.link.pop(argument % len(self.link))
+        receiver = self.instances[sent.receiver]
         if receiver.alive:
-            receiver.receive(message)
-
-    def _hear_of_loss(self, argument: int) -> None:
-        queues = [i.losses for i in self._all_living() if i.losses]
-        if queues:
-            _pick(queues, argument).popleft()()
+            receiver.receive(sent)
 
     def _lose_message(self, argument: int) -> None:
         if self.link:
-            message = self.link[argument % len(self.link)]
-            # Nobody repeats what a dead host has sent.
-            if not message.reliable or not self.instances[message.sender].alive:
-                self.link.remove(message)
+            sent = self.link[argument % len(self.link)]
+            # Sent once, and never again: it is lost with its sender only.
+            is_reliable = isinstance(sent.message, AbortAtDestination)
+            if not is_reliable or not self.instances[sent.sender].alive:
+                self.link.remove(sent)
 
     def _delay_message(self, argument: int) -> None:
         if self.link:
@@ -266,31 +245,28 @@ class World:
 
     def _pass_deadline(self, argument: int) -> None:
         waits = [
-            (instance, wait)
-            for instance in self._all_living()
-            for wait in instance.waits()
-            if not _is_tombstone(wait)
+            (instance, timer) for instance in self._all_living() for timer in instance.deadlines()
         ]
         if waits:
-            instance, wait = _pick(waits, argument)
-            instance.expire(wait)
+            instance, timer = _pick(waits, argument)
+            instance.loop.fire(timer)
 
     def _drop_tombstone(self, argument: int) -> None:
         """Tombstones outlive every message of their migration, by assumption."""
         instance = self._living(argument)
-        in_flight = {message.command.migration_id for message in (*self.link, *self.delayed)}
-        for wait in instance.waits():
-            if _is_tombstone(wait) and wait.migration_id not in in_flight:
-                if not self._source_waits(wait.migration_id):
-                    instance.expire(wait)
+        in_flight = {sent.message.migration_id for sent in (*self.link, *self.delayed)}
+        for migration_id, timer in instance.tombstones():
+            if migration_id not in in_flight:
+                if not self._is_on_its_way(migration_id, instance):
+                    instance.loop.fire(timer)
                 return
 
-    def _source_waits(self, migration_id: str) -> bool:
-        return any(
-            migration_id in instance.outgoing
-            and not instance.outgoing[migration_id].migration.is_terminal
-            for instance in self.instances.values()
-            if instance.alive
+    def _is_on_its_way(self, migration_id: str, destination: Instance) -> bool:
+        """True if the source may still speak of the migration, or it is about to be heard."""
+        return not destination.loop.is_idle or any(
+            outgoing.migration_id == migration_id
+            for instance in self._all_living()
+            for outgoing in instance.outgoing
         )
 
     def _break_link(self, argument: int) -> None:
@@ -305,10 +281,10 @@ class World:
 
     def _under_way(self) -> list[Migration]:
         return [
-            outgoing.migration
+            migration
             for instance in self._all_living()
-            for outgoing in instance.outgoing.values()
-            if not outgoing.migration.is_terminal
+            for migration in instance.migrations()
+            if not migration.is_terminal
         ]
 
     def _preempt(self, argument: int) -> None:
@@ -324,16 +300,32 @@ class World:
         client = self.clients[_pick(moving or list(self.clients), argument)]
         if not client.abort_sent and not client.finished:
             client.abort_sent = True
+            client.is_pursued = argument >= 128
             self.aborts.append(client.request_id)
 
     def _deliver_abort(self, argument: int) -> None:
-        """The frontend's abort arrives where the frontend believes the request to be."""
-        if self.aborts:
-            request_id = self.aborts[argument % len(self.aborts)]
-            instance = self.instances[self.clients[request_id].believed_at]
-            if instance.alive:  # else it waits for word of where the request is now
-                self.aborts.remove(request_id)
-                instance.abort(request_id)
+        """An abort arrives where the frontend believes the request to be, or goes round."""
+        if not self.aborts:
+            return
+        client = self.clients[self.aborts[argument % len(self.aborts)]]
+        if client.is_pursued:
+            self.aborts.remove(client.request_id)
+            self._pursue(client.request_id, self._living(argument >> 4))
+            return
+        instance = self.instances[client.believed_at]
+        if instance.alive:  # else it waits for word of where the request is now
+            self.aborts.remove(client.request_id)
+            instance.abort(client.request_id)
+
+    def _pursue(self, request_id: str, instance: Instance) -> None:
+        def abort_here_or_go_on() -> None:
+            engines = [each.engine for each in self._all_living()]
+            if request_id in instance.engine.requests:
+                instance.engine.abort(request_id)
+            elif any(request_id in e.requests or e.is_arriving(request_id) for e in engines):
+                self.aborts.append(request_id)
+
+        instance.engine_work.append(abort_here_or_go_on)
 
     def _deliver_notice(self, argument: int) -> None:
         if self.notices:
@@ -342,6 +334,8 @@ class World:
             if notice.order > client.believed_order:
                 client.believed_order = notice.order
                 client.believed_at = notice.instance_id
+                if client.abort_sent and not client.is_pursued:
+                    self.aborts.append(client.request_id)
                 self._repeat_aborts()
 
     def _crash(self, argument: int) -> None:
@@ -350,9 +344,7 @@ class World:
         self._num_crashes_left -= 1
         ends = [end for m in self._under_way() for end in (m.source, m.destination)]
         instance = self.instances[_pick(ends, argument)] if ends else self._living(argument)
-        instance.alive = False
-        for queue in (instance.engine_work, instance.host_work, instance.losses):
-            queue.clear()
+        instance.die()
         for client in self.clients.values():
             if client.request_id in instance.engine.requests:
                 client.may_be_lost = True
@@ -412,10 +404,10 @@ class World:
                         request_id not in instance.engine.requests,
                         f"{request_id} was aborted and still is on {instance.instance_id}",
                     )
-            for outgoing in instance.outgoing.values():
-                require(outgoing.migration.is_terminal, f"{outgoing.migration} has not ended")
-            for incoming in instance.incoming.values():
-                require(incoming.reservation.may_move_on, f"{incoming.reservation} has not ended")
+            for outgoing in instance.outgoing:
+                raise Violation(f"{outgoing.record} has not ended")
+            for reservation in instance.reservations().values():
+                require(reservation.may_move_on, f"{reservation} has not ended")
         self._come_to_rest(begin_steps=True)
         for client in self.clients.values():
             require(
@@ -424,6 +416,7 @@ class World:
             )
         for instance in self._all_living():
             pool = instance.engine.pool
+            require(instance.loop.num_tasks == 0, f"{instance.instance_id} has tasks left")
             require(
                 pool.num_free_blocks == pool.num_blocks,
                 f"{instance.instance_id} keeps {pool.num_blocks - pool.num_free_blocks} blocks",
@@ -445,10 +438,16 @@ class World:
             self._deliver(0)
             return True
         for instance in self._all_living():
-            for queue in (instance.engine_work, instance.host_work, instance.losses):
+            for queue in (instance.engine_work, instance.copies):
                 if queue:
                     queue.popleft()()
                     return True
+            if instance.loop.run_ready():
+                return True
+        for instance in self._all_living():
+            for timer in instance.sleeps():
+                instance.loop.fire(timer)
+                return True
         for instance in self._all_living():
             if instance.engine.num_steps_in_flight:
                 self._take(instance, instance.engine.finish_step())
@@ -462,9 +461,16 @@ class World:
         while self.notices:
             self._deliver_notice(0)
         for request_id in list(self.aborts):
-            if self.instances[self.clients[request_id].believed_at].alive:
-                self.aborts = [request_id, *(r for r in self.aborts if r != request_id)]
-                self._deliver_abort(0)
+            client = self.clients[request_id]
+            if client.is_pursued:
+                self.aborts.remove(request_id)
+                for instance in self._all_living():
+                    if request_id in instance.engine.requests:
+                        self._pursue(request_id, instance)
+                        return True
+            elif self.instances[client.believed_at].alive:
+                self.aborts.remove(request_id)
+                self.instances[client.believed_at].abort(request_id)
                 return True
         if self._advance():
             return True
@@ -475,17 +481,16 @@ class World:
                 self._announce_death(index)
                 return True
         for instance in living:
-            for wait in instance.waits():
-                if not _is_tombstone(wait):
-                    instance.expire(wait)
-                    return True
+            for timer in instance.deadlines():
+                instance.loop.fire(timer)
+                return True
         begun = [instance.engine.schedule_step() for instance in living] if begin_steps else []
         return any(begun)
 
 
+def _run_next(queue: deque[Callable[[], None]]) -> None:
+    queue.popleft()()
+
+
 def _pick(choices: Sequence[T], argument: int) -> T:
     return choices[argument % len(choices)]
-
-
-def _is_tombstone(wait: Wait) -> bool:
-    return isinstance(wait, ReservationExpired) and wait.state is ReservationState.RELEASED

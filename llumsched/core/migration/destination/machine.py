@@ -1,7 +1,7 @@
 """Live migration seen from the destination: a reservation and its transition table.
 
 The host keeps one Reservation for each migration id, starting from `absent(...)`, and forgets it
-when it is ABSENT again. The destination promises nothing until CommitRequested has come, and all
+when it is ABSENT again. The destination promises nothing until CommitRequest has come, and all
 blocks with it; from then on its answer is final. It stays COMMITTED until the source has said that
 it knows, so a doubled commit or a late query is acknowledged again; and what it has not committed
 when it is asked, it never will. A source that dies or falls silent before that costs a reservation
@@ -15,35 +15,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llumsched.core.migration.destination.messages import (
-    EVENTS,
-    AbortRequest,
-    AbortRequested,
-    AcknowledgeCommit,
-    AdmissionFailed,
-    AdmitRequest,
-    AllocateBlocks,
-    AllocationFailed,
+from llumsched.core.migration.destination.events import (
     BlocksAllocated,
     BlocksWritten,
-    CommitQueried,
-    CommitRequested,
-    ConfirmCopy,
-    ConfirmReservation,
-    FreeBlocks,
-    MigrationClosed,
-    ReceiveBlocks,
-    RefuseCommit,
-    RejectReservation,
-    ReleaseRequested,
-    RequestAdmitted,
-    ReservationCommand,
-    ReservationEvent,
-    ReservationExpired,
-    ReservationRequested,
+    DestinationCommand,
+    DestinationEvent,
     ReservationState,
-    SourceLost,
-    StageAnnounced,
 )
 from llumsched.core.migration.destination.record import (
     ReleaseReason,
@@ -51,95 +28,62 @@ from llumsched.core.migration.destination.record import (
     ReservationOptions,
 )
 from llumsched.core.migration.destination.rules import TABLE, DestinationRule
-from llumsched.core.migration.table import IllegalTransition
-
-__all__ = [
-    "EVENTS",
-    "TABLE",
-    "AbortRequest",
-    "AbortRequested",
-    "AcknowledgeCommit",
-    "AdmissionFailed",
-    "AdmitRequest",
-    "AllocateBlocks",
-    "AllocationFailed",
-    "BlocksAllocated",
-    "BlocksWritten",
-    "CommitQueried",
-    "CommitRequested",
-    "ConfirmCopy",
-    "ConfirmReservation",
-    "FreeBlocks",
-    "IllegalTransition",
-    "MigrationClosed",
-    "ReceiveBlocks",
-    "RefuseCommit",
-    "RejectReservation",
-    "ReleaseReason",
-    "ReleaseRequested",
-    "RequestAdmitted",
-    "Reservation",
-    "ReservationCommand",
-    "ReservationEvent",
-    "ReservationExpired",
-    "ReservationOptions",
-    "ReservationRequested",
-    "ReservationState",
-    "SourceLost",
-    "StageAnnounced",
-    "absent",
-    "advance",
-    "is_current",
-    "restarts_timer",
-    "timeout_s",
-]
+from llumsched.core.migration.events import DeadlineExpired, PeerLost
+from llumsched.core.migration.messages import (
+    AbortAtDestination,
+    CommitRequest,
+    CopyBlocks,
+    ReserveBlocks,
+)
 
 
-def absent(migration_id: str) -> Reservation:
-    return Reservation(migration_id=migration_id)
+def absent(migration_id: str, options: ReservationOptions | None = None) -> Reservation:
+    """The reservation of a migration that was never heard of."""
+    return Reservation(migration_id=migration_id, options=options or ReservationOptions())
 
 
-def is_current(reservation: Reservation, event: ReservationEvent) -> bool:
+def is_current(reservation: Reservation, event: DestinationEvent) -> bool:
     """True if `event` is about this reservation as it stands; the host drops it otherwise."""
     if event.migration_id != reservation.migration_id:
         return False
     match event:
-        case StageAnnounced():
+        case CopyBlocks():
             return event.stage == reservation.stage + 1
         case BlocksWritten():
             return event.stage == reservation.stage
-        case ReservationExpired():
+        case DeadlineExpired():
             return (event.state, event.stage) == (reservation.state, reservation.stage)
     return True
 
 
-def timeout_s(reservation: Reservation, options: ReservationOptions) -> float | None:
-    """How long to wait before ReservationExpired, from when `restarts_timer` says so; None if
-    there is no limit."""
+def wait(reservation: Reservation) -> tuple[float, DeadlineExpired] | None:
+    """How many seconds to wait in this state, from when `restarts_timer` says so, and for what
+    event; None if there is no limit."""
+    options = reservation.options
     match reservation.state:
-        case (
-            ReservationState.ALLOCATING
-            | ReservationState.RESERVED
-            | ReservationState.RECEIVING
-            | ReservationState.COMMIT_PENDING
-        ):
-            return options.reservation_timeout_s
+        case ReservationState.ABSENT | ReservationState.ADMITTING:
+            return None
         case ReservationState.COMMITTED:
-            return options.acknowledge_interval_s
+            timeout_s = options.acknowledge_interval_s
         case ReservationState.RELEASED:
-            return options.tombstone_s
-    return None
+            timeout_s = options.tombstone_s
+        case _:
+            timeout_s = options.reservation_timeout_s
+    expired = DeadlineExpired(
+        migration_id=reservation.migration_id, state=reservation.state, stage=reservation.stage
+    )
+    return timeout_s, expired
 
 
-def restarts_timer(before: Reservation, event: ReservationEvent, after: Reservation) -> bool:
+def restarts_timer(before: Reservation, event: DestinationEvent, after: Reservation) -> bool:
     """True if the wait begins anew: state or stage changed, or it is over and changed neither."""
     moved = (after.state, after.stage) != (before.state, before.stage)
-    return moved or isinstance(event, ReservationExpired)
+    return moved or isinstance(event, DeadlineExpired)
 
 
 def advance(
-    reservation: Reservation, event: ReservationEvent
-) -> tuple[Reservation, tuple[ReservationCommand, ...]]:
+    reservation: Reservation, event: DestinationEvent
+) -> tuple[Reservation, tuple[DestinationCommand, ...]]:
     """The reservation after `event`, and what is to be done about it, in order.
 
     Raises IllegalTransition for an event that cannot occur in this state.
@@ -152,32 +96,32 @@ def advance(
     return entered, tuple(command(entered) for command in rule.do)
 
 
-def _absorb(reservation: Reservation, event: ReservationEvent) -> Reservation:
+def _absorb(reservation: Reservation, event: DestinationEvent) -> Reservation:
     """Take over the facts that an event states, before any rule is chosen."""
     match event:
-        case ReservationRequested():
+        case ReserveBlocks():
             return replace(reservation, request_id=event.request_id, source=event.source)
-        case StageAnnounced():
+        case CopyBlocks():
             return replace(
                 reservation,
                 stage=event.stage,
                 first_block=event.first_block,
                 num_stage_blocks=event.num_blocks,
             )
-        case CommitRequested():
+        case CommitRequest():
             return replace(reservation, num_commit_blocks=event.num_blocks)
-        case AbortRequested():
+        case AbortAtDestination():
             return replace(reservation, request_id=event.request_id)
         case BlocksAllocated():
             return replace(reservation, num_blocks_written=event.num_cached_blocks)
         case BlocksWritten():
             return replace(reservation, num_blocks_written=event.num_blocks_total)
-        case SourceLost(is_dead=True):
+        case PeerLost(is_dead=True):
             return replace(reservation, source_is_dead=True)
     return reservation
 
 
-def _enter(reservation: Reservation, rule: DestinationRule, event: ReservationEvent) -> Reservation:
+def _enter(reservation: Reservation, rule: DestinationRule, event: DestinationEvent) -> Reservation:
     if rule.reason is None:
         return replace(reservation, state=rule.to)
     assert isinstance(rule.reason, ReleaseReason)

@@ -1,7 +1,7 @@
 """Record of one migration at the destination, and how long it waits.
 
 Invariant: the first `num_blocks_written` blocks of a reservation equal the source's. Knows neither
-the rules (core/migration_destination_rules.py) nor the messages' way.
+the rules (`rules`) nor the messages' way.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from llumsched.core.migration.destination.messages import ReservationState
+from llumsched.core.migration.destination.events import ReservationState
 
 
 class ReleaseReason(StrEnum):
@@ -52,6 +52,7 @@ class Reservation:
     """
 
     migration_id: str
+    options: ReservationOptions
     request_id: str = ""
     source: str = ""
     state: ReservationState = ReservationState.ABSENT

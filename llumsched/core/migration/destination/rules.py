@@ -8,37 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llumsched.core.migration.destination.messages import (
+from llumsched.core.migration.destination.events import (
     EVENTS,
     AbortRequest,
-    AbortRequested,
-    AcknowledgeCommit,
     AdmissionFailed,
     AdmitRequest,
     AllocateBlocks,
     AllocationFailed,
     BlocksAllocated,
     BlocksWritten,
-    CommitQueried,
-    CommitRequested,
-    ConfirmCopy,
-    ConfirmReservation,
+    DestinationCommand,
+    DestinationEvent,
     FreeBlocks,
-    MigrationClosed,
     ReceiveBlocks,
-    RefuseCommit,
-    RejectReservation,
-    ReleaseRequested,
     RequestAdmitted,
-    ReservationCommand,
-    ReservationEvent,
-    ReservationExpired,
-    ReservationRequested,
     ReservationState,
-    SourceLost,
-    StageAnnounced,
 )
 from llumsched.core.migration.destination.record import ReleaseReason, Reservation
+from llumsched.core.migration.events import DeadlineExpired, PeerLost
+from llumsched.core.migration.messages import (
+    AbortAtDestination,
+    BlocksCopied,
+    BlocksReserved,
+    CloseMigration,
+    CommitAcknowledged,
+    CommitRefused,
+    CommitRequest,
+    CopyBlocks,
+    QueryCommit,
+    ReleaseReservation,
+    ReservationRejected,
+    ReserveBlocks,
+)
 from llumsched.core.migration.table import Rule, TransitionTable
 
 # Guards.
@@ -59,11 +60,11 @@ def source_is_dead(reservation: Reservation) -> bool:
 # Commands.
 
 
-def allocate_blocks(reservation: Reservation) -> ReservationCommand:
+def allocate_blocks(reservation: Reservation) -> DestinationCommand:
     return AllocateBlocks(migration_id=reservation.migration_id, request_id=reservation.request_id)
 
 
-def receive_blocks(reservation: Reservation) -> ReservationCommand:
+def receive_blocks(reservation: Reservation) -> DestinationCommand:
     return ReceiveBlocks(
         migration_id=reservation.migration_id,
         request_id=reservation.request_id,
@@ -73,61 +74,48 @@ def receive_blocks(reservation: Reservation) -> ReservationCommand:
     )
 
 
-def admit_request(reservation: Reservation) -> ReservationCommand:
+def admit_request(reservation: Reservation) -> DestinationCommand:
     return AdmitRequest(migration_id=reservation.migration_id, request_id=reservation.request_id)
 
 
-def free_blocks(reservation: Reservation) -> ReservationCommand:
+def free_blocks(reservation: Reservation) -> DestinationCommand:
     return FreeBlocks(migration_id=reservation.migration_id, request_id=reservation.request_id)
 
 
-def abort_request(reservation: Reservation) -> ReservationCommand:
+def abort_request(reservation: Reservation) -> DestinationCommand:
     return AbortRequest(migration_id=reservation.migration_id, request_id=reservation.request_id)
 
 
-def confirm_reservation(reservation: Reservation) -> ReservationCommand:
-    return ConfirmReservation(
-        migration_id=reservation.migration_id,
-        request_id=reservation.request_id,
-        num_cached_blocks=reservation.num_blocks_written,
+def confirm_reservation(reservation: Reservation) -> DestinationCommand:
+    return BlocksReserved(
+        migration_id=reservation.migration_id, num_cached_blocks=reservation.num_blocks_written
     )
 
 
-def reject_reservation(reservation: Reservation) -> ReservationCommand:
-    return RejectReservation(
-        migration_id=reservation.migration_id,
-        request_id=reservation.request_id,
-        reason=reservation.reason,
-    )
+def reject_reservation(reservation: Reservation) -> DestinationCommand:
+    return ReservationRejected(migration_id=reservation.migration_id, reason=reservation.reason)
 
 
-def confirm_copy(reservation: Reservation) -> ReservationCommand:
-    return ConfirmCopy(
+def confirm_copy(reservation: Reservation) -> DestinationCommand:
+    return BlocksCopied(
         migration_id=reservation.migration_id,
-        request_id=reservation.request_id,
         stage=reservation.stage,
         num_blocks_total=reservation.num_blocks_written,
     )
 
 
-def acknowledge_commit(reservation: Reservation) -> ReservationCommand:
-    return AcknowledgeCommit(
-        migration_id=reservation.migration_id, request_id=reservation.request_id
-    )
+def acknowledge_commit(reservation: Reservation) -> DestinationCommand:
+    return CommitAcknowledged(migration_id=reservation.migration_id)
 
 
-def refuse_commit(reservation: Reservation) -> ReservationCommand:
-    return RefuseCommit(
-        migration_id=reservation.migration_id,
-        request_id=reservation.request_id,
-        reason=reservation.reason,
-    )
+def refuse_commit(reservation: Reservation) -> DestinationCommand:
+    return CommitRefused(migration_id=reservation.migration_id, reason=reservation.reason)
 
 
 # The table.
 
-DestinationRule = Rule[ReservationState, Reservation, ReservationCommand]
-Command = Callable[[Reservation], ReservationCommand]
+DestinationRule = Rule[ReservationState, Reservation, DestinationCommand]
+Command = Callable[[Reservation], DestinationCommand]
 
 ABSENT = ReservationState.ABSENT
 ALLOCATING = ReservationState.ALLOCATING
@@ -151,22 +139,22 @@ def _release(
     return Rule(to=RELEASED, do=do, when=when, reason=reason)
 
 
-_RULES: dict[tuple[ReservationState, type[ReservationEvent]], tuple[DestinationRule, ...]] = {
+_RULES: dict[tuple[ReservationState, type[DestinationEvent]], tuple[DestinationRule, ...]] = {
     # Nothing is held. What comes before its ReserveBlocks has overtaken it, so that is refused too.
-    (ABSENT, ReservationRequested): (_go(ALLOCATING, allocate_blocks),),
-    (ABSENT, StageAnnounced): (_release(ReleaseReason.OUT_OF_STEP, reject_reservation),),
-    (ABSENT, CommitRequested): (_release(ReleaseReason.COMMIT_UNKNOWN, refuse_commit),),
-    (ABSENT, CommitQueried): (_release(ReleaseReason.COMMIT_UNKNOWN, refuse_commit),),
-    (ABSENT, ReleaseRequested): (_release(ReleaseReason.RELEASED_BY_SOURCE),),
-    (ABSENT, AbortRequested): (_go(ABSENT, abort_request),),
+    (ABSENT, ReserveBlocks): (_go(ALLOCATING, allocate_blocks),),
+    (ABSENT, CopyBlocks): (_release(ReleaseReason.OUT_OF_STEP, reject_reservation),),
+    (ABSENT, CommitRequest): (_release(ReleaseReason.COMMIT_UNKNOWN, refuse_commit),),
+    (ABSENT, QueryCommit): (_release(ReleaseReason.COMMIT_UNKNOWN, refuse_commit),),
+    (ABSENT, ReleaseReservation): (_release(ReleaseReason.RELEASED_BY_SOURCE),),
+    (ABSENT, AbortAtDestination): (_go(ABSENT, abort_request),),
     # Blocks are held, or asked for.
     (ALLOCATING, BlocksAllocated): (_go(RESERVED, confirm_reservation),),
     (ALLOCATING, AllocationFailed): (_release(ReleaseReason.NO_ROOM, reject_reservation),),
-    (ALLOCATING, CommitRequested): (
+    (ALLOCATING, CommitRequest): (
         _release(ReleaseReason.COMMIT_INCOMPLETE, free_blocks, refuse_commit),
     ),
     **{
-        (state, StageAnnounced): (
+        (state, CopyBlocks): (
             _go(RECEIVING, receive_blocks, when=in_step),
             _release(ReleaseReason.OUT_OF_STEP, free_blocks, reject_reservation),
         )
@@ -177,7 +165,7 @@ _RULES: dict[tuple[ReservationState, type[ReservationEvent]], tuple[DestinationR
         _release(ReleaseReason.NO_ROOM, free_blocks, reject_reservation),
     ),
     **{
-        (state, CommitRequested): (
+        (state, CommitRequest): (
             _go(ADMITTING, admit_request, when=complete),
             _go(COMMIT_PENDING),
         )
@@ -187,15 +175,15 @@ _RULES: dict[tuple[ReservationState, type[ReservationEvent]], tuple[DestinationR
         (state, event): (_release(reason, free_blocks, *do),)
         for state in (ALLOCATING, RESERVED, RECEIVING)
         for event, reason, do in (
-            (CommitQueried, ReleaseReason.NOT_COMMITTED_WHEN_ASKED, (refuse_commit,)),
-            (ReleaseRequested, ReleaseReason.RELEASED_BY_SOURCE, ()),
-            (ReservationExpired, ReleaseReason.EXPIRED, (reject_reservation,)),
-            (SourceLost, ReleaseReason.SOURCE_LOST, ()),
+            (QueryCommit, ReleaseReason.NOT_COMMITTED_WHEN_ASKED, (refuse_commit,)),
+            (ReleaseReservation, ReleaseReason.RELEASED_BY_SOURCE, ()),
+            (DeadlineExpired, ReleaseReason.EXPIRED, (reject_reservation,)),
+            (PeerLost, ReleaseReason.SOURCE_LOST, ()),
         )
     },
     # The commit comes along with the last stage, so it may be here first. Until that stage is
     # complete nothing is promised.
-    (COMMIT_PENDING, StageAnnounced): (
+    (COMMIT_PENDING, CopyBlocks): (
         _go(COMMIT_PENDING, receive_blocks, when=in_step),
         _release(ReleaseReason.OUT_OF_STEP, free_blocks, refuse_commit),
     ),
@@ -207,9 +195,9 @@ _RULES: dict[tuple[ReservationState, type[ReservationEvent]], tuple[DestinationR
         (COMMIT_PENDING, event): (_release(reason, free_blocks, *do),)
         for event, reason, do in (
             (AllocationFailed, ReleaseReason.NO_ROOM, (refuse_commit,)),
-            (CommitQueried, ReleaseReason.NOT_COMMITTED_WHEN_ASKED, (refuse_commit,)),
-            (ReservationExpired, ReleaseReason.EXPIRED, (refuse_commit,)),
-            (SourceLost, ReleaseReason.SOURCE_LOST, ()),
+            (QueryCommit, ReleaseReason.NOT_COMMITTED_WHEN_ASKED, (refuse_commit,)),
+            (DeadlineExpired, ReleaseReason.EXPIRED, (refuse_commit,)),
+            (PeerLost, ReleaseReason.SOURCE_LOST, ()),
         )
     },
     # The engine is at it; whatever was asked meanwhile is answered by the outcome.
@@ -220,60 +208,60 @@ _RULES: dict[tuple[ReservationState, type[ReservationEvent]], tuple[DestinationR
     (ADMITTING, AdmissionFailed): (
         _release(ReleaseReason.ADMISSION_FAILED, free_blocks, refuse_commit),
     ),
-    (ADMITTING, SourceLost): (_go(ADMITTING),),
+    (ADMITTING, PeerLost): (_go(ADMITTING),),
     # The request runs here. The record answers for it until nobody can ask any more.
-    (COMMITTED, CommitRequested): (_go(COMMITTED, acknowledge_commit),),
-    (COMMITTED, CommitQueried): (_go(COMMITTED, acknowledge_commit),),
-    (COMMITTED, ReservationExpired): (_go(COMMITTED, acknowledge_commit),),
-    (COMMITTED, AbortRequested): (_release(ReleaseReason.CLOSED, abort_request),),
-    (COMMITTED, MigrationClosed): (_release(ReleaseReason.CLOSED),),
-    (COMMITTED, SourceLost): (
+    (COMMITTED, CommitRequest): (_go(COMMITTED, acknowledge_commit),),
+    (COMMITTED, QueryCommit): (_go(COMMITTED, acknowledge_commit),),
+    (COMMITTED, DeadlineExpired): (_go(COMMITTED, acknowledge_commit),),
+    (COMMITTED, AbortAtDestination): (_release(ReleaseReason.CLOSED, abort_request),),
+    (COMMITTED, CloseMigration): (_release(ReleaseReason.CLOSED),),
+    (COMMITTED, PeerLost): (
         _release(ReleaseReason.CLOSED, when=source_is_dead),
         _go(COMMITTED),
     ),
     # A tombstone.
-    (RELEASED, ReservationRequested): (_go(RELEASED, reject_reservation),),
-    (RELEASED, StageAnnounced): (_go(RELEASED, reject_reservation),),
-    (RELEASED, CommitRequested): (_go(RELEASED, refuse_commit),),
-    (RELEASED, CommitQueried): (_go(RELEASED, refuse_commit),),
-    (RELEASED, AbortRequested): (_go(RELEASED, abort_request),),
-    (RELEASED, ReservationExpired): (_go(ABSENT),),
+    (RELEASED, ReserveBlocks): (_go(RELEASED, reject_reservation),),
+    (RELEASED, CopyBlocks): (_go(RELEASED, reject_reservation),),
+    (RELEASED, CommitRequest): (_go(RELEASED, refuse_commit),),
+    (RELEASED, QueryCommit): (_go(RELEASED, refuse_commit),),
+    (RELEASED, AbortAtDestination): (_go(RELEASED, abort_request),),
+    (RELEASED, DeadlineExpired): (_go(ABSENT),),
 }
 
 _LOCAL = (BlocksAllocated, AllocationFailed, BlocksWritten)
 
-_IGNORED: frozenset[tuple[ReservationState, type[ReservationEvent]]] = frozenset(
+_IGNORED: frozenset[tuple[ReservationState, type[DestinationEvent]]] = frozenset(
     {
         # Doubled on the link.
         *(
-            (state, ReservationRequested)
+            (state, ReserveBlocks)
             for state in (ALLOCATING, RESERVED, RECEIVING, COMMIT_PENDING, ADMITTING, COMMITTED)
         ),
-        (COMMIT_PENDING, CommitRequested),
-        *((state, StageAnnounced) for state in (ADMITTING, COMMITTED)),
-        *((state, MigrationClosed) for state in (RELEASED, ABSENT)),
-        (RELEASED, ReleaseRequested),
+        (COMMIT_PENDING, CommitRequest),
+        *((state, CopyBlocks) for state in (ADMITTING, COMMITTED)),
+        *((state, CloseMigration) for state in (RELEASED, ABSENT)),
+        (RELEASED, ReleaseReservation),
         # The stage of a reservation that was lost: its ReserveBlocks has come again, later.
-        (ALLOCATING, StageAnnounced),
+        (ALLOCATING, CopyBlocks),
         # The outcome of the admission is the answer.
-        (ADMITTING, CommitRequested),
-        (ADMITTING, CommitQueried),
+        (ADMITTING, CommitRequest),
+        (ADMITTING, QueryCommit),
         # The engine finished what the release came too late for; FreeBlocks follows it.
         *((state, event) for state in (RELEASED, ABSENT) for event in _LOCAL),
         # Nothing is at stake here any more.
-        *((state, SourceLost) for state in (RELEASED, ABSENT)),
+        *((state, PeerLost) for state in (RELEASED, ABSENT)),
     }
 )
 
-_ILLEGAL: frozenset[tuple[ReservationState, type[ReservationEvent]]] = frozenset(
+_ILLEGAL: frozenset[tuple[ReservationState, type[DestinationEvent]]] = frozenset(
     {
         # The source gives up or commits, never both.
-        *((state, ReleaseRequested) for state in (COMMIT_PENDING, ADMITTING, COMMITTED)),
+        *((state, ReleaseReservation) for state in (COMMIT_PENDING, ADMITTING, COMMITTED)),
         # The source speaks of a commit that was not acknowledged.
         *(
             (state, event)
             for state in (ALLOCATING, RESERVED, RECEIVING, COMMIT_PENDING, ADMITTING)
-            for event in (AbortRequested, MigrationClosed)
+            for event in (AbortAtDestination, CloseMigration)
         ),
         # The engine answers what it was not asked, or twice.
         *(
@@ -289,11 +277,11 @@ _ILLEGAL: frozenset[tuple[ReservationState, type[ReservationEvent]]] = frozenset
             for event in (RequestAdmitted, AdmissionFailed)
         ),
         # These states have no deadline.
-        *((state, ReservationExpired) for state in (ABSENT, ADMITTING)),
+        *((state, DeadlineExpired) for state in (ABSENT, ADMITTING)),
     }
 )
 
-TABLE: TransitionTable[ReservationState, Reservation, ReservationEvent, ReservationCommand] = (
+TABLE: TransitionTable[ReservationState, Reservation, DestinationEvent, DestinationCommand] = (
     TransitionTable(
         states=ReservationState, events=EVENTS, rules=_RULES, ignored=_IGNORED, illegal=_ILLEGAL
     )

@@ -8,87 +8,24 @@ suspended and never guesses.
 
 Invariant: a request that the source may decode is one that the destination has not been asked to
 take over, has refused, or died with. Late messages are dropped with `is_current` before the table.
-Knows no clock (`timeout_s` says how long the host may wait in a state), no engine, no link.
+Knows no clock (`wait` says how long the host may wait in a state), no engine, no link.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from llumsched.core.migration.source.messages import (
-    EVENTS,
-    AbortAtDestination,
-    BlocksCopied,
-    BlocksReserved,
-    CloseMigration,
-    CommitAcknowledged,
-    CommitRefused,
-    CommitRequest,
-    CopyBlocks,
-    DeadlineExpired,
-    MigrationCommand,
-    MigrationEvent,
+from llumsched.core.migration.events import DeadlineExpired, PeerLost
+from llumsched.core.migration.messages import BlocksCopied, BlocksReserved
+from llumsched.core.migration.source.events import (
+    AbortedAtSource,
     MigrationState,
-    PeerLost,
-    QueryCommit,
-    ReleaseBlocks,
-    RequestAborted,
-    RequestFinished,
-    RequestPreempted,
     RequestSuspended,
-    ReservationRejected,
-    ReserveBlocks,
-    ResumeRequest,
-    Side,
-    SuspendRequest,
+    SourceCommand,
+    SourceEvent,
 )
-from llumsched.core.migration.source.record import (
-    TERMINAL_STATES,
-    AbortReason,
-    Migration,
-    MigrationOptions,
-)
+from llumsched.core.migration.source.record import AbortReason, Migration, MigrationOptions
 from llumsched.core.migration.source.rules import TABLE, SourceRule, copy_blocks, reserve_blocks
-from llumsched.core.migration.table import IllegalTransition
-
-__all__ = [
-    "EVENTS",
-    "TABLE",
-    "TERMINAL_STATES",
-    "AbortAtDestination",
-    "AbortReason",
-    "BlocksCopied",
-    "BlocksReserved",
-    "CloseMigration",
-    "CommitAcknowledged",
-    "CommitRefused",
-    "CommitRequest",
-    "CopyBlocks",
-    "DeadlineExpired",
-    "IllegalTransition",
-    "Migration",
-    "MigrationCommand",
-    "MigrationEvent",
-    "MigrationOptions",
-    "MigrationState",
-    "PeerLost",
-    "QueryCommit",
-    "ReleaseBlocks",
-    "RequestAborted",
-    "RequestFinished",
-    "RequestPreempted",
-    "RequestSuspended",
-    "ReservationRejected",
-    "ReserveBlocks",
-    "ResumeRequest",
-    "Side",
-    "SuspendRequest",
-    "advance",
-    "is_current",
-    "restarts_timer",
-    "start",
-    "timeout_s",
-]
 
 
 def start(
@@ -99,7 +36,7 @@ def start(
     destination: str,
     num_preemptions: int,
     options: MigrationOptions | None = None,
-) -> tuple[Migration, tuple[MigrationCommand, ...]]:
+) -> tuple[Migration, tuple[SourceCommand, ...]]:
     """Begin: the migration in RESERVING and its first command."""
     migration = Migration(
         migration_id=migration_id,
@@ -113,7 +50,7 @@ def start(
     return migration, (reserve_blocks(migration),)
 
 
-def is_current(migration: Migration, event: MigrationEvent) -> bool:
+def is_current(migration: Migration, event: SourceEvent) -> bool:
     """True if `event` is about this migration as it stands; the host drops it otherwise."""
     if event.migration_id != migration.migration_id:
         return False
@@ -125,11 +62,11 @@ def is_current(migration: Migration, event: MigrationEvent) -> bool:
     return True
 
 
-def timeout_s(migration: Migration) -> float | None:
-    """How long to wait before DeadlineExpired, from when `restarts_timer` says so; None in a
-    terminal state."""
+def wait(migration: Migration) -> tuple[float, DeadlineExpired] | None:
+    """How many seconds to wait in this state, from when `restarts_timer` says so, and for what
+    event; None in a terminal state."""
     options = migration.options
-    return {
+    timeout_s = {
         MigrationState.RESERVING: options.reserve_timeout_s,
         MigrationState.COPYING: options.stage_timeout_s,
         MigrationState.SUSPENDING: options.suspend_timeout_s,
@@ -137,17 +74,23 @@ def timeout_s(migration: Migration) -> float | None:
         + (options.final_stage_timeout_s if migration.num_blocks_left else 0.0),
         MigrationState.RESOLVING: options.query_interval_s,
     }.get(migration.state)
+    if timeout_s is None:
+        return None
+    expired = DeadlineExpired(
+        migration_id=migration.migration_id, state=migration.state, stage=migration.stage
+    )
+    return timeout_s, expired
 
 
-def restarts_timer(before: Migration, event: MigrationEvent, after: Migration) -> bool:
+def restarts_timer(before: Migration, event: SourceEvent, after: Migration) -> bool:
     """True if the wait begins anew: state or stage changed, or it is over and changed neither."""
     moved = (after.state, after.stage) != (before.state, before.stage)
     return moved or isinstance(event, DeadlineExpired)
 
 
 def advance(
-    migration: Migration, event: MigrationEvent
-) -> tuple[Migration, tuple[MigrationCommand, ...]]:
+    migration: Migration, event: SourceEvent
+) -> tuple[Migration, tuple[SourceCommand, ...]]:
     """The migration after `event`, and what is to be done about it, in order.
 
     Raises IllegalTransition for an event that cannot occur in this state.
@@ -160,7 +103,7 @@ def advance(
     return entered, tuple(command(entered) for command in rule.do)
 
 
-def _absorb(migration: Migration, event: MigrationEvent) -> Migration:
+def _absorb(migration: Migration, event: SourceEvent) -> Migration:
     """Take over the facts that an event states, before any rule is chosen."""
     match event:
         case BlocksReserved():
@@ -183,14 +126,14 @@ def _absorb(migration: Migration, event: MigrationEvent) -> Migration:
                 num_copyable_blocks=migration.num_blocks_copied + event.num_blocks_to_copy,
                 num_preemptions=event.num_preemptions,
             )
-        case RequestAborted():
+        case AbortedAtSource():
             return replace(migration, abort_requested=True)
         case PeerLost(is_dead=True):
             return replace(migration, destination_is_dead=True)
     return migration
 
 
-def _enter(migration: Migration, rule: SourceRule, event: MigrationEvent) -> Migration:
+def _enter(migration: Migration, rule: SourceRule, event: SourceEvent) -> Migration:
     if copy_blocks in rule.do:
         migration = replace(
             migration, stage=migration.stage + 1, num_stage_blocks=migration.num_blocks_left

@@ -1,7 +1,7 @@
 """Record of one migration at the source, and the limits it works within.
 
 Invariant: `num_blocks_copied` blocks are at the destination and will not change at the source.
-Knows neither the rules (core/migration_rules.py) nor the messages' way.
+Knows neither the rules (`rules`) nor the messages' way.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from llumsched.core.migration.source.messages import MigrationState
+from llumsched.core.migration.source.events import MigrationState
 from llumsched.core.params import ParamError, check_params, param
 
 TERMINAL_STATES = frozenset({MigrationState.COMMITTED, MigrationState.ABORTED})

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llumsched.core.migration.source.messages import (
-    EVENTS,
+from llumsched.core.migration.events import DeadlineExpired, PeerLost
+from llumsched.core.migration.messages import (
     AbortAtDestination,
     BlocksCopied,
     BlocksReserved,
@@ -18,21 +18,22 @@ from llumsched.core.migration.source.messages import (
     CommitRefused,
     CommitRequest,
     CopyBlocks,
-    DeadlineExpired,
-    MigrationCommand,
-    MigrationEvent,
-    MigrationState,
-    PeerLost,
     QueryCommit,
-    ReleaseBlocks,
-    RequestAborted,
-    RequestFinished,
-    RequestPreempted,
-    RequestSuspended,
+    ReleaseReservation,
     ReservationRejected,
     ReserveBlocks,
+)
+from llumsched.core.migration.source.events import (
+    EVENTS,
+    AbortedAtSource,
+    FinishedAtSource,
+    MigrationState,
+    PreemptedAtSource,
+    ReleaseRequest,
+    RequestSuspended,
     ResumeRequest,
-    Side,
+    SourceCommand,
+    SourceEvent,
     SuspendRequest,
 )
 from llumsched.core.migration.source.record import TERMINAL_STATES, AbortReason, Migration
@@ -80,22 +81,25 @@ def destination_is_dead(migration: Migration) -> bool:
 # Commands.
 
 
-def reserve_blocks(migration: Migration) -> MigrationCommand:
-    return ReserveBlocks(migration_id=migration.migration_id, request_id=migration.request_id)
-
-
-def copy_blocks(migration: Migration) -> MigrationCommand:
-    return CopyBlocks(
+def reserve_blocks(migration: Migration) -> SourceCommand:
+    return ReserveBlocks(
         migration_id=migration.migration_id,
         request_id=migration.request_id,
-        stage=migration.stage,
-        first_block=migration.num_blocks_copied,
-        num_blocks=migration.num_stage_blocks,
-        final=migration.state is MigrationState.COMMITTING,
+        source=migration.source,
     )
 
 
-def suspend_request(migration: Migration) -> MigrationCommand:
+def copy_blocks(migration: Migration) -> SourceCommand:
+    return CopyBlocks(
+        migration_id=migration.migration_id,
+        stage=migration.stage,
+        first_block=migration.num_blocks_copied,
+        num_blocks=migration.num_stage_blocks,
+        is_final=migration.state is MigrationState.COMMITTING,
+    )
+
+
+def suspend_request(migration: Migration) -> SourceCommand:
     return SuspendRequest(
         migration_id=migration.migration_id,
         request_id=migration.request_id,
@@ -103,52 +107,49 @@ def suspend_request(migration: Migration) -> MigrationCommand:
     )
 
 
-def commit_request(migration: Migration) -> MigrationCommand:
+def commit_request(migration: Migration) -> SourceCommand:
     return CommitRequest(
         migration_id=migration.migration_id,
-        request_id=migration.request_id,
         num_blocks=migration.num_blocks_copied + migration.num_blocks_left,
     )
 
 
-def query_commit(migration: Migration) -> MigrationCommand:
-    return QueryCommit(migration_id=migration.migration_id, request_id=migration.request_id)
+def query_commit(migration: Migration) -> SourceCommand:
+    return QueryCommit(migration_id=migration.migration_id)
 
 
-def release_source(migration: Migration) -> MigrationCommand:
-    return ReleaseBlocks(
-        migration_id=migration.migration_id, request_id=migration.request_id, side=Side.SOURCE
+def release_request(migration: Migration) -> SourceCommand:
+    return ReleaseRequest(migration_id=migration.migration_id, request_id=migration.request_id)
+
+
+def release_reservation(migration: Migration) -> SourceCommand:
+    return ReleaseReservation(
+        migration_id=migration.migration_id, reason=migration.abort_reason or ""
     )
 
 
-def release_destination(migration: Migration) -> MigrationCommand:
-    return ReleaseBlocks(
-        migration_id=migration.migration_id, request_id=migration.request_id, side=Side.DESTINATION
-    )
-
-
-def resume_request(migration: Migration) -> MigrationCommand:
+def resume_request(migration: Migration) -> SourceCommand:
     return ResumeRequest(migration_id=migration.migration_id, request_id=migration.request_id)
 
 
-def resume_after_death(migration: Migration) -> MigrationCommand:
+def resume_after_death(migration: Migration) -> SourceCommand:
     return ResumeRequest(
         migration_id=migration.migration_id, request_id=migration.request_id, may_have_decoded=True
     )
 
 
-def abort_at_destination(migration: Migration) -> MigrationCommand:
+def abort_at_destination(migration: Migration) -> SourceCommand:
     return AbortAtDestination(migration_id=migration.migration_id, request_id=migration.request_id)
 
 
-def close_migration(migration: Migration) -> MigrationCommand:
-    return CloseMigration(migration_id=migration.migration_id, request_id=migration.request_id)
+def close_migration(migration: Migration) -> SourceCommand:
+    return CloseMigration(migration_id=migration.migration_id)
 
 
 # The table.
 
-SourceRule = Rule[MigrationState, Migration, MigrationCommand]
-Command = Callable[[Migration], MigrationCommand]
+SourceRule = Rule[MigrationState, Migration, SourceCommand]
+Command = Callable[[Migration], SourceCommand]
 
 RESERVING = MigrationState.RESERVING
 COPYING = MigrationState.COPYING
@@ -172,112 +173,111 @@ def _abort(
 
 
 _REFUSED = (
-    _abort(AbortReason.REQUEST_ABORTED, release_source, when=abort_requested),
+    _abort(AbortReason.REQUEST_ABORTED, release_request, when=abort_requested),
     _abort(AbortReason.COMMIT_REFUSED, resume_request),
 )
 _ACKNOWLEDGED = (
-    _go(COMMITTED, release_source, abort_at_destination, when=abort_requested),
-    _go(COMMITTED, release_source, close_migration),
+    _go(COMMITTED, release_request, abort_at_destination, when=abort_requested),
+    _go(COMMITTED, release_request, close_migration),
 )
 _DEAD = (
-    _abort(AbortReason.REQUEST_ABORTED, release_source, when=dead_and_abort_requested),
+    _abort(AbortReason.REQUEST_ABORTED, release_request, when=dead_and_abort_requested),
     _abort(AbortReason.PEER_LOST, resume_after_death, when=destination_is_dead),
 )
 
-_RULES: dict[tuple[MigrationState, type[MigrationEvent]], tuple[SourceRule, ...]] = {
+_RULES: dict[tuple[MigrationState, type[SourceEvent]], tuple[SourceRule, ...]] = {
     # The request decodes at the source; nothing needs undoing there.
     (RESERVING, BlocksReserved): (
-        _abort(AbortReason.REQUEST_PREEMPTED, release_destination, when=preempted),
+        _abort(AbortReason.REQUEST_PREEMPTED, release_reservation, when=preempted),
         _go(SUSPENDING, suspend_request, when=little_left),
         _go(COPYING, copy_blocks),
     ),
     (COPYING, BlocksCopied): (
-        _abort(AbortReason.REQUEST_PREEMPTED, release_destination, when=preempted),
+        _abort(AbortReason.REQUEST_PREEMPTED, release_reservation, when=preempted),
         _go(SUSPENDING, suspend_request, when=little_left),
         _go(COPYING, copy_blocks, when=stages_shrink),
         _go(SUSPENDING, suspend_request, when=worth_a_pause),
-        _abort(AbortReason.DECODES_FASTER_THAN_LINK, release_destination),
+        _abort(AbortReason.DECODES_FASTER_THAN_LINK, release_reservation),
     ),
     **{
         (state, event): (_abort(reason, *do),)
         for state in (RESERVING, COPYING)
         for event, reason, do in (
             (ReservationRejected, AbortReason.RESERVATION_REJECTED, ()),
-            (RequestFinished, AbortReason.REQUEST_FINISHED, (release_destination,)),
+            (FinishedAtSource, AbortReason.REQUEST_FINISHED, (release_reservation,)),
             (
-                RequestAborted,
+                AbortedAtSource,
                 AbortReason.REQUEST_ABORTED,
-                (release_source, release_destination),
+                (release_request, release_reservation),
             ),
-            (RequestPreempted, AbortReason.REQUEST_PREEMPTED, (release_destination,)),
-            (DeadlineExpired, AbortReason.DEADLINE_EXPIRED, (release_destination,)),
-            (PeerLost, AbortReason.PEER_LOST, (release_destination,)),
+            (PreemptedAtSource, AbortReason.REQUEST_PREEMPTED, (release_reservation,)),
+            (DeadlineExpired, AbortReason.DEADLINE_EXPIRED, (release_reservation,)),
+            (PeerLost, AbortReason.PEER_LOST, (release_reservation,)),
         )
     },
     # The request is suspended, or about to be; the destination has not been asked to take over.
     # It is asked along with the last stage, and does so when it has that stage: a reply between the
     # two would only prolong the pause.
     (SUSPENDING, RequestSuspended): (
-        _abort(AbortReason.REQUEST_PREEMPTED, release_destination, resume_request, when=preempted),
+        _abort(AbortReason.REQUEST_PREEMPTED, release_reservation, resume_request, when=preempted),
         _go(COMMITTING, commit_request, when=nothing_left),
         _go(COMMITTING, copy_blocks, commit_request),
     ),
     # The suspension may still be on its way to the engine, so a preempted request resumes too.
-    (SUSPENDING, RequestPreempted): (
-        _abort(AbortReason.REQUEST_PREEMPTED, release_destination, resume_request),
+    (SUSPENDING, PreemptedAtSource): (
+        _abort(AbortReason.REQUEST_PREEMPTED, release_reservation, resume_request),
     ),
-    (SUSPENDING, RequestFinished): (_abort(AbortReason.REQUEST_FINISHED, release_destination),),
+    (SUSPENDING, FinishedAtSource): (_abort(AbortReason.REQUEST_FINISHED, release_reservation),),
     **{
         (SUSPENDING, event): (_abort(reason, *do),)
         for event, reason, do in (
             (ReservationRejected, AbortReason.RESERVATION_REJECTED, (resume_request,)),
             (
-                RequestAborted,
+                AbortedAtSource,
                 AbortReason.REQUEST_ABORTED,
-                (release_source, release_destination),
+                (release_request, release_reservation),
             ),
             (
                 DeadlineExpired,
                 AbortReason.DEADLINE_EXPIRED,
-                (release_destination, resume_request),
+                (release_reservation, resume_request),
             ),
-            (PeerLost, AbortReason.PEER_LOST, (release_destination, resume_request)),
+            (PeerLost, AbortReason.PEER_LOST, (release_reservation, resume_request)),
         )
     },
     # The destination decides now. A client's abort waits for the outcome, which says whose it is.
     (COMMITTING, CommitAcknowledged): _ACKNOWLEDGED,
     (COMMITTING, CommitRefused): _REFUSED,
-    (COMMITTING, RequestAborted): (_go(COMMITTING),),
+    (COMMITTING, AbortedAtSource): (_go(COMMITTING),),
     (COMMITTING, DeadlineExpired): (_go(RESOLVING, query_commit),),
     (COMMITTING, PeerLost): (*_DEAD, _go(RESOLVING, query_commit)),
     (RESOLVING, CommitAcknowledged): _ACKNOWLEDGED,
     (RESOLVING, CommitRefused): _REFUSED,
-    (RESOLVING, RequestAborted): (_go(RESOLVING),),
+    (RESOLVING, AbortedAtSource): (_go(RESOLVING),),
     (RESOLVING, DeadlineExpired): (_go(RESOLVING, query_commit),),
     (RESOLVING, PeerLost): (*_DEAD, _go(RESOLVING)),
-    # The destination repeats its acknowledgement until it knows that it was heard.
-    (COMMITTED, CommitAcknowledged): (
-        _go(COMMITTED, abort_at_destination, when=abort_requested),
-        _go(COMMITTED, close_migration),
-    ),
-    # The client may abort before it learns that the request has moved.
-    (COMMITTED, RequestAborted): (_go(COMMITTED, abort_at_destination),),
+    # The engine had it before it was told to drop the request.
+    (COMMITTED, AbortedAtSource): (_go(COMMITTED, abort_at_destination),),
 }
 
-_IGNORED: frozenset[tuple[MigrationState, type[MigrationEvent]]] = frozenset(
+_OVER: set[tuple[MigrationState, type[SourceEvent]]] = {
+    (state, event) for state in TERMINAL_STATES for event in EVENTS
+}
+
+_IGNORED: frozenset[tuple[MigrationState, type[SourceEvent]]] = frozenset(
     {
         # Doubled on the link.
         *((state, BlocksReserved) for state in (COPYING, SUSPENDING, COMMITTING, RESOLVING)),
         *((state, BlocksCopied) for state in (SUSPENDING, COMMITTING, RESOLVING)),
         # Only the answer to the commit decides its fate.
         *((state, ReservationRejected) for state in (COMMITTING, RESOLVING)),
-        # Over: the request's life goes on without the migration.
-        *((state, event) for state in TERMINAL_STATES for event in EVENTS),
+        # Over: the request's life goes on without the migration. A host answers acknowledgements
+        # that come again by itself, since it need not remember what is over.
+        *(_OVER - {(COMMITTED, AbortedAtSource)}),
     }
-    - {(COMMITTED, CommitAcknowledged), (COMMITTED, RequestAborted)}
 )
 
-_ILLEGAL: frozenset[tuple[MigrationState, type[MigrationEvent]]] = frozenset(
+_ILLEGAL: frozenset[tuple[MigrationState, type[SourceEvent]]] = frozenset(
     {
         # No stage has begun.
         (RESERVING, BlocksCopied),
@@ -287,7 +287,7 @@ _ILLEGAL: frozenset[tuple[MigrationState, type[MigrationEvent]]] = frozenset(
         *(
             (state, event)
             for state in (COMMITTING, RESOLVING)
-            for event in (RequestFinished, RequestPreempted)
+            for event in (FinishedAtSource, PreemptedAtSource)
         ),
         # The destination answers a commit that has not been requested.
         *(
@@ -298,8 +298,6 @@ _ILLEGAL: frozenset[tuple[MigrationState, type[MigrationEvent]]] = frozenset(
     }
 )
 
-TABLE: TransitionTable[MigrationState, Migration, MigrationEvent, MigrationCommand] = (
-    TransitionTable(
-        states=MigrationState, events=EVENTS, rules=_RULES, ignored=_IGNORED, illegal=_ILLEGAL
-    )
+TABLE: TransitionTable[MigrationState, Migration, SourceEvent, SourceCommand] = TransitionTable(
+    states=MigrationState, events=EVENTS, rules=_RULES, ignored=_IGNORED, illegal=_ILLEGAL
 )
