@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -23,7 +22,14 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.utils import allocate_kv_cache
 
 from llumsched.engine.transfer.blocks import KVBlocks
+from llumsched.engine.vllm.compat import first_of
 from llumsched.engine.vllm.migration.kv import open_blocks
+
+# 0.33 has it at the first place.
+get_kv_cache_config_from_groups = first_of(
+    ("vllm.v1.core.kv_cache_planning", "vllm.v1.core.kv_cache_utils"),
+    "get_kv_cache_config_from_groups",
+)
 
 NUM_BLOCKS = 7
 NUM_LAYERS = 3
