@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 
 import msgspec
 
@@ -217,9 +218,9 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
             case CommitAcknowledged():
                 now_s = time.perf_counter()
                 held_back_s = now_s - (self._next_token_at_s or now_s)
-                self._answer(msgspec.structs.replace(command, held_back_s=held_back_s))
+                self._answer(replace(command, held_back_s=held_back_s))
             case ReservationRejected():
-                self._answer(msgspec.structs.replace(command, refusal=self._refusal))
+                self._answer(replace(command, refusal=self._refusal))
             case ToSource():
                 self._answer(command)
             case _:

@@ -33,9 +33,9 @@ from llumsched.migration.messages import (
     StoreBlocks,
     Welcome,
     decode_peer,
+    encode_peer,
 )
 from llumsched.migration.rate_limit import RateLimiter
-from llumsched.wire.control import encode
 from llumsched.wire.keys import PoolKeys
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class PeerConnection:
     async def send(self, message: ToDestination | Hello) -> None:
         """Send, unless the link is closed: then its destination is dead and hears nothing."""
         if not self._socket.closed:
-            await self._socket.send(encode(message))
+            await self._socket.send(encode_peer(message))
 
     async def send_blocks(
         self,
@@ -206,7 +206,7 @@ class PeerConnection:
     ) -> None:
         if self._socket.closed:
             return
-        header = encode(msgspec.structs.replace(message, note=note, checksum=checksum))
+        header = encode_peer(msgspec.structs.replace(message, note=note, checksum=checksum))
         if payload is None:
             await self._socket.send(header)
         else:

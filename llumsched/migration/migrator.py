@@ -41,10 +41,11 @@ from llumsched.migration.messages import (
     StoreBlocks,
     Welcome,
     decode_peer,
+    encode_peer,
 )
 from llumsched.migration.rate_limit import RateLimiter
 from llumsched.migration.source import OutgoingMigrations
-from llumsched.wire.control import OrderMigration, ReportMigration, encode
+from llumsched.wire.control import OrderMigration, ReportMigration
 from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 logger = logging.getLogger(__name__)
@@ -291,7 +292,7 @@ class Migrator:
         async def reply(answer: Answer) -> None:
             if self._router.closed:
                 return  # this instance ends, and the other learns that from the link
-            await self._router.send_multipart([identity, encode(answer)])
+            await self._router.send_multipart([identity, encode_peer(answer)])
 
         match message:
             case Hello():

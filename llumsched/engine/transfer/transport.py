@@ -19,13 +19,15 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import msgspec
-import torch
 
 from llumsched.engine.base import KVAccess
 from llumsched.engine.transfer.shared_ring import SendRing, Staging
+
+if TYPE_CHECKING:
+    import torch
 
 Write = Callable[[Sequence[int]], Awaitable[float]]
 """Puts a part into the blocks of these ids; the seconds of a core's time that other processes
