@@ -27,6 +27,7 @@ from llumsched.core.migration.messages import ToDestination, ToSource
 from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.transfer.registry import offered
 from llumsched.engine.transfer.transport import Here, OutgoingPart, Transport, Unavailable
+from llumsched.logs import FailureLog
 from llumsched.migration.messages import (
     Hello,
     SlotRead,
@@ -39,6 +40,7 @@ from llumsched.migration.rate_limit import RateLimiter
 from llumsched.wire.keys import PoolKeys
 
 logger = logging.getLogger(__name__)
+_failures = FailureLog(logger)
 
 HANDSHAKE_TIMEOUT_S = 5.0
 
@@ -246,7 +248,7 @@ class PeerConnection:
             try:
                 message = decode_peer(frame)
             except msgspec.DecodeError as error:
-                logger.warning("Dropped a malformed answer: %s", error)
+                _failures.warned("answer", "Dropped a malformed answer: %s", error)
                 continue
             match message:
                 case Welcome():
@@ -268,4 +270,5 @@ class PeerConnection:
                     if reply is not None:
                         await self.send(reply)
                 case _:
-                    logger.warning("Dropped an answer that is none: %s", type(message).__name__)
+                    kind = type(message).__name__
+                    _failures.warned(kind, "Dropped an answer that is none: %s", kind)

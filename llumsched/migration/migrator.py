@@ -32,6 +32,7 @@ from llumsched.engine.compatibility import differences
 from llumsched.engine.transfer.registry import accepted
 from llumsched.engine.transfer.shared_ring import SendRing
 from llumsched.engine.transfer.transport import Broken, Here, IncomingPart, Transport, Unavailable
+from llumsched.logs import FailureLog
 from llumsched.migration.destination import ANSWER_AFTER_S, IncomingMigrations
 from llumsched.migration.link import PeerConnection
 from llumsched.migration.messages import (
@@ -49,6 +50,7 @@ from llumsched.wire.control import OrderMigration, ReportMigration
 from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 logger = logging.getLogger(__name__)
+_failures = FailureLog(logger)
 
 Answer = ToSource | Welcome | SlotRead
 Reply = Callable[[Answer], Awaitable[None]]
@@ -279,7 +281,8 @@ class Migrator:
             try:
                 message = decode_peer(frames[0].buffer)
             except (msgspec.DecodeError, IndexError) as error:
-                logger.warning("Dropped a malformed message of another instance: %s", error)
+                said = "Dropped a malformed message of another instance: %s"
+                _failures.warned("message", said, error)
                 continue
             payload = frames[1].buffer if len(frames) > 1 else None
             task = asyncio.create_task(self._handle(identity.bytes, message, payload))
@@ -309,7 +312,8 @@ class Migrator:
             case ToDestination():
                 self._incoming.take_in(message, reply)
             case _:
-                logger.warning("Dropped a request that is none: %s", type(message).__name__)
+                kind = type(message).__name__
+                _failures.warned(kind, "Dropped a request that is none: %s", kind)
 
     def _welcome(self, identity: bytes, hello: Hello) -> Welcome:
         if self._port.refusal is not None or self._here is None:
