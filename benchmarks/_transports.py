@@ -32,6 +32,7 @@ from llumsched.migration.messages import (
     decode_peer,
     encode_peer,
 )
+from llumsched.migration.migrator import CPU_SLOT_MB
 from llumsched.migration.rate_limit import RateLimiter
 from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
@@ -59,7 +60,7 @@ def _kv() -> KVBlocks:
 
 def _here() -> Here:
     kv, options = LocalKV(_kv()), TransferOptions()
-    blocks_per_slot = max(1, int(options.staging_slot_mb * 1e6) // kv.block_num_bytes)
+    blocks_per_slot = max(1, int(CPU_SLOT_MB * 1e6) // kv.block_num_bytes)
     ring = SendRing(
         num_slots=options.staging_slots, slot_num_bytes=blocks_per_slot * kv.block_num_bytes
     )
@@ -149,7 +150,7 @@ async def _answer(parent: Connection, keys: PoolKeys) -> None:
         identity, *frames = await router.recv_multipart(copy=False)
         message = decode_peer(frames[0].buffer)
         if isinstance(message, Hello):
-            transport, answer = accepted(here, message.offers)
+            transport, answer = await accepted(here, message.offers)
             welcome = Welcome(transport=transport.name, answer=answer)
             await router.send_multipart([identity, encode_peer(welcome)])
         elif isinstance(message, StoreBlocks) and transport is not None:

@@ -33,7 +33,7 @@ from llumsched.engine.transfer.registry import accepted
 from llumsched.engine.transfer.shared_ring import SendRing
 from llumsched.engine.transfer.transport import Broken, Here, IncomingPart, Transport, Unavailable
 from llumsched.logs import FailureLog
-from llumsched.migration.destination import ANSWER_AFTER_S, IncomingMigrations
+from llumsched.migration.destination import IncomingMigrations
 from llumsched.migration.link import PeerConnection
 from llumsched.migration.messages import (
     Hello,
@@ -56,6 +56,8 @@ Answer = ToSource | Welcome | SlotRead
 Reply = Callable[[Answer], Awaitable[None]]
 
 BYTES_PER_MB = 1_000_000
+# To or from a GPU a copy costs a launch and a wait, however small it is.
+CPU_SLOT_MB, GPU_SLOT_MB = 8.0, 64.0
 
 
 class Migrator:
@@ -66,7 +68,7 @@ class Migrator:
         call: runs a closure on the engine's loop thread.
         keys: the pool's.
         host: the address to bind, reachable by the other instances.
-        step_time_s: the engine's recent step time, for the statistics.
+        step_time_s: the engine's recent step time.
     """
 
     def __init__(
@@ -116,7 +118,11 @@ class Migrator:
             options=options,
         )
         self._incoming = IncomingMigrations(
-            port=port, call=call, abort=abort, options=ReservationOptions()
+            port=port,
+            call=call,
+            abort=abort,
+            step_time_s=step_time_s,
+            options=ReservationOptions(),
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._receiving = asyncio.create_task(self._receive())
@@ -226,7 +232,10 @@ class Migrator:
         gathering one overlaps the receiver's scattering of another."""
         if kv is None:
             return 0
-        slot_num_bytes = int(self._transfer.staging_slot_mb * BYTES_PER_MB)
+        slot_mb = self._transfer.staging_slot_mb or (
+            CPU_SLOT_MB if kv.copies_on_cores else GPU_SLOT_MB
+        )
+        slot_num_bytes = int(slot_mb * BYTES_PER_MB)
         return max(1, slot_num_bytes // kv.block_num_bytes) * kv.block_num_bytes
 
     def _what_transports_use(self, kv: KVAccess) -> Here:
@@ -299,7 +308,7 @@ class Migrator:
 
         match message:
             case Hello():
-                await reply(self._welcome(identity, message))
+                await reply(await self._welcome(identity, message))
             case StoreBlocks():
                 begun_s, others_s = time.thread_time(), 0.0
                 try:
@@ -307,7 +316,7 @@ class Migrator:
                 finally:
                     core_s = others_s + time.thread_time() - begun_s
                     if self._incoming.is_admitting(message.migration_id):
-                        await asyncio.sleep(ANSWER_AFTER_S)
+                        await asyncio.sleep(self._incoming.answer_after_s())
                     await reply(SlotRead(slot=message.slot, use=message.use, core_s=core_s))
             case ToDestination():
                 self._incoming.take_in(message, reply)
@@ -315,7 +324,7 @@ class Migrator:
                 kind = type(message).__name__
                 _failures.warned(kind, "Dropped a request that is none: %s", kind)
 
-    def _welcome(self, identity: bytes, hello: Hello) -> Welcome:
+    async def _welcome(self, identity: bytes, hello: Hello) -> Welcome:
         if self._port.refusal is not None or self._here is None:
             return Welcome(refused=f"it cannot migrate: {self._port.refusal}")
         differing = differences(self._fingerprint, hello.fingerprint)
@@ -328,7 +337,7 @@ class Migrator:
             )
         self._forget_source(hello.instance_id)
         try:
-            transport, answer = accepted(self._here, hello.offers)
+            transport, answer = await accepted(self._here, hello.offers)
         except Unavailable as error:
             return Welcome(refused=f"there is no way for blocks between the two: {error}")
         self._sources[identity] = (hello.instance_id, transport)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -41,8 +43,16 @@ def move_long(pool: Pool, name: str = "long prompt") -> tuple[Any, Any]:
     return there, seen_by_client(pool.finish(name)[0])
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "tcp", "gloo"])
-@pytest.mark.parametrize("checksum", [False, True])
+@pytest.mark.parametrize(
+    ("transport", "checksum"),
+    [
+        *itertools.product(("shared_memory", "tcp", "gloo"), (False, True)),
+        pytest.param(
+            *("nixl", False),
+            marks=pytest.mark.skipif(not find_spec("nixl"), reason="not installed"),
+        ),
+    ],
+)
 def test_each_transport(
     pool: Pool, unmoved: dict[str, Any], transport: str, checksum: bool
 ) -> None:

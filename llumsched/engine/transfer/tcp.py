@@ -14,7 +14,7 @@ class Tcp(Transport):
 
     name = "tcp"
 
-    def accept(self, offer: bytes) -> bytes:
+    async def accept(self, offer: bytes) -> bytes:
         return b""
 
     async def connect(self, answer: bytes) -> None:

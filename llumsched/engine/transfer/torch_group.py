@@ -100,7 +100,7 @@ class TorchGroup(Transport):
         self._in_order = asyncio.Lock()
         self._leaving: asyncio.Future[None] | None = None
 
-    def accept(self, offer: bytes) -> bytes:
+    async def accept(self, offer: bytes) -> bytes:
         rendezvous = free_rendezvous(self.here.host)
         self._open(rendezvous, is_sender=False)
         return rendezvous.encode()

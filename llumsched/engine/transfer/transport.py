@@ -174,7 +174,7 @@ class Transport(ABC):
         return b""
 
     @abstractmethod
-    def accept(self, offer: bytes) -> bytes:
+    async def accept(self, offer: bytes) -> bytes:
         """Get ready to receive; returns what the source has to know.
 
         Raises:
