@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llumsched.core.migration.source.record import MigrationOptions
-from llumsched.core.transfer_options import TransferOptions
+from llumsched.core.transfer_options import TRANSPORTS, TransferOptions
 from llumsched.engine.transfer.shared_memory import SharedMemory
 from llumsched.engine.transfer.shared_ring import SendRing
 from llumsched.engine.transfer.transport import IncomingPart, Write
@@ -87,6 +87,7 @@ def test_tcp_is_chosen_between_hosts(
         return dataclasses.replace(real(ring), boot_id="another host")
 
     monkeypatch.setattr(SendRing, "offer", of_another_host)
+    monkeypatch.delitem(TRANSPORTS, "nixl")  # which comes first where it is installed
     report, answer = move_long(pool)
     assert report.statistics.transport == "tcp"
     assert answer == unmoved["long prompt"]
