@@ -101,6 +101,7 @@ class Cluster:
             timeline=self._timeline,
             tells_blocks=self._tells_blocks,
             tells_victim=port.bundle.migration is not None,
+            tells_steps=port.scheduler.options.learn_costs or options.decision_log is not None,
         )
 
     @property
