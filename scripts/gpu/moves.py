@@ -128,7 +128,7 @@ class _Instance:
         self._moves[order.migration_id] = asyncio.create_task(move)
 
     async def report(self, migration_id: str) -> ReportMigration:
-        """What became of a move."""
+        """Outcome of a move."""
         return await self._moves[migration_id]
 
     async def peer_gone(self, name: str) -> None:
@@ -137,7 +137,7 @@ class _Instance:
         self._migrator.peer_gone(name)
 
     async def tokens(self, request_id: str) -> Outputs:
-        """Those that were sampled here."""
+        """Tokens that were sampled here."""
         return dict(self.outputs.get(request_id, {}))
 
     async def num_blocks_held(self) -> int:

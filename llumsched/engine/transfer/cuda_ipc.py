@@ -34,7 +34,7 @@ from llumsched.engine.transfer.transport import (
 
 
 class Handle(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``torch.UntypedStorage._share_cuda_`` says of an allocation, in its order."""
+    """Answer of ``torch.UntypedStorage._share_cuda_`` on an allocation, in its order."""
 
     device: int
     memory: bytes

@@ -86,7 +86,7 @@ class GroupChannel:
 
 
 class TorchGroup(Transport):
-    """What gloo and nccl have in common."""
+    """Common part of gloo and nccl."""
 
     is_automatic = False
     backend: ClassVar[str]

@@ -44,7 +44,7 @@ class Broken(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Here:
-    """What a transport has of the instance that it runs in.
+    """A transport's view of the instance that it runs in.
 
     Args:
         kv: the blocks.
@@ -166,7 +166,7 @@ class Transport(ABC):
         self.here = here
 
     def offer(self) -> bytes:
-        """What the destination has to know.
+        """Offer to the destination: all that it has to know.
 
         Raises:
             Unavailable: if this instance cannot send in this way.
