@@ -32,8 +32,7 @@ from llumsched.engine.compatibility import differences
 from llumsched.engine.transfer.registry import accepted
 from llumsched.engine.transfer.shared_ring import SendRing
 from llumsched.engine.transfer.transport import Broken, Here, IncomingPart, Transport, Unavailable
-from llumsched.logs import FailureLog
-from llumsched.migration.destination import IncomingMigrations
+from llumsched.migration.destination import ANSWER_AFTER_S, IncomingMigrations
 from llumsched.migration.link import PeerConnection
 from llumsched.migration.messages import (
     Hello,
@@ -42,22 +41,18 @@ from llumsched.migration.messages import (
     StoreBlocks,
     Welcome,
     decode_peer,
-    encode_peer,
 )
 from llumsched.migration.rate_limit import RateLimiter
 from llumsched.migration.source import OutgoingMigrations
-from llumsched.wire.control import OrderMigration, ReportMigration
+from llumsched.wire.control import OrderMigration, ReportMigration, encode
 from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 logger = logging.getLogger(__name__)
-_failures = FailureLog(logger)
 
 Answer = ToSource | Welcome | SlotRead
 Reply = Callable[[Answer], Awaitable[None]]
 
 BYTES_PER_MB = 1_000_000
-# To or from a GPU a copy costs a launch and a wait, however small it is.
-CPU_SLOT_MB, GPU_SLOT_MB = 8.0, 64.0
 
 
 class Migrator:
@@ -68,7 +63,7 @@ class Migrator:
         call: runs a closure on the engine's loop thread.
         keys: the pool's.
         host: the address to bind, reachable by the other instances.
-        step_time_s: the engine's recent step time.
+        step_time_s: the engine's recent step time, for the statistics.
     """
 
     def __init__(
@@ -118,11 +113,7 @@ class Migrator:
             options=options,
         )
         self._incoming = IncomingMigrations(
-            port=port,
-            call=call,
-            abort=abort,
-            step_time_s=step_time_s,
-            options=ReservationOptions(),
+            port=port, call=call, abort=abort, options=ReservationOptions()
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._receiving = asyncio.create_task(self._receive())
@@ -232,10 +223,7 @@ class Migrator:
         gathering one overlaps the receiver's scattering of another."""
         if kv is None:
             return 0
-        slot_mb = self._transfer.staging_slot_mb or (
-            CPU_SLOT_MB if kv.copies_on_cores else GPU_SLOT_MB
-        )
-        slot_num_bytes = int(slot_mb * BYTES_PER_MB)
+        slot_num_bytes = int(self._transfer.staging_slot_mb * BYTES_PER_MB)
         return max(1, slot_num_bytes // kv.block_num_bytes) * kv.block_num_bytes
 
     def _what_transports_use(self, kv: KVAccess) -> Here:
@@ -290,8 +278,7 @@ class Migrator:
             try:
                 message = decode_peer(frames[0].buffer)
             except (msgspec.DecodeError, IndexError) as error:
-                said = "Dropped a malformed message of another instance: %s"
-                _failures.warned("message", said, error)
+                logger.warning("Dropped a malformed message of another instance: %s", error)
                 continue
             payload = frames[1].buffer if len(frames) > 1 else None
             task = asyncio.create_task(self._handle(identity.bytes, message, payload))
@@ -304,11 +291,11 @@ class Migrator:
         async def reply(answer: Answer) -> None:
             if self._router.closed:
                 return  # this instance ends, and the other learns that from the link
-            await self._router.send_multipart([identity, encode_peer(answer)])
+            await self._router.send_multipart([identity, encode(answer)])
 
         match message:
             case Hello():
-                await reply(await self._welcome(identity, message))
+                await reply(self._welcome(identity, message))
             case StoreBlocks():
                 begun_s, others_s = time.thread_time(), 0.0
                 try:
@@ -316,15 +303,14 @@ class Migrator:
                 finally:
                     core_s = others_s + time.thread_time() - begun_s
                     if self._incoming.is_admitting(message.migration_id):
-                        await asyncio.sleep(self._incoming.answer_after_s())
+                        await asyncio.sleep(ANSWER_AFTER_S)
                     await reply(SlotRead(slot=message.slot, use=message.use, core_s=core_s))
             case ToDestination():
                 self._incoming.take_in(message, reply)
             case _:
-                kind = type(message).__name__
-                _failures.warned(kind, "Dropped a request that is none: %s", kind)
+                logger.warning("Dropped a request that is none: %s", type(message).__name__)
 
-    async def _welcome(self, identity: bytes, hello: Hello) -> Welcome:
+    def _welcome(self, identity: bytes, hello: Hello) -> Welcome:
         if self._port.refusal is not None or self._here is None:
             return Welcome(refused=f"it cannot migrate: {self._port.refusal}")
         differing = differences(self._fingerprint, hello.fingerprint)
@@ -337,7 +323,7 @@ class Migrator:
             )
         self._forget_source(hello.instance_id)
         try:
-            transport, answer = await accepted(self._here, hello.offers)
+            transport, answer = accepted(self._here, hello.offers)
         except Unavailable as error:
             return Welcome(refused=f"there is no way for blocks between the two: {error}")
         self._sources[identity] = (hello.instance_id, transport)

@@ -1,4 +1,4 @@
-"""Histories of the last requests, step by step, for ``llumsched trace``.
+"""What became of each of the last requests, step by step, for ``llumsched trace``.
 
     arrived -> held -> dispatched -> migration begins -> migration ends ... -> lost -> ... finished
 

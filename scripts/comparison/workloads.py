@@ -53,7 +53,7 @@ class Workload:
 
     @property
     def is_file(self) -> bool:
-        """True if it needs a file."""
+        """Whether it needs a file."""
         return "/" in self.source
 
 

@@ -71,8 +71,9 @@ class Ends:
     async def meet(source: Here, destination: Here, wanted: str) -> Ends:
         """Shake hands."""
         ways = offered(source, wanted)
-        offers = {name: offer for name, (_, offer) in ways.items()}
-        accepting, answer = await accepted(destination, offers)
+        accepting, answer = accepted(
+            destination, {name: offer for name, (_, offer) in ways.items()}
+        )
         sending = ways[accepting.name][0]
         for way, _ in ways.values():
             if way is not sending:

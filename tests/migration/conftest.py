@@ -40,9 +40,20 @@ def engines(model: str) -> Iterator[Pool]:
 
 
 @pytest.fixture(scope="session")
-def unmoved(engines: Pool) -> dict[str, Any]:
+def unmoved(engines: Pool, request: pytest.FixtureRequest) -> dict[str, Any]:
     """Every answer without a move, all asked at once of one instance."""
-    return answers_of(engines, CASES)
+    cases = CASES
+    if runner_v2.IS_ON:
+        # A step takes long there.
+        named = _named_by_tests(request.session)
+        cases = {name: case for name, case in CASES.items() if name in named}
+    return answers_of(engines, cases)
+
+
+def _named_by_tests(session: pytest.Session) -> set[str]:
+    """Names that are parameters of the tests of this run."""
+    calls = [getattr(item, "callspec", None) for item in session.items]
+    return {str(call.params.get("name")) for call in calls if call is not None}
 
 
 @pytest.fixture

@@ -82,10 +82,10 @@ def test_an_arrival(
     assert seen_by_client(answer) == unmoved[name]
 
 
+@pytest.mark.parametrize("name", ["penalties, seed"])
 def test_a_request_that_is_rolled_back(
-    pool: Pool, unmoved: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    pool: Pool, unmoved: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    name = "penalties, seed"
     steps = Steps(pool, 0, "resume", monkeypatch)
 
     def refuse(*_: Any) -> None:

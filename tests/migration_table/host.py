@@ -86,11 +86,7 @@ class Instance:
                 options=options,
             )
             self.incoming = IncomingMigrations(
-                port=engine,
-                call=self._call,
-                abort=self.abort,
-                step_time_s=lambda: 0.0,
-                options=ReservationOptions(),
+                port=engine, call=self._call, abort=self.abort, options=ReservationOptions()
             )
 
     # ---- what the world does to it ----------------------------------------------------------

@@ -86,7 +86,7 @@ class GroupChannel:
 
 
 class TorchGroup(Transport):
-    """Common part of gloo and nccl."""
+    """What gloo and nccl have in common."""
 
     is_automatic = False
     backend: ClassVar[str]
@@ -100,7 +100,7 @@ class TorchGroup(Transport):
         self._in_order = asyncio.Lock()
         self._leaving: asyncio.Future[None] | None = None
 
-    async def accept(self, offer: bytes) -> bytes:
+    def accept(self, offer: bytes) -> bytes:
         rendezvous = free_rendezvous(self.here.host)
         self._open(rendezvous, is_sender=False)
         return rendezvous.encode()

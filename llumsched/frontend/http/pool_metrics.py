@@ -74,7 +74,7 @@ def families(
     labels: Mapping[int, int],
     unproven: Mapping[str, int],
 ) -> Iterator[Metric]:
-    """The scheduler's description of the pool, as metrics.
+    """What the scheduler said of the pool, as metrics.
 
     Args:
         cluster: nothing, while the scheduler is silent.
