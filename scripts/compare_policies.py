@@ -1,12 +1,14 @@
-"""Simulate every shipped policy on public traces and write `docs/comparison.md` with its charts.
+"""Simulate policies on nine kinds of public traffic and write `docs/comparison.md` with its chart.
 
-    python -m scripts.compare_policies TRACES              # some half an hour on two cores
+    python -m scripts.compare_policies TRACES              # about an hour on two cores
     python -m scripts.compare_policies TRACES --quick      # few requests: shows that it runs
 
-TRACES is a folder with the public traces as `azure/AzureLLMInferenceTrace_conv.csv` and `_code.csv`
+TRACES is a folder with the public traces: `azure/AzureLLMInferenceTrace_conv.csv` and `_code.csv`
 (Azure/AzurePublicDataset), `mooncake/conversation_trace.jsonl.gz` (kvcache-ai/Mooncake) and
-`mooncake/mooncake_trace_1000.jsonl.gz` (the slice in ai-dynamo/dynamo). `--quick` writes to
-`build/comparison` and leaves `docs/` alone.
+`mooncake/mooncake_trace_1000.jsonl.gz` (the slice in ai-dynamo/dynamo),
+`servegen/reason_deepseek-r1.tar.gz` (the deepseek-r1 clients of alibaba/ServeGen) and
+`lengths/etalon_bwb_stats_llama2_tokenizer_filtered_v2.csv.gz` (project-etalon/etalon). `--quick`
+writes to `build/comparison` and leaves `docs/` alone.
 """
 
 from __future__ import annotations
@@ -15,67 +17,82 @@ import argparse
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
-from llumsched.flags import Parser
 from scripts.comparison.page import Comparison
-from scripts.comparison.runs import (
-    DELAYS_S,
-    POLICIES,
-    WORKLOADS,
-    Run,
-    Workload,
-    simulate_all,
-    sustained_rate_rps,
-)
+from scripts.comparison.runs import DELAYS_S, POLICIES, Run, simulate_all, sustained_rate_rps
+from scripts.comparison.workloads import WORKLOADS, Workload, shortened
 
 ROOT = Path(__file__).parents[1]
-QUICK_REQUESTS = 100
+QUICK_REQUESTS = 60
+STALE_POLICIES = ("adaptive", "late_binding", "dynamo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Simulate, and write the page."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("traces", type=Path, help="folder with the public traces")
-    parser.add_argument("--quick", action="store_true", help="few requests, one seed")
+    parser.add_argument("--quick", action="store_true", help="few requests, one seed, one load")
     parser.add_argument("--seeds", type=int, default=3, help="simulations of each; default: 3")
+    parser.add_argument(
+        "--loads", type=_floats, default=(0.8, 0.95), help="shares of capacity; default: 0.8,0.95"
+    )
+    parser.add_argument(
+        "--instances", type=_ints, default=(8,), help="sizes of the cluster; default: 8"
+    )
+    parser.add_argument("--processes", type=int, default=2, help="simulations at a time")
     parser.add_argument("--out", type=Path, help="folder of the page and its charts")
     arguments = parser.parse_args(argv)
-    missing = [w.path for w in WORKLOADS if not (arguments.traces / w.path).exists()]
+    missing = sorted(
+        {w.source for w in WORKLOADS if w.is_file and not (arguments.traces / w.source).exists()}
+    )
     if missing:
         parser.error(f"{arguments.traces} lacks {', '.join(missing)}")
     folder = arguments.out or ROOT / ("build/comparison" if arguments.quick else "docs")
     folder.mkdir(parents=True, exist_ok=True)
     workloads: Sequence[Workload] = WORKLOADS
+    loads, sizes, num_seeds = arguments.loads, arguments.instances, arguments.seeds
     if arguments.quick:
-        workloads = tuple(replace(w, num_requests=QUICK_REQUESTS) for w in WORKLOADS)
-    num_seeds = 1 if arguments.quick else arguments.seeds
-    with ProcessPoolExecutor() as pool:
+        workloads = tuple(shortened(w, QUICK_REQUESTS) for w in WORKLOADS)
+        loads, sizes, num_seeds = (1.0,), (8,), 1
+    with ProcessPoolExecutor(arguments.processes) as pool:
         found = pool.map(sustained_rate_rps, workloads, [arguments.traces] * len(workloads))
         rates = dict(zip(workloads, found, strict=True))
     print(*(f"{w.name}: {rate:g} requests/s" for w, rate in rates.items()), sep="\n", flush=True)
     compared = [
-        Run(workload=workload, traces=arguments.traces, policy=policy, rate_rps=rates[workload],
-            seed=seed)
+        Run(workload=workload, traces=arguments.traces, policy=policy, load=load, seed=seed,
+            num_instances=num_instances, capacity_rps=rates[workload])
         for workload in workloads
+        for num_instances in sizes
+        for load in loads
         for policy in POLICIES
-        for seed in range(num_seeds)
+        for seed in range(1, num_seeds + 1)
     ]  # fmt: skip
     stale = [
-        Run(workload=workloads[0], traces=arguments.traces, policy=policy,
-            rate_rps=rates[workloads[0]], seed=seed, report_delay_s=delay_s)
+        Run(workload=workloads[0], traces=arguments.traces, policy=policy, load=max(loads),
+            capacity_rps=rates[workloads[0]], seed=seed, report_delay_s=delay_s)
         for delay_s in DELAYS_S
-        for policy in POLICIES
-        for seed in range(num_seeds)
+        for policy in STALE_POLICIES
+        for seed in (1,)
     ]  # fmt: skip
-    comparison = Comparison(compared, stale, simulate_all([*compared, *stale]))
+    summaries = simulate_all([*compared, *stale], arguments.processes)
+    comparison = Comparison(compared, stale, summaries)
     page = comparison.page(num_seeds=num_seeds)
     (folder / "comparison.md").write_text(page, encoding="utf-8")
     svg = comparison.staleness_chart()
     (folder / "comparison-staleness.svg").write_text(svg, encoding="utf-8")
     print(f"written: {folder / 'comparison.md'}")
     return 0
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,21 @@ from pathlib import Path
 
 from llumsched.simulator.results.comparison import Spread, number
 from llumsched.simulator.results.metrics import Summary
-from scripts.comparison.runs import DELAYS_S, POLICIES, RATED_POLICY, RATED_SHARE, Run, Workload
+from scripts.comparison.runs import (
+    DELAYS_S,
+    POLICIES,
+    RATED_INSTANCES,
+    RATED_POLICY,
+    RATED_SHARE,
+    STATIONARY,
+    Run,
+)
+from scripts.comparison.workloads import TUNED_ON, Workload
 from scripts.plots import Line, Panel, chart
 
 TEMPLATE = Path(__file__).with_name("page.md")
-CHARTED = ("latency", "late_binding", "prefix_aware", "infaas", "least_requests", "round_robin")
+JUDGED = "adaptive"
+BETTER_BY = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,23 +32,23 @@ class Figure:
     label: str
     get: Callable[[Summary], float]
     best: Callable[[Iterable[float]], float] | None = min
-
-
-def _cost_s(summary: Summary) -> float:
-    good = summary.goodput_rps
-    return summary.mean_instances / good if good > 0 else float("nan")
+    is_judged: bool = False
 
 
 FIGURES = (
-    Figure(label="TTFT mean (s)", get=lambda s: s.ttft_s.mean),
-    Figure(label="TTFT P99 (s)", get=lambda s: s.ttft_s.p99),
+    Figure(label="TTFT mean (s)", get=lambda s: s.ttft_s.mean, is_judged=True),
+    Figure(label="TTFT P99 (s)", get=lambda s: s.ttft_s.p99, is_judged=True),
     Figure(label="TPOT mean (ms)", get=lambda s: s.tpot_s.mean * 1e3),
-    Figure(label="TPOT P99 (ms)", get=lambda s: s.tpot_s.p99 * 1e3),
-    Figure(label="goodput (req/s)", get=lambda s: s.goodput_rps, best=max),
-    Figure(label="cost (s)", get=_cost_s),
-    Figure(label="finished (%)", get=lambda s: 100 * s.num_finished / s.num_requests, best=max),
-    Figure(label="migrations", get=lambda s: float(s.num_migrations), best=None),
+    Figure(label="TPOT P99 (ms)", get=lambda s: s.tpot_s.p99 * 1e3, is_judged=True),
+    Figure(label="longest gap P99 (s)", get=lambda s: s.itl_max_s.p99, is_judged=True),
+    Figure(label="E2E mean (s)", get=lambda s: s.e2e_s.mean),
+    Figure(label="goodput (req/s)", get=lambda s: s.goodput_rps, best=max, is_judged=True),
+    Figure(label="preemptions", get=lambda s: float(s.num_preemptions), best=None),
+    Figure(label="moves", get=lambda s: float(s.num_migrations), best=None),
+    Figure(label="pause P99 (s)", get=lambda s: s.migration_downtime_s.p99, best=None),
 )
+Group = tuple[Workload, float, int]
+"""(workload, load, instances)"""
 
 
 class Comparison:
@@ -50,6 +60,16 @@ class Comparison:
         self._compared = compared
         self._stale = stale
         self._summaries = summaries
+        self._spreads: dict[Group, dict[str, list[Spread]]] = {}
+        for group in dict.fromkeys(map(_group, compared)):
+            runs = [run for run in compared if _group(run) == group]
+            self._spreads[group] = {
+                policy: [
+                    Spread.of(figure.get(summaries[r]) for r in runs if r.policy == policy)
+                    for figure in FIGURES
+                ]
+                for policy in dict.fromkeys(run.policy for run in runs)
+            }
 
     def page(self, *, num_seeds: int) -> str:
         """The whole page."""
@@ -57,7 +77,11 @@ class Comparison:
         parts = {
             "rated_policy": RATED_POLICY,
             "rated_share": f"{RATED_SHARE:.0%}",
+            "rated_instances": str(RATED_INSTANCES),
+            "tuned": ", ".join(TUNED_ON),
+            "held_out": ", ".join(w.name for w in workloads if w.name not in TUNED_ON),
             "seeds": "one seed" if num_seeds == 1 else f"{num_seeds} seeds",
+            "verdict": "\n".join(self._verdict()),
             "workloads": "\n\n".join(self._section(workload) for workload in workloads),
             "staleness": "\n".join(self._staleness_table()),
         }
@@ -70,49 +94,77 @@ class Comparison:
     def staleness_chart(self) -> str:
         """P99 TTFT by delay."""
         lines = []
-        for policy in CHARTED:
+        for policy in dict.fromkeys(run.policy for run in self._stale):
             spreads = [(1e3 * delay_s, self._p99(policy, delay_s)) for delay_s in DELAYS_S]
             points = [(x, s.mean, s.least, s.greatest) for x, s in spreads]
             lines.append(Line(name=policy, points=points))
         panel = Panel(title="chat", x_label="delay of a report (ms)", lines=lines)
         return chart("P99 TTFT (s)", [panel], columns=1)
 
+    def _verdict(self) -> Iterator[str]:
+        judged = [(i, figure) for i, figure in enumerate(FIGURES) if figure.is_judged]
+        labels = [figure.label for _, figure in judged]
+        yield "| traffic | load | instances | " + " | ".join(labels) + " | against no migration |"
+        yield "| --- " * (len(judged) + 4) + "|"
+        num_met = num_all = 0
+        for (workload, load, num_instances), rows in self._spreads.items():
+            cells = []
+            for index, figure in judged:
+                best = _best(figure, index, rows)
+                met = _is_within(figure, rows[JUDGED][index], rows[best][index])
+                num_met, num_all = num_met + met, num_all + 1
+                if best == JUDGED:
+                    cells.append("best")
+                else:
+                    ratio = rows[JUDGED][index].mean / rows[best][index].mean
+                    words = "within" if met else "**missed**"
+                    cells.append(f"{words}: {ratio:.2f} x `{best}`")
+            tuned = "" if workload.name in TUNED_ON else " (held out)"
+            cells.append(_gain(rows))
+            yield (
+                f"| {workload.name}{tuned} | {load:.0%} | {num_instances} | "
+                + " | ".join(cells)
+                + " |"
+            )
+        yield ""
+        yield (
+            f"`{JUDGED}` is the best, or within the seeds' spread of the best, in {num_met} of"
+            f" {num_all} cells."
+        )
+
     def _section(self, workload: Workload) -> str:
         slo = workload.slo
         words = (
-            f"The first {workload.num_requests:,} requests of `{workload.path}` at"
-            f" {self._rate_rps(workload):g} requests/s on {workload.num_instances} x"
+            f"{workload.num_requests:,} requests of `{workload.source}`, capacity"
+            f" {self._capacity_rps(workload):g} requests/s of {RATED_INSTANCES} x"
             f" `{workload.hardware}`; bounds: TTFT {slo.ttft_s:g} s, TPOT {slo.tpot_s:g} s."
         )
-        title = f"## {workload.name.capitalize()}"
-        return "\n\n".join([title, words, "\n".join(self._table(workload))])
+        tables = [
+            f"**{load:.0%} of capacity, {num_instances} instances**\n\n"
+            + "\n".join(self._table(rows))
+            for (of, load, num_instances), rows in self._spreads.items()
+            if of == workload
+        ]
+        return "\n\n".join([f"## {workload.name.capitalize()}", words, *tables])
 
-    def _rate_rps(self, workload: Workload) -> float:
-        return next(run.rate_rps for run in self._compared if run.workload == workload)
+    def _capacity_rps(self, workload: Workload) -> float:
+        return next(run.capacity_rps for run in self._compared if run.workload == workload)
 
-    def _table(self, workload: Workload) -> Iterator[str]:
-        runs = [run for run in self._compared if run.workload == workload]
-        spreads = {
-            policy: [
-                Spread.of(figure.get(self._summaries[r]) for r in runs if r.policy == policy)
-                for figure in FIGURES
-            ]
-            for policy in POLICIES
-        }
+    def _table(self, rows: Mapping[str, Sequence[Spread]]) -> Iterator[str]:
         best = [
-            None if figure.best is None else number(figure.best(_means(spreads.values(), index)))
+            None if figure.best is None else number(rows[_best(figure, index, rows)][index].mean)
             for index, figure in enumerate(FIGURES)
         ]
         yield "| policy | " + " | ".join(figure.label for figure in FIGURES) + " |"
         yield "| --- " * (len(FIGURES) + 1) + "|"
-        for policy, row in spreads.items():
+        for policy, row in rows.items():
             cells = [_cell(spread, best[index]) for index, spread in enumerate(row)]
             yield f"| `{policy}` | " + " | ".join(cells) + " |"
 
     def _staleness_table(self) -> Iterator[str]:
         yield "| TTFT P99 (s) | " + " | ".join(f"{1e3 * d:g} ms" for d in DELAYS_S) + " |"
         yield "| --- " * (len(DELAYS_S) + 1) + "|"
-        for policy in POLICIES:
+        for policy in dict.fromkeys(run.policy for run in self._stale):
             cells = [_cell(self._p99(policy, delay_s), None) for delay_s in DELAYS_S]
             yield f"| `{policy}` | " + " | ".join(cells) + " |"
 
@@ -124,9 +176,39 @@ class Comparison:
         )
 
 
-def _means(rows: Iterable[Sequence[Spread]], index: int) -> list[float]:
-    known = [row[index].mean for row in rows]
-    return [mean for mean in known if mean == mean]
+def _group(run: Run) -> Group:
+    return run.workload, run.load, run.num_instances
+
+
+def _best(
+    figure: Figure,
+    index: int,
+    rows: Mapping[str, Sequence[Spread]],
+    among: Sequence[str] = POLICIES,
+) -> str:
+    choose = figure.best or min
+    known = {p: rows[p][index].mean for p in among if p in rows}
+    known = {p: mean for p, mean in known.items() if mean == mean}
+    return next(p for p, mean in known.items() if mean == choose(known.values()))
+
+
+def _is_within(figure: Figure, own: Spread, best: Spread) -> bool:
+    """Whether the seeds' ranges of the two overlap."""
+    if figure.best is max:
+        return own.greatest >= best.least
+    return own.least <= best.greatest
+
+
+def _gain(rows: Mapping[str, Sequence[Spread]]) -> str:
+    """The larger of the gains in P99 TTFT and longest gap over the best without migration."""
+    gains = {}
+    for index, figure in enumerate(FIGURES):
+        if figure.label in ("TTFT P99 (s)", "longest gap P99 (s)"):
+            best = _best(figure, index, rows, STATIONARY)
+            gains[figure.label] = 1 - rows[JUDGED][index].mean / rows[best][index].mean
+    label = max(gains, key=lambda name: gains[name])
+    shown = f"{label.rsplit(' ', 1)[0]} {-gains[label]:+.0%}"
+    return f"**{shown}**" if gains[label] >= BETTER_BY else shown
 
 
 def _cell(spread: Spread, best: str | None) -> str:

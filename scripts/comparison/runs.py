@@ -1,88 +1,49 @@
-"""The traces, clusters and policies that are compared, and the simulation of one of each.
+"""One simulation of a policy on a workload, and the rate at which a workload is offered.
 
-Rates follow from a rule (`sustained_rate_rps`), so that no policy chooses its own. The policies
-that predict are told the step times of the hardware, as an operator would tell them; none is told
-an output length.
+Rates follow from a rule (`sustained_rate_rps`), so that no policy chooses its own. Policies that
+predict and do not learn are given the step times of the hardware, as an operator would give them;
+`adaptive` learns its own. None is given an output length.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from llumsched.config import Config
-from llumsched.policies import BUILT_IN
 from llumsched.simulator.engines.cost import tokens_s
 from llumsched.simulator.hardware.spec import Hardware, load_hardware
 from llumsched.simulator.options import SimulationOptions
-from llumsched.simulator.results.metrics import Slo, Summary, summarise
+from llumsched.simulator.results.metrics import Summary, summarise
 from llumsched.simulator.simulation import simulate
-from llumsched.simulator.traces.loaders import load_trace
+from scripts.comparison.workloads import Workload, shortened
 
-BASELINES = ("round_robin", "random", "power_of_two", "least_requests")
 POLICIES = (
-    *(name for name, target in BUILT_IN.items() if target.endswith(":bundle")),
-    *BASELINES,
+    "adaptive",
+    "latency",
+    "late_binding",
+    "dynamo",
+    "infaas",
+    "least_requests",
 )
+"""The default, the others that migrate, and the best known routers without migration."""
+STATIONARY = ("dynamo", "infaas", "least_requests")
 DELAYS_S = (0.001, 0.01, 0.1, 0.3, 1.0)
-# The rate of a trace: this policy keeps this share of the requests within their bounds.
+# Capacity: the rate at which this policy keeps this share of the requests within their bounds.
 RATED_POLICY = "least_requests"
 RATED_SHARE = 0.9
-_NUM_HALVINGS = 5
-_MAX_RATE_RPS = 128.0
-_NICENESS = 10
+RATED_SEEDS = (1, 2)
+RATED_INSTANCES = 8
+RATED_LENGTH = 2
+"""Capacity is found with this many times as many requests, so that it is not a start-up's."""
+_NUM_HALVINGS = 4
+_MAX_RATE_RPS = 256.0
+_NICENESS = 5
 _FIT_TOKENS = 2048
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """A trace on a cluster."""
-
-    name: str
-    path: str
-    hardware: str
-    num_instances: int
-    num_requests: int
-    slo: Slo
-
-
-WORKLOADS = (
-    Workload(
-        name="chat",
-        path="azure/AzureLLMInferenceTrace_conv.csv",
-        hardware="rtx4090-llama-3.1-8b",
-        num_instances=8,
-        num_requests=4000,
-        slo=Slo(ttft_s=2.0, tpot_s=0.1),
-    ),
-    Workload(
-        name="code",
-        path="azure/AzureLLMInferenceTrace_code.csv",
-        hardware="rtx4090-llama-3.1-8b",
-        num_instances=8,
-        num_requests=4000,
-        slo=Slo(ttft_s=2.0, tpot_s=0.1),
-    ),
-    Workload(
-        name="long context",
-        path="mooncake/conversation_trace.jsonl.gz",
-        hardware="h100-llama-3.1-8b",
-        num_instances=8,
-        num_requests=3000,
-        slo=Slo(ttft_s=10.0, tpot_s=0.1),
-    ),
-    Workload(
-        name="agents",
-        path="mooncake/mooncake_trace_1000.jsonl.gz",
-        hardware="h100-llama-3.1-8b",
-        num_instances=8,
-        num_requests=1000,
-        slo=Slo(ttft_s=10.0, tpot_s=0.1),
-    ),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +53,11 @@ class Run:
     workload: Workload
     traces: Path
     policy: str
-    rate_rps: float
+    capacity_rps: float
+    """Of `RATED_INSTANCES`."""
+    load: float = 1.0
+    """Share of the capacity that is offered."""
+    num_instances: int = RATED_INSTANCES
     seed: int
     report_delay_s: float = 0.001
 
@@ -100,30 +65,49 @@ class Run:
 def simulate_run(run: Run) -> Summary:
     """Simulate it."""
     workload = run.workload
-    trace = load_trace(
-        run.traces / workload.path,
-        rate_rps=run.rate_rps,
-        seed=run.seed,
-        max_requests=workload.num_requests,
+    scale = run.num_instances / RATED_INSTANCES
+    trace = workload.make(
+        run.traces,
+        run.capacity_rps * run.load * scale,
+        round(workload.num_requests * scale),
+        run.seed,
     )
     hardware = load_hardware(workload.hardware)
     options = SimulationOptions(
         hardware=hardware,
-        num_instances=workload.num_instances,
-        config=Config(policy=run.policy, scheduler=_step_times(hardware)),
+        num_instances=run.num_instances,
+        config=Config(
+            policy=run.policy,
+            scheduler={} if run.policy == "adaptive" else _step_times(hardware),
+        ),
         report_delay_s=run.report_delay_s,
         seed=run.seed,
     )
-    return summarise(simulate(trace, options), workload.slo)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return summarise(simulate(trace, options), workload.slo)
 
 
 def sustained_rate_rps(workload: Workload, traces: Path) -> float:
     """The highest rate at which `RATED_POLICY` keeps `RATED_SHARE` of the requests within their
-    bounds, to a few percent: above it a better policy has something to gain."""
+    bounds, over `RATED_SEEDS`, to some percent."""
+
+    longer = shortened(workload, RATED_LENGTH * workload.num_requests)
 
     def is_sustained(rate_rps: float) -> bool:
-        run = Run(workload=workload, traces=traces, policy=RATED_POLICY, rate_rps=rate_rps, seed=0)
-        return simulate_run(run).slo_attainment >= RATED_SHARE
+        shares = [
+            simulate_run(
+                Run(
+                    workload=longer,
+                    traces=traces,
+                    policy=RATED_POLICY,
+                    capacity_rps=rate_rps,
+                    seed=seed,
+                )
+            ).slo_attainment
+            for seed in RATED_SEEDS
+        ]
+        return sum(shares) / len(shares) >= RATED_SHARE
 
     low, high = 0.0, 1.0
     while high < _MAX_RATE_RPS and is_sustained(high):
@@ -145,17 +129,17 @@ def _step_times(hardware: Hardware) -> dict[str, float]:
     }
 
 
-def simulate_all(runs: Sequence[Run]) -> dict[Run, Summary]:
-    """On all cores, giving way to whatever else runs."""
+def simulate_all(runs: Sequence[Run], processes: int) -> dict[Run, Summary]:
+    """On as many cores, giving way to whatever else runs."""
     summaries = {}
-    with ProcessPoolExecutor(initializer=os.nice, initargs=(_NICENESS,)) as pool:
+    with ProcessPoolExecutor(processes, initializer=os.nice, initargs=(_NICENESS,)) as pool:
         for number, (run, summary) in enumerate(
             zip(runs, pool.map(simulate_run, runs), strict=True), start=1
         ):
             summaries[run] = summary
             print(
-                f"[{number}/{len(runs)}] {run.workload.name} {run.policy} seed {run.seed}"
-                f" delay {run.report_delay_s:g} s: TTFT P99 {summary.ttft_s.p99:.2f} s",
+                f"[{number}/{len(runs)}] {run.workload.name} {run.policy} load {run.load:g}"
+                f" seed {run.seed}: TTFT P99 {summary.ttft_s.p99:.2f} s",
                 flush=True,
             )
     return summaries

@@ -15,6 +15,7 @@ import json
 import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,14 +58,10 @@ class Workload:
         return "/" in self.source
 
 
-def _window(path: str) -> Make:
-    def make(traces: Path, rate_rps: float, num_requests: int, seed: int) -> Trace:
-        trace = load_trace(traces / path, seed=seed)
-        rng = np.random.default_rng([seed, 11])
-        first = int(rng.integers(len(trace))) if seed else 0
-        return rotated(trace, first, num_requests, rate_rps)
-
-    return make
+def _window(path: str, traces: Path, rate_rps: float, num_requests: int, seed: int) -> Trace:
+    trace = load_trace(traces / path, seed=seed)
+    first = int(np.random.default_rng([seed, 11]).integers(len(trace)))
+    return rotated(trace, first, num_requests, rate_rps)
 
 
 def rotated(trace: Trace, first: int, num_requests: int, rate_rps: float) -> Trace:
@@ -188,14 +185,19 @@ def _translation(traces: Path, rate_rps: float, num_requests: int, seed: int) ->
     )
 
 
-def _generated(name: str, *, cv: float = 1.0, high_share: float = 0.0) -> Make:
-    def make(traces: Path, rate_rps: float, num_requests: int, seed: int) -> Trace:
-        options = GeneratorOptions(rate_rps=rate_rps, num_requests=num_requests, cv=cv, seed=seed)
-        trace = GENERATORS[name].make(options)
-        trace = trace.scaled(rate=rate_rps / trace.rate_rps)
-        return trace.with_priorities(high_share, seed=seed) if high_share else trace
-
-    return make
+def _generated(
+    name: str,
+    cv: float,
+    high_share: float,
+    traces: Path,
+    rate_rps: float,
+    num_requests: int,
+    seed: int,
+) -> Trace:
+    options = GeneratorOptions(rate_rps=rate_rps, num_requests=num_requests, cv=cv, seed=seed)
+    trace = GENERATORS[name].make(options)
+    trace = trace.scaled(rate=rate_rps / trace.rate_rps)
+    return trace.with_priorities(high_share, seed=seed) if high_share else trace
 
 
 _CHAT = Slo(ttft_s=2.0, tpot_s=0.1)
@@ -203,24 +205,24 @@ _LONG = Slo(ttft_s=10.0, tpot_s=0.1)
 _RTX, _H100 = "rtx4090-llama-3.1-8b", "h100-llama-3.1-8b"
 
 WORKLOADS = (
-    Workload(name="chat", source=CONV, hardware=_RTX, num_requests=3000, slo=_CHAT,
-             make=_window(CONV)),
-    Workload(name="code", source=CODE, hardware=_RTX, num_requests=3000, slo=_CHAT,
-             make=_window(CODE)),
-    Workload(name="long context", source=MOONCAKE, hardware=_H100, num_requests=1200, slo=_LONG,
-             make=_window(MOONCAKE)),
-    Workload(name="agents", source=MOONCAKE_SLICE, hardware=_H100, num_requests=1200, slo=_LONG,
-             make=_window(MOONCAKE_SLICE)),
-    Workload(name="reasoning", source=DEEPSEEK, hardware=_RTX, num_requests=1600, slo=_CHAT,
+    Workload(name="chat", source=CONV, hardware=_RTX, num_requests=1500, slo=_CHAT,
+             make=partial(_window, CONV)),
+    Workload(name="code", source=CODE, hardware=_RTX, num_requests=1500, slo=_CHAT,
+             make=partial(_window, CODE)),
+    Workload(name="long context", source=MOONCAKE, hardware=_H100, num_requests=1000, slo=_LONG,
+             make=partial(_window, MOONCAKE)),
+    Workload(name="agents", source=MOONCAKE_SLICE, hardware=_H100, num_requests=800, slo=_LONG,
+             make=partial(_window, MOONCAKE_SLICE)),
+    Workload(name="reasoning", source=DEEPSEEK, hardware=_RTX, num_requests=800, slo=_CHAT,
              make=_reasoning),
-    Workload(name="translation", source=BWB, hardware=_RTX, num_requests=1600, slo=_CHAT,
+    Workload(name="translation", source=BWB, hardware=_RTX, num_requests=800, slo=_CHAT,
              make=_translation),
-    Workload(name="bursts", source="burstgpt", hardware=_RTX, num_requests=3000, slo=_CHAT,
-             make=_generated("burstgpt", cv=4.0)),
-    Workload(name="priorities", source="sharegpt", hardware=_RTX, num_requests=2500, slo=_CHAT,
-             make=_generated("sharegpt", cv=2.0, high_share=_HIGH_SHARE)),
-    Workload(name="multi-turn", source="sessions", hardware=_RTX, num_requests=3000, slo=_CHAT,
-             make=_generated("sessions")),
+    Workload(name="bursts", source="burstgpt", hardware=_RTX, num_requests=1500, slo=_CHAT,
+             make=partial(_generated, "burstgpt", 4.0, 0.0)),
+    Workload(name="priorities", source="sharegpt", hardware=_RTX, num_requests=1250, slo=_CHAT,
+             make=partial(_generated, "sharegpt", 2.0, _HIGH_SHARE)),
+    Workload(name="multi-turn", source="sessions", hardware=_RTX, num_requests=1500, slo=_CHAT,
+             make=partial(_generated, "sessions", 1.0, 0.0)),
 )  # fmt: skip
 
 TUNED_ON = ("chat", "long context", "agents", "reasoning", "bursts")
