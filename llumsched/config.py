@@ -31,7 +31,7 @@ from llumsched.core.params import ParamError, check_param, params_of
 from llumsched.core.policy import PolicyBundle
 from llumsched.core.transfer_options import TransferOptions
 
-DEFAULT_POLICY = "latency"
+DEFAULT_POLICY = "adaptive"
 NO_POLICY = "none"
 KEYS = ("policy", "seed", "params", "parts", "scheduler", "migration", "transfer")
 """The top-level keys of a configuration file."""

@@ -1,6 +1,6 @@
 """Simulate policies on nine kinds of public traffic and write `docs/comparison.md` with its chart.
 
-    python -m scripts.compare_policies TRACES              # about an hour on two cores
+    python -m scripts.compare_policies TRACES              # some ten minutes on two cores
     python -m scripts.compare_policies TRACES --quick      # few requests: shows that it runs
 
 TRACES is a folder with the public traces: `azure/AzureLLMInferenceTrace_conv.csv` and `_code.csv`

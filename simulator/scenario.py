@@ -31,7 +31,7 @@ class Scenario:
     """Choice of what to simulate. `traffic` is a file, a generator, or `example`."""
 
     traffic: str
-    policy: str = param("latency", "a bundle, a dispatch policy, or a YAML configuration")
+    policy: str = param("adaptive", "a bundle, a dispatch policy, or a YAML configuration")
     # Traffic
     format: str | None = param(None, f"of the file; default: recognised. {', '.join(FORMATS)}")
     rate_rps: float | None = param(

@@ -23,6 +23,7 @@ TIMEOUT_S = 900.0
 # texts of busy instances can be compared.
 FLAGS = (
     "--instances 2",
+    "--policy latency",
     "--dtype float32",
     "--enforce-eager",
     "--block-size 32",

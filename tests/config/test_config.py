@@ -102,19 +102,19 @@ def test_two_bundles_share_no_state() -> None:
             "f.yaml:4: unknown parameter of freeness: 'queu'; did you mean 'queue'?",
         ),
         (
-            "parts:\n  dispatch:\n    queue: half",
+            "parts:\n  dispatch:\n    queue: half\npolicy: latency",
             "f.yaml:3: queue must be one of head_of_line, whole, not 'half'",
         ),
         (
-            "parts:\n  migration:\n    source_below: ten",
+            "parts:\n  migration:\n    source_below: ten\npolicy: latency",
             "f.yaml:3: source_below must be float, not str 'ten'",
         ),
         (
-            "parts:\n  migration:\n    source_below: 5\n    destination_above: 1",
+            "parts:\n  migration:\n    source_below: 5\n    destination_above: 1\npolicy: latency",
             "f.yaml:4: destination_above (1) must be at least source_below (5)",
         ),
         (
-            "parts:\n  admission: {x: 1}",
+            "parts:\n  admission: {x: 1}\npolicy: latency",
             "f.yaml:2: bundle 'latency' has no admission policy to change; choose one",
         ),
         (
@@ -125,7 +125,10 @@ def test_two_bundles_share_no_state() -> None:
             "scheduler:\n  max_queued_request: 0",
             "f.yaml:2: unknown key in scheduler: 'max_queued_request'; did you mean",
         ),
-        ("params:\n  queu: whole", "f.yaml:2: unknown parameter of any part of 'latency': 'queu'"),
+        (
+            "params:\n  queu: whole\npolicy: slo",
+            "f.yaml:2: unknown parameter of any part of 'slo': 'queu'",
+        ),
         (
             "policy: disaggregated\nparams:\n  prefill_share: 2",
             "f.yaml:3: prefill_share must be above 0, at most 1, not 2.0",

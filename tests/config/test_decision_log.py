@@ -191,7 +191,7 @@ def test_a_change_is_found_and_shown(tmp_path: Path) -> None:
 
 
 def test_another_policy_parts_and_the_report_says_where(tmp_path: Path) -> None:
-    run(tmp_path, Config.default(), num_events=50)
+    run(tmp_path, Config.default("latency"), num_events=50)
     result = replay(tmp_path, Config.default("round_robin"))
     assert result.num_different > 0
     assert result.num_placed_elsewhere > 0
@@ -245,7 +245,7 @@ def command(*arguments: str) -> int:
 def test_the_command_says_whether_it_is_identical(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(tmp_path, Config.default(), num_events=20)
+    run(tmp_path, Config.default("latency"), num_events=20)
     assert command(str(tmp_path)) == 0
     assert "every decision identical" in capsys.readouterr().out
     assert command(str(tmp_path), "--policy", "round_robin", "--show", "1") == 0

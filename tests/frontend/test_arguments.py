@@ -12,7 +12,7 @@ from llumsched.frontend.options.arguments import UsageError, is_loopback, parse
 SCHEDULER_CONFIGS = {
     "policy": "policy: round_robin\n",
     "parts": "parts: {dispatch: round_robin}\n",
-    "params": "params: {source_below: 5}\n",
+    "params": "params: {stall_weight: 0.5}\n",
     "scheduler": "scheduler: {migration_interval_s: 0.2}\n",
     "all": "policy: latency\nscheduler: {migration_interval_s: 0.2}\nseed: 3\n",
 }
