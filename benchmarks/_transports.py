@@ -30,9 +30,10 @@ from llumsched.migration.messages import (
     StoreBlocks,
     Welcome,
     decode_peer,
+    encode_peer,
 )
+from llumsched.migration.migrator import CPU_SLOT_MB
 from llumsched.migration.rate_limit import RateLimiter
-from llumsched.wire.control import encode
 from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 TRANSPORTS = ("shared_memory", "tcp", "gloo")
@@ -59,7 +60,7 @@ def _kv() -> KVBlocks:
 
 def _here() -> Here:
     kv, options = LocalKV(_kv()), TransferOptions()
-    blocks_per_slot = max(1, int(options.staging_slot_mb * 1e6) // kv.block_num_bytes)
+    blocks_per_slot = max(1, int(CPU_SLOT_MB * 1e6) // kv.block_num_bytes)
     ring = SendRing(
         num_slots=options.staging_slots, slot_num_bytes=blocks_per_slot * kv.block_num_bytes
     )
@@ -149,9 +150,9 @@ async def _answer(parent: Connection, keys: PoolKeys) -> None:
         identity, *frames = await router.recv_multipart(copy=False)
         message = decode_peer(frames[0].buffer)
         if isinstance(message, Hello):
-            transport, answer = accepted(here, message.offers)
+            transport, answer = await accepted(here, message.offers)
             welcome = Welcome(transport=transport.name, answer=answer)
-            await router.send_multipart([identity, encode(welcome)])
+            await router.send_multipart([identity, encode_peer(welcome)])
         elif isinstance(message, StoreBlocks) and transport is not None:
             part = IncomingPart(
                 here=here,
@@ -164,11 +165,11 @@ async def _answer(parent: Connection, keys: PoolKeys) -> None:
             first = message.first_block
             await write(list(range(first, first + message.num_blocks)))
             read = SlotRead(slot=message.slot, use=message.use)
-            await router.send_multipart([identity, encode(read)])
+            await router.send_multipart([identity, encode_peer(read)])
             num_received += message.num_blocks
             if num_received == message.stage_num_blocks:
                 num_received = 0
                 done = BlocksCopied(
                     migration_id="m", stage=message.stage, num_blocks_total=message.stage_num_blocks
                 )
-                await router.send_multipart([identity, encode(done)])
+                await router.send_multipart([identity, encode_peer(done)])

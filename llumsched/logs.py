@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TextIO, get_args
@@ -136,6 +137,19 @@ class FailureLog:
             kind: failures of equal kind are one failure again and again.
             details: said with the first of a kind alone; the traceback being handled by default.
         """
+        if kind not in self._kinds and not details and sys.exc_info()[0] is not None:
+            details = traceback.format_exc()
+        self._say(kind, message, args, level=level, details=details)
+
+    def _say(
+        self,
+        kind: Hashable,
+        message: str,
+        args: tuple[object, ...],
+        *,
+        level: int,
+        details: str = "",
+    ) -> None:
         now_s = self._clock()
         last_s, num_unsaid = self._kinds.get(kind, (None, 0))
         if last_s is not None and now_s - last_s < self._interval_s:
@@ -147,13 +161,10 @@ class FailureLog:
         if num_unsaid:
             message = f"{message} (and %d times more since the last such line)"
             args = (*args, num_unsaid)
-        is_first = last_s is None
-        if is_first and details:
+        if last_s is None and details:
             message, args = f"{message}\n%s", (*args, details.rstrip())
-        self._logger.log(
-            level,
-            message,
-            *args,
-            exc_info=is_first and not details and sys.exc_info()[0] is not None,
-            stacklevel=2,
-        )
+        self._logger.log(level, message, *args, stacklevel=3)
+
+    def warned(self, kind: Hashable, message: str, *args: object) -> None:
+        """As ``failed``, for what is dropped and does no harm; without a traceback."""
+        self._say(kind, message, args, level=logging.WARNING)

@@ -116,7 +116,19 @@ PLACEMENT = MetricSpec(
     kind="histogram",
     where=Where.FRONTEND,
     help="How long the global scheduler took to choose an instance, waiting included.",
+    labels=("priority_class",),
+    known=CLASSES,
     buckets=PLACEMENT_BUCKETS,
+)
+CLIENT_PAUSE = MetricSpec(
+    name="llumsched_client_pause_seconds",
+    kind="histogram",
+    where=Where.FRONTEND,
+    help="Between the last token of one instance and the first of the next, as a client sees it:"
+    " because the request moved, or because its instance was lost.",
+    labels=("cause",),
+    buckets=PAUSE_BUCKETS,
+    known=(("migration",), ("resumption",)),
 )
 MOVES = MetricSpec(
     name="llumsched_moves",

@@ -252,7 +252,7 @@ _FAR = 8.0
 
 
 class _Pool:
-    """What moves between instances are worth. `room` may be changed meanwhile."""
+    """Worth of moves between instances. `room` may be changed meanwhile."""
 
     def __init__(self, cluster: ClusterSnapshot, room: FloatColumn) -> None:
         self.cluster = cluster

@@ -104,7 +104,7 @@ def policies() -> str:
 
 
 def policy_values() -> str:
-    """What a policy is given and what it answers, a table a class."""
+    """Inputs and answers of a policy, a table a class."""
     tables = []
     for cls in (SchedulingRequest, InstanceView, Placement, MigrationPair):
         rows = [(f"`{name}`", f"`{kind}`", doc) for name, kind, doc in _fields(cls)]

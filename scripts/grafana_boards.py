@@ -187,6 +187,15 @@ MIGRATIONS = (
         about="A client's pause is that and one step.",
     ),
     Panel(
+        title="Pause of a client",
+        queries={
+            "P50 {{cause}}": p(0.5, "llumsched_client_pause_seconds", "cause"),
+            "P99 {{cause}}": p(0.99, "llumsched_client_pause_seconds", "cause"),
+        },
+        unit="s",
+        about="Between two tokens of a request whose instance changed.",
+    ),
+    Panel(
         title="Duration",
         queries={
             "P50": p(0.5, "llumsched_migration_seconds"),
@@ -238,7 +247,9 @@ SLO = (
     *_WITHIN,
     Panel(
         title="Placement, P99",
-        queries={"P99": p(0.99, "llumsched_placement_seconds")},
+        queries={
+            "P99 {{priority_class}}": p(0.99, "llumsched_placement_seconds", "priority_class")
+        },
         unit="s",
         about="Waiting at the scheduler included.",
     ),

@@ -30,7 +30,7 @@ BUILDING = re.compile(r"Building wheels? for (?:collected packages: )?(?P<name>[
 
 
 class Progress:
-    """What pip is doing, in words, from the lines that it prints."""
+    """Pip's doings, in words, from the lines that it prints."""
 
     def __init__(self) -> None:
         self.num_packages = 0

@@ -15,6 +15,7 @@ MARKS: dict[str, tuple[str, ...]] = {
     "tests/migration/test_destination.py": (),
     "tests/migration/test_rate_limit.py": (),
     "tests/contract": ("engine",),
+    "tests/project/test_gpu_check.py": ("slow",),
 }
 """Folder or file -> marks; what is nearest to a test counts."""
 

@@ -22,7 +22,7 @@ DEFAULT_ATTAINMENT = 0.99
 
 
 class Stop(Protocol):
-    """What may ask for an orderly end."""
+    """Request for an orderly end, from whoever may ask for one."""
 
     is_set: bool
 

@@ -15,7 +15,7 @@ Requests = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessSample:
-    """What was done until ``at_s`` (seconds on any clock that only grows)."""
+    """Totals until ``at_s`` (seconds on any clock that only grows)."""
 
     at_s: float
     num_finished: int

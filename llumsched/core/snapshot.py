@@ -320,12 +320,12 @@ class InstanceView:
 
     @property
     def is_accepting(self) -> bool:
-        """Whether it may be given work: it serves, and was heard from lately."""
+        """True if it may be given work: it serves, and was heard from lately."""
         return bool(self.cluster.columns.is_accepting[self.row])
 
     @property
     def is_fresh(self) -> bool:
-        """Whether its last load report is recent enough to be believed."""
+        """True if its last load report is recent enough to be believed."""
         return bool(self.cluster.columns.is_fresh[self.row])
 
     @property

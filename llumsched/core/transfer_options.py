@@ -11,7 +11,9 @@ from llumsched.core.params import check_params, param
 AUTO = "auto"
 # Names of the transports, in the order in which they are tried, and where each one's class is.
 TRANSPORTS = {
+    "cuda_ipc": "llumsched.engine.transfer.cuda_ipc:CudaIpc",
     "shared_memory": "llumsched.engine.transfer.shared_memory:SharedMemory",
+    "nixl": "llumsched.engine.transfer.nixl:Nixl",
     "tcp": "llumsched.engine.transfer.tcp:Tcp",
     "gloo": "llumsched.engine.transfer.torch_group:Gloo",
     "nccl": "llumsched.engine.transfer.torch_group:Nccl",
@@ -24,8 +26,9 @@ class TransferOptions:
 
     transport: str = param(
         "auto",
-        "How KV bytes travel: auto is shared memory between instances of one host and tcp between "
-        "hosts; gloo and nccl are torch.distributed's.",
+        "How KV bytes travel. auto is the first that both instances can use: cuda_ipc between GPUs "
+        "of one host, shared_memory on one host, nixl between hosts where it is installed, tcp. "
+        "gloo and nccl are torch.distributed's.",
         choices=(AUTO, *TRANSPORTS),
     )
     bandwidth_limit_mb_s: float = param(
@@ -51,7 +54,12 @@ class TransferOptions:
         "instance.",
         at_least=1,
     )
-    staging_slot_mb: float = param(8.0, "Megabytes of such a part; one block at least.", above=0)
+    staging_slot_mb: float = param(
+        0.0,
+        "Megabytes of such a part; one block at least. 0 is 8 where engines compute on CPUs, 64 on "
+        "GPUs.",
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
         check_params(self)

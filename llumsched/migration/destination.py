@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 
 import msgspec
 
@@ -56,7 +57,8 @@ Write = Callable[[list[int]], Awaitable[None]]
 GRAMMAR_TIMEOUT_S = 4.0
 # A client waits for the step that begins with a commit. Whatever else this process does then takes
 # the interpreter, and where cores are few the core, from it; nobody waits for the answer.
-ANSWER_AFTER_S = 0.04
+ANSWER_AFTER_STEPS = 1.25
+MAX_ANSWER_AFTER_S = 0.04
 # The answer says when the request went on: with its next token here, if that comes so soon.
 NEXT_TOKEN_WITHIN_S = 1.0
 
@@ -68,6 +70,7 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
         call: runs a closure on the engine's loop thread.
         abort: treats a request as aborted by its client.
         forget: called when nothing of the migration need be known any more.
+        answer_after_s: for how long an answer is held back that nobody waits for.
     """
 
     def __init__(
@@ -79,11 +82,13 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
         abort: Callable[[str], None],
         options: ReservationOptions,
         forget: Callable[[str], None],
+        answer_after_s: Callable[[], float],
     ) -> None:
         super().__init__(machine, migration_id, call)
         self._port = port
         self._abort = abort
         self._forget = forget
+        self._answer_after_s = answer_after_s
         self._reply: Reply | None = None
         self._state = b""
         self._final = b""
@@ -217,9 +222,9 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
             case CommitAcknowledged():
                 now_s = time.perf_counter()
                 held_back_s = now_s - (self._next_token_at_s or now_s)
-                self._answer(msgspec.structs.replace(command, held_back_s=held_back_s))
+                self._answer(replace(command, held_back_s=held_back_s))
             case ReservationRejected():
-                self._answer(msgspec.structs.replace(command, refusal=self._refusal))
+                self._answer(replace(command, refusal=self._refusal))
             case ToSource():
                 self._answer(command)
             case _:
@@ -295,7 +300,7 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
         self._spawn(self._admitted(self._committed))
 
     async def _admitted(self, committed: Future[Future[None]]) -> None:
-        await asyncio.sleep(ANSWER_AFTER_S)
+        await asyncio.sleep(self._answer_after_s())
         try:
             next_token = await asyncio.wrap_future(committed)
         except Exception as error:
@@ -321,6 +326,7 @@ class IncomingMigrations:
     Args:
         call: runs a closure on the engine's loop thread.
         abort: treats a request as aborted by its client.
+        step_time_s: the engine's recent step time.
     """
 
     def __init__(
@@ -329,11 +335,13 @@ class IncomingMigrations:
         port: MigrationEngine,
         call: Call,
         abort: Callable[[str], None],
+        step_time_s: Callable[[], float],
         options: ReservationOptions,
     ) -> None:
         self._port = port
         self._call = call
         self._abort = abort
+        self._step_time_s = step_time_s
         self._options = options
         self._arriving: dict[str, IncomingMigration] = {}
 
@@ -354,6 +362,16 @@ class IncomingMigrations:
             arriving.record.may_move_on or arriving.record.request_id != request_id
             for arriving in self
         )
+
+    def answer_after_s(self) -> float:
+        """How long to hold an answer back, for the step that begins with a commit to get through.
+
+        It holds a slot and the source's blocks as well, so it is no longer than a step takes.
+        """
+        step_time_s = self._step_time_s()
+        if not step_time_s:
+            return MAX_ANSWER_AFTER_S
+        return min(ANSWER_AFTER_STEPS * step_time_s, MAX_ANSWER_AFTER_S)
 
     def is_admitting(self, migration_id: str) -> bool:
         """True if the engine is taking the request over, and a client waits for its step."""
@@ -402,6 +420,7 @@ class IncomingMigrations:
                 abort=self._abort,
                 options=self._options,
                 forget=self._forget,
+                answer_after_s=self.answer_after_s,
             )
         return arriving
 

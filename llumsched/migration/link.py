@@ -27,18 +27,20 @@ from llumsched.core.migration.messages import ToDestination, ToSource
 from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.transfer.registry import offered
 from llumsched.engine.transfer.transport import Here, OutgoingPart, Transport, Unavailable
+from llumsched.logs import FailureLog
 from llumsched.migration.messages import (
     Hello,
     SlotRead,
     StoreBlocks,
     Welcome,
     decode_peer,
+    encode_peer,
 )
 from llumsched.migration.rate_limit import RateLimiter
-from llumsched.wire.control import encode
 from llumsched.wire.keys import PoolKeys
 
 logger = logging.getLogger(__name__)
+_failures = FailureLog(logger)
 
 HANDSHAKE_TIMEOUT_S = 5.0
 
@@ -149,7 +151,7 @@ class PeerConnection:
     async def send(self, message: ToDestination | Hello) -> None:
         """Send, unless the link is closed: then its destination is dead and hears nothing."""
         if not self._socket.closed:
-            await self._socket.send(encode(message))
+            await self._socket.send(encode_peer(message))
 
     async def send_blocks(
         self,
@@ -206,7 +208,7 @@ class PeerConnection:
     ) -> None:
         if self._socket.closed:
             return
-        header = encode(msgspec.structs.replace(message, note=note, checksum=checksum))
+        header = encode_peer(msgspec.structs.replace(message, note=note, checksum=checksum))
         if payload is None:
             await self._socket.send(header)
         else:
@@ -246,7 +248,7 @@ class PeerConnection:
             try:
                 message = decode_peer(frame)
             except msgspec.DecodeError as error:
-                logger.warning("Dropped a malformed answer: %s", error)
+                _failures.warned("answer", "Dropped a malformed answer: %s", error)
                 continue
             match message:
                 case Welcome():
@@ -268,4 +270,5 @@ class PeerConnection:
                     if reply is not None:
                         await self.send(reply)
                 case _:
-                    logger.warning("Dropped an answer that is none: %s", type(message).__name__)
+                    kind = type(message).__name__
+                    _failures.warned(kind, "Dropped an answer that is none: %s", kind)

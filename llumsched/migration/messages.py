@@ -8,6 +8,9 @@ the transport has them (``engine.transfer``), be it in a second frame of the mes
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Annotated, Any
+
 import msgspec
 
 from llumsched.core.migration.messages import (
@@ -18,14 +21,17 @@ from llumsched.core.migration.messages import (
     CommitAcknowledged,
     CommitRefused,
     CommitRequest,
-    Count,
-    Name,
+    MigrationMessage,
     QueryCommit,
     ReleaseReservation,
     ReservationRejected,
     ReserveBlocks,
 )
-from llumsched.wire.control import Message
+from llumsched.wire.control import Message, encode
+
+# Blocks, stages and slots: far more than there are, and little enough to multiply by bytes.
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+Name = Annotated[str, msgspec.Meta(max_length=1 << 10)]
 
 
 class Hello(Message, frozen=True, kw_only=True):
@@ -78,22 +84,62 @@ class SlotRead(Message, frozen=True, kw_only=True):
     core_s: float = 0.0
 
 
-PeerMessage = (
-    Hello
-    | Welcome
-    | StoreBlocks
-    | SlotRead
-    | ReserveBlocks
-    | CommitRequest
-    | QueryCommit
-    | ReleaseReservation
-    | AbortAtDestination
-    | CloseMigration
-    | BlocksReserved
-    | ReservationRejected
-    | BlocksCopied
-    | CommitAcknowledged
-    | CommitRefused
-)
+class Envelope(Message, frozen=True, kw_only=True):
+    """Carries a message of the protocol: the name of its class, and its fields."""
 
-decode_peer = msgspec.msgpack.Decoder(PeerMessage).decode
+    kind: str
+    body: msgspec.Raw
+
+
+PeerMessage = Hello | Welcome | StoreBlocks | SlotRead | MigrationMessage
+
+_decode = msgspec.msgpack.Decoder(Hello | Welcome | StoreBlocks | SlotRead | Envelope).decode
+_DECODE_BODY: dict[str, Any] = {
+    kind.__name__: msgspec.msgpack.Decoder(kind).decode
+    for kind in (
+        ReserveBlocks,
+        CommitRequest,
+        QueryCommit,
+        ReleaseReservation,
+        AbortAtDestination,
+        CloseMigration,
+        BlocksReserved,
+        ReservationRejected,
+        BlocksCopied,
+        CommitAcknowledged,
+        CommitRefused,
+    )
+}
+_MAX_COUNT = 1 << 31
+_MAX_NAME = 1 << 10
+_NAMES = frozenset({"migration_id", "request_id", "source"})
+
+
+def encode_peer(message: PeerMessage) -> bytes:
+    """The message as a frame."""
+    if isinstance(message, MigrationMessage):
+        body = msgspec.Raw(msgspec.msgpack.encode(message))
+        return encode(Envelope(kind=type(message).__name__, body=body))
+    return encode(message)
+
+
+def decode_peer(frame: Any) -> PeerMessage:
+    """The message in a frame.
+
+    Raises:
+        msgspec.DecodeError: if there is none, or its fields are not of their types and ranges.
+    """
+    decoded: Hello | Welcome | StoreBlocks | SlotRead | Envelope = _decode(frame)
+    if not isinstance(decoded, Envelope):
+        return decoded
+    decode_body = _DECODE_BODY.get(decoded.kind)
+    if decode_body is None:
+        raise msgspec.ValidationError(f"no message of the protocol is {decoded.kind[:_MAX_NAME]!r}")
+    message: MigrationMessage = decode_body(decoded.body)
+    for field in fields(message):
+        value = getattr(message, field.name)
+        if type(value) is int and not 0 <= value < _MAX_COUNT:
+            raise msgspec.ValidationError(f"{field.name} is {value}")
+        if field.name in _NAMES and len(value) > _MAX_NAME:
+            raise msgspec.ValidationError(f"{field.name} has {len(value)} characters")
+    return message

@@ -32,7 +32,8 @@ from llumsched.engine.compatibility import differences
 from llumsched.engine.transfer.registry import accepted
 from llumsched.engine.transfer.shared_ring import SendRing
 from llumsched.engine.transfer.transport import Broken, Here, IncomingPart, Transport, Unavailable
-from llumsched.migration.destination import ANSWER_AFTER_S, IncomingMigrations
+from llumsched.logs import FailureLog
+from llumsched.migration.destination import IncomingMigrations
 from llumsched.migration.link import PeerConnection
 from llumsched.migration.messages import (
     Hello,
@@ -41,18 +42,22 @@ from llumsched.migration.messages import (
     StoreBlocks,
     Welcome,
     decode_peer,
+    encode_peer,
 )
 from llumsched.migration.rate_limit import RateLimiter
 from llumsched.migration.source import OutgoingMigrations
-from llumsched.wire.control import OrderMigration, ReportMigration, encode
+from llumsched.wire.control import OrderMigration, ReportMigration
 from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 logger = logging.getLogger(__name__)
+_failures = FailureLog(logger)
 
 Answer = ToSource | Welcome | SlotRead
 Reply = Callable[[Answer], Awaitable[None]]
 
 BYTES_PER_MB = 1_000_000
+# To or from a GPU a copy costs a launch and a wait, however small it is.
+CPU_SLOT_MB, GPU_SLOT_MB = 8.0, 64.0
 
 
 class Migrator:
@@ -63,7 +68,7 @@ class Migrator:
         call: runs a closure on the engine's loop thread.
         keys: the pool's.
         host: the address to bind, reachable by the other instances.
-        step_time_s: the engine's recent step time, for the statistics.
+        step_time_s: the engine's recent step time.
     """
 
     def __init__(
@@ -113,7 +118,11 @@ class Migrator:
             options=options,
         )
         self._incoming = IncomingMigrations(
-            port=port, call=call, abort=abort, options=ReservationOptions()
+            port=port,
+            call=call,
+            abort=abort,
+            step_time_s=step_time_s,
+            options=ReservationOptions(),
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._receiving = asyncio.create_task(self._receive())
@@ -223,7 +232,10 @@ class Migrator:
         gathering one overlaps the receiver's scattering of another."""
         if kv is None:
             return 0
-        slot_num_bytes = int(self._transfer.staging_slot_mb * BYTES_PER_MB)
+        slot_mb = self._transfer.staging_slot_mb or (
+            CPU_SLOT_MB if kv.copies_on_cores else GPU_SLOT_MB
+        )
+        slot_num_bytes = int(slot_mb * BYTES_PER_MB)
         return max(1, slot_num_bytes // kv.block_num_bytes) * kv.block_num_bytes
 
     def _what_transports_use(self, kv: KVAccess) -> Here:
@@ -278,7 +290,8 @@ class Migrator:
             try:
                 message = decode_peer(frames[0].buffer)
             except (msgspec.DecodeError, IndexError) as error:
-                logger.warning("Dropped a malformed message of another instance: %s", error)
+                said = "Dropped a malformed message of another instance: %s"
+                _failures.warned("message", said, error)
                 continue
             payload = frames[1].buffer if len(frames) > 1 else None
             task = asyncio.create_task(self._handle(identity.bytes, message, payload))
@@ -291,11 +304,11 @@ class Migrator:
         async def reply(answer: Answer) -> None:
             if self._router.closed:
                 return  # this instance ends, and the other learns that from the link
-            await self._router.send_multipart([identity, encode(answer)])
+            await self._router.send_multipart([identity, encode_peer(answer)])
 
         match message:
             case Hello():
-                await reply(self._welcome(identity, message))
+                await reply(await self._welcome(identity, message))
             case StoreBlocks():
                 begun_s, others_s = time.thread_time(), 0.0
                 try:
@@ -303,14 +316,15 @@ class Migrator:
                 finally:
                     core_s = others_s + time.thread_time() - begun_s
                     if self._incoming.is_admitting(message.migration_id):
-                        await asyncio.sleep(ANSWER_AFTER_S)
+                        await asyncio.sleep(self._incoming.answer_after_s())
                     await reply(SlotRead(slot=message.slot, use=message.use, core_s=core_s))
             case ToDestination():
                 self._incoming.take_in(message, reply)
             case _:
-                logger.warning("Dropped a request that is none: %s", type(message).__name__)
+                kind = type(message).__name__
+                _failures.warned(kind, "Dropped a request that is none: %s", kind)
 
-    def _welcome(self, identity: bytes, hello: Hello) -> Welcome:
+    async def _welcome(self, identity: bytes, hello: Hello) -> Welcome:
         if self._port.refusal is not None or self._here is None:
             return Welcome(refused=f"it cannot migrate: {self._port.refusal}")
         differing = differences(self._fingerprint, hello.fingerprint)
@@ -323,7 +337,7 @@ class Migrator:
             )
         self._forget_source(hello.instance_id)
         try:
-            transport, answer = accepted(self._here, hello.offers)
+            transport, answer = await accepted(self._here, hello.offers)
         except Unavailable as error:
             return Welcome(refused=f"there is no way for blocks between the two: {error}")
         self._sources[identity] = (hello.instance_id, transport)

@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Protocol
 
 import msgspec
@@ -183,7 +184,7 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
 
     def _post_filled_in(self, message: BlocksReserved | BlocksCopied) -> None:
         self.post(
-            msgspec.structs.replace(
+            replace(
                 message,
                 num_full_blocks_now=len(self._block_ids),
                 num_preemptions=self._num_preemptions,
@@ -244,13 +245,13 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
         match command:
             case ReserveBlocks():
                 state = msgspec.msgpack.encode(self._state)
-                await self._link.send(msgspec.structs.replace(command, state=state))
+                await self._link.send(replace(command, state=state))
             case CopyBlocks():
                 self._spawn(self._copy(command))
             case CommitRequest():
                 assert self._suspended is not None
                 final = msgspec.msgpack.encode(self._suspended.final)
-                await self._link.send(msgspec.structs.replace(command, final=final))
+                await self._link.send(replace(command, final=final))
             case ToDestination():
                 await self._link.send(command)
             case SuspendRequest():

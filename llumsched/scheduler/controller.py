@@ -215,7 +215,7 @@ class Controller:
             identity, payload = frames
             message = decode_control(payload)
         except (ValueError, msgspec.DecodeError) as error:
-            self._failures.failed("malformed", "Dropped a malformed control message: %s", error)
+            self._failures.warned("malformed", "Dropped a malformed control message: %s", error)
             return
         if self._frontends.is_dead(identity):
             return
@@ -258,7 +258,7 @@ class Controller:
                 self._orders.send(identity, self._describe(message.call_id))
             case _:
                 kind = type(message).__name__
-                self._failures.failed(kind, "Dropped a message not meant for here: %s", kind)
+                self._failures.warned(kind, "Dropped a message not meant for here: %s", kind)
 
     def _register(self, identity: bytes, message: RegisterInstance) -> None:
         instance_id = message.spec.instance_id

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, values
+from prometheus_client import CollectorRegistry, Counter, Histogram, values
 from prometheus_client.samples import Sample
 
 from llumsched import metrics
@@ -82,6 +82,7 @@ class SchedulerMetrics:
         self._reasons = Reasons()
         self._migration_reasons = Reasons()
         self._decision_s = metrics.DECISION.histogram(registry)
+        self._decision_s_of: dict[type, Histogram] = {}
         self._dispatches = metrics.DISPATCHES.counter(registry)
         self._rejections = metrics.REJECTIONS.counter(registry)
         self._started = metrics.MIGRATIONS_STARTED.counter(registry)
@@ -101,7 +102,11 @@ class SchedulerMetrics:
 
     def handled(self, event: Event, actions: Iterable[Action], took_s: float) -> None:
         """The scheduler has taken ``took_s`` to handle ``event`` and decide ``actions``."""
-        self._decision_s.labels(type(event).__name__).observe(took_s)
+        kind = type(event)
+        decision_s = self._decision_s_of.get(kind)
+        if decision_s is None:
+            decision_s = self._decision_s_of[kind] = self._decision_s.labels(kind.__name__)
+        decision_s.observe(took_s)
         match event:
             case LaunchFailed():
                 self._scaling.labels("launch_failed").inc()

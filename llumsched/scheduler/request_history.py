@@ -1,4 +1,4 @@
-"""What became of each of the last requests, step by step, for ``llumsched trace``.
+"""Histories of the last requests, step by step, for ``llumsched trace``.
 
     arrived -> held -> dispatched -> migration begins -> migration ends ... -> lost -> ... finished
 

@@ -2,7 +2,7 @@
 
 Every message is a tagged ``msgspec`` struct in MessagePack: decoding checks the types and runs
 no code of the sender's. What the migrators of two instances say to each other is apart from it
-(``peer_messages``), on sockets of its own.
+(``migration.messages``), on sockets of its own.
 """
 
 from __future__ import annotations

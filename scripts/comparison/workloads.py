@@ -54,7 +54,7 @@ class Workload:
 
     @property
     def is_file(self) -> bool:
-        """Whether it needs a file."""
+        """True if it needs a file."""
         return "/" in self.source
 
 

@@ -40,6 +40,7 @@ class Reports:
         timeline: TimelineRecorder | None,
         tells_blocks: bool,
         tells_victim: bool,
+        tells_steps: bool,
     ) -> None:
         self._interval = to_ps(options.report_interval_s)
         self._shortest_interval = min(SHORTEST_INTERVAL, self._interval)
@@ -49,6 +50,7 @@ class Reports:
         self._timeline = timeline
         self._tells_blocks = tells_blocks
         self._tells_victim = tells_victim
+        self._tells_steps = tells_steps
         self.due: deque[tuple[int, Engine]] = deque()
         """When which instance reports; an entry that is not the engine's `report_due` is void."""
         self.arriving: deque[tuple[int, Event]] = deque()
@@ -92,7 +94,7 @@ class Reports:
             engine.next_victim = now + VICTIM_INTERVAL
             engine.victim_blocks = self._migrations.victim_blocks(engine, now)
         num_in, num_out = self._migrations.counts(engine.index)
-        load = read_load(engine, now, num_in, num_out)
+        load = read_load(engine, now, num_in, num_out, tells_step=self._tells_steps)
         if self._timeline is not None:
             self._timeline.add(now + self._kernel.skipped, engine.index, load)
         at = now + self._delay
@@ -107,9 +109,15 @@ class Reports:
 
 
 def read_load(
-    engine: Engine, now: int, num_migrations_in: int, num_migrations_out: int
+    engine: Engine,
+    now: int,
+    num_migrations_in: int,
+    num_migrations_out: int,
+    *,
+    tells_step: bool,
 ) -> InstanceLoad:
-    """The report; what came and ended since the last one is told in it, once."""
+    """The report; what came and ended since the last one is told in it, once. A step is measured
+    for a scheduler that learns from it."""
     engine.num_reports += 1
     num_free_blocks, step_ps = engine.free_and_step_time_at(now)
     num_running = len(engine.running)
@@ -141,7 +149,7 @@ def read_load(
         num_prefill_tokens_pending=prefill_tokens,
         num_prefill_pairs_pending=prefill_pairs,
         step_time_s=step_ps / PS_PER_S,
-        step=engine.take_step(now),
+        step=engine.take_step(now) if tells_step else None,
         num_running_by_class=(
             ((0, num_running - num_high), (1, num_high)) if num_high else ((0, num_running),)
         ),

@@ -7,7 +7,7 @@ then deadlines, reports, messages, and last the ends of engine steps (see `kerne
 Invariants: the scheduler is told only what a real host could tell it: arrivals and ends of requests
 by the frontend, load and cached blocks by reports as old as configured, never a length of output.
 What it decides at the end of a step takes effect an instant later. This module does not know how an
-engine fills a batch (`engine_base`), how a migration proceeds (`cluster_migration`), or what the
+engine fills a batch (`engines.base`), how a migration proceeds (`migration_source`), or what the
 numbers are worth (`metrics`).
 """
 
@@ -101,6 +101,7 @@ class Cluster:
             timeline=self._timeline,
             tells_blocks=self._tells_blocks,
             tells_victim=port.bundle.migration is not None,
+            tells_steps=port.scheduler.options.learn_costs or options.decision_log is not None,
         )
 
     @property

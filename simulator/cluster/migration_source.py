@@ -11,9 +11,8 @@ migration was asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
-
-import msgspec
 
 from llumsched.core.actions import PolicyFailed, StartMigration
 from llumsched.core.events import MigrationFinished, MigrationOutcome
@@ -386,7 +385,7 @@ def _filled_in(move: Move, message: ToSource, now: int) -> ToSource:
     """The message, with what the source adds when it comes."""
     if not isinstance(message, BlocksReserved | BlocksCopied):
         return message
-    return msgspec.structs.replace(
+    return replace(
         message,
         num_full_blocks_now=_num_full_blocks(move, now),
         num_preemptions=move.request.num_preemptions,

@@ -130,6 +130,7 @@ class Engine(Segment, ABC):
         """Let a request that waits go, as if it had never come; what waits behind it moves up."""
         self.waiting.remove(request)
         self.num_waiting_tokens -= request.target
+        self.num_waiting_pairs -= request.target * request.target // 2
         self.num_waiting_blocks -= -(-request.target // self.block_size)
         request.place = None
         self.may_have_changed = True

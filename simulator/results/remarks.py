@@ -26,7 +26,7 @@ def remarks(runs: Sequence[Run]) -> list[str]:
 
 
 def warnings_of(runs: Sequence[Run]) -> list[str]:
-    """What to know before believing the numbers: what was extrapolated, and runs cut short."""
+    """Warnings before the numbers are believed: extrapolations, and runs cut short."""
     return _said_once(runs, _warnings)
 
 

@@ -145,7 +145,7 @@ def _estimate_tokens(text: str) -> int:
 def _read_lengths(
     source: Source, line: int, row: Mapping[str, Any], columns: Columns, *, tick_s: float
 ) -> bool:
-    """Whether the row is a request, which is then added; one without hash ids shares nothing."""
+    """True if the row is a request, which is then added; one without hash ids shares nothing."""
     num_prompt_tokens = source.length(line, row, "input_length")
     num_output_tokens = source.length(line, row, "output_length")
     if not columns.is_request(num_prompt_tokens, num_output_tokens):

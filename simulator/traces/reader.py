@@ -43,7 +43,7 @@ class Columns:
     """Rows that are no request: nothing in, or nothing out."""
 
     def is_request(self, num_prompt_tokens: int, num_output_tokens: int) -> bool:
-        """Whether a row is a request; one that is not is counted and left out, in every format."""
+        """True if a row is a request; one that is not is counted and left out, in every format."""
         is_one = num_prompt_tokens > 0 and num_output_tokens > 0
         self.num_left_out += not is_one
         return is_one

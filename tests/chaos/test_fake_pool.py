@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llumsched.frontend.routing.routes import Route, Routes
 from tests.campaigns import examples
 from tests.chaos.fake_pool import FakePool
 
@@ -59,6 +60,17 @@ def test_hypothesis_finds_no_lost_token(seed: int, acts: bytes) -> None:
 # The pools notice what is wrong.
 
 
+def number_a_resumption_as_a_move(patch: pytest.MonkeyPatch) -> None:
+    begin_again = Routes.begin_again
+
+    def count_on(routes: Routes, route: Route) -> None:
+        placement_number = route.placement_number
+        begin_again(routes, route)
+        route.placement_number = placement_number + 1
+
+    patch.setattr(Routes, "begin_again", count_on)
+
+
 def look_for_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(FakePool, "_audit", lambda _: False)
 
@@ -66,7 +78,8 @@ def look_for_nothing(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("mistake", "seed", "noticed"),
     [
-        (look_for_nothing, 502, "stopped after"),
+        (number_a_resumption_as_a_move, 10624, "expected"),
+        (look_for_nothing, 3304, "stopped after"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -225,6 +225,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any] | bytes | None]] = {
     "too many logprobs": (COMPLETIONS, completion(logprobs=1000)),
     "token that does not exist": (COMPLETIONS, completion(prompt=[10_000_000])),
     "grammar that is none": (COMPLETIONS, completion(structured_outputs={"regex": "("})),
+}
+
+# Plain vLLM answers these in the shape of its web framework, we in OpenAI's.
+MISSED: dict[str, tuple[str, dict[str, Any] | bytes | None]] = {
     "unknown path": ("/v1/nothing", {}),
     "wrong method": (COMPLETIONS, None),
 }

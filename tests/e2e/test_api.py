@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.campaigns import THOROUGH
-from tests.e2e.cases import BROKEN, REFUSED, SEVERAL, STREAMED, WHOLE, completion
+from tests.e2e.cases import BROKEN, MISSED, REFUSED, SEVERAL, STREAMED, WHOLE, completion
 from tests.e2e.client import Admin, Answer, Whole, differences, in_parallel
 from tests.e2e.plain import PlainAnswers, ask, ask_alone, metric_names
 
@@ -57,6 +57,14 @@ def test_refuses_as_plain_vllm(pool: Admin, plain: PlainAnswers, name: str) -> N
     found = ask(pool, *REFUSED[name])
     assert 400 <= found.status < 500, found
     assert not differences(list(found), list(plain.refused[name]))
+
+
+@pytest.mark.parametrize("name", MISSED)
+def test_a_path_that_is_not_there_is_an_error_of_openais_shape(pool: Admin, name: str) -> None:
+    found = ask(pool, *MISSED[name])
+    assert found.status in (404, 405)
+    assert found.body["error"]["code"] == found.status
+    assert found.body["error"]["message"]
 
 
 @pytest.mark.skipif(not THOROUGH, reason="belongs to test_fuzz")

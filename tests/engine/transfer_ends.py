@@ -71,9 +71,8 @@ class Ends:
     async def meet(source: Here, destination: Here, wanted: str) -> Ends:
         """Shake hands."""
         ways = offered(source, wanted)
-        accepting, answer = accepted(
-            destination, {name: offer for name, (_, offer) in ways.items()}
-        )
+        offers = {name: offer for name, (_, offer) in ways.items()}
+        accepting, answer = await accepted(destination, offers)
         sending = ways[accepting.name][0]
         for way, _ in ways.values():
             if way is not sending:

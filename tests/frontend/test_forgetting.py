@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from llumsched.frontend.request.rejection import Rejected
@@ -56,5 +58,21 @@ def test_rejections_do_not_fill_the_queue_of_vllm() -> None:
         for number in range(5):
             with pytest.raises(Rejected):
                 await send(engine, f"r{number}")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("name", ["stop", "bad_words"])
+def test_half_a_surrogate_pair_is_refused_by_the_name_of_its_parameter(name: str) -> None:
+    """As the client's mistake, which vLLM answers with a 500."""
+
+    async def scenario() -> None:
+        engine = engine_that(held)
+        params = SamplingParams()
+        setattr(params, name, ["fine", "\ud800"])
+        with pytest.raises(VLLMValidationError, match=f"{name}: .*lone surrogate") as refused:
+            await engine.add_request("r1", {}, params)
+        assert refused.value.parameter == name
+        assert_empty(engine)
 
     asyncio.run(scenario())

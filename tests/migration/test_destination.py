@@ -37,6 +37,7 @@ class Destination:
 
     def __init__(self) -> None:
         self.cancelled: list[str] = []
+        self.step_time_s = 0.0
         self.answers: asyncio.Queue[ToSource] = asyncio.Queue()
         self.port: Any = SimpleNamespace(
             reserve=lambda _state: SimpleNamespace(
@@ -45,7 +46,11 @@ class Destination:
             cancel=self.cancelled.append,
         )
         self.incoming = IncomingMigrations(
-            port=self.port, call=_at_once, abort=lambda _: None, options=ReservationOptions()
+            port=self.port,
+            call=_at_once,
+            abort=lambda _: None,
+            step_time_s=lambda: self.step_time_s,
+            options=ReservationOptions(),
         )
 
     async def reply(self, answer: ToSource) -> None:
@@ -157,7 +162,7 @@ def test_what_cannot_be_written_ends_the_migration() -> None:
 
 def committing(monkeypatch: pytest.MonkeyPatch, scenario: Callable[..., Awaitable[None]]) -> None:
     """A request is taken over; the scenario gets the future of its next token, and the clock."""
-    monkeypatch.setattr(executor, "ANSWER_AFTER_S", 0.0)
+    monkeypatch.setattr(executor, "MAX_ANSWER_AFTER_S", 0.0)
 
     async def with_a_commit(destination: Destination) -> None:
         next_token: Future[None] = Future()
@@ -206,3 +211,15 @@ def test_the_answer_to_a_commit_does_not_wait_long_for_the_next_token(
         assert await destination.answer() == CommitAcknowledged(migration_id="m", held_back_s=0.0)
 
     committing(monkeypatch, scenario)
+
+
+def test_an_answer_is_held_back_for_a_step() -> None:
+    """A step of a GPU is over long before one of a CPU."""
+
+    async def scenario(destination: Destination) -> None:
+        delays_ms = []
+        for destination.step_time_s in (0.0, 0.004, 0.02, 0.3):
+            delays_ms.append(round(1000 * destination.incoming.answer_after_s(), 3))
+        assert delays_ms == [40.0, 5.0, 25.0, 40.0]
+
+    run(scenario)

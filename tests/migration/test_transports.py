@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
 from llumsched.core.migration.source.record import MigrationOptions
-from llumsched.core.transfer_options import TransferOptions
+from llumsched.core.transfer_options import TRANSPORTS, TransferOptions
 from llumsched.engine.transfer.shared_memory import SharedMemory
 from llumsched.engine.transfer.shared_ring import SendRing
 from llumsched.engine.transfer.transport import IncomingPart, Write
@@ -41,8 +43,16 @@ def move_long(pool: Pool, name: str = "long prompt") -> tuple[Any, Any]:
     return there, seen_by_client(pool.finish(name)[0])
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "tcp", "gloo"])
-@pytest.mark.parametrize("checksum", [False, True])
+@pytest.mark.parametrize(
+    ("transport", "checksum"),
+    [
+        *itertools.product(("shared_memory", "tcp", "gloo"), (False, True)),
+        pytest.param(
+            *("nixl", False),
+            marks=pytest.mark.skipif(not find_spec("nixl"), reason="not installed"),
+        ),
+    ],
+)
 def test_each_transport(
     pool: Pool, unmoved: dict[str, Any], transport: str, checksum: bool
 ) -> None:
@@ -77,6 +87,7 @@ def test_tcp_is_chosen_between_hosts(
         return dataclasses.replace(real(ring), boot_id="another host")
 
     monkeypatch.setattr(SendRing, "offer", of_another_host)
+    monkeypatch.delitem(TRANSPORTS, "nixl")  # which comes first where it is installed
     report, answer = move_long(pool)
     assert report.statistics.transport == "tcp"
     assert answer == unmoved["long prompt"]

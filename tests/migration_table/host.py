@@ -86,7 +86,11 @@ class Instance:
                 options=options,
             )
             self.incoming = IncomingMigrations(
-                port=engine, call=self._call, abort=self.abort, options=ReservationOptions()
+                port=engine,
+                call=self._call,
+                abort=self.abort,
+                step_time_s=lambda: 0.0,
+                options=ReservationOptions(),
             )
 
     # ---- what the world does to it ----------------------------------------------------------

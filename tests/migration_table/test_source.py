@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypedDict
 
-import msgspec
 import pytest
 
 from llumsched.core.migration.events import DeadlineExpired, PeerLost
@@ -329,9 +328,7 @@ def test_messages_of_another_migration_or_stage_are_not_current() -> None:
     migration = make_migration(MigrationState.COPYING, stage=2)
     assert is_current(migration, copied(2, 10, 10))
     assert not is_current(migration, copied(1, 10, 10))
-    assert not is_current(
-        migration, msgspec.structs.replace(copied(2, 10, 10), migration_id="another")
-    )
+    assert not is_current(migration, replace(copied(2, 10, 10), migration_id="another"))
     assert is_current(migration, deadline(migration))
     assert not is_current(migration, replace(deadline(migration), stage=1))
     assert not is_current(migration, replace(deadline(migration), state=MigrationState.RESERVING))

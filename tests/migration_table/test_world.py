@@ -24,6 +24,9 @@ from llumsched.core.migration.destination.events import BlocksWritten
 from llumsched.core.migration.destination.record import ReleaseReason
 from llumsched.core.migration.events import DeadlineExpired, PeerLost
 from llumsched.core.migration.messages import (
+    AbortAtDestination,
+    BlocksCopied,
+    BlocksReserved,
     CommitAcknowledged,
     CommitRequest,
     CopyBlocks,
@@ -70,7 +73,7 @@ def test_random_worlds_end_well() -> None:
         patch.setattr(TransitionTable, "choose", _counting(TransitionTable.choose, taken))
         run_worlds(range(NUM_RUNS))
     if NUM_RUNS >= NUM_RUNS_THAT_TAKE_EVERY_RULE:
-        assert {rule for rule in _all_rules() if not taken[rule]} == UNREACHABLE
+        assert {rule for rule in _all_rules() if not taken[rule]} - RARE == UNREACHABLE
 
 
 def _counting(
@@ -101,6 +104,10 @@ UNREACHABLE: set[tuple[Any, Any, int]] = {
     (destination_rules.ABSENT, CopyBlocks, 0),
     (destination_rules.ABSENT, CommitRequest, 0),
     (destination_rules.ABSENT, QueryCommit, 0),
+    (destination_rules.ABSENT, AbortAtDestination, 0),
+    # The host hears of a preemption before it hears what a later look at the engine found.
+    (source_rules.RESERVING, BlocksReserved, 0),
+    (source_rules.COPYING, BlocksCopied, 0),
     # A source commits, and asks after a commit, only when the destination has confirmed.
     (destination_rules.ALLOCATING, CommitRequest, 0),
     (destination_rules.ALLOCATING, QueryCommit, 0),
@@ -112,6 +119,12 @@ UNREACHABLE: set[tuple[Any, Any, int]] = {
     (destination_rules.COMMIT_PENDING, BlocksWritten, 1),
 }
 """Rules against hosts and engines other than these; the tables' own tests take them."""
+
+RARE: set[tuple[Any, Any, int]] = {
+    # All of the request was cached there, tail and all, and the commit was lost.
+    (destination_rules.RESERVED, QueryCommit, 0),
+}
+"""Rules that a campaign may miss."""
 
 
 # The worlds notice what is wrong: each of these mistakes has been made by somebody.

@@ -104,13 +104,25 @@ def test_a_failure_that_goes_on_is_said_once_in_full_and_then_counted(
     fail("b")
     clock.now_s = 60.0
     fail("a")
-    said = [record.getMessage() for record in caplog.records]
-    assert said == [
+    first_lines = [message.partition("\n")[0] for message in caplog.messages]
+    assert first_lines == [
         "Policy failed: KeyError('a')",
         "Policy failed: KeyError('b')",
         "Policy failed: KeyError('a') (and 2 times more since the last such line)",
     ]
-    assert [bool(record.exc_info) for record in caplog.records] == [True, True, False]
+    assert ["Traceback" in message for message in caplog.messages] == [True, True, False]
+    assert all(record.filename == "test_logs.py" for record in caplog.records)
+
+
+def test_what_is_dropped_is_said_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    log = FailureLog(logging.getLogger("llumsched.test"))
+    for _ in range(100):
+        try:
+            raise ValueError("not a message")
+        except ValueError as error:
+            log.warned("malformed", "Dropped: %s", error)
+    assert caplog.messages == ["Dropped: not a message"]
+    assert caplog.records[0].filename == "test_logs.py"
 
 
 def test_details_take_the_place_of_a_traceback(caplog: pytest.LogCaptureFixture) -> None:

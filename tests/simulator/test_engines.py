@@ -202,6 +202,18 @@ class TestV01:
         assert result.num_preemptions[1] >= 1
 
 
+def test_a_request_taken_back_from_the_queue_leaves_nothing_in_its_sums() -> None:
+    trace = make_requests((0.0, 4, 50), (0.0, 30, 5), (0.0, 40, 5))
+    cluster = Cluster(trace, make_options(max_num_seqs=1, until_s=0.5))
+    cluster.run()
+    (engine, *_) = cluster.engines
+    assert len(engine.waiting) == 2
+    for request in list(engine.waiting):
+        engine.take_back(request, engine.kernel.now)
+    sums = (engine.num_waiting_tokens, engine.num_waiting_pairs, engine.num_waiting_blocks)
+    assert sums == (0, 0, 0)
+
+
 def test_a_dead_engine_begins_no_step_whoever_still_writes_to_it() -> None:
     """The end of a copy, or blocks that come free, may come after the instance died."""
     trace = make_requests((0.0, 4, 50))

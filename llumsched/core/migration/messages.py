@@ -5,45 +5,43 @@ for both, and for what is on the wire. Messages may be lost, doubled or late; th
 `is_current` needs to drop them. Fields with a default are filled in by the host that sends the
 message or, where it says so, by the one that receives it: a table knows no payload and no engine.
 
-Decoding checks types and ranges. Knows neither the rules nor how a message travels.
+Numbers of blocks and stages are not negative. Knows neither the rules nor how a message travels.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import msgspec
-
-# Blocks and stages: far more than there are, and little enough to multiply by bytes.
-Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
-Name = Annotated[str, msgspec.Meta(max_length=1 << 10)]
+from dataclasses import dataclass
 
 
-class MigrationMessage(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
-    """Base of all; the tag on the wire is the class name."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationMessage:
+    """Base of all messages of the protocol."""
 
-    migration_id: Name
+    migration_id: str
 
 
 # ---- source -> destination --------------------------------------------------------------------
 
 
-class ToDestination(MigrationMessage, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToDestination(MigrationMessage):
     """A command of the source, an event of the destination."""
 
 
-class ReserveBlocks(ToDestination, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReserveBlocks(ToDestination):
     """Hold blocks for the request. Answered by BlocksReserved or ReservationRejected.
 
     `state` is what the destination's engine needs to know of the request, encoded.
     """
 
-    request_id: Name
-    source: Name
+    request_id: str
+    source: str
     state: bytes = b""
 
 
-class CopyBlocks(ToDestination, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyBlocks(ToDestination):
     """Copy the request's blocks [first_block, first_block + num_blocks) to the destination.
 
     The destination grows its reservation to hold them. The source's host keeps its blocks pinned
@@ -52,41 +50,46 @@ class CopyBlocks(ToDestination, frozen=True, kw_only=True):
     destination cannot grow.
     """
 
-    stage: Count
-    first_block: Count
-    num_blocks: Count
+    stage: int
+    first_block: int
+    num_blocks: int
     is_final: bool = False
 
 
-class CommitRequest(ToDestination, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitRequest(ToDestination):
     """Take over the suspended request of `num_blocks` blocks, as soon as all of them are there.
 
     `final` is what is only known once the request is suspended, encoded. May be repeated. Answered
     by CommitAcknowledged or CommitRefused.
     """
 
-    num_blocks: Count
+    num_blocks: int
     final: bytes = b""
 
 
-class QueryCommit(ToDestination, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryCommit(ToDestination):
     """Say what became of the commit. A destination that has not committed by now never will."""
 
 
-class ReleaseReservation(ToDestination, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseReservation(ToDestination):
     """Give the reservation up; if the message is lost, the reservation's deadline does."""
 
     reason: str = ""
 
 
-class AbortAtDestination(ToDestination, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AbortAtDestination(ToDestination):
     """The client aborted the request while it moved: abort it where it is now. Closes the
     migration. It is sent once, so the link must not lose it while both ends live."""
 
-    request_id: Name
+    request_id: str
 
 
-class CloseMigration(ToDestination, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloseMigration(ToDestination):
     """The acknowledgement came: the destination need not remember the outcome and may move the
     request on. If the message is lost, the acknowledgement comes again; a host that has forgotten
     the migration by then answers with this all the same."""
@@ -95,11 +98,13 @@ class CloseMigration(ToDestination, frozen=True, kw_only=True):
 # ---- destination -> source --------------------------------------------------------------------
 
 
-class ToSource(MigrationMessage, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToSource(MigrationMessage):
     """A command of the destination, an event of the source."""
 
 
-class BlocksReserved(ToSource, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlocksReserved(ToSource):
     """Blocks are held for the request; the first `num_cached_blocks` have content.
 
     `num_full_blocks_now` and `num_preemptions` are the source's own, which it fills in when the
@@ -107,12 +112,13 @@ class BlocksReserved(ToSource, frozen=True, kw_only=True):
     request.
     """
 
-    num_cached_blocks: Count
+    num_cached_blocks: int
     num_full_blocks_now: int = 0
     num_preemptions: int = 0
 
 
-class ReservationRejected(ToSource, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReservationRejected(ToSource):
     """There is no room, at first or for the growth of a stage, and nothing is held now.
 
     `refusal` is the host's word for the reason, if the engine had one.
@@ -122,19 +128,21 @@ class ReservationRejected(ToSource, frozen=True, kw_only=True):
     refusal: str = ""
 
 
-class BlocksCopied(ToSource, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlocksCopied(ToSource):
     """A stage is in the KV cache; the destination now holds the first `num_blocks_total` blocks.
 
     `num_full_blocks_now` and `num_preemptions` as in BlocksReserved.
     """
 
-    stage: Count
-    num_blocks_total: Count
+    stage: int
+    num_blocks_total: int
     num_full_blocks_now: int = 0
     num_preemptions: int = 0
 
 
-class CommitAcknowledged(ToSource, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitAcknowledged(ToSource):
     """The destination runs the request. Answers a CommitRequest or a QueryCommit, and comes again
     until the migration is closed.
 
@@ -144,7 +152,8 @@ class CommitAcknowledged(ToSource, frozen=True, kw_only=True):
     held_back_s: float = 0.0
 
 
-class CommitRefused(ToSource, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitRefused(ToSource):
     """The destination has not taken the request over and never will, for this migration."""
 
     reason: str

@@ -1,4 +1,4 @@
-"""What steps cost and how long answers get, learned from the load reports alone.
+"""Costs of steps and lengths of answers, learned from the load reports alone.
 
     step = base + prefill_token * prompt tokens + prefill_pair * attention pairs of the prompts
          + running * running requests + kv_token * tokens of context
@@ -101,7 +101,7 @@ class StepTimeLearner:
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {
             "weight": self._weight.tolist(),
             "pull": self._pull.tolist(),
@@ -133,7 +133,7 @@ def _non_negative(weight: Matrix, pull: Matrix, theta: Matrix) -> Matrix:
 
 @dataclass(frozen=True, slots=True)
 class LearnedCosts:
-    """What is known at some time."""
+    """Costs as they are known at some time."""
 
     step_time: StepTimeModel
     mean_output_tokens: float = _PRIOR_OUTPUT_TOKENS
@@ -184,7 +184,7 @@ class CostModel:
             self._num_tokens /= 2
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {
             "learners": {kind: learner.state() for kind, learner in self._learners.items()},
             "num_ends": self._num_ends,

@@ -180,7 +180,7 @@ class Dispatcher:
             self._reject(record, reason, OVERLOAD_RETRY_S, out)
 
     def _awaits_a_boot(self) -> bool:
-        """Whether nothing serves, and something boots; how long that may take is its own limit."""
+        """True if nothing serves, and something boots; how long that may take is its own limit."""
         boots = self._cluster.num_booting or self._cluster.num_replacing
         return bool(boots) and not self._any_serves()
 
@@ -397,7 +397,7 @@ def _problem(
 
 
 def _has_room_to_wait(cluster: ClusterSnapshot, row: int, limit: int) -> bool:
-    """Whether fewer than `limit` wait there, even if all does that was sent since the report."""
+    """True if fewer than `limit` wait there, even if all does that was sent since the report."""
     c = cluster.columns
     return bool(c.num_waiting[row] + c.num_unreported[row] < limit)
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -185,6 +186,10 @@ class KVBlocks:
         self._check(block_ids)
         if self._out is None:
             for array, part in _in_kinds(self._arrays, len(block_ids), staging.numpy()):
+                if array.flags.c_contiguous:
+                    # Unlike "raise", "clip" writes straight to `out`.
+                    np.take(array, block_ids, axis=1, out=part, mode="clip")
+                    continue
                 for index, block_id in enumerate(block_ids):
                     part[:, index] = array[:, block_id]
             return
@@ -202,8 +207,8 @@ class KVBlocks:
         self._check(block_ids)
         if self._in is None:
             for array, part in _in_kinds(self._arrays, len(block_ids), staging.numpy()):
-                for index, block_id in enumerate(block_ids):
-                    array[:, block_id] = part[:, index]
+                for run, written in zip(array, part, strict=True):
+                    run[block_ids] = written
             return
         staging = staging[: len(block_ids) * self.block_num_bytes]
         with self._in as lane:

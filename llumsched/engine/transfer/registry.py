@@ -59,7 +59,7 @@ def offered(here: Here, wanted: str) -> dict[str, tuple[Transport, bytes]]:
     return found
 
 
-def accepted(here: Here, offers: Mapping[str, bytes]) -> tuple[Transport, bytes]:
+async def accepted(here: Here, offers: Mapping[str, bytes]) -> tuple[Transport, bytes]:
     """The first of the offers that this instance can take, and the answer to it.
 
     Raises:
@@ -69,7 +69,7 @@ def accepted(here: Here, offers: Mapping[str, bytes]) -> tuple[Transport, bytes]
     for name, offer in offers.items():
         try:
             transport = transport_class(name)(here)
-            return transport, transport.accept(offer)
+            return transport, await transport.accept(offer)
         except Unavailable as error:
             reasons.append(f"{name}: {error}")
     raise Unavailable("; ".join(reasons) or "nothing was offered")

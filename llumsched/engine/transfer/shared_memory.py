@@ -23,7 +23,7 @@ class SharedMemory(Transport):
     def offer(self) -> bytes:
         return msgspec.msgpack.encode(self.here.ring.offer())
 
-    def accept(self, offer: bytes) -> bytes:
+    async def accept(self, offer: bytes) -> bytes:
         try:
             self._ring = ReceiveRing(
                 msgspec.msgpack.decode(offer, type=RingOffer),

@@ -19,9 +19,11 @@ import socket
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ class SendRing:
         os.ftruncate(self._fd, size)
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, SIZE_SEALS)
         self._map = mmap.mmap(self._fd, size)
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._bytes = bytes_of(self._map)
         self._is_prepared = False
         self._pinned = pinned
         self._offer = RingOffer(
@@ -153,7 +155,7 @@ class ReceiveRing:
             self._map = mmap.mmap(fd, size)
         finally:
             os.close(fd)
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._bytes = bytes_of(self._map)
         if pinned:
             pin(self._bytes, self)
 
@@ -173,12 +175,22 @@ class ReceiveRing:
         return self._bytes[start : start + self.slot_num_bytes]
 
 
+def bytes_of(memory: Any) -> torch.Tensor:
+    """The bytes of memory that others have as well, uint8."""
+    # Only a process that moves blocks needs torch, not one that reads what a migrator is.
+    import torch
+
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
 def pin(memory: torch.Tensor, owner: object) -> bool:
     """Lock memory for the copies of a GPU until ``owner`` is gone; whether that was possible.
 
     Copies from and to memory that is not locked are right as well, and slower: the driver stages
     them. Where locking is refused, as in some sandboxes, a warning says so and they go on.
     """
+    import torch
+
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     address = memory.data_ptr()
     status = int(cudart.cudaHostRegister(address, memory.nbytes, 0))

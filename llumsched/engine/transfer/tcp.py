@@ -5,9 +5,7 @@ The bytes go over the connection of the migration protocol, encrypted as its mes
 
 from __future__ import annotations
 
-import torch
-
-from llumsched.engine.transfer.shared_ring import Staging
+from llumsched.engine.transfer.shared_ring import Staging, bytes_of
 from llumsched.engine.transfer.transport import IncomingPart, OutgoingPart, Transport, Write
 
 
@@ -16,7 +14,7 @@ class Tcp(Transport):
 
     name = "tcp"
 
-    def accept(self, offer: bytes) -> bytes:
+    async def accept(self, offer: bytes) -> bytes:
         return b""
 
     async def connect(self, answer: bytes) -> None:
@@ -29,4 +27,4 @@ class Tcp(Transport):
     async def receive(self, part: IncomingPart) -> Write:
         if part.payload is None:
             raise ValueError("no bytes came with the blocks")
-        return part.scatter(Staging(content=torch.frombuffer(part.payload, dtype=torch.uint8)))
+        return part.scatter(Staging(content=bytes_of(part.payload)))

@@ -86,7 +86,7 @@ class GroupChannel:
 
 
 class TorchGroup(Transport):
-    """What gloo and nccl have in common."""
+    """Common part of gloo and nccl."""
 
     is_automatic = False
     backend: ClassVar[str]
@@ -100,7 +100,7 @@ class TorchGroup(Transport):
         self._in_order = asyncio.Lock()
         self._leaving: asyncio.Future[None] | None = None
 
-    def accept(self, offer: bytes) -> bytes:
+    async def accept(self, offer: bytes) -> bytes:
         rendezvous = free_rendezvous(self.here.host)
         self._open(rendezvous, is_sender=False)
         return rendezvous.encode()

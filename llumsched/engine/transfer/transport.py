@@ -19,13 +19,15 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import msgspec
-import torch
 
 from llumsched.engine.base import KVAccess
 from llumsched.engine.transfer.shared_ring import SendRing, Staging
+
+if TYPE_CHECKING:
+    import torch
 
 Write = Callable[[Sequence[int]], Awaitable[float]]
 """Puts a part into the blocks of these ids; the seconds of a core's time that other processes
@@ -42,7 +44,7 @@ class Broken(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Here:
-    """What a transport has of the instance that it runs in.
+    """A transport's view of the instance that it runs in.
 
     Args:
         kv: the blocks.
@@ -164,7 +166,7 @@ class Transport(ABC):
         self.here = here
 
     def offer(self) -> bytes:
-        """What the destination has to know.
+        """Offer to the destination: all that it has to know.
 
         Raises:
             Unavailable: if this instance cannot send in this way.
@@ -172,7 +174,7 @@ class Transport(ABC):
         return b""
 
     @abstractmethod
-    def accept(self, offer: bytes) -> bytes:
+    async def accept(self, offer: bytes) -> bytes:
         """Get ready to receive; returns what the source has to know.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What a step of the engine is made of, read from the scheduler's own output.
+"""Parts of a step of the engine, read from the scheduler's own output.
 
 Invariant: the scheduler decides as it would without: its answer is looked at and passed on. This
 module does not know how long a step takes.

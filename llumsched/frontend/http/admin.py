@@ -217,7 +217,7 @@ def admin_router(
 
     @router.get("/requests/{request_id}/trace", responses=_errors(404, 503))
     async def trace(request_id: str) -> JSONResponse:
-        """What became of a request, step by step, while the scheduler remembers it."""
+        """A request's history, step by step, while the scheduler remembers it."""
         try:
             traced = await link.trace(request_id, DESCRIBE_TIMEOUT_S)
         except SchedulerUnavailable as error:

@@ -74,7 +74,7 @@ def families(
     labels: Mapping[int, int],
     unproven: Mapping[str, int],
 ) -> Iterator[Metric]:
-    """What the scheduler said of the pool, as metrics.
+    """The scheduler's description of the pool, as metrics.
 
     Args:
         cluster: nothing, while the scheduler is silent.

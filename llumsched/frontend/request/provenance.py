@@ -51,7 +51,7 @@ class Provenance:
         self._routes.append(route)
 
     def headers(self, policy: str, *, is_complete: bool) -> Iterator[tuple[bytes, bytes]]:
-        """What is known now; nothing of an answer that needed no instance.
+        """Headers known by now; none for an answer that needed no instance.
 
         Args:
             policy: the bundle in force.

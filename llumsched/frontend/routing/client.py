@@ -122,7 +122,7 @@ class RoutingEngineClient(ConnectedInstances):
         try:
             instance = await self._place(request)
             overload.placed(route)
-            self._metrics.placement_s.observe(time.monotonic() - route.opened_s)
+            self._metrics.placed(route)
             if self.routes.get(request_id) is not route:
                 return  # aborted while the scheduler was choosing
             route.instance = instance

@@ -16,7 +16,7 @@ from http import HTTPStatus
 from typing import Any, cast
 
 from vllm.config import VllmConfig
-from vllm.exceptions import GracefulHTTPError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.tasks import SupportedTask
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreRequest
@@ -50,6 +50,15 @@ class Engine(AsyncLLM):
             return await super().get_supported_tasks()
         except NoInstance:
             return TASKS_UNASKED
+
+    async def add_request(
+        self, request_id: str, prompt: Any, params: Any, *arguments: Any, **options: Any
+    ) -> RequestOutputCollector:
+        _refuse_what_is_no_text(params)
+        queue: RequestOutputCollector = await super().add_request(
+            request_id, prompt, params, *arguments, **options
+        )
+        return queue
 
     async def _add_request(
         self,
@@ -95,6 +104,23 @@ class Engine(AsyncLLM):
     def _end_requests(self) -> None:
         # AsyncLLM leaves them waiting for outputs, and their clients for the connection to break.
         self.output_processor.propagate_error(_stopping())
+
+
+def _refuse_what_is_no_text(params: Any) -> None:
+    """Refuse half of a surrogate pair, which JSON can name and nothing can encode.
+
+    Raises:
+        VLLMValidationError: a 400 that names the parameter; vLLM's own answer is a 500.
+    """
+    for name in ("stop", "bad_words"):
+        for text in getattr(params, name, None) or ():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise VLLMValidationError(
+                    f"{name}: {text!r} holds a lone surrogate, which is no character",
+                    parameter=name,
+                ) from None
 
 
 def _stopping() -> GracefulHTTPError:

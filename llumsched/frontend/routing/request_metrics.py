@@ -22,12 +22,23 @@ class FrontendMetrics:
         self.requests = metrics.REQUESTS.counter(registry)
         self.ttft_s = metrics.TIME_TO_FIRST_TOKEN.histogram(registry)
         self.placement_s = metrics.PLACEMENT.histogram(registry)
+        self.pause_s = metrics.CLIENT_PAUSE.histogram(registry)
         self.moves = metrics.MOVES.counter(registry)
         self.lost_instances = metrics.LOST_INSTANCES.counter(registry)
         self.resumptions = metrics.RESUMPTIONS.counter(registry)
 
     def first_token(self, route: Route) -> None:
         self.ttft_s.labels(_label(route)).observe(time.monotonic() - route.opened_s)
+
+    def placed(self, route: Route) -> None:
+        waited_s = time.monotonic() - route.opened_s
+        self.placement_s.labels(_label(route)).observe(waited_s)
+
+    def tokens(self, route: Route) -> None:
+        now_s = time.monotonic()
+        if route.pause_cause:
+            self.pause_s.labels(route.pause_cause).observe(now_s - route.last_token_s)
+        route.last_token_s = now_s
 
     def moved(self, route: Route) -> None:
         self.moves.inc()

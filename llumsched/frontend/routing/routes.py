@@ -59,6 +59,10 @@ class Route:
     """How often it was resumed since its last token."""
     is_fruitful: bool = False
     """Whether a token has come since it was last resumed."""
+    last_token_s: float = 0.0
+    """The observer's own clock."""
+    pause_cause: str = ""
+    """Why its next token comes from another instance than its last; empty if it does not."""
 
     @property
     def num_tokens(self) -> int:
@@ -105,6 +109,9 @@ class RouteObserver(Protocol):
     """Hears, once each, what became of a request that was not closed before."""
 
     def first_token(self, route: Route) -> None: ...
+
+    def tokens(self, route: Route) -> None:
+        """The next tokens are passed on, the first ones as well."""
 
     def moved(self, route: Route) -> None: ...
 
@@ -197,6 +204,7 @@ class Routes:
             1 if route.is_fruitful else route.num_fruitless_resumptions + 1
         )
         route.is_fruitful = False
+        route.pause_cause = "resumption" if route.num_tokens else ""
         route.placement_number = first_placement_number(epoch_of(route.placement_number) + 1)
         route.instance = route.previous_instance = None
         route.arrivals = []
@@ -281,6 +289,8 @@ class Routes:
             route.instance, route.placement_number = arrival.instance, arrival.placement_number
             if self._observer is not None:
                 self._observer.moved(route)
+            if route.num_tokens:
+                route.pause_cause = "migration"
             route.arrivals = [
                 a for a in route.arrivals if a.placement_number > route.placement_number
             ]
@@ -294,6 +304,9 @@ class Routes:
         if self._observer is not None and not route.num_tokens and output.new_token_ids:
             self._observer.first_token(route)
         if output.new_token_ids:
+            if self._observer is not None:
+                self._observer.tokens(route)
+            route.pause_cause = ""
             route.output_token_ids.extend(output.new_token_ids)
             route.is_fruitful = True
         if output.finish_reason is not None:

@@ -348,7 +348,7 @@ class SchedulerClient:
                     self._welcomed(message.scheduler_id)
                 case _:
                     kind = type(message).__name__
-                    self._failures.failed(kind, "Dropped an unexpected %s", kind)
+                    self._failures.warned(kind, "Dropped an unexpected %s", kind)
 
 
 def for_scheduling(

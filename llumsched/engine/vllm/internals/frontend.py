@@ -120,6 +120,18 @@ FRONTEND_INTERNALS: tuple[Internal, ...] = (
         ("request", "prompt", "parent_req", "index", "queue"),
     ),
     Internal(
+        "vllm.v1.engine.async_llm:AsyncLLM",
+        "check_admission",
+        "take nothing while it stops",
+        ("n", "request_id"),
+    ),
+    Internal(
+        "vllm.v1.engine.async_llm:AsyncLLM",
+        "add_request",
+        "refuse what cannot be encoded",
+        ("request_id", "prompt", "params"),
+    ),
+    Internal(
         "vllm.v1.engine.output_processor:OutputProcessor",
         "abort_requests",
         "forget what is not taken",

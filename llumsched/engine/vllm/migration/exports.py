@@ -167,7 +167,7 @@ class SourceAdapter(EngineAdapter):
 
     @staticmethod
     def _is_computed_again(request: Request) -> bool:
-        """Whether a preempted request has not caught up with its outputs yet.
+        """True if a preempted request has not caught up with its outputs yet.
 
         Blocks of a prefix are shared from when the step that computes them begins. So what counts
         as computed may have no content yet; the first token after that step shows that it has.

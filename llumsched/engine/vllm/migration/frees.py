@@ -45,6 +45,6 @@ class DeferredFrees:
 
     @property
     def are_fenced(self) -> bool:
-        """Whether no step in flight writes to a block that is free."""
+        """True if no step in flight writes to a block that is free."""
         num_processed: int = self._scheduler.processed_step_seq
         return num_processed >= self._last_unfenced_step

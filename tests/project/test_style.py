@@ -1,0 +1,50 @@
+"""Rules of the code that no linter has."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("llumsched", "policies", "simulator", "benchmarks", "scripts", "tests")
+MAX_LINES = 500
+# A docstring names its subject: with one of these, a reader has to guess it.
+PRONOUNS = frozenset(
+    ("He", "It", "Its", "That", "Their", "These", "They", "This", "Those", "What", "Who")
+) | {"Whoever", "Whose"}
+
+
+def modules(*folders: str) -> Iterator[Path]:
+    """Every file of code, once: the links inside the package are not followed."""
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if not any(parent.is_symlink() for parent in path.parents):
+                yield path
+
+
+def docstrings(path: Path) -> Iterator[tuple[str, str]]:
+    """The name of each documented thing of a module, with its docstring."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node)
+            if text:
+                yield getattr(node, "name", path.stem), text
+
+
+def test_no_file_is_too_long_to_have_one_subject() -> None:
+    lengths = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in modules(*FOLDERS)
+    }
+    assert {path: n for path, n in lengths.items() if n > MAX_LINES} == {}
+
+
+def test_no_docstring_opens_with_a_pronoun() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}: {name}: {text.splitlines()[0]}"
+        for path in modules(*(folder for folder in FOLDERS if folder != "tests"))
+        for name, text in docstrings(path)
+        if text.split()[0].strip("`.,;:") in PRONOUNS
+    ]
+    assert not found, "name the subject:\n" + "\n".join(found)
