@@ -25,6 +25,7 @@ from scripts.comparison.workloads import WORKLOADS, Workload, shortened
 
 ROOT = Path(__file__).parents[1]
 QUICK_REQUESTS = 60
+STALE_LOAD = 0.95
 STALE_POLICIES = ("adaptive", "late_binding", "dynamo")
 
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few requests, one seed, one load")
     parser.add_argument("--seeds", type=int, default=3, help="simulations of each; default: 3")
     parser.add_argument(
-        "--loads", type=_floats, default=(0.8, 0.95), help="shares of capacity; default: 0.8,0.95"
+        "--loads", type=_floats, default=(0.8, 0.95, 1.0), help="shares of capacity offered"
     )
     parser.add_argument(
         "--instances", type=_ints, default=(8,), help="sizes of the cluster; default: 8"
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in range(1, num_seeds + 1)
     ]  # fmt: skip
     stale = [
-        Run(workload=workloads[0], traces=arguments.traces, policy=policy, load=max(loads),
+        Run(workload=workloads[0], traces=arguments.traces, policy=policy, load=STALE_LOAD,
             capacity_rps=rates[workloads[0]], seed=seed, report_delay_s=delay_s)
         for delay_s in DELAYS_S
         for policy in STALE_POLICIES
