@@ -188,7 +188,8 @@ def test_a_rejection_names_its_reason(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_pool_that_is_too_small_or_too_large_is_told(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["simulate", *arguments, "--requests", "150", "--quiet"]) == 0
+    scale = ["--policy", "latency", "--requests", "150", "--quiet"]
+    assert cli.main(["simulate", *arguments, *scale]) == 0
     assert said in capsys.readouterr().out
 
 
