@@ -61,3 +61,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for mark in marks_of(item.path.relative_to(ROOT).as_posix()):
             item.add_marker(mark)
+
+
+def pytest_unconfigure() -> None:
+    """Let libraries find what is theirs when the interpreter ends."""
+    gc.unfreeze()
