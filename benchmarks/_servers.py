@@ -50,7 +50,7 @@ class Server:
 def scheduler_of(server: Server) -> psutil.Process:
     """The process of a pool's global scheduler; there is one, unless it is being started."""
     processes = psutil.Process(server.pid).children(recursive=True)
-    (found,) = (p for p in processes if p.name().startswith("ray::Controller"))
+    (found,) = (p for p in processes if p.name().startswith("ray::SchedulerActor"))
     return found
 
 

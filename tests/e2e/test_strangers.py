@@ -26,7 +26,7 @@ LINGER_S = 0.1
 # A giant of any kind would take gigabytes.
 MAX_GROWTH_NUM_BYTES = 256 << 20
 # Those whose sockets are ours; the rest of Ray is here as well, and only must not take them along.
-OURS = ("ray::Controller", "ray::Instance", "python")
+OURS = ("ray::SchedulerActor", "ray::Instance", "python")
 
 
 def listening(server: Server) -> dict[int, str]:
@@ -106,7 +106,7 @@ def test_bytes_at_every_port(llumsched_server: Server, pool: Admin, ports: dict[
     deadline_s = time.monotonic() + REQUEST_TIMEOUT_S
     while True:
         counted = {name: count - before.get(name, 0) for name, count in unproven(pool).items()}
-        if counted.keys() >= {"scheduler", "frontend", *pool.instances()} and all(
+        if counted.keys() >= {"scheduler", "frontend-0", *pool.instances()} and all(
             count >= len(strangers.BYTES) for count in counted.values()
         ):
             break

@@ -281,7 +281,7 @@ def test_moves(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second arrival of a request looks like the first come late, and is not listened to."""
     (sequence_id,) = pool.submit("r", [504, 2416], params(max_tokens=200)).sequence_ids
     pool.until(lambda: pool.num_tokens("r") >= 2)
-    changing(monkeypatch, num_moves=1)
+    changing(monkeypatch, placement_number=1)
     assert pool.move(sequence_id, 1).outcome == "committed"
     pool.until(lambda: pool.where(sequence_id) == 1)
     assert pool.move(sequence_id, 2).outcome == "committed"
@@ -305,7 +305,7 @@ LEFT_OUT: dict[type[msgspec.Struct], dict[str, object]] = {
         "request": test_prompt,
         "output_token_ids": "how much room to reserve; the final state has them all",
         "num_preemptions": test_preemptions,
-        "num_moves": test_moves,
+        "placement_number": test_moves,
         "has_kv": test_whether_it_has_kv,
     },
     EngineCoreRequest: {
