@@ -54,6 +54,13 @@ def scheduler_of(server: Server) -> psutil.Process:
     return found
 
 
+def frontend_of(server: Server) -> psutil.Process:
+    """The process of a server's only frontend."""
+    processes = psutil.Process(server.pid).children()
+    (found,) = (p for p in processes if "llumsched.frontend.workers" in p.cmdline())
+    return found
+
+
 @contextmanager
 def plain_vllm(flags: Sequence[str] = ENGINE_FLAGS) -> Iterator[Server]:
     """``vllm serve`` as it is, with its defaults but for ``flags``."""

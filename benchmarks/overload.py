@@ -25,10 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
-import psutil
 
 from benchmarks._report import Figure, Report, Table, main
-from benchmarks._servers import ENGINE_FLAGS, Server, llumsched, scheduler_of
+from benchmarks._servers import ENGINE_FLAGS, Server, frontend_of, llumsched, scheduler_of
 from benchmarks._streams import clients, prompt_of
 
 BENCHMARK = "Overload"
@@ -176,7 +175,7 @@ async def _ask(
 @contextlib.asynccontextmanager
 async def _sampled(server: Server, phase: Phase) -> AsyncIterator[None]:
     """While this lasts, the memory of frontend and scheduler is noted."""
-    frontend = psutil.Process(server.pid)
+    frontend = frontend_of(server)
     scheduler = scheduler_of(server)
 
     async def sample() -> None:

@@ -44,7 +44,8 @@ def move_one(pool: FaultyPool, rng: random.Random) -> None:
 
 def test_soak(pool: FaultyPool, references: References) -> None:
     rng = random.Random(SEED)
-    server = psutil.Process(pool.server.pid)
+    (frontend,) = pool.frontends().values()
+    server = psutil.Process(frontend["pid"])
     faults: Counter[str] = Counter()
     settled_num_bytes = 0
     load = Load(pool, references, num_clients=NUM_CLIENTS, seed=SEED)
