@@ -50,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        status = _dispatch(arguments)
+        # A reader that has left is noticed here, and not when the interpreter ends.
+        sys.stdout.flush()
+        return status
     except CommandError as error:
         print(f"llumsched: {error}", file=sys.stderr)
         return 1

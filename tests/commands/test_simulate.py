@@ -126,7 +126,11 @@ def test_a_reader_that_leaves_is_no_mistake() -> None:
     reader.wait()
     assert reader.stdin is not None
     with reader.stdin as pipe:
-        done = subprocess.run(program, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+        # As in a shell: all of it is in the buffer until the end.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+        done = subprocess.run(
+            program, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False, env=environment
+        )
     assert "Broken pipe" not in done.stderr
 
 
