@@ -85,7 +85,7 @@ def run(benchmark: Benchmark, *, quick: bool, timeout_s: float) -> dict[str, Any
 
 
 def _interrupt(process: subprocess.Popen[bytes]) -> None:
-    """So that a benchmark stops the servers it has started. Not by SIGINT: whoever runs in the
+    """Let a benchmark stop the servers it has started. Not by SIGINT: whoever runs in the
     background may be deaf to it."""
     process.terminate()
     try:

@@ -27,7 +27,7 @@ from llumsched.simulator.traces.trace import TraceError
 FIELDS: Mapping[str, Param] = {
     described.name: described for described in params_of(Scenario) if described.name != "traffic"
 }
-"""What a scenario has besides its traffic."""
+"""Parts of a scenario besides its traffic."""
 
 
 SHORT: Mapping[str, str] = {"rate_rps": "rate"}

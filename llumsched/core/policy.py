@@ -57,7 +57,7 @@ class MigrationPair:
     num_requests: int = 1
     """Most requests to move at once."""
     balances: bool = True
-    """Whether evening out load is the aim."""
+    """True if evening out load is the aim."""
 
 
 @runtime_checkable

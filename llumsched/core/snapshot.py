@@ -172,7 +172,7 @@ class ClusterSnapshot:
     queued_s: Callable[[str], float | None] = lambda request_id: None
     """When a live request was first queued, on the clock of `now`."""
     match_prefix: Callable[[SchedulingRequest], Sequence[PrefixHolders]] = lambda request: ()
-    """Who holds a start of the prompt, longest first; nobody, if no prefix index is kept."""
+    """Holders of a start of the prompt, longest first; none, if no prefix index is kept."""
 
     stable_values: dict[Hashable, Any] = field(default_factory=dict)
     fresh_values: dict[Hashable, Any] = field(default_factory=dict)

@@ -30,7 +30,7 @@ class ActiveMigration:
     num_blocks: int
     started_s: float
     is_overlaid: bool = True
-    """Its blocks are expected at the destination, and no report shows them reserved yet."""
+    """True while no report shows the blocks reserved that the destination expects."""
     has_slot: bool = True
     """False for a request that waits: it holds no KV, so nothing is copied."""
 

@@ -33,7 +33,7 @@ class RequestRecord:
     """The last instance whose report named it; a commit may be known later than that."""
     redispatch_reason: str = ""
     fair_tag: float = 0.0
-    """Its turn among those of its class, if clients take turns."""
+    """Turn of the request among those of its class, if clients take turns."""
 
 
 class Ledger:

@@ -36,13 +36,13 @@ class EngineProfile:
 
     steps: tuple[MeasuredStep, ...]
     num_blocks: int
-    """That can hold tokens: vLLM keeps one block back."""
+    """Blocks that can hold tokens: vLLM keeps one back."""
     block_size: int
     kv_bytes_per_token: int
     boot_s: float
     model: str
     model_config: Mapping[str, Any]
-    """What its `config.json` says of the part that decodes."""
+    """Part of its `config.json` on the part that decodes."""
     dtype: str
     device: str
 
