@@ -7,6 +7,8 @@ says only whether the benchmark ran. Nothing here measures anything.
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import math
 import os
@@ -102,13 +104,28 @@ class Report:
 
 def main(run: Callable[[bool], Report], argv: Sequence[str] | None = None) -> int:
     """The command line of a benchmark: call ``run(quick)``, print its report, write the JSON."""
+
+    @functools.wraps(run)
+    def run_with(arguments: argparse.Namespace) -> Report:
+        return run(arguments.quick)
+
+    return main_with_flags(run_with, lambda parser: None, argv)
+
+
+def main_with_flags(
+    run: Callable[[argparse.Namespace], Report],
+    add_flags: Callable[[Parser], None],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """The same for a benchmark that has flags of its own, which ``add_flags`` declares."""
     parser = Parser(description=sys.modules[run.__module__].__doc__)
     parser.add_argument("--quick", action="store_true", help="few repetitions: shows that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE")
+    add_flags(parser)
     arguments = parser.parse_args(argv)
     # SIGTERM unwinds as Ctrl-C does, so that the servers a benchmark has started end with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    content = run(arguments.quick).as_json(machine=machine(), quick=arguments.quick)
+    content = run(arguments).as_json(machine=machine(), quick=arguments.quick)
     print(markdown(content), flush=True)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

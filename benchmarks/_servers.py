@@ -80,14 +80,26 @@ def llumsched(instances: int, flags: Sequence[str] = ENGINE_FLAGS) -> Iterator[S
 @contextmanager
 def _server(name: str, command: list[str], flags: Sequence[str]) -> Iterator[Server]:
     model = prepare_model()
+    arguments = [sys.executable, *command, model, *flags, *FRONTEND_FLAGS]
+    with launched(name, arguments) as (url, pid):
+        yield Server(url=url, model=model, pid=pid)
+
+
+@contextmanager
+def launched(name: str, command: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """A program that takes ``--host`` and ``--port``, from when it is healthy on: URL and pid.
+
+    Raises:
+        RuntimeError: it ended before that; the message names its log.
+        TimeoutError: it was not healthy in time.
+    """
     port = _free_port()
-    arguments = [sys.executable, *command, model, *flags, *FRONTEND_FLAGS, "--host", "127.0.0.1"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     environment.pop("RAY_ADDRESS", None)
     with tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False) as log:
         print(f"booting {name} (log: {log.name})", file=sys.stderr, flush=True)
         process = subprocess.Popen(
-            [*arguments, "--port", str(port)],
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -99,7 +111,7 @@ def _server(name: str, command: list[str], flags: Sequence[str]) -> Iterator[Ser
     try:
         url = f"http://127.0.0.1:{port}"
         _await_health(name, url, process, log.name)
-        yield Server(url=url, model=model, pid=process.pid)
+        yield url, process.pid
     finally:
         _end(process)
     Path(log.name).unlink()

@@ -6,9 +6,10 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
@@ -69,12 +70,15 @@ async def read(
     *,
     until: int | None = None,
     salt: str | None = None,
+    priority: int = 0,
+    headers: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Ask for a greedy answer of exactly ``num_tokens`` tokens, into ``stream``.
 
     Args:
         until: leave after so many tokens.
         salt: keeps the prompt from being found in a cache.
+        priority: vLLM's, of which the lowest is served first.
 
     Raises:
         AnswerBroken: when the server gives up; else what ``aiohttp`` raises.
@@ -90,8 +94,10 @@ async def read(
     }
     if salt is not None:
         body["cache_salt"] = salt
+    if priority:
+        body["priority"] = priority
     stream.asked_s = time.perf_counter()
-    async with session.post(f"{server.url}/v1/completions", json=body) as response:
+    async with session.post(f"{server.url}/v1/completions", json=body, headers=headers) as response:
         response.raise_for_status()
         async for line in response.content:
             if not line.startswith(b"data: {"):

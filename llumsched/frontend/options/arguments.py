@@ -120,7 +120,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
     group.add_argument(
         "--policy",
         metavar="NAME",
-        help="Scheduling policy bundle; `llumsched policies` lists them. Default: latency. To "
+        help="Scheduling policy bundle; `llumsched policies` lists them. Default: "
+        f"{DEFAULT_POLICY}. To "
         "change parts of one, give --config a file with the scheduler's configuration (a file "
         "of vLLM's options works as ever; --config may be given once for each).",
     )
