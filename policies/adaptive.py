@@ -22,22 +22,23 @@ drains.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.params import param
 from llumsched.core.policy import Hold, MigrationPair, Placement, PolicyBundle
-from llumsched.core.snapshot import MAX_RISK_EXPONENT, ClusterSnapshot, FloatColumn, PrefixHolders
+from llumsched.core.snapshot import MAX_RISK_EXPONENT, ClusterSnapshot, FloatColumn, IntColumn
 from llumsched.core.types import PriorityClass, SchedulingRequest
 from llumsched.policies.freeness_range import FreenessRange
 from llumsched.policies.low_priority_short import LowPriorityShort
 from llumsched.policies.prefix_aware import INDEX_BLOCKS
 
 _HIGH = int(PriorityClass.HIGH)
+_FEW_ROWS = 4
+"""Up to as many, numbers one by one are faster than columns."""
 HIGH_DOC = "What a second of a request of high execution priority counts against one of another."
 
 
@@ -71,25 +72,18 @@ class LeastCost:
         if row is None:
             return None
         need = cluster.demand_blocks(request)
-        room = c.num_room_blocks
-        num_requests = c.num_requests.item(row)
-        growth_blocks = _growth_tokens(cluster, row) * num_requests / c.block_size.item(row)
         here = need if isinstance(need, int) else need.item(row)
-        if room.item(row) < here + growth_blocks and num_requests:
-            growth = c.num_requests * (cluster.reaction_s / c.decode_step_s)
-            growth /= c.block_size
-            fits = (room >= need + growth) | (c.num_requests == 0)
+        if c.num_spare_blocks.item(row) < here:
+            fits = c.num_spare_blocks >= need
             if candidates is not None:
                 fits &= candidates
             row = cluster.argmin(cost, fits)
             if row is None:
                 return self._hold(request, cluster)
+        expected_s = cost.item(row) - cluster.now
         return Placement(
             instance_id=cluster.instance_ids[row],
-            reason=(
-                f"expected cost {cost.item(row):.3f} s beside {c.batch_size.item(row):.0f} "
-                f"requests, prompts there end at {c.prefill_ends_s.item(row):.3f}"
-            ),
+            reason=f"expected cost {expected_s:.3f} s beside {c.batch_size.item(row):.0f} requests",
         )
 
     def _cost_s(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> FloatColumn:
@@ -98,46 +92,50 @@ class LeastCost:
         num_tokens = request.num_prompt_tokens
         # All that is the request's own counts `own` times as much as what it does to others.
         own = self.high_weight if request.execution_priority >= _HIGH else 1.0
-        decode_s = self.decode_weight * cluster.mean_output_tokens
-        cost: FloatColumn = c.prefill_ends_s - cluster.now
-        np.maximum(cost, 0.0, out=cost)
-        cost += c.decode_step_s * (1.0 + decode_s)
-        beside = c.batch_size
-        if np.count_nonzero(c.num_high_running):
-            beside = beside + (self.high_weight - 1.0) * c.num_high_running
-        decode_s *= (step_time.kv_token_s * num_tokens + step_time.running_s) / own
         stall_s = self.stall_weight * step_time.prefill_token_s / own
-        holders = cluster.match_prefix(request)
-        if holders:
-            of_a_token = beside * stall_s
-            of_a_token += c.prefill_token_s
-            of_a_token *= self._computed(num_tokens, holders, cluster)
-            cost += of_a_token
-            cost += beside * decode_s
-        else:
-            cost += c.prefill_token_s * num_tokens
-            cost += beside * (stall_s * num_tokens + decode_s)
-        cost += c.block_price_s * (cluster.demand_blocks(request) / own)
+        decode_s = self.decode_weight * cluster.mean_output_tokens
+        slower_s = decode_s * (step_time.kv_token_s * num_tokens + step_time.running_s) / own
+        beside_s = stall_s * num_tokens + slower_s
+        demand = cluster.demand_blocks(request)
+        more_high = self.high_weight - 1.0
+        # In the order of `TERMS`.
+        cost = c.weighted(
+            (
+                1.0 + decode_s,
+                num_tokens,
+                demand / own if isinstance(demand, int) else 0.0,
+                beside_s,
+                beside_s * more_high,
+            )
+        )
+        if not isinstance(demand, int):
+            cost += c.block_price_s * (demand / own)
+        # Seconds from time 0, as the ends of prompts are: it is the same for all.
+        cost += np.maximum(c.prefill_ends_s, cluster.now)
+        for num_blocks, rows in cluster.match_prefix(request):
+            saved = self._saved_tokens(num_tokens, num_blocks, rows, cluster)
+            if len(rows) <= _FEW_ROWS and isinstance(saved, float):
+                for row in rows.tolist():
+                    of_others = c.batch_size.item(row) + more_high * c.num_high_running.item(row)
+                    cost[row] -= saved * (c.prefill_token_s.item(row) + stall_s * of_others)
+            else:
+                of_a_token = (0.0, 1.0, 0.0, stall_s, stall_s * more_high)
+                cost[rows] -= saved * c.weighted(of_a_token, rows)
         return cost
 
-    def _computed(
-        self, num_tokens: int, holders: Sequence[PrefixHolders], cluster: ClusterSnapshot
-    ) -> FloatColumn:
-        """Prompt tokens that are computed, less what attention to cached ones saves as well."""
+    def _saved_tokens(
+        self, num_tokens: int, num_blocks: int, rows: IntColumn, cluster: ClusterSnapshot
+    ) -> FloatColumn | float:
+        """Prompt tokens that are cached, and what attention to them saves of the others' cost."""
         step_time = cluster.step_time
-        computed = np.full(len(cluster), float(num_tokens))
         pair_tokens = 0.5 * step_time.prefill_pair_s / max(step_time.prefill_token_s, 1e-9)
-        block_size: Any = cluster.block_size
-        for num_blocks, rows in holders:
-            if block_size is None:
-                num_cached = num_blocks * cluster.columns.block_size[rows]
-                num_left = num_tokens - num_cached * (1.0 + pair_tokens * num_cached)
-                computed[rows] = np.maximum(num_left, 1.0)
-            else:
-                num_cached = num_blocks * block_size
-                # The last token is computed in any case.
-                computed[rows] = max(1.0, num_tokens - num_cached * (1 + pair_tokens * num_cached))
-        return computed
+        # The last token is computed in any case.
+        if cluster.block_size is None:
+            of_rows: FloatColumn = num_blocks * cluster.columns.block_size[rows]
+            of_rows *= 1.0 + pair_tokens * of_rows
+            return np.minimum(of_rows, num_tokens - 1.0)
+        num_cached = num_blocks * cluster.block_size
+        return min(num_cached * (1.0 + pair_tokens * num_cached), num_tokens - 1.0)
 
     def _hold(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Hold:
         queued_s = cluster.queued_s(request.request_id)

@@ -40,7 +40,10 @@ class KvRouter:
         if cluster.block_size is None:
             cost /= c.block_size
         cost += c.num_used_blocks
-        cost += self.overlap_weight * cluster.demand_blocks(request)
+        demand = cluster.demand_blocks(request)
+        own = self.overlap_weight * demand if isinstance(demand, int) else 0.0
+        if not isinstance(demand, int):
+            cost += self.overlap_weight * demand
         for num_blocks, rows in cluster.match_prefix(request):
             cost[rows] -= self.overlap_weight * num_blocks
         candidates = cluster.candidates(request)
@@ -51,7 +54,10 @@ class KvRouter:
         )
         if row is None:
             return None
-        return Placement(instance_id=cluster.instance_ids[row], reason=f"cost={cost.item(row):.1f}")
+        # What is the same on every instance decides nothing.
+        return Placement(
+            instance_id=cluster.instance_ids[row], reason=f"cost={cost.item(row) + own:.1f}"
+        )
 
     def _draw(
         self, cost: np.ndarray, cluster: ClusterSnapshot, candidates: np.ndarray | None

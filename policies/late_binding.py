@@ -73,7 +73,9 @@ class FreestWithRoom:
         is_long_one = is_long(request, cluster, self.long_share)
         candidates = cluster.candidates(request)
         among = c.is_accepting if candidates is None else candidates
-        among = _narrowed(among, _open_to(request, cluster))
+        open_to = _open_to(request, cluster)
+        if open_to is not None:
+            among = _narrowed(among, open_to)
         among = _narrowed(among, c.num_room_blocks >= demand)
         if not is_long_one:
             growth = _growth_blocks(cluster, self.growth_tokens)
@@ -127,7 +129,8 @@ class RoomOrWait:
             demand = demand + _growth_blocks(cluster, self.growth_tokens)
         # An idle instance is as cleared as it gets.
         fits = (c.num_room_blocks >= demand) | (c.num_requests == 0)
-        if cluster.any(fits & _open_to(request, cluster)):
+        open_to = _open_to(request, cluster)
+        if cluster.any(fits if open_to is None else fits & open_to):
             return ADMIT
         return Hold(reason="no instance has room for the prompt yet", others_may_pass=True)
 
@@ -135,18 +138,23 @@ class RoomOrWait:
 def _growth_blocks(cluster: ClusterSnapshot, growth_tokens: int) -> FloatColumn:
     """Blocks that the requests of each instance may still need."""
     c = cluster.columns
+    block_size = cluster.block_size
+    if block_size is not None:
+        return c.num_requests * float(-(-growth_tokens // block_size))
     growth: FloatColumn = -(-growth_tokens // c.block_size) * c.num_requests
     return growth
 
 
-def _open_to(request: SchedulingRequest, cluster: ClusterSnapshot) -> BoolColumn:
-    """Every instance but the one that the first of those that wait will take."""
-    rows = np.ones(len(cluster), dtype=np.bool_)
+def _open_to(request: SchedulingRequest, cluster: ClusterSnapshot) -> BoolColumn | None:
+    """Every instance but the one that the first of those that wait will take; None means all."""
     held = cluster.held()
-    if held and held[0].request_id != request.request_id:
-        row = clearing_row(cluster, long_share=0.0)
-        if row is not None:
-            rows[row] = False
+    if not held or held[0].request_id == request.request_id:
+        return None
+    row = clearing_row(cluster, long_share=0.0)
+    if row is None:
+        return None
+    rows = np.ones(len(cluster), dtype=np.bool_)
+    rows[row] = False
     return rows
 
 

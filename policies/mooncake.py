@@ -10,6 +10,7 @@ decode time.
 Invariant: a request is rejected before any of its prefill is computed, or not at all.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from llumsched.core.params import param
 from llumsched.core.policy import ADMIT, Placement, PolicyBundle, Reject, Verdict
-from llumsched.core.snapshot import ClusterSnapshot, FloatColumn
+from llumsched.core.snapshot import ClusterSnapshot, FloatColumn, PrefixHolders
 from llumsched.core.types import SchedulingRequest
 from llumsched.policies._pools import PREFILL_SHARE_DOC, prefill_rows, split
 from llumsched.policies.after_first_token import AfterFirstToken
@@ -34,15 +35,14 @@ class Conductor:
 
     def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement | None:
         among = prefill_rows(cluster, self.prefill_share, cluster.candidates(request))
-        ttft_s, matched = _predicted(request, cluster)
+        ttft_s, holders = _predicted(request, cluster)
         row = cluster.argmin(ttft_s, among)
         if row is None:
             return None
+        num_cached = next((num for num, rows in holders if row in rows), 0)
         return Placement(
             instance_id=cluster.instance_ids[row],
-            reason=(
-                f"prefill ends in {ttft_s.item(row):.2f} s, {matched.item(row):.0f} blocks cached"
-            ),
+            reason=f"prefill ends in {ttft_s.item(row):.2f} s, {num_cached} blocks cached",
         )
 
 
@@ -113,15 +113,14 @@ class _Pools(NamedTuple):
 
 def _predicted(
     request: SchedulingRequest, cluster: ClusterSnapshot
-) -> tuple[FloatColumn, FloatColumn]:
-    """Time to first token, and leading blocks of the prompt cached, a row each."""
+) -> tuple[FloatColumn, Sequence[PrefixHolders]]:
+    """Time to first token, a row each, and who has a start of the prompt cached."""
 
-    def predict() -> tuple[FloatColumn, FloatColumn]:
+    def predict() -> tuple[FloatColumn, Sequence[PrefixHolders]]:
         c = cluster.columns
-        matched = np.zeros(len(cluster))
+        holders = cluster.match_prefix(request)
         num_tokens = c.num_prefill_tokens_pending + request.num_prompt_tokens
-        for num_blocks, rows in cluster.match_prefix(request):
-            matched[rows] = num_blocks
+        for num_blocks, rows in holders:
             # At least one token is always computed, also of a prompt that is cached to the end.
             at_most = request.num_prompt_tokens - 1
             if cluster.block_size is None:
@@ -130,7 +129,7 @@ def _predicted(
                 num_tokens[rows] -= min(num_blocks * cluster.block_size, at_most)
         ttft_s: FloatColumn = num_tokens * c.prefill_token_s
         ttft_s += c.decode_step_s
-        return ttft_s, matched
+        return ttft_s, holders
 
     return cluster.fresh(("mooncake", request.request_id), predict)
 

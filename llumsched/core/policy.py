@@ -18,6 +18,7 @@ from llumsched.core.snapshot import ClusterSnapshot
 from llumsched.core.types import InstanceRole, SchedulingRequest
 
 
+@fast_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """Send the request there."""

@@ -17,7 +17,7 @@ import bisect
 import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from llumsched.core.types import InstanceRole, InstanceState, SchedulingRequest
 T = TypeVar("T")
 
 FloatColumn = npt.NDArray[np.float64]
+FloatMatrix = npt.NDArray[np.float64]
 IntColumn = npt.NDArray[np.int64]
 AnyColumn = npt.NDArray[np.floating[Any]] | IntColumn
 BoolColumn = npt.NDArray[np.bool_]
@@ -45,6 +46,19 @@ STATES = (
 ROLES = (InstanceRole.MIXED, InstanceRole.PREFILL, InstanceRole.DECODE)
 
 
+COSTS = (
+    "decode_step_s",
+    "prefill_token_s",
+    "block_turnover_s",
+    "prefill_ends_s",
+    "block_price_s",
+    "num_spare_blocks",
+)
+"""Columns that are derived when a policy reads one of them: most policies read none."""
+TERMS = ("decode_step_s", "prefill_token_s", "block_price_s", "batch_size", "num_high_running")
+"""Columns that `Columns.weighted` adds up, in the order of its weights."""
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Columns:
     """The arrays; their owner writes them, a snapshot holds read-only views."""
@@ -57,6 +71,7 @@ class Columns:
     block_turnover_s: FloatColumn
     prefill_ends_s: FloatColumn
     block_price_s: FloatColumn
+    num_spare_blocks: FloatColumn
     last_report_s: FloatColumn
     num_total_blocks: FloatColumn
     num_free_blocks: FloatColumn
@@ -83,21 +98,35 @@ class Columns:
     is_accepting: BoolColumn
     is_draining: BoolColumn
     is_fresh: BoolColumn
+    terms: FloatMatrix
+    """The columns of `TERMS` as rows of one array, which has room for more instances."""
 
     @classmethod
     def empty(cls, num_rows: int) -> Columns:
         """Zeroed columns for `num_rows` instances."""
         kinds = {"FloatColumn": np.float64, "IntColumn": np.int64, "BoolColumn": np.bool_}
-        return cls(
-            **{
-                name: np.zeros(num_rows, dtype=kinds[str(spec.type)])
-                for name, spec in cls.__dataclass_fields__.items()
-            }
-        )
+        # A multiple of what a processor adds up at once: equal instances then get equal sums.
+        terms = np.zeros((len(TERMS), -(-num_rows // 16) * 16))
+        arrays: dict[str, Any] = dict(zip(TERMS, terms[:, :num_rows], strict=True))
+        for name, spec in cls.__dataclass_fields__.items():
+            if name not in arrays and name != "terms":
+                arrays[name] = np.zeros(num_rows, dtype=kinds[str(spec.type)])
+        return cls(**arrays, terms=terms)
 
     def arrays(self) -> list[npt.NDArray[Any]]:
         """Every column."""
-        return [getattr(self, name) for name in self.__dataclass_fields__]
+        return [getattr(self, name) for name in _NAMES]
+
+    def weighted(self, weights: Sequence[float], rows: IntColumn | None = None) -> FloatColumn:
+        """The columns of `TERMS`, each times its weight, summed: a new column, of all rows or some.
+
+        A cost that is a sum of these takes one operation so, whose time hardly depends on how
+        many terms there are.
+        """
+        _ = self.decode_step_s  # It is derived now, with the others, if it was not.
+        terms = self.terms if rows is None else self.terms.take(rows, axis=1)
+        total: FloatColumn = np.dot(np.array(weights), terms)
+        return total[: len(self.batch_size)] if rows is None else total
 
     def padded(self, num_rows: int) -> Columns:
         """Longer columns that begin like these."""
@@ -108,22 +137,66 @@ class Columns:
 
     def cells(self) -> Columns:
         """The columns as memory views: writing one number takes half as long as through numpy."""
-        views = {name: memoryview(getattr(self, name)) for name in self.__dataclass_fields__}
-        return Columns(**cast(Any, views))
+        views = {name: memoryview(getattr(self, name)) for name in _NAMES}
+        return Columns(**cast(Any, views), terms=self.terms)
 
     def read_only(self, num_rows: int) -> Columns:
         """The first rows, as views that cannot be written."""
-        views = {}
-        for name in self.__dataclass_fields__:
-            view = getattr(self, name)[:num_rows]
+        return Columns(**self._views(num_rows))
+
+    def shown(self, num_rows: int, derive: Callable[[], None]) -> ShownColumns:
+        """The same, with `COSTS` absent until they are read: then `derive` writes them first."""
+        return ShownColumns(self._views(num_rows), derive)
+
+    def _views(self, num_rows: int) -> dict[str, Any]:
+        views: dict[str, Any] = {name: getattr(self, name)[:num_rows] for name in _NAMES}
+        views["terms"] = self.terms[:]
+        for view in views.values():
             view.flags.writeable = False
-            views[name] = view
-        return Columns(**views)
+        return views
 
     def copy(self) -> Columns:
         """Read-only copies of the columns."""
-        copies = Columns(**{name: getattr(self, name).copy() for name in self.__dataclass_fields__})
-        return copies.read_only(len(self.state))
+        num_rows = len(self.state)
+        return self.padded(num_rows).read_only(num_rows)
+
+
+_NAMES = tuple(name for name in Columns.__dataclass_fields__ if name != "terms")
+
+
+class ShownColumns(Columns):
+    """Views of which `COSTS` are derived when one is read, and stay until `hide_costs`.
+
+    A column that is there is a plain slot, and to read it costs what to read any other does.
+    """
+
+    __slots__ = ("_are_costs_there", "_costs", "_derive", "is_read")
+
+    def __init__(self, views: dict[str, Any], derive: Callable[[], None]) -> None:
+        super().__init__(**views)
+        self._costs = [views[name] for name in COSTS]
+        self._derive = derive
+        self.is_read = False
+        self._are_costs_there = True
+        self.hide_costs()
+
+    def hide_costs(self) -> None:
+        """Forget the costs: the loads that they are derived from have changed."""
+        if self._are_costs_there:
+            self._are_costs_there = False
+            del self.decode_step_s, self.prefill_token_s, self.block_turnover_s
+            del self.prefill_ends_s, self.block_price_s, self.num_spare_blocks
+
+    if not TYPE_CHECKING:  # A misspelt column is still an error to the type checker.
+
+        def __getattr__(self, name):
+            if name not in COSTS:
+                raise AttributeError(f"no column {name!r}")
+            self._derive()
+            for cost, column in zip(COSTS, self._costs, strict=True):
+                setattr(self, cost, column)
+            self._are_costs_there = self.is_read = True
+            return getattr(self, name)
 
 
 class PrefixHolders(NamedTuple):
@@ -140,13 +213,14 @@ class ClusterSnapshot:
     Columns whose name does not say it all: `num_free_blocks` may be negative (more has been sent
     than fits); `num_room_blocks` is what the queue leaves of it; `batch_size` is running +
     unreported and `num_requests` that + waiting; `decode_step_s` is the measured step, or the
-    modelled one, with the unreported requests in it; `prefill_token_s` is what a prompt token
-    takes in such steps; `block_turnover_s` how long it takes, per token of output, until one block
-    comes free; `prefill_ends_s` is when the prompts that are there will be computed;
-    `block_price_s` is the expected cost of one more block in use, in seconds that requests wait
-    after an eviction: it rises as the room of the running requests to grow within `reaction_s`
-    runs out; `predicted_final_blocks` is the sum of the predicted final sizes of all requests, 0
-    without a length predictor.
+    modelled one, with the unreported requests in it; `prefill_token_s` is what a prompt token takes
+    in such steps; `block_turnover_s` how long it takes, per token of output, until one block comes
+    free; `prefill_ends_s` is when the prompts that are there will be computed; `block_price_s` is
+    the expected cost of one more block in use, in seconds that requests wait after an eviction: it
+    rises as the room of the running requests to grow within `reaction_s` runs out;
+    `num_spare_blocks` is what a new prompt may take of the room if all that is there is to grow for
+    `reaction_s`, infinite where nothing is; `predicted_final_blocks` is the sum of the predicted
+    final sizes of all requests, 0 without a length predictor.
     """
 
     now: float

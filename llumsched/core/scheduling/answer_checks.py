@@ -5,8 +5,11 @@ without further care. Whether an answer makes sense in this cluster is for the a
 """
 
 import functools
+import itertools
+import operator
 import types
 import typing
+from collections.abc import Callable, Iterable
 from traceback import walk_tb
 from typing import Any
 
@@ -21,6 +24,9 @@ def malformed(answer: object, *kinds: type) -> str | None:
     kind: Any = type(answer)
     if kind not in kinds:
         return f"answered {answer!r}, not {' or '.join(k.__name__ for k in kinds)}"
+    values, right = _shapes(kind)
+    if tuple(map(type, values(answer))) in right:
+        return None
     for name, accepted in _fields(kind):
         value = getattr(answer, name)
         if type(value) not in accepted:
@@ -29,6 +35,16 @@ def malformed(answer: object, *kinds: type) -> str | None:
 
 
 @functools.cache
+def _shapes(kind: Any) -> tuple[Callable[[object], Iterable[object]], frozenset[tuple[type, ...]]]:
+    """How to read the values of all fields, and the types that they may have together."""
+    fields = _fields(kind)
+    names = [name for name, _ in fields]
+    values = (
+        operator.attrgetter(*names) if len(names) > 1 else lambda a: [getattr(a, n) for n in names]
+    )
+    return values, frozenset(itertools.product(*(accepted for _, accepted in fields)))
+
+
 def _fields(kind: Any) -> tuple[tuple[str, frozenset[type]], ...]:
     hints = typing.get_type_hints(kind)
     return tuple((name, _accepted(hints[name])) for name in kind.__dataclass_fields__)

@@ -31,6 +31,7 @@ from llumsched.core.types import InstanceState, PriorityClass, SchedulingRequest
 
 # Members of an enumeration take a look-up at each use, and these are used at every event.
 _SERVING = InstanceState.SERVING
+_GONE = InstanceState.GONE
 _HIGH = int(PriorityClass.HIGH)
 
 _STATE_CODE = {state: code for code, state in enumerate(STATES)}
@@ -46,6 +47,8 @@ class InstanceRecord:
     last_report_s: float
     costs: LearnedCosts
     """As they were known when it reported last."""
+    is_priced: bool = False
+    """False: its cells of `COSTS` are of an earlier load."""
     state: InstanceState = InstanceState.SERVING
     is_fresh: bool = True
     num_sent: int = 0
@@ -96,6 +99,8 @@ class Cluster:
         self._rows: dict[str, int] = {}
         self._columns = Columns.empty(0)
         self._cells = self._columns.cells()
+        self._shown_columns = self._columns.shown(0, self._price)
+        self._unpriced: list[InstanceRecord] = []
         self._num_accepting = 0
         # No instance can turn stale before this time; it saves a scan at every event.
         self._next_stale_s = math.inf
@@ -115,6 +120,7 @@ class Cluster:
             num_free_blocks=spec.num_total_blocks,
         )
         record = InstanceRecord(spec=spec, load=load, last_report_s=now, costs=self._shown)
+        self._unpriced.append(record)
         row = bisect.bisect_left(self._ids, spec.instance_id)
         self._insert_row(row)
         self._ids.insert(row, spec.instance_id)
@@ -158,7 +164,9 @@ class Cluster:
             self._rows[self._ids[row]] = row
 
     def _view(self, now: float) -> ClusterSnapshot:
-        columns = self._columns.read_only(len(self._ids))
+        columns = self._columns.shown(len(self._ids), self._price)
+        columns.is_read = self._shown_columns.is_read
+        self._shown_columns = columns
         smallest, largest = (
             (int(columns.block_size.min()), int(columns.block_size.max())) if self._ids else (0, 0)
         )
@@ -209,6 +217,9 @@ class Cluster:
         if self._costs is not None:
             self._learn(self._costs, record, load, now)
         self._take_in(record, load, now)
+        if self._shown_columns.is_read:
+            # A policy reads costs: better now than when a request waits for the decision.
+            self._price()
 
     def _take_in(self, record: InstanceRecord, load: InstanceLoad, now: float) -> None:
         total_changed = load.num_total_blocks != record.load.num_total_blocks
@@ -312,28 +323,6 @@ class Cluster:
         row = self._rows[destination.spec.instance_id]
         self._columns.num_migrations_in[row] = destination.num_migrations_in
 
-    def _block_price_s(
-        self,
-        mean_output_tokens: float,
-        num_room: int,
-        num_used: int,
-        num_requests: int,
-        block_size: int,
-        step_s: float,
-        token_s: float,
-    ) -> float:
-        """The slope of `eviction_risk`, times what an eviction costs."""
-        num_requests = num_requests or 1
-        growth_tokens = self._reaction_s / (step_s or 1e-3)
-        left_tokens = num_room * block_size / num_requests
-        exponent = min(MAX_RISK_EXPONENT, -left_tokens / growth_tokens)
-        if exponent < -30:
-            return 0.0
-        # Evicted, a request waits for about one of the others to end, and is computed again.
-        wait_s = mean_output_tokens * step_s / num_requests
-        again_s = num_used * block_size / num_requests * token_s
-        return (wait_s + again_s) * block_size / growth_tokens * math.exp(exponent)
-
     # Rows.
 
     def _publish_state(self, record: InstanceRecord) -> None:
@@ -392,30 +381,10 @@ class Cluster:
         cells.num_prefill_tokens_pending[row] = (
             load.num_prefill_tokens_pending + record.num_sent_tokens
         )
-        step_time = record.costs.step_time
-        if load.step_time_s > 0:
-            step_s = load.step_time_s + step_time.running_s * num_sent
-        else:
-            step_s = step_time.base_s + step_time.running_s * batch_size
-        cells.decode_step_s[row] = step_s
-        token_s = step_time.prefill_token_s + step_s / record.spec.max_num_batched_tokens
-        cells.prefill_token_s[row] = token_s
-        cells.block_turnover_s[row] = step_s / (num_used or 1)
-        # Work goes on between reports: it is the end of it that stays what it is.
-        cells.prefill_ends_s[row] = (
-            record.last_report_s
-            + (load.num_prefill_tokens_pending + record.num_sent_tokens) * token_s
-            + load.num_prefill_pairs_pending * step_time.prefill_pair_s
-        )
-        cells.block_price_s[row] = self._block_price_s(
-            record.costs.mean_output_tokens,
-            num_free - load.num_waiting_blocks,
-            num_used,
-            batch_size + num_waiting,
-            record.spec.block_size,
-            step_s,
-            token_s,
-        )
+        if record.is_priced:
+            record.is_priced = False
+            self._unpriced.append(record)
+            self._shown_columns.hide_costs()
         if record.state is not _SERVING:
             cells.virtual_usage[row] = math.inf
             cells.freeness[row] = -math.inf
@@ -432,3 +401,55 @@ class Cluster:
             cells.freeness[row] = num_total - usage
         else:
             cells.freeness[row] = math.inf
+
+    # Costs: written when a policy reads them.
+
+    def _price(self) -> None:
+        """Bring the cells of `COSTS` up to date."""
+        rows, cells = self._rows, self._cells
+        for record in self._unpriced:
+            record.is_priced = True
+            if record.state is not _GONE:
+                self._publish_costs(record, rows[record.spec.instance_id], cells)
+        self._unpriced.clear()
+
+    def _publish_costs(self, record: InstanceRecord, row: int, cells: Columns) -> None:
+        load, spec = record.load, record.spec
+        step_time = record.costs.step_time
+        num_free = load.num_free_blocks - record.num_sent_blocks
+        num_used = load.num_total_blocks - num_free
+        batch_size = load.num_running + load.num_migrations_in + record.num_sent
+        if load.step_time_s > 0:
+            step_s = load.step_time_s + step_time.running_s * record.num_sent
+        else:
+            step_s = step_time.base_s + step_time.running_s * batch_size
+        token_s = step_time.prefill_token_s + step_s / spec.max_num_batched_tokens
+        cells.decode_step_s[row] = step_s
+        cells.prefill_token_s[row] = token_s
+        cells.block_turnover_s[row] = step_s / (num_used or 1)
+        # Work goes on between reports: it is the end of it that stays what it is.
+        cells.prefill_ends_s[row] = (
+            record.last_report_s
+            + (load.num_prefill_tokens_pending + record.num_sent_tokens) * token_s
+            + load.num_prefill_pairs_pending * step_time.prefill_pair_s
+        )
+        # The slope of the risk of an eviction, times what an eviction costs.
+        num_requests = batch_size + load.num_waiting
+        growth_tokens = self._reaction_s / (step_s or 1e-3)
+        num_room = num_free - load.num_waiting_blocks
+        if not num_requests:
+            cells.num_spare_blocks[row] = math.inf
+            num_requests = 1
+        else:
+            growth_blocks = num_requests * growth_tokens / spec.block_size
+            cells.num_spare_blocks[row] = num_room - growth_blocks
+        tokens_a_request = spec.block_size / num_requests
+        exponent = min(MAX_RISK_EXPONENT, -num_room * tokens_a_request / growth_tokens)
+        if exponent < -30:
+            cells.block_price_s[row] = 0.0
+            return
+        # Evicted, a request waits for about one of the others to end, and is computed again.
+        wait_s = record.costs.mean_output_tokens * step_s / num_requests
+        again_s = num_used * tokens_a_request * token_s
+        slope = spec.block_size / growth_tokens * math.exp(exponent)
+        cells.block_price_s[row] = (wait_s + again_s) * slope

@@ -399,7 +399,7 @@ def _problem(
 def _has_room_to_wait(cluster: ClusterSnapshot, row: int, limit: int) -> bool:
     """True if fewer than `limit` wait there, even if all does that was sent since the report."""
     c = cluster.columns
-    return bool(c.num_waiting[row] + c.num_unreported[row] < limit)
+    return c.num_waiting.item(row) + c.num_unreported.item(row) < limit
 
 
 def _able_to_take(
