@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llumsched.commands import CommandError
-from llumsched.commands._torch_addons import check_torch_addons
+from llumsched.commands._vllm import ALLOW_OTHER_VLLM, refuses_vllm
 from llumsched.flags import Parser
 from llumsched.simulator.hardware.model_shape import ShapeError, shape_of
 from llumsched.simulator.hardware.residual_plot import residual_plot
@@ -51,6 +51,11 @@ def main(argv: Sequence[str]) -> int:
         metavar="GB",
         help="KV copied between two instances a second, which one engine cannot tell (default: 10)",
     )
+    parser.add_argument(
+        ALLOW_OTHER_VLLM,
+        action="store_true",
+        help="measure a vLLM that this release was not written for",
+    )
     arguments, engine_flags = parser.parse_known_args(list(argv))
     if arguments.out.suffix != ".yaml":
         raise CommandError(f"--out {arguments.out}: it must end in .yaml")
@@ -58,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
         if not getattr(arguments, name) > 0:
             raise CommandError(f"--{name.replace('_', '-')} must be above 0")
 
-    check_torch_addons()
+    if refuses_vllm("profile", argv):
+        return 2
     from llumsched.engine.vllm.profiling.arguments import engine_arguments
     from llumsched.engine.vllm.profiling.profile import profile_engine
 

@@ -8,31 +8,21 @@ import sys
 from collections.abc import Sequence
 
 from llumsched import __version__, logs
-from llumsched.commands._torch_addons import check_torch_addons
+from llumsched.commands._vllm import refuses_vllm
 
 logger = logging.getLogger(__name__)
 
 PASSTHROUGH = True
 
-ALLOW_OTHER_VLLM = "--allow-other-vllm"
-
 
 def main(argv: Sequence[str]) -> int:
-    from llumsched.engine.vllm.compat import UnsupportedVersion
-    from llumsched.engine.vllm.version_check import check_version
-
-    try:
-        # Before vLLM is imported: what has moved would be a traceback.
-        check_version(allow_other=ALLOW_OTHER_VLLM in argv)
-    except UnsupportedVersion as error:
-        sys.stderr.write(f"llumsched serve: {error}\n")
+    if refuses_vllm("serve", argv):
         return 2
     if not {"-h", "--help"} & {argument.partition("=")[0] for argument in argv}:
         # vLLM takes long to import, and longer on a machine that is busy.
         logs.set_up("llumsched", logs.options_of(argv))
         logger.info("llumsched %s: importing vLLM, then checking the arguments", __version__)
     logs.prepare_ray()
-    check_torch_addons()
     from llumsched.frontend import server
 
     status = server.main(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from collections.abc import Callable
@@ -162,16 +163,38 @@ def test_another_vllm_is_one_sentence(
     assert complaint in capsys.readouterr().err
 
 
-def test_it_is_said_before_anything_of_vllm_is_imported(make_vllm: MakeVllm) -> None:
+PROFILE = ["profile", "some/model", "--out", "x.yaml", "--accelerator", "some GPU"]
+
+
+def imports_vllm(command: Path) -> bool:
+    """True if a command imports a package that may import vLLM."""
+    imported = (
+        (node.module or "")
+        for node in ast.walk(ast.parse(command.read_bytes()))
+        if isinstance(node, ast.ImportFrom)
+    )
+    return any(name.split(".")[1:2] in (["engine"], ["frontend"]) for name in imported)
+
+
+def test_every_command_that_imports_vllm_is_tested_for_it() -> None:
+    folder = Path(serve.__file__).parent
+    found = {p.stem for p in folder.glob("[a-z]*.py") if imports_vllm(p)}
+    assert found == {"serve", "profile"}
+
+
+@pytest.mark.parametrize("argv", [["serve", "some/model"], PROFILE], ids=lambda argv: argv[0])
+def test_it_is_said_before_anything_of_vllm_is_imported(
+    make_vllm: MakeVllm, argv: list[str]
+) -> None:
     folder = make_vllm("0.34.0")
     (folder / "vllm" / "__init__.py").write_text("raise ImportError('vllm was imported')")
     program = f"import sys; sys.path.insert(0, {str(folder)!r})\n"
-    program += "from llumsched.cli import main; sys.exit(main(['serve', 'some/model']))"
+    program += f"from llumsched.cli import main; sys.exit(main({argv!r}))"
     ended = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert ended.returncode == 2
-    assert ended.stderr.startswith("llumsched serve: vLLM 0.34.0 is installed, and")
+    assert ended.stderr.startswith(f"llumsched {argv[0]}: vLLM 0.34.0 is installed, and")
     assert ended.stderr.count("\n") == 1
 
 
