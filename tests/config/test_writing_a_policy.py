@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +83,6 @@ def clean_environment(site: Path) -> dict[str, str]:
 def reader(tmp_path: Path, wheel: Path) -> Reader:
     for name in ("sticky", "site"):
         (tmp_path / name).mkdir()
-    shutil.copy(ROOT / "docs" / "example-decisions.jsonl", tmp_path / "sticky")
     return Reader(tmp_path / "sticky", tmp_path / "site", wheel)
 
 
@@ -101,8 +99,9 @@ def test_the_tutorial_works_from_nothing_to_a_compared_policy(reader: Reader) ->
         "sticky.yaml",
         "llumsched config check sticky.yaml",
         "llumsched simulate example --hardware rtx4090-llama-3.1-8b --compare round_robin,sticky",
-        "llumsched replay example-decisions.jsonl",
-        "llumsched replay example-decisions.jsonl --config sticky.yaml --show 1",
+        "llumsched simulate example --policy latency --decision-log --out run",
+        "llumsched replay run",
+        "llumsched replay run --config sticky.yaml --show 1",
         "relieve.py",
         "relieve.yaml",
         "llumsched simulate S-L --rate 1.2 --requests 600 --compare round_robin,relieve.yaml",

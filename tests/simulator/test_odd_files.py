@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llumsched.config import ConfigError, load
-from llumsched.decision_log import DecisionLogError, read_segment
+from llumsched.config import Config, ConfigError, load
+from llumsched.core.actions import DispatchRequest
+from llumsched.core.events import InstanceJoined, RequestArrived, Ticked
+from llumsched.core.load import InstanceSpec
+from llumsched.core.types import SchedulingRequest
+from llumsched.decision_log import DecisionLog, DecisionLogError, read_segment
 from llumsched.simulator.hardware.model_shape import ShapeError, read_shape
 from llumsched.simulator.hardware.spec import FOLDER, HardwareError, load_hardware
 from llumsched.simulator.traces.loaders import load_trace
@@ -113,8 +118,20 @@ def test_a_damaged_configuration_of_a_model(tmp_path: Path, data: bytes) -> None
     is_one_sentence(lambda: read_shape(path), ShapeError)
 
 
-@given(damaged([b"".join((ROOT / "docs" / "example-decisions.jsonl").read_bytes()
-                         .splitlines(keepends=True)[:4])]))  # fmt: skip
+def _log() -> bytes:
+    """The first decisions of a scheduler."""
+    with tempfile.TemporaryDirectory() as folder:
+        with DecisionLog(Path(folder), Config.default("latency"), dict) as log:
+            spec = InstanceSpec(instance_id="instance-0", num_total_blocks=550, block_size=16)
+            request = SchedulingRequest(request_id="r", num_prompt_tokens=9, client_id="c")
+            log.write(0.0, InstanceJoined(spec=spec), ())
+            told = DispatchRequest(request_id="r", instance_id="instance-0", reason="freeness")
+            log.write(0.25, RequestArrived(request=request), (told,))
+            log.write(0.5, Ticked(), ())
+        return (Path(folder) / "decisions-000001.jsonl").read_bytes()
+
+
+@given(damaged([_log()]))
 @SEVERAL
 def test_a_damaged_decision_log(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "decisions-000001.jsonl"
