@@ -17,7 +17,7 @@ SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 WIDTH, HEIGHT = 12, 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Panel:
     """One graph: ``queries`` are PromQL by legend."""
 
@@ -27,10 +27,26 @@ class Panel:
     about: str = ""
 
 
-def p(quantile: float, name: str, by: str = "", where: str = "") -> str:
+def p50_p99(name: str, by: str = "") -> dict[str, str]:
+    """The median and the 99th percentile of a histogram, by a label if one is named."""
+    legend = f" {{{{{by}}}}}" if by else ""
+    return {f"P{100 * q:g}{legend}": p(q, name, by) for q in (0.5, 0.99)}
+
+
+def of_instance(gauge: str, label: str = "instance_id") -> dict[str, str]:
+    """A gauge of the instance that the board is set to."""
+    return {f"{{{{{label}}}}}": f'{gauge}{{instance_id=~"$instance_id"}}'}
+
+
+def rate_by(label: str, counter: str) -> dict[str, str]:
+    """Increase a second of a counter over five minutes, by a label."""
+    return {f"{{{{{label}}}}}": f"sum by ({label}) (rate({counter}[5m]))"}
+
+
+def p(quantile: float, name: str, by: str = "") -> str:
     """A quantile of a histogram over five minutes."""
     labels = f"le, {by}" if by else "le"
-    rate = f"rate({name}_bucket{where}[5m])"
+    rate = f"rate({name}_bucket[5m])"
     return f"histogram_quantile({quantile}, sum by ({labels}) ({rate}))"
 
 
@@ -41,197 +57,121 @@ def by_instance(query: str) -> str:
 
 OVERVIEW = (
     Panel(
-        title="Requests that ended",
-        queries={
+        "Requests that ended",
+        {
             "{{outcome}} {{priority_class}}": (
                 "sum by (outcome, priority_class) (rate(llumsched_requests_total[5m]))"
             )
         },
-        unit="reqps",
+        "reqps",
     ),
     Panel(
-        title="Output tokens",
-        queries={"tokens": "rate(llumsched_output_tokens_total[5m])"},
-        unit="short",
+        "Output tokens",
+        {"tokens": "rate(llumsched_output_tokens_total[5m])"},
         about="Of requests that finished.",
     ),
     Panel(
-        title="Time to first token",
-        queries={
-            "P50 {{priority_class}}": p(
-                0.5, "llumsched_time_to_first_token_seconds", "priority_class"
-            ),
-            "P99 {{priority_class}}": p(
-                0.99, "llumsched_time_to_first_token_seconds", "priority_class"
-            ),
-        },
-        unit="s",
+        "Time to first token",
+        p50_p99("llumsched_time_to_first_token_seconds", "priority_class"),
+        "s",
     ),
+    Panel("Held by the scheduler", {"{{priority_class}}": "llumsched_queued_requests"}),
     Panel(
-        title="Held by the scheduler",
-        queries={"{{priority_class}}": "llumsched_queued_requests"},
-    ),
-    Panel(
-        title="KV blocks in use",
-        queries={
+        "KV blocks in use",
+        {
             "{{instance_id}}": (
                 'sum by (instance_id) (llumsched_instance_blocks{kind="used"})'
                 " / sum by (instance_id) (llumsched_instance_blocks)"
             )
         },
-        unit="percentunit",
-        about="Which instance is hot.",
+        "percentunit",
+        "Which instance is hot.",
     ),
     Panel(
-        title="Imbalance: spread of freeness",
-        queries={"spread": "llumsched_freeness_spread"},
+        "Imbalance: spread of freeness",
+        {"spread": "llumsched_freeness_spread"},
         about="Freeness of the freest serving instance less that of the fullest.",
     ),
+    Panel("Instances", {"{{state}}": "llumsched_instances"}),
     Panel(
-        title="Instances",
-        queries={"{{state}}": "llumsched_instances"},
-    ),
-    Panel(
-        title="Losses and resumptions",
-        queries={
+        "Losses and resumptions",
+        {
             "instances lost": "increase(llumsched_lost_instances_total[5m])",
             "requests resumed": "increase(llumsched_resumptions_total[5m])",
             "scheduler started": "increase(llumsched_scheduler_starts_total[5m])",
         },
     ),
     Panel(
-        title="Decisions of the scheduler, P99",
-        queries={"{{event}}": p(0.99, "llumsched_decision_seconds", "event")},
-        unit="s",
+        "Decisions of the scheduler, P99",
+        {"{{event}}": p(0.99, "llumsched_decision_seconds", "event")},
+        "s",
     ),
-    Panel(
-        title="Dispatches by reason",
-        queries={"{{reason}}": "sum by (reason) (rate(llumsched_dispatches_total[5m]))"},
-        unit="reqps",
-    ),
+    Panel("Dispatches by reason", rate_by("reason", "llumsched_dispatches_total"), "reqps"),
 )
 
 INSTANCE = (
+    Panel("KV blocks", of_instance("llumsched_instance_blocks", "kind")),
+    Panel("Requests", of_instance("llumsched_instance_requests", "status")),
+    Panel("Freeness", of_instance("llumsched_instance_freeness")),
+    Panel("Engine step", of_instance("llumsched_instance_step_seconds"), "s"),
+    Panel("Migrations under way", of_instance("llumsched_instance_migrations", "direction")),
     Panel(
-        title="KV blocks",
-        queries={"{{kind}}": 'llumsched_instance_blocks{instance_id=~"$instance_id"}'},
+        "Preemptions (vLLM)",
+        {"{{instance_id}}": by_instance("sum by (engine) (rate(vllm:num_preemptions_total[5m]))")},
     ),
     Panel(
-        title="Requests",
-        queries={"{{status}}": 'llumsched_instance_requests{instance_id=~"$instance_id"}'},
+        "Time to first token at the engine (vLLM), P99",
+        {"{{instance_id}}": by_instance(p(0.99, "vllm:time_to_first_token_seconds", "engine"))},
+        "s",
     ),
-    Panel(
-        title="Freeness",
-        queries={"{{instance_id}}": 'llumsched_instance_freeness{instance_id=~"$instance_id"}'},
-    ),
-    Panel(
-        title="Engine step",
-        queries={"{{instance_id}}": 'llumsched_instance_step_seconds{instance_id=~"$instance_id"}'},
-        unit="s",
-    ),
-    Panel(
-        title="Migrations under way",
-        queries={"{{direction}}": 'llumsched_instance_migrations{instance_id=~"$instance_id"}'},
-    ),
-    Panel(
-        title="Preemptions (vLLM)",
-        queries={
-            "{{instance_id}}": by_instance("sum by (engine) (rate(vllm:num_preemptions_total[5m]))")
-        },
-    ),
-    Panel(
-        title="Time to first token at the engine (vLLM), P99",
-        queries={
-            "{{instance_id}}": by_instance(p(0.99, "vllm:time_to_first_token_seconds", "engine"))
-        },
-        unit="s",
-    ),
-    Panel(
-        title="Age of the load report",
-        queries={
-            "{{instance_id}}": (
-                'llumsched_instance_report_age_seconds{instance_id=~"$instance_id"}'
-            )
-        },
-        unit="s",
-    ),
+    Panel("Age of the load report", of_instance("llumsched_instance_report_age_seconds"), "s"),
 )
 
 MIGRATIONS = (
+    Panel("Migrations that ended", rate_by("outcome", "llumsched_migrations_total"), "ops"),
     Panel(
-        title="Migrations that ended",
-        queries={"{{outcome}}": "sum by (outcome) (rate(llumsched_migrations_total[5m]))"},
-        unit="ops",
-    ),
-    Panel(
-        title="Why nothing moved",
-        queries={
+        "Why nothing moved",
+        {
             "{{cause}} ({{phase}})": (
                 'sum by (cause, phase) (rate(llumsched_migrations_total{cause!=""}[5m]))'
             )
         },
-        unit="ops",
+        "ops",
+    ),
+    Panel("Ordered, by reason", rate_by("reason", "llumsched_migrations_started_total"), "ops"),
+    Panel(
+        "Suspension",
+        p50_p99("llumsched_migration_suspended_seconds"),
+        "s",
+        "A client's pause is that and one step.",
     ),
     Panel(
-        title="Ordered, by reason",
-        queries={"{{reason}}": "sum by (reason) (rate(llumsched_migrations_started_total[5m]))"},
-        unit="ops",
+        "Pause of a client",
+        p50_p99("llumsched_client_pause_seconds", "cause"),
+        "s",
+        "Between two tokens of a request whose instance changed.",
     ),
+    Panel("Duration", p50_p99("llumsched_migration_seconds"), "s"),
+    Panel("Bytes copied", {"bytes": "rate(llumsched_migration_bytes_sum[5m])"}, "Bps"),
     Panel(
-        title="Suspension",
-        queries={
-            "P50": p(0.5, "llumsched_migration_suspended_seconds"),
-            "P99": p(0.99, "llumsched_migration_suspended_seconds"),
-        },
-        unit="s",
-        about="A client's pause is that and one step.",
-    ),
-    Panel(
-        title="Pause of a client",
-        queries={
-            "P50 {{cause}}": p(0.5, "llumsched_client_pause_seconds", "cause"),
-            "P99 {{cause}}": p(0.99, "llumsched_client_pause_seconds", "cause"),
-        },
-        unit="s",
-        about="Between two tokens of a request whose instance changed.",
-    ),
-    Panel(
-        title="Duration",
-        queries={
-            "P50": p(0.5, "llumsched_migration_seconds"),
-            "P99": p(0.99, "llumsched_migration_seconds"),
-        },
-        unit="s",
-    ),
-    Panel(
-        title="Bytes copied",
-        queries={"bytes": "rate(llumsched_migration_bytes_sum[5m])"},
-        unit="Bps",
-    ),
-    Panel(
-        title="Blocks and stages, mean",
-        queries={
-            "blocks": (
-                "rate(llumsched_migration_blocks_sum[5m])"
-                " / rate(llumsched_migration_blocks_count[5m])"
-            ),
-            "stages": (
-                "rate(llumsched_migration_stages_sum[5m])"
-                " / rate(llumsched_migration_stages_count[5m])"
-            ),
+        "Blocks and stages, mean",
+        {
+            what: f"rate(llumsched_migration_{what}_sum[5m])"
+            f" / rate(llumsched_migration_{what}_count[5m])"
+            for what in ("blocks", "stages")
         },
     ),
     Panel(
-        title="Fragmentation",
-        queries={"blocks": "llumsched_fragmented_blocks"},
+        "Fragmentation",
+        {"blocks": "llumsched_fragmented_blocks"},
         about="Free blocks of other instances that the first requests in line could use.",
     ),
 )
 
 _WITHIN = tuple(
     Panel(
-        title=f"First token within {seconds:g} s",
-        queries={
+        f"First token within {seconds:g} s",
+        {
             "{{priority_class}}": (
                 "sum by (priority_class)"
                 f' (rate(llumsched_time_to_first_token_seconds_bucket{{le="{seconds}"}}[5m]))'
@@ -239,25 +179,19 @@ _WITHIN = tuple(
                 " (rate(llumsched_time_to_first_token_seconds_count[5m]))"
             )
         },
-        unit="percentunit",
+        "percentunit",
     )
     for seconds in (0.25, 0.5, 1.0, 2.5)
 )
 SLO = (
     *_WITHIN,
     Panel(
-        title="Placement, P99",
-        queries={
-            "P99 {{priority_class}}": p(0.99, "llumsched_placement_seconds", "priority_class")
-        },
-        unit="s",
-        about="Waiting at the scheduler included.",
+        "Placement, P99",
+        {"P99 {{priority_class}}": p(0.99, "llumsched_placement_seconds", "priority_class")},
+        "s",
+        "Waiting at the scheduler included.",
     ),
-    Panel(
-        title="Turned away",
-        queries={"{{cause}}": "sum by (cause) (rate(llumsched_rejections_total[5m]))"},
-        unit="reqps",
-    ),
+    Panel("Turned away", rate_by("cause", "llumsched_rejections_total"), "reqps"),
 )
 
 BOARDS: Mapping[str, tuple[str, Sequence[Panel]]] = {
