@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily
 
 Labels = tuple[str, ...]
 
@@ -45,14 +46,14 @@ class Where(StrEnum):
     POOL = "pool"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class MetricSpec:
     """One metric. ``name`` has no ``_total``; ``known`` are label values that exist from the
     start, each with a value for every label."""
 
-    name: str
-    kind: Literal["counter", "gauge", "histogram"]
     where: Where
+    kind: Literal["counter", "gauge", "histogram"]
+    name: str
     help: str
     labels: Labels = ()
     buckets: tuple[float, ...] = ()
@@ -83,18 +84,18 @@ class MetricSpec:
         """A family for a collector of gauges."""
         return GaugeMetricFamily(self.name, self.help, labels=self.labels)
 
-    def counter_family(self) -> CounterMetricFamily:
-        """A family for a collector of counts that are kept elsewhere."""
-        return CounterMetricFamily(self.name, self.help, labels=self.labels)
 
+_frontend_counter = partial(MetricSpec, Where.FRONTEND, "counter")
+_frontend_histogram = partial(MetricSpec, Where.FRONTEND, "histogram")
+_pool_gauge = partial(MetricSpec, Where.POOL, "gauge")
+_scheduler_counter = partial(MetricSpec, Where.SCHEDULER, "counter")
+_scheduler_histogram = partial(MetricSpec, Where.SCHEDULER, "histogram")
 
 # ---- counted in each frontend, where the client's view is ---------------------------------------
 
-REQUESTS = MetricSpec(
-    name="llumsched_requests",
-    kind="counter",
-    where=Where.FRONTEND,
-    help="Requests that ended, by priority class and outcome.",
+REQUESTS = _frontend_counter(
+    "llumsched_requests",
+    "Requests that ended, by priority class and outcome.",
     labels=("priority_class", "outcome"),
     known=tuple(
         (name, outcome)
@@ -102,92 +103,72 @@ REQUESTS = MetricSpec(
         for outcome in ("finished", "aborted", "rejected", "instance_lost")
     ),
 )
-TIME_TO_FIRST_TOKEN = MetricSpec(
-    name="llumsched_time_to_first_token_seconds",
-    kind="histogram",
-    where=Where.FRONTEND,
-    help="From a request's arrival at the frontend to its first token.",
+TIME_TO_FIRST_TOKEN = _frontend_histogram(
+    "llumsched_time_to_first_token_seconds",
+    "From a request's arrival at the frontend to its first token.",
     labels=("priority_class",),
     buckets=LATENCY_BUCKETS,
     known=CLASSES,
 )
-PLACEMENT = MetricSpec(
-    name="llumsched_placement_seconds",
-    kind="histogram",
-    where=Where.FRONTEND,
-    help="How long the global scheduler took to choose an instance, waiting included.",
+PLACEMENT = _frontend_histogram(
+    "llumsched_placement_seconds",
+    "How long the global scheduler took to choose an instance, waiting included.",
     labels=("priority_class",),
     known=CLASSES,
     buckets=PLACEMENT_BUCKETS,
 )
-CLIENT_PAUSE = MetricSpec(
-    name="llumsched_client_pause_seconds",
-    kind="histogram",
-    where=Where.FRONTEND,
-    help="Between the last token of one instance and the first of the next, as a client sees it:"
-    " because the request moved, or because its instance was lost.",
+CLIENT_PAUSE = _frontend_histogram(
+    "llumsched_client_pause_seconds",
+    (
+        "Between the last token of one instance and the first of the next, as a client sees it:"
+        " because the request moved, or because its instance was lost."
+    ),
     labels=("cause",),
     buckets=PAUSE_BUCKETS,
     known=(("migration",), ("resumption",)),
 )
-MOVES = MetricSpec(
-    name="llumsched_moves",
-    kind="counter",
-    where=Where.FRONTEND,
-    help="Times that a request's outputs began to come from another instance.",
+MOVES = _frontend_counter(
+    "llumsched_moves", "Times that a request's outputs began to come from another instance."
 )
-LOST_INSTANCES = MetricSpec(
-    name="llumsched_lost_instances",
-    kind="counter",
-    where=Where.FRONTEND,
-    help="Instances that ended while the server ran, without being told to.",
+LOST_INSTANCES = _frontend_counter(
+    "llumsched_lost_instances", "Instances that ended while the server ran, without being told to."
 )
-RESUMPTIONS = MetricSpec(
-    name="llumsched_resumptions",
-    kind="counter",
-    where=Where.FRONTEND,
-    help="Times that a request was resumed at another instance because its own was gone.",
+RESUMPTIONS = _frontend_counter(
+    "llumsched_resumptions",
+    "Times that a request was resumed at another instance because its own was gone.",
 )
 
 # ---- counted in the scheduler's process; go on where they were when it is started again ---------
 
-DECISION = MetricSpec(
-    name="llumsched_decision_seconds",
-    kind="histogram",
-    where=Where.SCHEDULER,
-    help="How long the scheduler took to handle an event and decide what follows, by event.",
+DECISION = _scheduler_histogram(
+    "llumsched_decision_seconds",
+    "How long the scheduler took to handle an event and decide what follows, by event.",
     labels=("event",),
     buckets=DECISION_BUCKETS,
     known=(("RequestArrived",), ("LoadReported",), ("Ticked",)),
 )
-DISPATCHES = MetricSpec(
-    name="llumsched_dispatches",
-    kind="counter",
-    where=Where.SCHEDULER,
-    help="Requests sent to an instance, by bundle and by the policy's reason, numbers left out.",
+DISPATCHES = _scheduler_counter(
+    "llumsched_dispatches",
+    "Requests sent to an instance, by bundle and by the policy's reason, numbers left out.",
     labels=("policy", "reason"),
 )
-REJECTIONS = MetricSpec(
-    name="llumsched_rejections",
-    kind="counter",
-    where=Where.SCHEDULER,
-    help="Requests that the scheduler turned away, by cause.",
+REJECTIONS = _scheduler_counter(
+    "llumsched_rejections",
+    "Requests that the scheduler turned away, by cause.",
     labels=("cause",),
     known=(("overloaded",), ("client_limit",), ("too_long",)),
 )
-MIGRATIONS_STARTED = MetricSpec(
-    name="llumsched_migrations_started",
-    kind="counter",
-    where=Where.SCHEDULER,
-    help="Migrations that were ordered, by reason, numbers left out.",
+MIGRATIONS_STARTED = _scheduler_counter(
+    "llumsched_migrations_started",
+    "Migrations that were ordered, by reason, numbers left out.",
     labels=("reason",),
 )
-MIGRATIONS = MetricSpec(
-    name="llumsched_migrations",
-    kind="counter",
-    where=Where.SCHEDULER,
-    help="Migrations that ended, by outcome, by the phase they had reached, and by the cause of"
-    " those that moved nothing.",
+MIGRATIONS = _scheduler_counter(
+    "llumsched_migrations",
+    (
+        "Migrations that ended, by outcome, by the phase they had reached, and by the cause of"
+        " those that moved nothing."
+    ),
     labels=("outcome", "phase", "cause"),
     known=(
         ("committed", "committing", ""),
@@ -196,184 +177,137 @@ MIGRATIONS = MetricSpec(
         ("nothing_to_move", "choosing", ""),
     ),
 )
-MIGRATION_SECONDS = MetricSpec(
-    name="llumsched_migration_seconds",
-    kind="histogram",
-    where=Where.SCHEDULER,
-    help="Of committed migrations: from the order's arrival at the source to the commit.",
+MIGRATION_SECONDS = _scheduler_histogram(
+    "llumsched_migration_seconds",
+    "Of committed migrations: from the order's arrival at the source to the commit.",
     buckets=LATENCY_BUCKETS,
 )
-MIGRATION_PAUSE = MetricSpec(
-    name="llumsched_migration_suspended_seconds",
-    kind="histogram",
-    where=Where.SCHEDULER,
-    help="Of committed migrations: from the last step at the source to the next token at the"
-    " destination: the client's pause, of which at most a second of that step is counted.",
+MIGRATION_PAUSE = _scheduler_histogram(
+    "llumsched_migration_suspended_seconds",
+    (
+        "Of committed migrations: from the last step at the source to the next token at the"
+        " destination: the client's pause, of which at most a second of that step is counted."
+    ),
     buckets=PAUSE_BUCKETS,
 )
-MIGRATION_BYTES = MetricSpec(
-    name="llumsched_migration_bytes",
-    kind="histogram",
-    where=Where.SCHEDULER,
-    help="Of committed migrations: bytes of KV cache that were copied.",
+MIGRATION_BYTES = _scheduler_histogram(
+    "llumsched_migration_bytes",
+    "Of committed migrations: bytes of KV cache that were copied.",
     buckets=BYTES_BUCKETS,
 )
-MIGRATION_BLOCKS = MetricSpec(
-    name="llumsched_migration_blocks",
-    kind="histogram",
-    where=Where.SCHEDULER,
-    help="Of committed migrations: KV blocks that were copied.",
+MIGRATION_BLOCKS = _scheduler_histogram(
+    "llumsched_migration_blocks",
+    "Of committed migrations: KV blocks that were copied.",
     buckets=BLOCKS_BUCKETS,
 )
-MIGRATION_STAGES = MetricSpec(
-    name="llumsched_migration_stages",
-    kind="histogram",
-    where=Where.SCHEDULER,
-    help="Of committed migrations: stages in which the blocks were copied.",
+MIGRATION_STAGES = _scheduler_histogram(
+    "llumsched_migration_stages",
+    "Of committed migrations: stages in which the blocks were copied.",
     buckets=STAGES_BUCKETS,
 )
-POLICY_FAILURES = MetricSpec(
-    name="llumsched_policy_failures",
-    kind="counter",
-    where=Where.SCHEDULER,
-    help="Decisions in which a policy raised or answered nonsense, by policy.",
+POLICY_FAILURES = _scheduler_counter(
+    "llumsched_policy_failures",
+    "Decisions in which a policy raised or answered nonsense, by policy.",
     labels=("policy",),
 )
-SCALING_ACTIONS = MetricSpec(
-    name="llumsched_scaling_actions",
-    kind="counter",
-    where=Where.SCHEDULER,
-    help="Instances launched, not come, drained and told to leave.",
+SCALING_ACTIONS = _scheduler_counter(
+    "llumsched_scaling_actions",
+    "Instances launched, not come, drained and told to leave.",
     labels=("action",),
     known=(("launch",), ("launch_failed",), ("drain",), ("terminate",)),
 )
-SCHEDULER_STARTS = MetricSpec(
-    name="llumsched_scheduler_starts",
-    kind="counter",
-    where=Where.SCHEDULER,
-    help="Times that the scheduler was started: 1, and 1 more for each time in another's place.",
+SCHEDULER_STARTS = _scheduler_counter(
+    "llumsched_scheduler_starts",
+    "Times that the scheduler was started: 1, and 1 more for each time in another's place.",
 )
-FINISHED_REQUESTS = MetricSpec(
-    name="llumsched_finished_requests",
-    kind="counter",
-    where=Where.SCHEDULER,
-    help="Requests that finished by themselves, as the scheduler was told.",
+FINISHED_REQUESTS = _scheduler_counter(
+    "llumsched_finished_requests",
+    "Requests that finished by themselves, as the scheduler was told.",
 )
-OUTPUT_TOKENS = MetricSpec(
-    name="llumsched_output_tokens",
-    kind="counter",
-    where=Where.SCHEDULER,
-    help="Output tokens of requests that finished.",
+OUTPUT_TOKENS = _scheduler_counter(
+    "llumsched_output_tokens", "Output tokens of requests that finished."
 )
 
 # ---- told by a frontend, as the scheduler described the pool a moment ago -----------------------
 
-SCHEDULER_UP = MetricSpec(
-    name="llumsched_scheduler_up",
-    kind="gauge",
-    where=Where.POOL,
-    help="1 while the global scheduler answers; without it the rest of these is left out.",
+SCHEDULER_UP = _pool_gauge(
+    "llumsched_scheduler_up",
+    "1 while the global scheduler answers; without it the rest of these is left out.",
 )
-BUILD_INFO = MetricSpec(
-    name="llumsched_build_info",
-    kind="gauge",
-    where=Where.POOL,
-    help="1, with the versions that run and the policy bundle in force.",
+BUILD_INFO = _pool_gauge(
+    "llumsched_build_info",
+    "1, with the versions that run and the policy bundle in force.",
     labels=("version", "vllm_version", "python_version", "policy"),
 )
-UNPROVEN_CONNECTIONS = MetricSpec(
-    name="llumsched_unproven_connections",
-    kind="gauge",
-    where=Where.POOL,
-    help="Connections to a process, since its start, that did not hold the pool's keys.",
+UNPROVEN_CONNECTIONS = _pool_gauge(
+    "llumsched_unproven_connections",
+    "Connections to a process, since its start, that did not hold the pool's keys.",
     labels=("process",),
 )
-QUEUED_REQUESTS = MetricSpec(
-    name="llumsched_queued_requests",
-    kind="gauge",
-    where=Where.POOL,
-    help="Requests that the scheduler holds, by priority class.",
+QUEUED_REQUESTS = _pool_gauge(
+    "llumsched_queued_requests",
+    "Requests that the scheduler holds, by priority class.",
     labels=("priority_class",),
     known=CLASSES,
 )
-INSTANCES = MetricSpec(
-    name="llumsched_instances",
-    kind="gauge",
-    where=Where.POOL,
-    help="Instances, by state.",
+INSTANCES = _pool_gauge(
+    "llumsched_instances",
+    "Instances, by state.",
     labels=("state",),
     known=(("serving",), ("draining",)),
 )
-INSTANCE_INFO = MetricSpec(
-    name="llumsched_instance_info",
-    kind="gauge",
-    where=Where.POOL,
-    help="1: the engine label that an instance has in vLLM's metrics, its role and state.",
+INSTANCE_INFO = _pool_gauge(
+    "llumsched_instance_info",
+    "1: the engine label that an instance has in vLLM's metrics, its role and state.",
     labels=("instance_id", "engine", "role", "state", "policy"),
 )
-INSTANCE_FREENESS = MetricSpec(
-    name="llumsched_instance_freeness",
-    kind="gauge",
-    where=Where.POOL,
-    help="Free KV blocks for each running request, all of its blocks on an idle instance; none is"
-    " told of one that drains.",
+INSTANCE_FREENESS = _pool_gauge(
+    "llumsched_instance_freeness",
+    (
+        "Free KV blocks for each running request, all of its blocks on an idle instance; none is"
+        " told of one that drains."
+    ),
     labels=("instance_id",),
 )
-INSTANCE_BLOCKS = MetricSpec(
-    name="llumsched_instance_blocks",
-    kind="gauge",
-    where=Where.POOL,
-    help="KV blocks: free, reserved for arriving requests, used by its own.",
+INSTANCE_BLOCKS = _pool_gauge(
+    "llumsched_instance_blocks",
+    "KV blocks: free, reserved for arriving requests, used by its own.",
     labels=("instance_id", "kind"),
 )
-INSTANCE_REQUESTS = MetricSpec(
-    name="llumsched_instance_requests",
-    kind="gauge",
-    where=Where.POOL,
-    help="Requests on it that run and that wait.",
+INSTANCE_REQUESTS = _pool_gauge(
+    "llumsched_instance_requests",
+    "Requests on it that run and that wait.",
     labels=("instance_id", "status"),
 )
-INSTANCE_CAN_MIGRATE = MetricSpec(
-    name="llumsched_instance_can_migrate",
-    kind="gauge",
-    where=Where.POOL,
-    help="1 if requests can leave and reach it, else 0: `llumsched status` says why, and so does"
-    " the log when the instance joins.",
+INSTANCE_CAN_MIGRATE = _pool_gauge(
+    "llumsched_instance_can_migrate",
+    (
+        "1 if requests can leave and reach it, else 0: `llumsched status` says why, and so does"
+        " the log when the instance joins."
+    ),
     labels=("instance_id",),
 )
-INSTANCE_MIGRATIONS = MetricSpec(
-    name="llumsched_instance_migrations",
-    kind="gauge",
-    where=Where.POOL,
-    help="Migrations under way, into it and out of it.",
+INSTANCE_MIGRATIONS = _pool_gauge(
+    "llumsched_instance_migrations",
+    "Migrations under way, into it and out of it.",
     labels=("instance_id", "direction"),
 )
-INSTANCE_STEP = MetricSpec(
-    name="llumsched_instance_step_seconds",
-    kind="gauge",
-    where=Where.POOL,
-    help="Recent time of one engine step.",
-    labels=("instance_id",),
+INSTANCE_STEP = _pool_gauge(
+    "llumsched_instance_step_seconds", "Recent time of one engine step.", labels=("instance_id",)
 )
-INSTANCE_REPORT_AGE = MetricSpec(
-    name="llumsched_instance_report_age_seconds",
-    kind="gauge",
-    where=Where.POOL,
-    help="Since its last load report.",
-    labels=("instance_id",),
+INSTANCE_REPORT_AGE = _pool_gauge(
+    "llumsched_instance_report_age_seconds", "Since its last load report.", labels=("instance_id",)
 )
-FREENESS_SPREAD = MetricSpec(
-    name="llumsched_freeness_spread",
-    kind="gauge",
-    where=Where.POOL,
-    help="Imbalance: the freeness of the freest serving instance less that of the fullest.",
+FREENESS_SPREAD = _pool_gauge(
+    "llumsched_freeness_spread",
+    "Imbalance: the freeness of the freest serving instance less that of the fullest.",
 )
-FRAGMENTED_BLOCKS = MetricSpec(
-    name="llumsched_fragmented_blocks",
-    kind="gauge",
-    where=Where.POOL,
-    help="Fragmentation: free KV blocks of other instances that requests which head their"
-    " instance's queue could use.",
+FRAGMENTED_BLOCKS = _pool_gauge(
+    "llumsched_fragmented_blocks",
+    (
+        "Fragmentation: free KV blocks of other instances that requests which head their"
+        " instance's queue could use."
+    ),
 )
 
 CATALOGUE: tuple[MetricSpec, ...] = tuple(
