@@ -16,7 +16,7 @@ import aiohttp
 
 from benchmarks._servers import Server
 
-TIMEOUT_S = 300.0
+TIMEOUT_S = 600.0
 
 
 class AnswerBroken(Exception):
