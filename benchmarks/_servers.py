@@ -1,27 +1,24 @@
-"""Real servers for benchmarks: plain vLLM and llumsched, with the same flags, ended by pid."""
+"""Real servers for benchmarks: plain vLLM and llumsched, with the same flags, ended whole."""
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
+import contextlib
+import shutil
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlopen
 
 import psutil
 
 from scripts.prepare_model import prepare_model
+from scripts.server_process import ServerProcess, wait_until
 
+CHECKOUT = Path(__file__).parents[1]
 BOOT_TIMEOUT_S = 300.0
-STOP_TIMEOUT_S = 20.0
 
 # float32 keeps token equality inside a batch; eager skips minutes of compiling a tiny model.
 ENGINE_FLAGS = (
@@ -93,54 +90,27 @@ def launched(name: str, command: Sequence[str]) -> Iterator[tuple[str, int]]:
         RuntimeError: it ended before that; the message names its log.
         TimeoutError: it was not healthy in time.
     """
-    port = _free_port()
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment.pop("RAY_ADDRESS", None)
-    with tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False) as log:
-        print(f"booting {name} (log: {log.name})", file=sys.stderr, flush=True)
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            cwd=Path(__file__).parents[1],
-            # Not a session: while engines have all cores, Linux lets those of others wait.
-            process_group=0,
-        )
+    folder = Path(tempfile.mkdtemp(prefix="llumsched-benchmark-"))
+    process = ServerProcess(folder / "server.log")
+    print(f"booting {name} (log: {process.log_path})", file=sys.stderr, flush=True)
+    offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    where = ["--host", "127.0.0.1", "--port", str(process.port)]
+    process.start([*command, *where], cwd=CHECKOUT, **offline)
     try:
-        url = f"http://127.0.0.1:{port}"
-        _await_health(name, url, process, log.name)
-        yield url, process.pid
+        _await_health(name, process)
+        yield process.url, process.pid
     finally:
-        _end(process)
-    Path(log.name).unlink()
+        process.end()
+    shutil.rmtree(folder)
 
 
-def _await_health(name: str, url: str, process: subprocess.Popen[bytes], log: str) -> None:
-    deadline_s = time.monotonic() + BOOT_TIMEOUT_S
-    while time.monotonic() < deadline_s:
-        if process.poll() is not None:
-            raise RuntimeError(f"{name} ended with status {process.returncode}; see {log}")
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    raise TimeoutError(f"{name} did not answer within {BOOT_TIMEOUT_S:.0f} s; see {log}")
+def _await_health(name: str, process: ServerProcess) -> None:
+    def is_up() -> bool:
+        if not process.is_running:
+            raise RuntimeError(f"{name} ended with {process.status}; see {process.log_path}")
+        with contextlib.suppress(OSError), urlopen(f"{process.url}/health", timeout=5):
+            return True
+        return False
 
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    if not wait_until(is_up, BOOT_TIMEOUT_S):
+        raise TimeoutError(f"{name} is not up in {BOOT_TIMEOUT_S:.0f} s; see {process.log_path}")

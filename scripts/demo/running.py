@@ -19,8 +19,9 @@ import openai
 
 from llumsched.commands import CommandError
 from scripts.demo.screen import Screen
-from scripts.demo.server import Ending, Server, ServerFailed
+from scripts.demo.server import Server, ServerFailed
 from scripts.demo.stage import POLL_INTERVAL_S, Check, DemoFailed, Stage
+from scripts.server_process import Ending
 
 Act = Callable[[Screen, str], Awaitable[list[Check]]]
 """Shows something of the server at a URL, and returns its claims."""
@@ -59,7 +60,7 @@ async def run(screen: Screen, server: Server, act: Act, *, closing: str, timeout
         for number in SIGNALS:
             loop.add_signal_handler(number, lambda: None)
         async with screen.waiting("ending the server and all its processes"):
-            ending = await server.stop()
+            ending = await asyncio.to_thread(server.end)
     screen.line()
     if problem:
         screen.check(False, problem)
@@ -91,7 +92,7 @@ async def _play(screen: Screen, server: Server, act: Act) -> list[Check]:
     screen.line()
     screen.command(server.command)
     async with screen.waiting("booting"):
-        server.start()
+        server.serve()
         await server.boot(screen.step)
     acting = asyncio.ensure_future(act(screen, server.url))
     ended = asyncio.create_task(server.ended())

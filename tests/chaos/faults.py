@@ -42,7 +42,7 @@ class FaultyPool(Admin):
             pool.close()
         finally:
             ending = server.end()
-        assert not ending.left, f"left after SIGTERM: {ending.left}\n{server.log()[-4000:]}"
+        assert not ending.killed, f"left after SIGTERM: {ending.killed}\n{server.log()[-4000:]}"
 
     def berths(self) -> list[dict[str, Any]]:
         answer = self.get("/llumsched/instances")

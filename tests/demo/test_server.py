@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from scripts import server_process
 from scripts.demo import server as module
 from scripts.demo.server import Server, ServerFailed
+from scripts.server_process import Ending
 
 LISTEN = """
 import socket
@@ -61,10 +63,10 @@ def test_it_says_what_the_server_says_and_logs_everything(
     )
     said: list[str] = []
 
-    async def run() -> module.Ending:
-        server.start()
+    async def run() -> Ending:
+        server.serve()
         await server.boot(said.append)
-        return await server.stop()
+        return await asyncio.to_thread(server.end)
 
     ending = asyncio.run(run())
     server.close()
@@ -79,11 +81,11 @@ def test_a_server_that_refuses_is_quoted(make_server: Callable[[str], Server]) -
     server = make_server("sys.exit('llumsched serve: There is no model at x: give a folder.')")
 
     async def run() -> None:
-        server.start()
+        server.serve()
         try:
             await server.boot(lambda _: None)
         finally:
-            await server.stop()
+            await asyncio.to_thread(server.end)
 
     with pytest.raises(ServerFailed, match=r"the server ended: There is no model at x: give a f"):
         asyncio.run(run())
@@ -96,12 +98,12 @@ def test_a_server_that_dies_while_it_serves_is_noticed(
     server = make_server(LISTEN + "print('llumsched: serving', flush=True)\nos._exit(7)")
 
     async def run() -> None:
-        server.start()
+        server.serve()
         try:
             async with asyncio.timeout(10):
                 await server.ended()
         finally:
-            await server.stop()
+            await asyncio.to_thread(server.end)
 
     with pytest.raises(ServerFailed, match="exit status 7"):
         asyncio.run(run())
@@ -115,7 +117,7 @@ def test_of_a_log_the_errors_are_shown(make_server: Callable[[str], Server]) -> 
     )
 
     async def run() -> None:
-        server.start()
+        server.serve()
         with pytest.raises(ServerFailed):
             await server.ended()
 
@@ -127,7 +129,7 @@ def test_of_a_log_the_errors_are_shown(make_server: Callable[[str], Server]) -> 
 def test_a_child_that_left_the_family_and_hears_nothing_is_ended_too(
     make_server: Callable[[str], Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LEAVE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(server_process, "END_TIMEOUT_S", 0.5)
     deaf = (
         "import os, signal, time\n"
         "[signal.signal(s, signal.SIG_IGN) for s in (signal.SIGTERM, signal.SIGINT)]\n"
@@ -139,10 +141,10 @@ def test_a_child_that_left_the_family_and_hears_nothing_is_ended_too(
         "time.sleep(60)"
     )
 
-    async def run() -> tuple[int, module.Ending]:
-        server.start()
+    async def run() -> tuple[int, Ending]:
+        server.serve()
         pid = int(await asyncio.to_thread(wait_for, tmp_path / "pid"))
-        return pid, await server.stop()
+        return pid, await asyncio.to_thread(server.end)
 
     pid, ending = asyncio.run(run())
     server.close()
@@ -160,7 +162,7 @@ def test_the_last_resort_works_without_a_loop(
     )
 
     async def run() -> int:
-        server.start()
+        server.serve()
         return int(await asyncio.to_thread(wait_for, tmp_path / "pid"))
 
     pid = asyncio.run(run())
@@ -186,7 +188,7 @@ def test_rays_folder_is_private_and_goes(make_server: Callable[[str], Server]) -
     )
 
     async def run() -> None:
-        server.start()
+        server.serve()
         with pytest.raises(ServerFailed):
             await server.ended()
 

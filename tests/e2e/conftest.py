@@ -58,7 +58,7 @@ def llumsched_server(model: str, log_folder: Path) -> Iterator[Server]:
         yield server
     finally:
         ending = server.end()
-    assert not ending.left, f"left after SIGTERM: {ending.left}\n{server.log()[-4000:]}"
+    assert not ending.killed, f"left after SIGTERM: {ending.killed}\n{server.log()[-4000:]}"
 
 
 @pytest.fixture(scope="package")

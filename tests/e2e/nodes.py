@@ -16,7 +16,8 @@ from typing import Self
 
 import psutil
 
-from tests.e2e.servers import POLL_INTERVAL_S, free_port, server_environment
+from scripts.server_process import POLL_INTERVAL_S, free_port, server_environment
+from tests.e2e.servers import OFFLINE
 
 START_TIMEOUT_S = 60.0
 
@@ -71,7 +72,7 @@ class Nodes:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(RAY_TMPDIR=self._ray_folder, **self.environment),
+                env=server_environment(**OFFLINE, RAY_TMPDIR=self._ray_folder, **self.environment),
                 start_new_session=True,
             )
         self._sessions.append(process)
@@ -105,7 +106,7 @@ class Nodes:
             [sys.executable, "-c", code, self.address, argument],
             capture_output=True,
             text=True,
-            env=server_environment(**self.environment),
+            env=server_environment(**OFFLINE, **self.environment),
             timeout=START_TIMEOUT_S,
             check=False,
         )

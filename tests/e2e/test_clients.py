@@ -9,11 +9,12 @@ from pathlib import Path
 
 import openai
 
+from scripts.server_process import server_environment
 from tests.e2e.cases import NUM_TOKENS, QUESTION
 from tests.e2e.client import Admin
 from tests.e2e.moving import move
 from tests.e2e.plain import PlainAnswers
-from tests.e2e.servers import CHECKOUT, Server, server_environment
+from tests.e2e.servers import CHECKOUT, OFFLINE, Server
 
 BENCHMARK_TIMEOUT_S = 180
 NUM_PROMPTS = 8
@@ -50,7 +51,7 @@ def test_serving_benchmark_of_vllm(pool: Admin, llumsched_server: Server, tmp_pa
             "--result-filename=result.json",
         ],
         cwd=CHECKOUT,
-        env=server_environment(),
+        env=server_environment(**OFFLINE),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

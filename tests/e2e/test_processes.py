@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from scripts.server_process import server_environment
 from tests.campaigns import THOROUGH
-from tests.e2e.servers import CHECKOUT, ENGINE_FLAGS, Server, llumsched, server_environment
+from tests.e2e.servers import CHECKOUT, ENGINE_FLAGS, OFFLINE, Server, llumsched
 
 REFUSAL_TIMEOUT_S = 240
 # What is refused, and words of the sentence that says so.
@@ -70,7 +71,7 @@ def refusals(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
                     text=True,
                     cwd=CHECKOUT,
                     # Ray makes a folder before anything else.
-                    env=server_environment(RAY_TMPDIR=str(folder)),
+                    env=server_environment(**OFFLINE, RAY_TMPDIR=str(folder)),
                 ),
             )
         refusals = {}
@@ -110,7 +111,7 @@ def test_signal_while_ray_starts(model: str, tmp_path: Path, signal_number: sign
     with booting(model, tmp_path) as server:
         server.await_process("raylet")
         ending = server.end(signal_number)
-    assert not ending.left
+    assert not ending.killed
     assert ending.status != 0
     assert "serving" not in server.log()
 
@@ -120,6 +121,6 @@ def test_signals_while_instances_boot(model: str, tmp_path: Path) -> None:
     with booting(model, tmp_path) as server:
         server.await_line("booting 1 instances")
         ending = server.end(signal.SIGINT, times=3)
-    assert not ending.left
+    assert not ending.killed
     assert ending.status == 130
     assert "serving" not in server.log()

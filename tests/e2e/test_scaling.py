@@ -54,7 +54,7 @@ def scaling_server(
         yield server
     finally:
         ending = server.end()
-    assert not ending.left, f"left after SIGTERM: {ending.left}\n{server.log()[-4000:]}"
+    assert not ending.killed, f"left after SIGTERM: {ending.killed}\n{server.log()[-4000:]}"
 
 
 class Callers:

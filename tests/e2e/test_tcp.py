@@ -9,11 +9,12 @@ import sys
 
 import pytest
 
+from scripts.server_process import END_TIMEOUT_S, server_environment
 from tests.e2e.cases import COMPLETIONS, SINGLE, completion
 from tests.e2e.client import Admin, differences
 from tests.e2e.moving import Mover
 from tests.e2e.plain import PlainAnswers
-from tests.e2e.servers import API_KEY, END_TIMEOUT_S, Server, server_environment
+from tests.e2e.servers import API_KEY, OFFLINE, Server
 
 
 @pytest.mark.parametrize("name", ["penalties, seeded", "chat with logprobs"])
@@ -57,7 +58,7 @@ def test_status_takes_the_key(server_apart: Server) -> None:
     command = [sys.executable, "-m", "llumsched", "status", f"--url={server_apart.url}"]
 
     def ask(**variables: str) -> subprocess.CompletedProcess[str]:
-        environment = server_environment(**variables)
+        environment = server_environment(**OFFLINE, **variables)
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
 
     assert "wants an API key" in ask().stderr
@@ -75,6 +76,6 @@ def test_control_c_ends_every_process(server_apart: Server, model: str) -> None:
         ending = server_apart.end(signal.SIGINT, times=2)
         *_, last = stream
     client.close()
-    assert not ending.left, f"left after {END_TIMEOUT_S:.0f} s: {ending.left}"
+    assert not ending.killed, f"left after {END_TIMEOUT_S:.0f} s: {ending.killed}"
     assert ending.status == 0
     assert last["error"]["message"] == "The server is stopping."
