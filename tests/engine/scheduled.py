@@ -41,6 +41,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from llumsched.engine.vllm.migration import MigrationAdapter
 from llumsched.engine.vllm.migration.port import EngineAdapter
+from tests.builders import engine_request
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 64
@@ -217,16 +218,12 @@ class Engine:
         lora: LoRARequest | None = None,
         **sampling: Any,
     ) -> None:
-        request = EngineCoreRequest(
-            request_id=request_id,
+        request = engine_request(
+            request_id,
             prompt_token_ids=list(prompt),
-            mm_features=None,
             sampling_params=SamplingParams(max_tokens=num_tokens, ignore_eos=True, **sampling),
-            pooling_params=None,
             arrival_time=float(len(self.answers)),
             lora_request=lora,
-            cache_salt=None,
-            data_parallel_rank=None,
         )
         self.answers.setdefault(request_id, [])
         self.add_request(self.preprocess_add_request(request)[0])

@@ -13,7 +13,6 @@ from vllm.distributed.kv_events import (
     EventPublisher,
     KVEventBatch,
 )
-from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import (
     get_request_block_hasher,
@@ -27,6 +26,7 @@ from vllm.v1.request import Request
 from llumsched.core.events import KvBlocksRemoved, KvBlocksStored, KvCacheCleared
 from llumsched.engine.vllm import prefix_blocks
 from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder, prefix_hasher
+from tests.builders import engine_request
 
 BLOCK_SIZE = 4
 
@@ -98,17 +98,7 @@ def test_the_operators_own_publisher_hears_everything() -> None:
 
 
 def asked(num_tokens: int) -> EngineCoreRequest:
-    return EngineCoreRequest(
-        request_id="r1",
-        prompt_token_ids=list(range(num_tokens)),
-        mm_features=None,
-        sampling_params=SamplingParams(max_tokens=5),
-        pooling_params=None,
-        arrival_time=0.0,
-        lora_request=None,
-        cache_salt="salt",
-        data_parallel_rank=None,
-    )
+    return engine_request(prompt_token_ids=list(range(num_tokens)), cache_salt="salt")
 
 
 def make_config(block_size: int = BLOCK_SIZE, num_context_workers: int = 1) -> Any:

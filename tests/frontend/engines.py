@@ -7,11 +7,12 @@ from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
 from llumsched.frontend.routing.engine import Engine
+from tests.builders import engine_request
 
 Add = Callable[[EngineCoreRequest], Awaitable[None]]
 
@@ -48,18 +49,7 @@ def engine_that(adds: Add, max_num_queued_reqs: int | None = None) -> Engine:
 
 async def send(engine: Engine, request_id: str) -> RequestOutputCollector:
     """Send a request; its outputs."""
-    request = EngineCoreRequest(
-        request_id=request_id,
-        external_req_id="asked",
-        prompt_token_ids=[1, 2, 3],
-        mm_features=None,
-        sampling_params=SamplingParams(max_tokens=5),
-        pooling_params=None,
-        arrival_time=0.0,
-        lora_request=None,
-        cache_salt=None,
-        data_parallel_rank=None,
-    )
+    request = engine_request(request_id, external_req_id="asked")
     queue = RequestOutputCollector(RequestOutputKind.DELTA, request_id)
     await engine._add_request(request, None, None, 0, queue)
     return queue

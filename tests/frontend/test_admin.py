@@ -14,7 +14,8 @@ from llumsched.frontend.routing.scheduler_client import SchedulerClient
 from llumsched.frontend.routing.status import RequestStatus
 from llumsched.pool.frontend_supervisor import FrontendStatus
 from llumsched.pool.instance_supervisor import InstanceSlotStatus
-from llumsched.wire.control import MigrateAnswer, ReportMigration
+from llumsched.wire.control import MigrateAnswer
+from tests.builders import migration_report
 
 
 class InstanceSlots:
@@ -79,13 +80,8 @@ class PeerConnection:
     """Moves whatever it is told to move."""
 
     async def migrate(self, request_id: str, destination: str | None, _: float) -> MigrateAnswer:
-        report = ReportMigration(
-            migration_id="m",
-            request_id=request_id,
-            source="instance-1",
-            destination=destination or "instance-0",
-            outcome="committed",
-            reason="",
+        report = migration_report(
+            request_id=request_id, source="instance-1", destination=destination or "instance-0"
         )
         return MigrateAnswer(call_id=1, report=report)
 

@@ -25,9 +25,9 @@ from llumsched.wire.control import (
     Accepted,
     ClusterDescription,
     MigrateAnswer,
-    ReportMigration,
     RequestTraced,
 )
+from tests.builders import migration_report
 from tests.campaigns import examples
 
 NUM_EXAMPLES = 25
@@ -93,14 +93,7 @@ class PeerConnection:
     ) -> MigrateAnswer:
         assert request_id == REQUEST
         refused = self._refused()
-        report = ReportMigration(
-            migration_id="m",
-            request_id=request_id,
-            source=INSTANCE,
-            destination="instance-1",
-            outcome="committed",
-            reason="",
-        )
+        report = migration_report(request_id=request_id, source=INSTANCE, destination="instance-1")
         return MigrateAnswer(call_id=1, refused=refused, report=None if refused else report)
 
 

@@ -38,6 +38,7 @@ from llumsched.frontend.routing.engine_labels import EngineLabels
 from llumsched.frontend.routing.request_metrics import FrontendMetrics
 from llumsched.frontend.routing.resumer import Resumer
 from llumsched.frontend.routing.routes import Routes
+from tests.builders import engine_request
 from tests.campaigns import examples
 from tests.core.builders import Driver
 from tests.frontend.engines import engine_that
@@ -205,20 +206,10 @@ class World:
 
     async def _client(self, request_id: str) -> list[int]:
         """As ``AsyncLLM.generate`` does; the tokens of a request, if it is taken."""
-        request = EngineCoreRequest(
-            request_id=request_id,
-            external_req_id=request_id,
-            prompt_token_ids=[1, 2, 3],
-            mm_features=None,
-            sampling_params=SamplingParams(
-                max_tokens=MAX_TOKENS, output_kind=RequestOutputKind.DELTA, detokenize=False
-            ),
-            pooling_params=None,
-            arrival_time=0.0,
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
+        sampling = SamplingParams(
+            max_tokens=MAX_TOKENS, output_kind=RequestOutputKind.DELTA, detokenize=False
         )
+        request = engine_request(request_id, external_req_id=request_id, sampling_params=sampling)
         queue = RequestOutputCollector(RequestOutputKind.DELTA, request_id)
         tokens: list[int] = []
         is_taken = False

@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 import zmq
 import zmq.asyncio
-from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from llumsched.core.types import SchedulingRequest
@@ -40,23 +39,10 @@ from llumsched.wire.control import (
     encode,
 )
 from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
+from tests.builders import engine_request
 
 TIMEOUT_S = 20.0
 Answer = Callable[[Message], Message | None]
-
-
-def request(request_id: str = "r1") -> EngineCoreRequest:
-    return EngineCoreRequest(
-        request_id=request_id,
-        prompt_token_ids=[1, 2, 3],
-        mm_features=None,
-        sampling_params=SamplingParams(max_tokens=5),
-        pooling_params=None,
-        arrival_time=0.0,
-        lora_request=None,
-        cache_salt=None,
-        data_parallel_rank=None,
-    )
 
 
 SHORT = Patience(placement_s=0.1, probe_s=0.2, ask_again_s=0.05, register_interval_s=0.05)
@@ -116,7 +102,7 @@ def test_a_request_goes_where_the_scheduler_says() -> None:
         return None
 
     async def scenario(link: SchedulerClient) -> None:
-        assert await link.place(request()) == 0
+        assert await link.place(engine_request()) == 0
 
     run(answer, scenario)
 
@@ -137,7 +123,7 @@ def test_the_scheduler_hears_what_the_client_said_of_its_request() -> None:
         return None
 
     hints = SchedulingHints(ttft_slo_s=0.5, tpot_slo_s=0.05, client_id="tenant")
-    asked = request()
+    asked = engine_request()
     own_args = {"theirs": 1}
     assert asked.sampling_params is not None
     asked.sampling_params.extra_args = own_args
@@ -169,7 +155,7 @@ def test_a_client_that_leaves_as_its_request_is_placed_has_left(placed_first: bo
     """A cancellation that comes as the placement does must not be lost (Python 3.11)."""
 
     async def scenario(link: SchedulerClient) -> None:
-        placing = asyncio.create_task(link.place(request()))
+        placing = asyncio.create_task(link.place(engine_request()))
         for _ in range(20):
             await asyncio.sleep(0)
         if not placed_first:
@@ -197,7 +183,7 @@ def test_a_rejection_says_why_and_when_to_come_again() -> None:
 
     async def scenario(link: SchedulerClient) -> None:
         with pytest.raises(Rejected, match=r"the queue is full\. Try again in 2 s\.") as error:
-            await link.place(request())
+            await link.place(engine_request())
         assert error.value.http_status == 503
 
     run(answer, scenario)
@@ -205,7 +191,7 @@ def test_a_rejection_says_why_and_when_to_come_again() -> None:
 
 def test_a_silent_scheduler_does_not_stop_serving() -> None:
     async def scenario(link: SchedulerClient) -> None:
-        assert await link.place(request()) == 1  # the least loaded
+        assert await link.place(engine_request()) == 1  # the least loaded
 
     run(lambda _: None, scenario)
 
@@ -213,7 +199,7 @@ def test_a_silent_scheduler_does_not_stop_serving() -> None:
 def test_without_scheduler_and_instance_a_request_does_not_wait_for_ever() -> None:
     async def scenario(link: SchedulerClient) -> None:
         with pytest.raises(Rejected, match="silent, and no instance is up") as caught:
-            await link.place(request())
+            await link.place(engine_request())
         assert caught.value.http_status == 503
 
     run(lambda _: None, scenario, least_loaded=None, patience=replace(SHORT, silent_s=0.5))
@@ -236,7 +222,7 @@ def test_a_held_request_waits_as_long_as_the_scheduler_lives() -> None:
         return None
 
     async def scenario(link: SchedulerClient) -> None:
-        assert await link.place(request()) == 1
+        assert await link.place(engine_request()) == 1
         assert probes >= 3
 
     run(answer, scenario)
@@ -261,7 +247,7 @@ def test_a_scheduler_that_restarts_is_asked_again() -> None:
         return None
 
     async def scenario(link: SchedulerClient) -> None:
-        assert await link.place(request()) == 0
+        assert await link.place(engine_request()) == 0
 
     run(answer, scenario)
     assert asked[0] == asked[1]
@@ -277,7 +263,7 @@ def test_a_request_that_lost_its_instance_says_so() -> None:
         return None
 
     async def scenario(link: SchedulerClient) -> None:
-        assert await link.place(request(), lost=3, num_output_tokens=4) == 0
+        assert await link.place(engine_request(), lost=3, num_output_tokens=4) == 0
 
     run(answer, scenario)
     assert (asked[0].lost, asked[0].has_begun) == ("instance-3", True)

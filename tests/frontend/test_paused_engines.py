@@ -7,25 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest, FinishReason
 
 from llumsched.frontend.routing.client import RoutingEngineClient
 from llumsched.frontend.routing.engine_labels import EngineLabels
 from llumsched.frontend.routing.resumer import Resumer
 from llumsched.frontend.routing.routes import Routes
-
-REQUEST = EngineCoreRequest(
-    request_id="r1",
-    prompt_token_ids=[1, 2, 3],
-    mm_features=None,
-    sampling_params=SamplingParams(max_tokens=5),
-    pooling_params=None,
-    arrival_time=0.0,
-    lora_request=None,
-    cache_salt=None,
-    data_parallel_rank=None,
-)
+from tests.builders import engine_request
 
 
 class World:
@@ -47,7 +35,7 @@ class World:
         for instance in range(3):
             client.labels.take(instance)
         client.routes.open("r1").instance = 0
-        client._resumer.keep(REQUEST)
+        client._resumer.keep(engine_request())
 
     async def _add(self, instance: int, request: EngineCoreRequest) -> None:
         self.sent.append((instance, request.request_id))

@@ -14,7 +14,6 @@ import pytest
 import zmq
 from prometheus_client import CollectorRegistry
 from vllm.config import VllmConfig
-from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -31,6 +30,7 @@ from llumsched.frontend.routing.request_metrics import FrontendMetrics
 from llumsched.frontend.routing.sockets import FrontendSockets, engine_identity
 from llumsched.frontend.workers.ports import FrontendPorts
 from llumsched.wire.keys import PoolKeys
+from tests.builders import engine_request
 
 PATIENCE_S = 20.0
 HOST = "127.0.0.1"
@@ -140,20 +140,6 @@ async def frontend(ports: FrontendPorts, placer: Placer) -> AsyncIterator[Routin
         sockets.close()
 
 
-def request(request_id: str) -> EngineCoreRequest:
-    return EngineCoreRequest(
-        request_id=request_id,
-        prompt_token_ids=[1, 2, 3],
-        mm_features=None,
-        sampling_params=SamplingParams(max_tokens=5),
-        pooling_params=None,
-        arrival_time=0.0,
-        lora_request=None,
-        cache_salt=None,
-        data_parallel_rank=None,
-    )
-
-
 def tokens(request_id: str, *token_ids: int) -> EngineCoreOutputs:
     output = EngineCoreOutput(request_id=request_id, new_token_ids=list(token_ids))
     return EngineCoreOutputs(outputs=[output])
@@ -175,7 +161,7 @@ def test_instances_are_known_to_it_though_they_came_before(ports: FrontendPorts)
         for name in ("of the first", "of the second"):
             async with frontend(ports, Placer()) as client:
                 assert client.labels.by_instance == {INSTANCE: 2}
-                await client.add_request_async(request(name))
+                await client.add_request_async(engine_request(name))
                 request_type, heard = await engine.hear()
                 assert (request_type, heard.request_id) == (EngineCoreRequestType.ADD, name)
                 assert heard.client_index == PLACE
@@ -189,7 +175,7 @@ def test_what_was_meant_for_the_one_before_is_not_taken_in(ports: FrontendPorts)
             engine.say(tokens("of the one before", 7))
             late = UtilityOutput(call_id=12345, result=UtilityResult(None))
             engine.say(EngineCoreOutputs(utility_output=late))
-            await client.add_request_async(request("mine"))
+            await client.add_request_async(engine_request("mine"))
             await engine.hear()
             engine.say(tokens("mine", 8))
             async with asyncio.timeout(PATIENCE_S):
@@ -227,7 +213,7 @@ def test_a_client_that_leaves_as_its_request_is_sent_leaves_nothing(ports: Front
 
             patched: Any = client
             patched.add = add_and_hang
-            sending = asyncio.create_task(client.add_request_async(request("left")))
+            sending = asyncio.create_task(client.add_request_async(engine_request("left")))
             request_type, _ = await engine.hear()
             assert request_type is EngineCoreRequestType.ADD
             sending.cancel()

@@ -41,6 +41,7 @@ from llumsched.migration.migrator import Migrator
 from llumsched.migration.source import OutgoingMigration
 from llumsched.wire.control import OrderMigration, ReportMigration
 from llumsched.wire.keys import PoolKeys
+from tests.builders import engine_request
 from tests.migration.pool import ENGINE_FLAGS, NUM_BLOCKS
 from tests.migration.stepped import SteppedCore
 
@@ -293,21 +294,18 @@ class RemoteInstance:
 
     def submit(self, request_id: str, prompt_token_ids: Sequence[int], num_tokens: int) -> None:
         self.stays[request_id] = Stay(0)
-        request = EngineCoreRequest(
-            request_id=request_id,
+        sampling = SamplingParams(
+            temperature=0.0,
+            max_tokens=num_tokens,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        request = engine_request(
+            request_id,
             prompt_token_ids=list(prompt_token_ids),
-            mm_features=None,
-            sampling_params=SamplingParams(
-                temperature=0.0,
-                max_tokens=num_tokens,
-                ignore_eos=True,
-                output_kind=RequestOutputKind.DELTA,
-            ),
-            pooling_params=None,
+            sampling_params=sampling,
             arrival_time=time.time(),
-            lora_request=None,
             cache_salt=request_id,
-            data_parallel_rank=None,
             external_req_id=request_id,
         )
         self.ask("submit", request)

@@ -23,12 +23,12 @@ from llumsched.wire.control import (
     OrderMigration,
     Placed,
     ReportLoad,
-    ReportMigration,
     ReportPrefixBlocks,
     RequestEnded,
     Unknown,
     Welcomed,
 )
+from tests.builders import migration_report
 from tests.scheduler.stage import Stage, load, place, registration, run
 
 
@@ -103,14 +103,7 @@ def test_an_operators_migration_is_ordered_and_its_report_answered() -> None:
         assert isinstance(order, OrderMigration)
         assert (order.request_id, order.destination) == ("r1", "b")
         assert order.destination_endpoint == "tcp://b"
-        report = ReportMigration(
-            migration_id=order.migration_id,
-            request_id="r1",
-            source="a",
-            destination="b",
-            outcome="committed",
-            reason="",
-        )
+        report = migration_report(order.migration_id)
         await a.say(report)
         answer = await frontend.hear()
         assert answer == MigrateAnswer(call_id=7, report=report)
@@ -123,15 +116,7 @@ def test_migrations_that_moved_nothing_are_counted_by_their_cause() -> None:
         a = await stage.instance("a", 0)
         for number, cause in enumerate(("multimodal", "no_room", "multimodal")):
             await a.say(
-                ReportMigration(
-                    migration_id=f"m{number}",
-                    request_id="r1",
-                    source="a",
-                    destination="b",
-                    outcome="refused",
-                    reason="a sentence",
-                    cause=cause,
-                )
+                migration_report(f"m{number}", outcome="refused", reason="a sentence", cause=cause)
             )
         await a.say(DescribeCluster(call_id=1))
         described = await a.hear()

@@ -10,20 +10,8 @@ from llumsched.core.actions import LaunchInstance, PolicyFailed, TerminateInstan
 from llumsched.core.events import DrainRequested, InstanceJoined, ScaleRequested, Ticked
 from llumsched.core.load import InstanceSpec
 from llumsched.scheduler.event_log import SchedulerLog
-from llumsched.wire.control import MigrationStatistics, ReportMigration
-
-STATISTICS = MigrationStatistics(
-    num_stages=3,
-    num_blocks=45,
-    num_cached_blocks=2,
-    num_bytes=1_500_000,
-    num_tokens=700,
-    num_output_tokens=20,
-    total_s=0.31,
-    suspended_s=0.021,
-    step_time_s=0.02,
-    transport="shm",
-)
+from llumsched.wire.control import ReportMigration
+from tests.builders import STATISTICS, migration_report
 
 
 @pytest.fixture
@@ -33,14 +21,13 @@ def lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 def report(outcome: str, **more: object) -> ReportMigration:
-    return ReportMigration(
-        migration_id="m-1",
+    return migration_report(
+        "m-1",
         request_id="r-1",
         source="instance-0",
         destination="instance-2",
         outcome=outcome,
-        reason="",
-        **more,  # type: ignore[arg-type]
+        **more,
     )
 
 
@@ -49,7 +36,7 @@ def test_a_move_is_a_line_with_its_ids_and_its_cost(lines: pytest.LogCaptureFixt
     (line,) = lines.messages
     assert line == (
         "Migration m-1 of request r-1 from instance-0 to instance-2: committed; 0.310 s in 3"
-        " stages, suspended for 0.021 s, 45 blocks (1.5 MB) over shm"
+        " stages, suspended for 0.021 s, 45 blocks (1.5 MB) over shared_memory"
     )
     said = lines.records[0].__dict__
     assert (said["migration_id"], said["request_id"]) == ("m-1", "r-1")

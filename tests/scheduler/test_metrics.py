@@ -21,30 +21,9 @@ from llumsched.core.actions import (
 from llumsched.core.events import LaunchFailed, RequestFinished, Ticked
 from llumsched.metrics import CATALOGUE, Where
 from llumsched.scheduler.metrics import OTHER, Reasons, SchedulerMetrics
-from llumsched.wire.control import MigrationStatistics, ReportMigration
+from tests.builders import STATISTICS, migration_report
 
-STATISTICS = MigrationStatistics(
-    num_stages=3,
-    num_blocks=45,
-    num_cached_blocks=2,
-    num_bytes=1_500_000,
-    num_tokens=700,
-    num_output_tokens=20,
-    total_s=0.31,
-    suspended_s=0.021,
-    step_time_s=0.02,
-    transport="shared_memory",
-)
-COMMITTED = ReportMigration(
-    migration_id="m-1",
-    request_id="r-1",
-    source="a",
-    destination="b",
-    outcome="committed",
-    reason="",
-    phase="committing",
-    statistics=STATISTICS,
-)
+COMMITTED = migration_report(phase="committing", statistics=STATISTICS)
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path

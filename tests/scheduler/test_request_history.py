@@ -13,7 +13,7 @@ from llumsched.core.events import (
 from llumsched.core.load import InstanceLoad
 from llumsched.core.types import SchedulingRequest
 from llumsched.scheduler.request_history import MOST_STEPS, RequestHistory
-from llumsched.wire.control import MigrationStatistics, ReportMigration
+from tests.builders import STATISTICS, migration_report
 
 LOADS = {
     name: InstanceLoad(
@@ -37,25 +37,12 @@ def dispatch(instance_id: str, request_id: str = "cmpl-1-0") -> DispatchRequest:
     return DispatchRequest(request_id=request_id, instance_id=instance_id, reason="freeness=30.0")
 
 
-MOVED = ReportMigration(
-    migration_id="m7",
+MOVED = migration_report(
+    "m7",
     request_id="cmpl-1-0",
     source="instance-1",
     destination="instance-0",
-    outcome="committed",
-    reason="",
-    statistics=MigrationStatistics(
-        num_stages=3,
-        num_blocks=45,
-        num_cached_blocks=0,
-        num_bytes=1_500_000,
-        num_tokens=700,
-        num_output_tokens=20,
-        total_s=0.31,
-        suspended_s=0.021,
-        step_time_s=0.02,
-        transport="shared_memory",
-    ),
+    statistics=STATISTICS,
 )
 
 
