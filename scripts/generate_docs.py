@@ -23,6 +23,7 @@ from llumsched.core.migration.source import rules as migration_rules
 from llumsched.core.migration.table import Rule, TransitionTable
 from llumsched.core.params import params_of
 from llumsched.core.policy import MigrationPair, Placement
+from llumsched.core.request_columns import RequestColumns
 from llumsched.core.snapshot import InstanceView
 from llumsched.core.types import SchedulingRequest
 from llumsched.flags import Parser
@@ -106,7 +107,7 @@ def policies() -> str:
 def policy_values() -> str:
     """Inputs and answers of a policy, a table a class."""
     tables = []
-    for cls in (SchedulingRequest, InstanceView, Placement, MigrationPair):
+    for cls in (SchedulingRequest, InstanceView, RequestColumns, Placement, MigrationPair):
         rows = [(f"`{name}`", f"`{kind}`", doc) for name, kind, doc in _fields(cls)]
         tables.append(f"`{cls.__name__}`:\n\n" + _grid(("field", "type", ""), rows))
     return "\n\n".join(tables)

@@ -66,6 +66,11 @@ class InstanceLoad:
     """Blocks of the request that would migrate next; None: not known, the mean is used."""
     num_migrations_in: int = 0
     num_migrations_out: int = 0
+    num_decode_steps: int = 0
+    """Steps with decodes so far: each gives every request that decodes one token."""
+    progress: tuple[tuple[str, int, int], ...] = ()
+    """(request id, tokens computed, output tokens) of running requests of whom that does not
+    follow from the steps since they were told of last; empty where nobody asks."""
     received_request_ids: tuple[str, ...] = ()
     finished_request_ids: tuple[str, ...] = ()
 

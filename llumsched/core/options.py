@@ -106,6 +106,11 @@ class SchedulerOptions:
         "Learn step times and the length of answers from the load reports, beginning with the "
         "fitted step time; off, the fitted step time stays what it is.",
     )
+    follow_requests: bool = param(
+        False,
+        "Instances tell of the progress of each request, for a policy that looks at requests one "
+        "by one, or plans a hand-over.",
+    )
     prefix_index_blocks: int = param(
         0, "Bound of the index of cached prefix blocks; 0 keeps none.", at_least=0
     )

@@ -27,6 +27,12 @@ class Placement:
     """One of `cluster.accepting`."""
     reason: str
     """For the decision log: what decided, with its numbers."""
+    hand_over_to: str | None = None
+    """Move it there once it has produced `after_output_tokens`: a planned hand-over. It begins with
+    a migration decision, so only in a bundle that migrates and that has
+    `SchedulerOptions.follow_requests`; if the instance cannot take it by then, it stays."""
+    after_output_tokens: int = 1
+    """Output tokens that `hand_over_to` waits for."""
 
 
 @runtime_checkable
@@ -47,6 +53,9 @@ class MigrationPair:
     A pair that `balances` is dropped if the move would only swap the roles of the two. Set it to
     False where evening out load is not the aim: a hand-over from prefill to decode, consolidation,
     clearing room for a long prompt.
+
+    A policy that looks at the requests of an instance (`ClusterSnapshot.requests_on`) may name the
+    one to move. The source is free to refuse: it may have ended, or be moving already.
     """
 
     source: str
@@ -59,6 +68,8 @@ class MigrationPair:
     """Most requests to move at once."""
     balances: bool = True
     """True if evening out load is the aim."""
+    request_id: str | None = None
+    """The request to move; None leaves the choice to the source's victim policy."""
 
 
 @runtime_checkable

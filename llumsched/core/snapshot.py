@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
+from llumsched.core.request_columns import RequestColumns
 from llumsched.core.step_time import DEFAULT_STEP_TIME, StepTimeModel
 from llumsched.core.types import InstanceRole, InstanceState, SchedulingRequest
 
@@ -248,6 +249,10 @@ class ClusterSnapshot:
     match_prefix: Callable[[SchedulingRequest], Sequence[PrefixHolders]] = lambda request: ()
     """Holders of a start of the prompt, longest first; none, if no prefix index is kept."""
 
+    requests_on: Callable[[str], RequestColumns] = lambda instance_id: RequestColumns.of((), 0.0)
+    """The requests of an instance, made when asked for: ask for those of the instances that matter.
+    Their progress is known with `SchedulerOptions.follow_requests`."""
+
     stable_values: dict[Hashable, Any] = field(default_factory=dict)
     fresh_values: dict[Hashable, Any] = field(default_factory=dict)
 
@@ -367,6 +372,7 @@ class ClusterSnapshot:
             rows=dict(self.rows),
             held=lambda: held,
             match_prefix=self.match_prefix,
+            requests_on=self.requests_on,
         )
 
 

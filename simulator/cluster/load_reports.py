@@ -41,6 +41,7 @@ class Reports:
         tells_blocks: bool,
         tells_victim: bool,
         tells_steps: bool,
+        tells_progress: bool,
     ) -> None:
         self._interval = to_ps(options.report_interval_s)
         self._shortest_interval = min(SHORTEST_INTERVAL, self._interval)
@@ -51,6 +52,7 @@ class Reports:
         self._tells_blocks = tells_blocks
         self._tells_victim = tells_victim
         self._tells_steps = tells_steps
+        self._tells_progress = tells_progress
         self.due: deque[tuple[int, Engine]] = deque()
         """When which instance reports; an entry that is not the engine's `report_due` is void."""
         self.arriving: deque[tuple[int, Event]] = deque()
@@ -94,7 +96,14 @@ class Reports:
             engine.next_victim = now + VICTIM_INTERVAL
             engine.victim_blocks = self._migrations.victim_blocks(engine, now)
         num_in, num_out = self._migrations.counts(engine.index)
-        load = read_load(engine, now, num_in, num_out, tells_step=self._tells_steps)
+        load = read_load(
+            engine,
+            now,
+            num_in,
+            num_out,
+            tells_step=self._tells_steps,
+            tells_progress=self._tells_progress,
+        )
         if self._timeline is not None:
             self._timeline.add(now + self._kernel.skipped, engine.index, load)
         at = now + self._delay
@@ -115,9 +124,10 @@ def read_load(
     num_migrations_out: int,
     *,
     tells_step: bool,
+    tells_progress: bool = False,
 ) -> InstanceLoad:
     """The report; what came and ended since the last one is told in it, once. A step is measured
-    for a scheduler that learns from it."""
+    for a scheduler that learns from it, and progress told to one that follows requests."""
     engine.num_reports += 1
     num_free_blocks, step_ps = engine.free_and_step_time_at(now)
     num_running = len(engine.running)
@@ -156,6 +166,8 @@ def read_load(
         victim_blocks=engine.victim_blocks,
         num_migrations_in=num_migrations_in,
         num_migrations_out=num_migrations_out,
+        num_decode_steps=engine.progress_at(now) if tells_progress else 0,
+        progress=tuple(engine.take_progress(now)) if tells_progress else (),
         received_request_ids=tuple(received),
         finished_request_ids=tuple(finished),
     )

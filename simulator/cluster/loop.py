@@ -102,6 +102,7 @@ class Cluster:
             tells_blocks=self._tells_blocks,
             tells_victim=port.bundle.migration is not None,
             tells_steps=port.scheduler.options.learn_costs or options.decision_log is not None,
+            tells_progress=port.scheduler.options.follow_requests,
         )
 
     @property

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 
 from llumsched.core.step_time import MeasuredStep
@@ -98,6 +98,8 @@ class Engine(Segment, ABC):
         self.prompt_step: MeasuredStep | None = None
         """The last step that computed prompts and has ended, until a report tells of it."""
         self.most_tokens = self.most_requests = self.most_kv_tokens = 0
+        self.told_progress: dict[LiveRequest, int] = {}
+        """Output tokens less decode steps of those that run, as a report told them last."""
         self.received_ids: list[str] = []
         self.finished_ids: list[str] = []
 
@@ -255,6 +257,29 @@ class Engine(Segment, ABC):
             num_skew_tokens=0,
             seconds=(self.first_ps + self.increment_ps * num_before) / PS_PER_S,
         )
+
+    def progress_at(self, now: int) -> int:
+        """Decode steps that have ended by now."""
+        if not self.segment_decodes or self.segment_steps == 1:
+            return self.progress
+        return self.progress + self.steps_begun(now) - 1
+
+    def take_progress(self, now: int) -> Iterator[tuple[str, int, int]]:
+        """(id, tokens computed, output tokens) of those that run, of whom these do not follow from
+        what was told before and the decode steps since."""
+        steps = self.progress_at(now)
+        before, self.told_progress = self.told_progress, {}
+        for request in self.running:
+            if request.phase == DECODING:
+                computed = steps + request.offset
+                outputs = request.num_output - request.finish_step + steps
+                lag = outputs - steps
+            else:
+                computed, outputs = request.computed, request.generated
+                lag = -computed - 1
+            self.told_progress[request] = lag
+            if before.get(request) != lag:
+                yield request.request_id, computed, outputs
 
     # A segment ends.
 

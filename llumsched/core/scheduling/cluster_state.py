@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llumsched.core.load import Headroom, InstanceLoad, InstanceSpec
+from llumsched.core.request_columns import RequestColumns
 from llumsched.core.scheduling.cost_model import CostModel, LearnedCosts
 from llumsched.core.snapshot import (
     MAX_RISK_EXPONENT,
@@ -84,6 +85,7 @@ class Cluster:
         held: Callable[[], Sequence[SchedulingRequest]] = tuple,
         queued_s: Callable[[str], float | None] = lambda request_id: None,
         match_prefix: Callable[[SchedulingRequest], Sequence[PrefixHolders]] = lambda request: (),
+        requests_on: Callable[[str], RequestColumns] = lambda instance_id: RequestColumns.of((), 0),
     ) -> None:
         self._headroom = headroom
         self._stale_after_s = stale_after_s
@@ -94,6 +96,7 @@ class Cluster:
         self._queued_s = queued_s
         self._held = held
         self._match_prefix = match_prefix
+        self._requests_on = requests_on
         self.records: dict[str, InstanceRecord] = {}
         self._ids: list[str] = []
         self._rows: dict[str, int] = {}
@@ -187,6 +190,7 @@ class Cluster:
             rows=self._rows,
             held=self._held,
             match_prefix=self._match_prefix,
+            requests_on=self._requests_on,
         )
 
     # Time and reports.

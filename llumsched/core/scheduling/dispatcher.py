@@ -110,7 +110,7 @@ class Dispatcher:
             return
         else:
             self._queue.remove(record)
-        self._ledger.place(record, instance, overlay=False)
+        self._ledger.place(record, instance, now, overlay=False)
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint, besides the queue."""
@@ -290,7 +290,12 @@ class Dispatcher:
             self._queue.remove(record)
         if self._turns is not None:
             self._turns.began(record.fair_tag)
-        self._ledger.place(record, self._cluster.records[placement.instance_id], overlay=True)
+        instance = self._cluster.records[placement.instance_id]
+        self._ledger.place(record, instance, now, overlay=True)
+        record.hand_over_to = placement.hand_over_to
+        if placement.hand_over_to is not None:
+            record.hand_over_after = placement.after_output_tokens
+            self._ledger.planned[request.request_id] = record
         out.append(
             DispatchRequest(
                 request_id=request.request_id,
@@ -386,6 +391,8 @@ def _problem(
     row = cluster.rows.get(placement.instance_id)
     if row is None:
         return f"chose unknown instance {placement.instance_id!r}"
+    if placement.hand_over_to is not None and placement.hand_over_to not in cluster.rows:
+        return f"plans to hand over to unknown instance {placement.hand_over_to!r}"
     if candidates is None or candidates[row]:
         return None
     view = cluster[placement.instance_id]

@@ -96,6 +96,8 @@ class InstanceLifecycles:
         # A report that was overtaken still names requests, but its numbers are old.
         if load.sequence > instance.load.sequence:
             self._cluster.report(instance, load, now)
+            if load.progress:
+                self._ledger.progressed(load)
             if load.num_migrations_in:
                 self._arbiter.reported(instance)
             if not (load.num_running or load.num_waiting):

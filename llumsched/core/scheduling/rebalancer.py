@@ -70,7 +70,7 @@ class Rebalancer:
 
     def _decide(self, policy: MigrationPolicy, now: float, out: list[Action]) -> None:
         cluster = self._cluster.at(now)
-        room = self._options.max_migrations_per_decision
+        room = self._options.max_migrations_per_decision - self._start_planned(now, out)
         seen: set[tuple[str, str]] = set()
         try:
             # Bounded: a policy must not keep the scheduler by yielding for ever.
@@ -93,6 +93,8 @@ class Rebalancer:
         source = self._cluster.records[pair.source]
         destination = self._cluster.records[pair.destination]
         snapshot = self._cluster.snapshot
+        if pair.request_id is not None:
+            return self._start_named(pair, pair.request_id, source, destination, now, out)
         num_blocks = int(snapshot.columns.victim_blocks[snapshot.rows[pair.source]])
         limit = min(limit, pair.num_requests)
         for num_started in range(limit):
@@ -103,6 +105,59 @@ class Rebalancer:
                 return num_started
             self._start(source, destination, None, num_blocks, pair.reason, now, out)
         return limit
+
+    def _start_named(
+        self,
+        pair: MigrationPair,
+        request_id: str,
+        source: InstanceRecord,
+        destination: InstanceRecord,
+        now: float,
+        out: list[Action],
+    ) -> int:
+        """Start the move of the request that a policy named, if it may start; 1 if it did."""
+        record = self._ledger.requests.get(request_id)
+        if (
+            record is None
+            or record.instance_id != pair.source
+            or now < record.rests_until_s
+            or self._arbiter.blocked(source, destination, now) is not None
+            or any(m.request_id == request_id for m in self._arbiter.involving(pair.source))
+        ):
+            return 0
+        # If it refuses, it is not asked again at every decision.
+        record.rests_until_s = now + self._options.migration_interval_s
+        computed, _ = record.progress_at(source.load.num_decode_steps)
+        num_tokens = max(computed, record.request.num_prompt_tokens)
+        num_blocks = -(-num_tokens // destination.spec.block_size)
+        self._start(source, destination, request_id, num_blocks, pair.reason, now, out)
+        return 1
+
+    def _start_planned(self, now: float, out: list[Action]) -> int:
+        """Start the planned hand-overs whose time has come; how many those were."""
+        num_started = 0
+        for request_id, record in list(self._ledger.planned.items()):
+            if record.instance_id is None or record.hand_over_to is None:
+                continue
+            source = self._cluster.records[record.instance_id]
+            _, num_outputs = record.progress_at(source.load.num_decode_steps)
+            destination = self._cluster.records.get(record.hand_over_to)
+            if num_outputs < record.hand_over_after:
+                continue
+            if destination is None or destination is source:
+                del self._ledger.planned[request_id]
+                continue
+            pair = MigrationPair(
+                source=record.instance_id,
+                destination=record.hand_over_to,
+                reason=f"planned after {record.hand_over_after} tokens, it has {num_outputs}",
+                balances=False,
+            )
+            started = self._start_named(pair, request_id, source, destination, now, out)
+            if started:
+                del self._ledger.planned[request_id]
+            num_started += started
+        return num_started
 
     def relieve(self, newcomer: InstanceRecord, now: float, out: list[Action]) -> None:
         """Send a newcomer its share of what waits elsewhere.
@@ -280,7 +335,9 @@ class Rebalancer:
             return
         self._ledger.unplace(record)
         overlay = overlay and record.named_by != destination_id
-        self._ledger.place(record, destination, overlay=overlay)
+        self._ledger.place(record, destination, now, overlay=overlay)
+        record.num_migrations += 1
+        record.rests_until_s = now + self._options.migration_settle_s
 
 
 def _problem(
@@ -289,14 +346,15 @@ def _problem(
     wrong_shape = malformed(pair, MigrationPair)
     if wrong_shape is not None:
         return wrong_shape
-    for instance_id in (pair.source, pair.destination):
+    key = (pair.source, pair.destination)
+    for instance_id in key:
         if instance_id not in cluster.rows:
             return f"proposed unknown instance {instance_id!r}"
     if pair.source == pair.destination:
         return f"proposed to move from {pair.source!r} to itself"
     if pair.num_requests < 1:
         return f"proposed to move {pair.num_requests} requests"
-    if (pair.source, pair.destination) in seen:
+    if pair.request_id is None and key in seen:
         return f"proposed {pair.source!r} to {pair.destination!r} twice"
     state = cluster[pair.destination].state
     if state is not InstanceState.SERVING:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llumsched.core.codec import from_plain, to_plain
+from llumsched.core.load import InstanceLoad
+from llumsched.core.request_columns import RequestColumns, RequestProgress
 from llumsched.core.scheduling.cluster_state import Cluster, InstanceRecord
 from llumsched.core.types import SchedulingRequest
 
@@ -34,6 +36,32 @@ class RequestRecord:
     redispatch_reason: str = ""
     fair_tag: float = 0.0
     """Turn of the request among those of its class, if clients take turns."""
+    came_s: float = 0.0
+    """When it was placed on its present instance."""
+    num_migrations: int = 0
+    num_computed: int = 0
+    num_outputs: int = 0
+    """Both as of `told_at_step`, or as of its last instance."""
+    told_at_step: int | None = None
+    """Decode steps of its present instance when a report told of its progress; None: none has."""
+    hand_over_to: str | None = None
+    """Planned destination, once it has produced `hand_over_after` tokens."""
+    hand_over_after: int = 0
+    rests_until_s: float = 0.0
+    """A policy that names it to be moved before is not followed."""
+
+    def progress_at(self, num_decode_steps: int) -> tuple[int, int]:
+        """Tokens computed and produced, once the instance has made so many decode steps."""
+        computed, outputs = self.num_computed, self.num_outputs
+        if self.told_at_step is not None and self._decodes:
+            steps = max(0, num_decode_steps - self.told_at_step)
+            return computed + steps, outputs + steps
+        return computed, outputs
+
+    @property
+    def _decodes(self) -> bool:
+        whole = self.request.num_prompt_tokens + self.num_outputs - 1
+        return self.num_outputs > 0 and self.num_computed >= whole
 
 
 class Ledger:
@@ -44,6 +72,8 @@ class Ledger:
         self.next_sequence = 0
         self.requests: dict[str, RequestRecord] = {}
         self._by_instance: dict[str, dict[str, RequestRecord]] = {}
+        self.planned: dict[str, RequestRecord] = {}
+        """Those with a planned hand-over that has not begun."""
 
     def open(self, request: SchedulingRequest, now: float) -> RequestRecord:
         """Start to keep a request."""
@@ -60,9 +90,38 @@ class Ledger:
         """How many requests are on an instance."""
         return len(self._by_instance.get(instance_id, ()))
 
-    def place(self, record: RequestRecord, instance: InstanceRecord, *, overlay: bool) -> None:
+    def columns(self, instance: InstanceRecord, now: float) -> RequestColumns:
+        """The requests on an instance, as policies see them."""
+        steps = instance.load.num_decode_steps
+        progress = []
+        for record in self._by_instance.get(instance.spec.instance_id, {}).values():
+            computed, outputs = record.progress_at(steps)
+            progress.append(
+                RequestProgress(
+                    request=record.request,
+                    num_computed_tokens=computed,
+                    num_output_tokens=outputs,
+                    is_told=record.told_at_step is not None,
+                    came_s=record.came_s,
+                    num_migrations=record.num_migrations,
+                )
+            )
+        return RequestColumns.of(progress, now)
+
+    def progressed(self, load: InstanceLoad) -> None:
+        """Take in what a report tells of the progress of requests."""
+        for request_id, num_computed, num_outputs in load.progress:
+            record = self.requests.get(request_id)
+            if record is not None and record.instance_id == load.instance_id:
+                record.num_computed, record.num_outputs = num_computed, num_outputs
+                record.told_at_step = load.num_decode_steps
+
+    def place(
+        self, record: RequestRecord, instance: InstanceRecord, now: float, *, overlay: bool
+    ) -> None:
         """Put a held request on an instance; overlaid until a report names it."""
         request = record.request
+        record.came_s = now
         instance_id = instance.spec.instance_id
         record.instance_id = instance_id
         record.named_s = None
@@ -118,6 +177,10 @@ class Ledger:
             instance = self._cluster.records[record.instance_id]
             self._cluster.add_predicted(instance, -record.num_predicted_blocks)
             record.num_predicted_blocks = 0
+        instance = self._cluster.records[record.instance_id]
+        progress = record.progress_at(instance.load.num_decode_steps)
+        record.num_computed, record.num_outputs = progress
+        record.told_at_step = None
         on_instance = self._by_instance[record.instance_id]
         del on_instance[record.request.request_id]
         if not on_instance:
@@ -128,6 +191,7 @@ class Ledger:
         """Forget a request that ended."""
         self.unplace(record)
         del self.requests[record.request.request_id]
+        self.planned.pop(record.request.request_id, None)
 
     def state(self) -> list[dict[str, Any]]:
         """Every live request, for a checkpoint."""
@@ -142,6 +206,11 @@ class Ledger:
                 "named_by": record.named_by,
                 "redispatch_reason": record.redispatch_reason,
                 "fair_tag": record.fair_tag,
+                "came_s": record.came_s,
+                "num_migrations": record.num_migrations,
+                "progress": [record.num_computed, record.num_outputs, record.told_at_step],
+                "hand_over": [record.hand_over_to, record.hand_over_after],
+                "rests_until_s": record.rests_until_s,
             }
             for record in self.requests.values()
         ]
@@ -156,10 +225,17 @@ class Ledger:
                 named_by=entry["named_by"],
                 redispatch_reason=entry["redispatch_reason"],
                 fair_tag=entry["fair_tag"],
+                num_migrations=entry["num_migrations"],
+                hand_over_to=entry["hand_over"][0],
+                hand_over_after=entry["hand_over"][1],
+                rests_until_s=entry["rests_until_s"],
             )
             self.requests[record.request.request_id] = record
+            if record.hand_over_to is not None:
+                self.planned[record.request.request_id] = record
             if entry["instance_id"] is not None:
                 instance = self._cluster.records[entry["instance_id"]]
-                self.place(record, instance, overlay=entry["is_unreported"])
+                self.place(record, instance, entry["came_s"], overlay=entry["is_unreported"])
                 record.named_s = entry["named_s"]
+            record.num_computed, record.num_outputs, record.told_at_step = entry["progress"]
         self.next_sequence = next_sequence

@@ -39,6 +39,7 @@ from llumsched.core.events import (
 from llumsched.core.load import Headroom
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.policy import PolicyBundle, Stateful
+from llumsched.core.request_columns import RequestColumns
 from llumsched.core.scheduling.cluster_state import Cluster
 from llumsched.core.scheduling.cost_model import CostModel
 from llumsched.core.scheduling.dispatch_queue import DispatchQueue
@@ -86,6 +87,7 @@ class GlobalScheduler:
             queued_s=self._queued_s,
             held=self._held,
             match_prefix=self._match_prefix,
+            requests_on=self._requests_on,
         )
         self._ledger = Ledger(self._cluster)
         self._dispatcher = Dispatcher(
@@ -258,6 +260,9 @@ class GlobalScheduler:
         if self._prefix_index is None or not request.prefix_hashes:
             return ()
         return self._prefix_index.match(request.prefix_hashes, self._cluster.snapshot.instance_ids)
+
+    def _requests_on(self, instance_id: str) -> RequestColumns:
+        return self._ledger.columns(self._cluster.records[instance_id], self._now)
 
     # Requests.
 

@@ -108,6 +108,7 @@ class LlumschedEngineCore(EngineCoreProc):
         self._on_abort: list[Callable[[list[str]], None]] = []
         self._on_add: list[Callable[[Request], None]] = []
         self.step_time_s = 0.0
+        self.num_steps = 0
         self._step: MeasuredStep | None = None
         self.frontend_calls: FrontendCalls | None = None
         self._is_called = False
@@ -235,6 +236,7 @@ class LlumschedEngineCore(EngineCoreProc):
         started_s = time.perf_counter()
         model_executed = super()._process_engine_step()
         if model_executed:
+            self.num_steps += 1
             elapsed_s = time.perf_counter() - started_s
             self.step_time_s += STEP_TIME_WEIGHT * (elapsed_s - self.step_time_s)
             batch = self._recorder.take()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 from vllm.v1.request import Request
 
@@ -28,6 +29,8 @@ class LoadReader:
         self._sequence = 0
         self._received: list[str] = []
         self._known: set[str] = set()
+        self._told: dict[str, int] = {}
+        """Output tokens less steps of those that run, as a report told them last."""
         self._last_free_blocks = self._num_total_blocks
         self._last_num_waiting = 0
 
@@ -104,9 +107,23 @@ class LoadReader:
             victim_blocks=victim_blocks,
             num_migrations_in=num_migrations_in,
             num_migrations_out=num_migrations_out,
+            num_decode_steps=self._engine.num_steps,
+            progress=tuple(self._progress(self._engine.num_steps)),
             received_request_ids=tuple(received),
             finished_request_ids=tuple(finished),
         )
+
+    def _progress(self, num_steps: int) -> Iterator[tuple[str, int, int]]:
+        """(id, tokens computed, output tokens) of running requests, where these do not follow from
+        what was told before and the steps since: a step gives each that decodes one token."""
+        before, self._told = self._told, {}
+        for request in self._scheduler.running:
+            computed, outputs = request.num_computed_tokens, request.num_output_tokens
+            decodes = outputs > 0 and computed >= request.num_tokens - 1
+            lag = outputs - num_steps if decodes else -computed - 1
+            self._told[request.request_id] = lag
+            if before.get(request.request_id) != lag:
+                yield request.request_id, computed, outputs
 
     def _num_blocks(self, request: Request) -> int:
         return num_blocks_for(request.num_tokens, self._block_size)
