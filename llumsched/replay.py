@@ -9,7 +9,6 @@ Invariant: replaying under the recorded configuration compares every action, and
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from llumsched.config import Config, build_bundle
 from llumsched.core.actions import Action, DispatchRequest, PolicyFailed
+from llumsched.core.codec import encode
 from llumsched.core.events import Ticked
 from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.decision_log import Decision, read_segment, segments_of
@@ -116,12 +116,12 @@ def replay(
     return result
 
 
-def _compared(actions: tuple[Action, ...], other: Config | None) -> tuple[Action, ...]:
+def _compared(actions: tuple[Action, ...], other: Config | None) -> tuple[object, ...]:
     """The part that has to be equal: everything, or with another policy all but the reasons."""
     if other is None:
         return actions
     return tuple(
-        action if isinstance(action, PolicyFailed) else dataclasses.replace(action, reason="")
+        action if isinstance(action, PolicyFailed) else encode(action) | {"reason": ""}
         for action in actions
     )
 

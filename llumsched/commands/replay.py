@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from llumsched.commands import CommandError
 from llumsched.config import Config, ConfigError, load
@@ -174,11 +177,11 @@ def _actions(actions: tuple[Action, ...]) -> str:
 
 def _brief(value: Any) -> str:
     """A value without the fields that are at their defaults."""
-    if not dataclasses.is_dataclass(value):
+    if not (dataclasses.is_dataclass(value) or isinstance(value, msgspec.Struct)):
         return repr(value)
     shown = [
-        f"{field.name}={_brief(getattr(value, field.name))}"
-        for field in dataclasses.fields(value)
-        if getattr(value, field.name) != field.default
+        f"{name}={_brief(getattr(value, name))}"
+        for name, parameter in inspect.signature(type(value)).parameters.items()
+        if getattr(value, name) != parameter.default
     ]
     return f"{type(value).__name__}({', '.join(shown)})"

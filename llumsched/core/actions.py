@@ -7,13 +7,12 @@ This module does not know how an action is carried out.
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from llumsched.core.fast_init import fast_init
+import msgspec
+
 from llumsched.core.types import InstanceRole
 
 
-@fast_init
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DispatchRequest:
+class DispatchRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Send a request to an instance.
 
     A second one for the same id follows the loss of the first instance: the frontend sends prompt

@@ -7,13 +7,10 @@ Invariant: `decode(encode(value)) == value`, and decoding is strict: an unknown 
 missing key or a wrong type is a `CodecError` that names it. This module does not write files.
 """
 
-import dataclasses
-import enum
-import types
 import typing
-from collections.abc import Callable
-from functools import cache
 from typing import Any
+
+import msgspec
 
 from llumsched.core import actions, events
 
@@ -45,7 +42,7 @@ def decode(data: Any) -> Any:
     cls = _TYPES.get(name) if isinstance(name, str) else None
     if cls is None:
         raise CodecError(f"unknown type {name!r}; known: {', '.join(sorted(_TYPES))}")
-    return _decoder(cls)({key: value for key, value in data.items() if key != "type"}, str(name))
+    return from_plain(cls, {key: value for key, value in data.items() if key != "type"})
 
 
 def decode_event(data: Any) -> events.Event:
@@ -66,109 +63,26 @@ def decode_action(data: Any) -> actions.Action:
 
 def from_plain(kind: type[T], data: Any) -> T:
     """The value of type `kind` that `to_plain` gave `data` for."""
-    key: Any = kind
-    return typing.cast(T, _decoder(key)(data, kind.__name__))
-
-
-def to_plain(value: Any) -> Any:
-    """A value of dataclasses, tuples, enums and scalars as JSON values."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: to_plain(getattr(value, name)) for name in _field_names(value.__class__)}
-    if isinstance(value, tuple):
-        return [to_plain(item) for item in value]
-    if isinstance(value, enum.Enum):
-        return value.value
+    try:
+        value = msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        raise CodecError(f"{kind.__name__}: {error}") from None
+    _check_known(data, to_plain(value), kind.__name__)
     return value
 
 
-@cache
-def _field_names(cls: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(cls))
+def to_plain(value: Any) -> Any:
+    """A value of dataclasses, structs, tuples, enums and scalars as JSON values."""
+    return msgspec.to_builtins(value)
 
 
-_Decoder = Callable[[Any, str], Any]
-
-
-@cache
-def _decoder(kind: Any) -> _Decoder:
-    """A function that turns plain data into a value of type `kind`, or raises naming its path."""
-    if dataclasses.is_dataclass(kind):
-        return _dataclass_decoder(typing.cast(type, kind))
-    origin = typing.get_origin(kind)
-    if origin in (types.UnionType, typing.Union):
-        (inner,) = (arg for arg in typing.get_args(kind) if arg is not type(None))
-        decoder = _decoder(inner)
-        return lambda data, path: None if data is None else decoder(data, path)
-    if origin is tuple:
-        return _tuple_decoder(typing.get_args(kind))
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return _enum_decoder(kind)
-    return _scalar_decoder(kind)
-
-
-def _dataclass_decoder(cls: type) -> _Decoder:
-    hints = typing.get_type_hints(cls)
-    decoders = {field.name: _decoder(hints[field.name]) for field in dataclasses.fields(cls)}
-    required = {
-        field.name
-        for field in dataclasses.fields(cls)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
-
-    def decode_fields(data: Any, path: str) -> Any:
-        if not isinstance(data, dict):
-            raise CodecError(f"{path}: expected an object, not {data!r}")
-        unknown = data.keys() - decoders.keys()
-        if unknown:
-            raise CodecError(f"{path}: unknown key {min(unknown)!r}; known: {', '.join(decoders)}")
-        missing = required - data.keys()
-        if missing:
-            raise CodecError(f"{path}: missing key {min(missing)!r}")
-        return cls(**{name: decoders[name](item, f"{path}.{name}") for name, item in data.items()})
-
-    return decode_fields
-
-
-def _tuple_decoder(args: tuple[Any, ...]) -> _Decoder:
-    if args[-1] is Ellipsis:
-        item_decoder = _decoder(args[0])
-
-        def decode_items(data: Any, path: str) -> Any:
-            if not isinstance(data, list):
-                raise CodecError(f"{path}: expected a list, not {data!r}")
-            return tuple(item_decoder(item, f"{path}[{i}]") for i, item in enumerate(data))
-
-        return decode_items
-    decoders = tuple(_decoder(arg) for arg in args)
-
-    def decode_fixed(data: Any, path: str) -> Any:
-        if not isinstance(data, list) or len(data) != len(decoders):
-            raise CodecError(f"{path}: expected a list of {len(decoders)}, not {data!r}")
-        return tuple(
-            decoder(item, f"{path}[{i}]")
-            for i, (decoder, item) in enumerate(zip(decoders, data, strict=True))
-        )
-
-    return decode_fixed
-
-
-def _enum_decoder(kind: type[enum.Enum]) -> _Decoder:
-    def decode_member(data: Any, path: str) -> Any:
-        for member in kind:
-            if member.value == data:
-                return member
-        known = ", ".join(str(member.value) for member in kind)
-        raise CodecError(f"{path}: {data!r} is none of {known}")
-
-    return decode_member
-
-
-def _scalar_decoder(kind: type) -> _Decoder:
-    def decode_scalar(data: Any, path: str) -> Any:
-        if kind is float and type(data) is int:
-            return float(data)
-        if type(data) is not kind:
-            raise CodecError(f"{path}: expected {kind.__name__}, not {data!r}")
-        return data
-
-    return decode_scalar
+def _check_known(data: Any, known: Any, path: str) -> None:
+    """Every key of `data` is one of `known`, which the value that came of it has."""
+    if isinstance(data, dict):
+        for key, inner in data.items():
+            if key not in known:
+                raise CodecError(f"{path}: unknown key {key!r}; known: {', '.join(known)}")
+            _check_known(inner, known[key], f"{path}.{key}")
+    elif isinstance(data, list | tuple):
+        for i, inner in enumerate(data):
+            _check_known(inner, known[i], f"{path}[{i}]")

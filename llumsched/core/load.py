@@ -14,7 +14,8 @@ This module does not know where reports come from, or when one is stale.
 import math
 from dataclasses import dataclass
 
-from llumsched.core.fast_init import fast_init
+import msgspec
+
 from llumsched.core.step_time import MeasuredStep
 from llumsched.core.types import InstanceRole, PriorityClass
 
@@ -31,9 +32,7 @@ class InstanceSpec:
     role: InstanceRole = InstanceRole.MIXED
 
 
-@fast_init
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InstanceLoad:
+class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True):
     """One load report, pushed by the llumlet of an instance.
 
     `num_free_blocks` excludes `num_reserved_blocks` (blocks reserved for incoming migrations): in

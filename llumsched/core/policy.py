@@ -12,15 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from llumsched.core.fast_init import fast_init
+import msgspec
+
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.snapshot import ClusterSnapshot
 from llumsched.core.types import InstanceRole, SchedulingRequest
 
 
-@fast_init
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """Send the request there."""
 
     instance_id: str
@@ -138,9 +137,7 @@ class ScalingPolicy(Protocol):
         """The wish of this moment; the scheduler acts on one that lasts."""
 
 
-@fast_init
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MigrationCandidate:
+class MigrationCandidate(msgspec.Struct, frozen=True, kw_only=True):
     """A request that could move, as its own instance knows it."""
 
     request_id: str

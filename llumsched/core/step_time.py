@@ -13,7 +13,7 @@ This module does not know deadlines, nor columns (`cluster` keeps them).
 
 from dataclasses import dataclass
 
-from llumsched.core.fast_init import fast_init
+import msgspec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +32,7 @@ class StepTimeModel:
 DEFAULT_STEP_TIME = StepTimeModel()
 
 
-@fast_init
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredStep:
+class MeasuredStep(msgspec.Struct, frozen=True, kw_only=True):
     """One step that an engine was measured to take: its batch, and its duration in seconds."""
 
     num_prefill_tokens: int

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import pytest
 
 from llumsched.core.types import (
@@ -34,5 +33,5 @@ def test_a_prediction_changes_nothing_else() -> None:
         request_id="r", num_prompt_tokens=9, client_id="c", prefix_hashes=(1, 2), ttft_slo_s=1.0
     )
     predicted = request.with_prediction(7)
-    assert predicted == dataclasses.replace(request, predicted_output_tokens=7)
+    assert predicted == msgspec.structs.replace(request, predicted_output_tokens=7)
     assert request.predicted_output_tokens is None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import xml.etree.ElementTree as ET
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -63,7 +63,7 @@ def test_the_error_is_that_of_steps_which_had_no_part() -> None:
 def test_a_tenth_of_the_steps_being_far_too_long_changes_little() -> None:
     samples = make_samples()
     disturbed = [
-        dataclasses.replace(sample, seconds=sample.seconds * (5.0 if i % 10 == 3 else 1.0))
+        msgspec.structs.replace(sample, seconds=sample.seconds * (5.0 if i % 10 == 3 else 1.0))
         for i, sample in enumerate(samples)
     ]
     step = fit_steps(disturbed).coefficients

@@ -5,6 +5,7 @@ without further care. Whether an answer makes sense in this cluster is for the a
 """
 
 import functools
+import inspect
 import itertools
 import operator
 import types
@@ -47,7 +48,7 @@ def _shapes(kind: Any) -> tuple[Callable[[object], Iterable[object]], frozenset[
 
 def _fields(kind: Any) -> tuple[tuple[str, frozenset[type]], ...]:
     hints = typing.get_type_hints(kind)
-    return tuple((name, _accepted(hints[name])) for name in kind.__dataclass_fields__)
+    return tuple((name, _accepted(hints[name])) for name in inspect.signature(kind).parameters)
 
 
 def _accepted(hint: Any) -> frozenset[type]:

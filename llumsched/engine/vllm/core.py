@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import msgspec
 import zmq
 from vllm.config import VllmConfig
 from vllm.logger import configure_logging
@@ -242,7 +243,7 @@ class LlumschedEngineCore(EngineCoreProc):
             batch = self._recorder.take()
             if batch is not None:
                 # One a report is enough: looking at a batch takes time between two steps.
-                self._step = replace(batch, seconds=elapsed_s)
+                self._step = msgspec.structs.replace(batch, seconds=elapsed_s)
                 self._recorder.is_recording = False
         for observer in self._after_step:
             observer()

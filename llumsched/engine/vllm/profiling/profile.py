@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -164,7 +165,7 @@ def _run(
         seconds = time.perf_counter() - began_s
         batch = recorder.take()
         if batch is not None:
-            steps.append(replace(batch, seconds=seconds))
+            steps.append(msgspec.structs.replace(batch, seconds=seconds))
     return steps
 
 
