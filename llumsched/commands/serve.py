@@ -1,4 +1,7 @@
-"""``llumsched serve MODEL``: the arguments are vLLM's, parsed by vLLM's parser."""
+"""``llumsched serve MODEL``: the arguments are vLLM's, parsed by vLLM's parser.
+
+With ``--backend`` or ``--backends`` it serves plain servers of any engine, and needs no vLLM.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,15 @@ logger = logging.getLogger(__name__)
 
 PASSTHROUGH = True
 
+# They make it a proxy.
+BACKEND_FLAGS = frozenset({"--backend", "--backends"})
+
 
 def main(argv: Sequence[str]) -> int:
+    if names_backends(argv):
+        from llumsched.proxy import serve
+
+        return serve.main(argv)
     if refuses_vllm("serve", argv):
         return 2
     if not {"-h", "--help"} & {argument.partition("=")[0] for argument in argv}:
@@ -31,3 +41,8 @@ def main(argv: Sequence[str]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def names_backends(argv: Sequence[str]) -> bool:
+    """True if a command line of ``serve`` names plain servers."""
+    return any(argument.partition("=")[0] in BACKEND_FLAGS for argument in argv)

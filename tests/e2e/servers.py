@@ -110,7 +110,7 @@ def llumsched(model: str, folder: Path, *flags: str, name: str = "llumsched", **
     return Server(name, ["llumsched", "serve", model, *ENGINE_FLAGS, *flags], folder, env)
 
 
-def plain_vllm(model: str, folder: Path) -> Server:
+def plain_vllm(model: str, folder: Path, name: str = "plain-vllm") -> Server:
     """``vllm serve`` as it is, with the same flags."""
     module = "vllm.entrypoints.launchers.api_server.entry"
-    return Server("plain-vllm", [module, f"--model={model}", *ENGINE_FLAGS], folder)
+    return Server(name, [module, f"--model={model}", *ENGINE_FLAGS], folder)
