@@ -62,6 +62,7 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
         "room_first": "llumsched.policies.long_context:RoomFirst",
         "deadline_admission": "llumsched.policies.slo:DeadlineAdmission",
         "early_rejection": "llumsched.policies.mooncake:EarlyRejection",
+        "quota": "llumsched.policies.quota:Quota",
         # Victims
         "low_priority_short": "llumsched.policies.low_priority_short:LowPriorityShort",
         "after_first_token": "llumsched.policies.after_first_token:AfterFirstToken",

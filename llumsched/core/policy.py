@@ -98,6 +98,8 @@ class Reject:
 
     reason: str
     retry_after_s: float | None = None
+    is_client_limit: bool = False
+    """True if its client's own share is used up (status 429), and not the pool's room (503)."""
 
 
 Verdict = Admit | Hold | Reject

@@ -268,7 +268,10 @@ class Dispatcher:
             if self._bundle.admission is not None and not record.redispatch_reason:
                 verdict = self._judge(self._bundle.admission, request, cluster, out)
                 if isinstance(verdict, Reject):
-                    self._reject(record, verdict.reason, verdict.retry_after_s, out)
+                    kind = (
+                        Rejection.CLIENT_LIMIT if verdict.is_client_limit else Rejection.OVERLOADED
+                    )
+                    self._reject(record, verdict.reason, verdict.retry_after_s, out, kind)
                     return None
                 if isinstance(verdict, Hold):
                     return verdict
