@@ -37,7 +37,7 @@ class RequestFacts:
 
 
 def facts_of(body: bytes) -> RequestFacts:
-    """What a body says.
+    """Facts that a body states.
 
     Raises:
         MalformedRequest: not a JSON object, or a field that is read has another type.

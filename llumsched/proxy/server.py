@@ -84,12 +84,12 @@ class PlainServer:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """What authorises the proxy at this server, if it has a key of its own."""
+        """Headers that authorise the proxy at this server, if it has a key of its own."""
         key = self.backend.api_key
         return {"Authorization": f"Bearer {key}"} if key else {}
 
     def spec(self) -> InstanceSpec:
-        """What the scheduler knows of it for good."""
+        """Properties of the server that never change."""
         return InstanceSpec(
             instance_id=self.server_id,
             num_total_blocks=self._num_blocks(None),
