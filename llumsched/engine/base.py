@@ -95,6 +95,7 @@ class RequestState(msgspec.Struct, frozen=True, kw_only=True):
     engine's own encoder (no pickle). ``output_token_ids`` are the scheduler's, since the worker's
     copy lags behind when steps are in flight. ``placement_number`` is that of the move to come.
     Without KV (``has_kv``) nothing is reserved: the request waits for its turn as it did before.
+    In ``step_time_s`` it grows by a token, until it is handed over.
     """
 
     request: bytes
@@ -102,6 +103,7 @@ class RequestState(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions: int
     placement_number: int
     has_kv: bool = True
+    step_time_s: float = 0.0
 
 
 class FinalState(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,6 +150,18 @@ class ReservedBlocks:
     block_ids: list[int]
     num_cached_blocks: int
     grammar: Future[Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepAhead:
+    """An engine's next boundary between two steps, as far as it can be guessed.
+
+    The step under way ends in ``ends_in_s``, and the one after it takes about ``step_s``: both 0
+    where the engine has nothing to do, or has never had a step like it.
+    """
+
+    ends_in_s: float = 0.0
+    step_s: float = 0.0
 
 
 # ---- the ports ------------------------------------------------------------------------------
@@ -319,6 +333,9 @@ class InstanceEngine(Protocol):
 
     @property
     def step_time_s(self) -> float: ...
+
+    def step_ahead(self) -> StepAhead:
+        """The next boundary between two steps; safe from any thread."""
 
     def spec(self) -> InstanceSpec:
         """Size and limits of the engine, which never change."""

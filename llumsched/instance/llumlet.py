@@ -109,6 +109,7 @@ class Llumlet:
             keys=keys,
             host=host,
             step_time_s=lambda: engine.step_time_s,
+            step_ahead=engine.step_ahead,
             options=options,
             transfer=transfer,
         )

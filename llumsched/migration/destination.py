@@ -37,6 +37,8 @@ from llumsched.core.migration.destination.events import (
 from llumsched.core.migration.destination.record import Reservation, ReservationOptions
 from llumsched.core.migration.events import PeerLost
 from llumsched.core.migration.messages import (
+    BlocksCopied,
+    BlocksReserved,
     CommitAcknowledged,
     CommitRequest,
     CopyBlocks,
@@ -45,7 +47,13 @@ from llumsched.core.migration.messages import (
     ToDestination,
     ToSource,
 )
-from llumsched.engine.base import CannotMigrate, FinalState, MigrationEngine, RequestState
+from llumsched.engine.base import (
+    CannotMigrate,
+    FinalState,
+    MigrationEngine,
+    RequestState,
+    StepAhead,
+)
 from llumsched.migration.host import Call, MigrationHost
 from llumsched.migration.messages import StoreBlocks
 
@@ -71,6 +79,7 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
         abort: treats a request as aborted by its client.
         forget: called when nothing of the migration need be known any more.
         answer_after_s: for how long an answer is held back that nobody waits for.
+        step_ahead: when the engine's next boundary between two steps comes.
     """
 
     def __init__(
@@ -83,12 +92,14 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
         options: ReservationOptions,
         forget: Callable[[str], None],
         answer_after_s: Callable[[], float],
+        step_ahead: Callable[[], StepAhead],
     ) -> None:
         super().__init__(machine, migration_id, call)
         self._port = port
         self._abort = abort
         self._forget = forget
         self._answer_after_s = answer_after_s
+        self._step_ahead = step_ahead
         self._reply: Reply | None = None
         self._state = b""
         self._final = b""
@@ -219,6 +230,9 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
                 self._free()
             case AbortRequest():
                 self._abort(command.request_id)
+            case BlocksReserved() | BlocksCopied():
+                step = self._step_ahead()
+                self._answer(replace(command, step_ends_in_s=step.ends_in_s, step_s=step.step_s))
             case CommitAcknowledged():
                 now_s = time.perf_counter()
                 held_back_s = now_s - (self._next_token_at_s or now_s)
@@ -327,6 +341,7 @@ class IncomingMigrations:
         call: runs a closure on the engine's loop thread.
         abort: treats a request as aborted by its client.
         step_time_s: the engine's recent step time.
+        step_ahead: when the engine's next boundary between two steps comes.
     """
 
     def __init__(
@@ -336,12 +351,14 @@ class IncomingMigrations:
         call: Call,
         abort: Callable[[str], None],
         step_time_s: Callable[[], float],
+        step_ahead: Callable[[], StepAhead],
         options: ReservationOptions,
     ) -> None:
         self._port = port
         self._call = call
         self._abort = abort
         self._step_time_s = step_time_s
+        self._step_ahead = step_ahead
         self._options = options
         self._arriving: dict[str, IncomingMigration] = {}
 
@@ -421,6 +438,7 @@ class IncomingMigrations:
                 options=self._options,
                 forget=self._forget,
                 answer_after_s=self.answer_after_s,
+                step_ahead=self._step_ahead,
             )
         return arriving
 

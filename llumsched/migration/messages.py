@@ -138,7 +138,7 @@ def decode_peer(frame: Any) -> PeerMessage:
     message: MigrationMessage = decode_body(decoded.body)
     for field in fields(message):
         value = getattr(message, field.name)
-        if type(value) is int and not 0 <= value < _MAX_COUNT:
+        if isinstance(value, int | float) and not 0 <= value < _MAX_COUNT:
             raise msgspec.ValidationError(f"{field.name} is {value}")
         if field.name in _NAMES and len(value) > _MAX_NAME:
             raise msgspec.ValidationError(f"{field.name} has {len(value)} characters")

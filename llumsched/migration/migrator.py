@@ -27,7 +27,7 @@ from llumsched.core.migration.destination.record import ReservationOptions
 from llumsched.core.migration.messages import ToDestination, ToSource
 from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
-from llumsched.engine.base import CannotMigrate, KVAccess, MigrationEngine, Refusal
+from llumsched.engine.base import CannotMigrate, KVAccess, MigrationEngine, Refusal, StepAhead
 from llumsched.engine.compatibility import differences
 from llumsched.engine.transfer.registry import accepted
 from llumsched.engine.transfer.shared_ring import SendRing
@@ -69,6 +69,7 @@ class Migrator:
         keys: the pool's.
         host: the address to bind, reachable by the other instances.
         step_time_s: the engine's recent step time.
+        step_ahead: when the engine's next boundary between two steps comes.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Migrator:
         keys: PoolKeys,
         host: str,
         step_time_s: Callable[[], float],
+        step_ahead: Callable[[], StepAhead],
         options: MigrationOptions,
         transfer: TransferOptions,
     ) -> None:
@@ -122,6 +124,7 @@ class Migrator:
             call=call,
             abort=abort,
             step_time_s=step_time_s,
+            step_ahead=step_ahead,
             options=ReservationOptions(),
         )
         self._tasks: set[asyncio.Task[None]] = set()

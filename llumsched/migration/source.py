@@ -49,7 +49,12 @@ from llumsched.core.migration.source.events import (
     SourceEvent,
     SuspendRequest,
 )
-from llumsched.core.migration.source.record import AbortReason, Migration, MigrationOptions
+from llumsched.core.migration.source.record import (
+    AbortReason,
+    Migration,
+    MigrationOptions,
+    hand_over_s,
+)
 from llumsched.engine.base import (
     CannotMigrate,
     CopyableBlocks,
@@ -99,6 +104,7 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
     Args:
         call: runs a closure on the engine's loop thread.
         link: an open connection to the destination.
+        step_time_s: the engine's recent step time.
     """
 
     def __init__(
@@ -111,6 +117,7 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
         port: MigrationEngine,
         call: Call,
         link: PeerLink,
+        step_time_s: Callable[[], float],
         options: MigrationOptions,
     ) -> None:
         super().__init__(machine, migration_id, call)
@@ -119,6 +126,7 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
         self._source = source
         self._port = port
         self._link = link
+        self._step_time_s = step_time_s
         self._options = options
         self._state: RequestState | None = None
         self._commands: asyncio.Queue[SourceCommand | None] = asyncio.Queue()
@@ -183,11 +191,15 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
         self._post_filled_in(message)
 
     def _post_filled_in(self, message: BlocksReserved | BlocksCopied) -> None:
+        assert self._state is not None
         self.post(
             replace(
                 message,
+                # Without KV it is in no batch already: to wait would only prolong that.
+                step_s=message.step_s if self._state.has_kv else 0.0,
                 num_full_blocks_now=len(self._block_ids),
                 num_preemptions=self._num_preemptions,
+                hand_over_s=hand_over_s(self._step_time_s()),
             )
         )
 
@@ -255,8 +267,10 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
             case ToDestination():
                 await self._link.send(command)
             case SuspendRequest():
-                called = self._call(lambda: self._port.suspend(self.request_id))
-                self._spawn(self._suspend(called, command.num_blocks_copied))
+                if command.after_s > 0:
+                    self._spawn(self._suspend_later(command))
+                else:
+                    self._spawn(self._suspend(self._call_suspend(), command.num_blocks_copied))
             case ReleaseRequest():
                 if self._suspended is not None:
                     resumed_at_s = time.perf_counter() - self._held_back_s
@@ -277,6 +291,16 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
             command.first_block,
             is_final=command.is_final,
         )
+
+    async def _suspend_later(self, command: SuspendRequest) -> None:
+        """The request decodes on until a step of the destination is about to end."""
+        await asyncio.sleep(command.after_s)
+        if self.record.state is MigrationState.SUSPENDING:
+            await self._suspend(self._call_suspend(), command.num_blocks_copied)
+
+    def _call_suspend(self) -> Future[Future[SuspendedRequest]]:
+        # Called here and now: the end of the export may be the next call.
+        return self._call(lambda: self._port.suspend(self.request_id))
 
     async def _suspend(
         self, called: Future[Future[SuspendedRequest]], num_blocks_copied: int
@@ -329,7 +353,7 @@ class OutgoingMigrations:
 
     Args:
         call: runs a closure on the engine's loop thread.
-        step_time_s: the engine's recent step time, for the statistics.
+        step_time_s: the engine's recent step time.
         block_num_bytes: of a block on its way, for the statistics.
     """
 
@@ -376,6 +400,7 @@ class OutgoingMigrations:
             port=self._port,
             call=self._call,
             link=link,
+            step_time_s=self._step_time_s,
             options=self._options,
         )
         try:

@@ -25,7 +25,7 @@ import torch
 from llumsched.core.migration.messages import ToDestination, ToSource
 from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.transfer_options import AUTO, TransferOptions
-from llumsched.engine.base import Refusal
+from llumsched.engine.base import Refusal, StepAhead
 from llumsched.migration.migrator import Migrator
 from llumsched.wire.control import OrderMigration, ReportMigration
 from llumsched.wire.keys import PoolKeys
@@ -109,6 +109,7 @@ class _Instance:
             keys=self._plan.keys,
             host="127.0.0.1",
             step_time_s=lambda: STEP_S,
+            step_ahead=StepAhead,
             options=MigrationOptions(),
             # Several parts a stage, whose slots are used again and again.
             transfer=TransferOptions(

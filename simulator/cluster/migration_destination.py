@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from llumsched.core.migration.destination import machine
 from llumsched.core.migration.destination.events import (
@@ -24,10 +25,15 @@ from llumsched.core.migration.destination.events import (
     ReservationState,
 )
 from llumsched.core.migration.destination.record import ReservationOptions
-from llumsched.core.migration.messages import ReserveBlocks, ToSource
+from llumsched.core.migration.messages import (
+    BlocksCopied,
+    BlocksReserved,
+    ReserveBlocks,
+    ToSource,
+)
 from llumsched.core.types import num_blocks_for
 from llumsched.simulator.cluster.migration_record import EndOfMove, Move, OpenMoves
-from llumsched.simulator.kernel import Kernel
+from llumsched.simulator.kernel import Kernel, to_s
 
 # Nothing comes late, so what has been released may as well stay so.
 _OPTIONS = ReservationOptions(tombstone_s=math.inf)
@@ -83,6 +89,10 @@ class Reservations:
     def carry_out(self, move: Move, command: DestinationCommand, now: int) -> None:
         """Carry out a command of the table."""
         match command:
+            case BlocksReserved() | BlocksCopied():
+                ends_in, step = move.destination.step_ahead(now)
+                told = replace(command, step_ends_in_s=to_s(ends_in), step_s=to_s(step))
+                self._answer(move, told, now)
             case ToSource():
                 self._answer(move, command, now)
             case AllocateBlocks():

@@ -38,7 +38,7 @@ from llumsched.core.migration.source.events import (
     SourceEvent,
     SuspendRequest,
 )
-from llumsched.core.migration.source.record import AbortReason, MigrationOptions
+from llumsched.core.migration.source.record import AbortReason, MigrationOptions, hand_over_s
 from llumsched.core.policy import MigrationCandidate, VictimPolicy, settled
 from llumsched.core.scheduling.answer_checks import policy_failed
 from llumsched.simulator.cluster.migration_destination import Reservations
@@ -52,7 +52,7 @@ from llumsched.simulator.engines.request import (
     WAITING,
     LiveRequest,
 )
-from llumsched.simulator.kernel import Kernel, to_s
+from llumsched.simulator.kernel import Kernel, to_ps, to_s
 
 _NONE = (0, 0)
 _PRIORITY_AND_SIZE = ("execution_priority", "num_blocks")
@@ -299,14 +299,23 @@ class Migrations:
             case ToDestination():
                 self._send(move, command, now)
             case SuspendRequest():
-                if request.phase == DECODING:
-                    move.source.suspend(request, now)
+                if command.after_s > 0:
+                    at = now + to_ps(command.after_s)
+                    self._kernel.send(at, lambda then: self._suspend(move, then))
+                else:
+                    self._suspend(move, now)
             case ReleaseRequest():
                 move.source.release(move.source_blocks, move.source_held, now)
             case ResumeRequest():
                 self._resume(move, now)
             case _:
                 raise AssertionError(f"no such command: {command}")
+
+    def _suspend(self, move: Move, now: int) -> None:
+        request = move.request
+        is_wanted = move.end < 0 and move.migration.state is MigrationState.SUSPENDING
+        if is_wanted and move.source.is_alive and request.phase == DECODING:
+            move.source.suspend(request, now)
 
     def _resume(self, move: Move, now: int) -> None:
         request = move.request
@@ -385,10 +394,12 @@ def _filled_in(move: Move, message: ToSource, now: int) -> ToSource:
     """The message, with what the source adds when it comes."""
     if not isinstance(message, BlocksReserved | BlocksCopied):
         return message
+    _, step = move.source.step_ahead(now)
     return replace(
         message,
         num_full_blocks_now=_num_full_blocks(move, now),
         num_preemptions=move.request.num_preemptions,
+        hand_over_s=hand_over_s(to_s(max(move.source.step_time_ps, step))),
     )
 
 

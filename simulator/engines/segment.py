@@ -42,6 +42,14 @@ class Segment(DecodeBatch):
                 self.due = due = self.segment_start + series_ps(first, increment, k)
                 heappush(self.kernel.heap, (due, STEP, self.index, self))
 
+    def step_ahead(self, now: int) -> tuple[int, int]:
+        """How long the step under way goes on, and how long it is; 0 and 0 if none is."""
+        if self.due < 0 or not self.segment_steps:
+            return 0, 0
+        begun = self.steps_begun(now)
+        ends = self.segment_start + series_ps(self.first_ps, self.increment_ps, begun)
+        return max(0, ends - now), self.first_ps + self.increment_ps * (begun - 1)
+
     def progress_at(self, now: int) -> int:
         """Decode steps completed before this moment."""
         if not self.segment_decodes:

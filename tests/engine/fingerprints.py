@@ -5,7 +5,7 @@ from __future__ import annotations
 from llumsched.engine.compatibility import Compatibility
 
 HERE = Compatibility(
-    protocol=3,
+    protocol=4,
     vllm="0.32.0",
     model="m",
     revision="",

@@ -39,6 +39,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.states import RequestState
 
+from llumsched.engine.base import StepAhead
 from llumsched.engine.vllm.migration import MigrationAdapter
 from llumsched.engine.vllm.migration.port import EngineAdapter
 from tests.builders import engine_request
@@ -178,6 +179,7 @@ class Engine:
         self._steps: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self._observers: dict[str, list[Any]] = defaultdict(list)
         self.answers: dict[str, list[int]] = {}
+        self.step_time_s, self.ahead = 0.0, StepAhead()
         self.last: SchedulerOutput | None = None
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(EngineAdapter, "_open_kv_cache", lambda _: None)
@@ -189,6 +191,9 @@ class Engine:
     def observe(self, **observers: Any) -> None:
         for name, observer in observers.items():
             self._observers[name].append(observer)
+
+    def step_ahead(self) -> StepAhead:
+        return self.ahead
 
     def collective_rpc(self, method: Any, args: tuple[Any, ...] = ()) -> list[Any]:
         return [method(SimpleNamespace(use_v2_model_runner=True, model_runner=self.runner), *args)]

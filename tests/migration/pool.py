@@ -156,6 +156,7 @@ class Pool:
                 keys=self._keys,
                 host="127.0.0.1",
                 step_time_s=lambda: core.step_time_s,
+                step_ahead=core.step_ahead,
                 options=self._options,
                 transfer=self._transfer,
             )

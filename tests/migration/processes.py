@@ -141,6 +141,7 @@ class _Instance:
             abort=lambda request_id: self._abort([request_id]),
             host="127.0.0.1",
             step_time_s=lambda: self._core.step_time_s,
+            step_ahead=self._core.step_ahead,
             options=HURRIED,
             transfer=TransferOptions(),
             keys=self._keys,

@@ -22,7 +22,7 @@ from llumsched.core.migration.messages import (
     ReserveBlocks,
     ToSource,
 )
-from llumsched.engine.base import FinalState, RequestState
+from llumsched.engine.base import FinalState, RequestState, StepAhead
 from llumsched.migration import destination as executor
 from llumsched.migration.destination import IncomingMigrations
 from llumsched.migration.messages import StoreBlocks
@@ -38,6 +38,7 @@ class Destination:
     def __init__(self) -> None:
         self.cancelled: list[str] = []
         self.step_time_s = 0.0
+        self.step_ahead = StepAhead()
         self.answers: asyncio.Queue[ToSource] = asyncio.Queue()
         self.port: Any = SimpleNamespace(
             reserve=lambda _state: SimpleNamespace(
@@ -50,6 +51,7 @@ class Destination:
             call=_at_once,
             abort=lambda _: None,
             step_time_s=lambda: self.step_time_s,
+            step_ahead=lambda: self.step_ahead,
             options=ReservationOptions(),
         )
 
@@ -142,6 +144,20 @@ def test_blocks_are_given_back_when_the_last_write_is_over(num_writing: int) -> 
             gate.set()
             await part
         assert destination.cancelled == ["r"]
+
+    run(scenario)
+
+
+def test_the_answer_to_a_stage_says_when_a_step_ends() -> None:
+    async def scenario(destination: Destination) -> None:
+        destination.step_ahead = StepAhead(ends_in_s=0.5, step_s=2.0)
+
+        async def write(_: list[int]) -> None: ...
+
+        await asyncio.gather(*(destination.store(first, write) for first in range(3)))
+        answer = await destination.answer()
+        assert isinstance(answer, BlocksCopied)
+        assert (answer.step_ends_in_s, answer.step_s) == (0.5, 2.0)
 
     run(scenario)
 

@@ -20,7 +20,7 @@ from llumsched.core.migration.destination.record import Reservation, Reservation
 from llumsched.core.migration.events import DeadlineExpired
 from llumsched.core.migration.messages import MigrationMessage, ToDestination, ToSource
 from llumsched.core.migration.source.record import Migration, MigrationOptions
-from llumsched.engine.base import CannotMigrate, FinalState
+from llumsched.engine.base import CannotMigrate, FinalState, StepAhead
 from llumsched.migration.destination import IncomingMigrations
 from llumsched.migration.messages import StoreBlocks
 from llumsched.migration.source import OutgoingMigrations
@@ -30,6 +30,7 @@ from tests.fake_engine.engine import FakeEngine
 from tests.virtual_loop import Callback, VirtualLoop
 
 BLOCKS_PER_PART = 2
+UNKNOWN_STEP = StepAhead()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,9 +64,11 @@ class Instance:
         engine: FakeEngine,
         network: Network,
         options: MigrationOptions,
+        step_ahead: StepAhead = UNKNOWN_STEP,
     ) -> None:
         self.instance_id = instance_id
         self.engine = engine
+        self.step_ahead = step_ahead
         self.alive = True
         self.known_dead: set[str] = set()
         self.engine_work: deque[Callable[[], None]] = deque()
@@ -90,6 +93,7 @@ class Instance:
                 call=self._call,
                 abort=self.abort,
                 step_time_s=lambda: 0.0,
+                step_ahead=lambda: self.step_ahead,
                 options=ReservationOptions(),
             )
 

@@ -20,6 +20,7 @@ from llumsched.core.migration.messages import (
 )
 from llumsched.core.migration.source.events import MigrationState
 from llumsched.core.migration.source.record import MigrationOptions
+from llumsched.engine.base import StepAhead
 from llumsched.migration.messages import StoreBlocks
 from tests.fake_engine.engine import FakeEngine
 from tests.fake_engine.request import FakeOutput, expected_output
@@ -40,6 +41,7 @@ class Cluster:
         self.link: list[Sent] = []
         self.outputs: list[FakeOutput] = []
         self.repeats_of: list[str] = []
+        self.lets_sleep = False
         self.instances = {
             instance_id: Instance(
                 instance_id,
@@ -110,7 +112,7 @@ class Cluster:
             while queue:
                 queue.popleft()()
                 worked = True
-        for timer in instance.sleeps():
+        for timer in [] if self.lets_sleep else instance.sleeps():
             instance.loop.fire(timer)
             worked = True
         outputs = instance.engine.finish_step()
@@ -328,6 +330,51 @@ def test_what_ends_an_export_is_asked_last_however_fast_the_events_come() -> Non
     assert cluster.outcome("a", "m0").startswith("aborted: request preempted")
     cluster.decode("a", 2)
     cluster.assert_ends_well("a")
+
+
+# A long step of the destination.
+
+
+def waiting_for_a_step() -> Cluster:
+    """`r` is about to leave `a`, as soon as a step of `b` is about to end."""
+    cluster = Cluster()
+    cluster.instances["b"].step_ahead = StepAhead(ends_in_s=1.5, step_s=2.0)
+    cluster.lets_sleep = True
+    cluster.migrate("m0", "a", "b")
+    cluster.deliver_until()
+    assert cluster.state("a") is MigrationState.SUSPENDING
+    assert cluster.decoding() == ["a"]
+    cluster.decode("a", 3)
+    return cluster
+
+
+def test_a_request_decodes_on_until_a_step_of_the_destination_is_about_to_end() -> None:
+    cluster = waiting_for_a_step()
+    cluster.lets_sleep = False
+    cluster.assert_ends_well("b")
+
+
+@pytest.mark.parametrize("what", ["finishes", "deadline", "destination dies", "preempted"])
+def test_what_ends_a_migration_while_a_step_is_waited_for(what: str) -> None:
+    cluster = waiting_for_a_step()
+    match what:
+        case "finishes":
+            cluster.decode("a", MAX_OUTPUT_TOKENS)
+        case "deadline":
+            cluster.expire("a")
+        case "destination dies":
+            cluster.kill("b")
+        case "preempted":
+            cluster.instances["a"].engine.preempt("r")
+    cluster.deliver_until()
+    cluster.lets_sleep = False
+    cluster.deliver_until()
+    assert cluster.outcome("a", "m0").startswith("aborted")
+    if what == "finishes":
+        assert cluster.tokens() == expected_output(PROMPT, MAX_OUTPUT_TOKENS)
+    else:
+        cluster.decode("a", 2)
+        cluster.assert_ends_well("a")
 
 
 # Aborts.

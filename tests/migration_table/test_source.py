@@ -24,6 +24,7 @@ from llumsched.core.migration.messages import (
 )
 from llumsched.core.migration.source.events import (
     AbortedAtSource,
+    FinishedAtSource,
     MigrationState,
     PreemptedAtSource,
     ReleaseRequest,
@@ -153,6 +154,51 @@ def test_a_short_request_is_moved_by_the_final_stage_alone() -> None:
         CopyBlocks(migration_id=MIGRATION_ID, stage=1, first_block=0, num_blocks=2, is_final=True),
         CommitRequest(migration_id=MIGRATION_ID, num_blocks=2),
     )
+
+
+def of_step(ends_in_s: float, step_s: float, hand_over_s: float = 0.05) -> BlocksCopied:
+    """The stage is copied; the destination's step under way goes on for so long."""
+    return replace(
+        copied(stage=1, num_total=8, num_full=8),
+        step_ends_in_s=ends_in_s,
+        step_s=step_s,
+        hand_over_s=hand_over_s,
+    )
+
+
+@pytest.mark.parametrize(
+    ("ends_in_s", "step_s", "after_s"),
+    [
+        pytest.param(0.0, 0.0, 0.0, id="unknown"),
+        pytest.param(0.02, 0.1, 0.0, id="short steps: to wait would be no shorter"),
+        pytest.param(1.5, 2.0, 1.25, id="at the end of the step under way"),
+        pytest.param(0.2, 2.0, 1.95, id="too late for that: at the end of the next"),
+        pytest.param(0.0, 2.0, 1.75, id="it takes longer than it was thought to"),
+        pytest.param(30.0, 31.0, 0.0, id="too long to wait for"),
+    ],
+)
+def test_a_request_is_suspended_as_a_long_step_of_the_destination_ends(
+    ends_in_s: float, step_s: float, after_s: float
+) -> None:
+    migration, (command,) = run(begin(), reserved(0, 8), of_step(ends_in_s, step_s))
+    assert migration.state is MigrationState.SUSPENDING
+    assert isinstance(command, SuspendRequest)
+    assert command.after_s == pytest.approx(after_s)
+    # The source has as long as ever to suspend it from then on.
+    assert waiting(migration) == pytest.approx(MigrationOptions().suspend_timeout_s + after_s)
+
+
+def test_no_step_is_waited_for_where_that_is_switched_off() -> None:
+    options = MigrationOptions(max_step_wait_s=0)
+    _, commands = run(begin(options), reserved(0, 8), of_step(1.5, 2.0))
+    assert commands == (SuspendRequest(**IDS, num_blocks_copied=8),)
+
+
+def test_the_request_may_end_while_it_waits_for_a_step() -> None:
+    waits, _ = run(begin(), reserved(0, 8), of_step(1.5, 2.0))
+    migration, commands = advance(waits, FinishedAtSource(migration_id=MIGRATION_ID))
+    assert migration.abort_reason is AbortReason.REQUEST_FINISHED
+    assert commands == (release(AbortReason.REQUEST_FINISHED),)
 
 
 def test_a_commit_that_has_to_wait_for_a_stage_is_waited_for_as_long() -> None:

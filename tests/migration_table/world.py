@@ -26,6 +26,7 @@ from typing import TypeVar
 from llumsched.core.migration.messages import AbortAtDestination
 from llumsched.core.migration.source.events import MigrationState
 from llumsched.core.migration.source.record import Migration, MigrationOptions
+from llumsched.engine.base import StepAhead
 from tests.fake_engine.engine import FakeEngine
 from tests.fake_engine.request import FakeOutput, expected_output
 from tests.migration_table.clients import (
@@ -71,6 +72,8 @@ class World:
                     final_stage_blocks=shape.choice((0, 1)),
                     max_final_stage_blocks=1,
                 ),
+                # In every other world a request waits for a step of its destination to end.
+                StepAhead(ends_in_s=0.5, step_s=1.0) if seed % 2 else StepAhead(),
             )
             for instance_id in INSTANCE_IDS
         }

@@ -107,14 +107,20 @@ class ToSource(MigrationMessage):
 class BlocksReserved(ToSource):
     """Blocks are held for the request; the first `num_cached_blocks` have content.
 
-    `num_full_blocks_now` and `num_preemptions` are the source's own, which it fills in when the
-    message comes: full blocks that no step in flight writes to, and the engine's counter for the
-    request.
+    The destination's host says how long its steps are: `step_s` is about what one takes, and the
+    one under way is over in about `step_ends_in_s`; both 0 where it does not know.
+
+    `num_full_blocks_now`, `num_preemptions` and `hand_over_s` are the source's own, which it fills
+    in when the message comes: full blocks that no step in flight writes to, the engine's counter
+    for the request, and how long it would take to suspend the request and send what is left.
     """
 
     num_cached_blocks: int
+    step_ends_in_s: float = 0.0
+    step_s: float = 0.0
     num_full_blocks_now: int = 0
     num_preemptions: int = 0
+    hand_over_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,13 +138,16 @@ class ReservationRejected(ToSource):
 class BlocksCopied(ToSource):
     """A stage is in the KV cache; the destination now holds the first `num_blocks_total` blocks.
 
-    `num_full_blocks_now` and `num_preemptions` as in BlocksReserved.
+    What either host fills in is as in BlocksReserved.
     """
 
     stage: int
     num_blocks_total: int
+    step_ends_in_s: float = 0.0
+    step_s: float = 0.0
     num_full_blocks_now: int = 0
     num_preemptions: int = 0
+    hand_over_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,9 @@ from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 
 from llumsched.core.step_time import MeasuredStep
+from llumsched.engine.base import StepAhead
 from llumsched.engine.vllm.reconnect_probe import IntroducingSocket
+from llumsched.engine.vllm.step_clock import StepClock
 from llumsched.engine.vllm.step_recorder import StepRecorder
 from llumsched.wire.keys import PoolKeys
 
@@ -111,6 +113,7 @@ class LlumschedEngineCore(EngineCoreProc):
         self.step_time_s = 0.0
         self.num_steps = 0
         self._step: MeasuredStep | None = None
+        self._clock = StepClock()
         self.frontend_calls: FrontendCalls | None = None
         self._is_called = False
         super().__init__(
@@ -121,7 +124,7 @@ class LlumschedEngineCore(EngineCoreProc):
             log_stats=settings.log_stats,
             engine_index=settings.engine_index,
         )
-        self._recorder = StepRecorder(self.scheduler)
+        self._recorder = StepRecorder(self.scheduler, self._clock.note_batch)
 
     # ---- what the rest of the instance uses -------------------------------------------------
 
@@ -160,6 +163,10 @@ class LlumschedEngineCore(EngineCoreProc):
             self._on_abort.append(on_abort)
         if on_add is not None:
             self._on_add.append(on_add)
+
+    def step_ahead(self) -> StepAhead:
+        """The next boundary between two steps; safe from any thread."""
+        return self._clock.ahead(time.perf_counter())
 
     def take_step(self) -> MeasuredStep | None:
         """A step since the last call, with its batch and duration; on the loop thread.
@@ -235,10 +242,13 @@ class LlumschedEngineCore(EngineCoreProc):
         for observer in self._before_step:
             observer()
         started_s = time.perf_counter()
+        self._clock.begin(started_s)
         model_executed = super()._process_engine_step()
+        ended_s = time.perf_counter()
+        self._clock.end(ended_s, was_computed=model_executed, has_more=self.has_work())
         if model_executed:
             self.num_steps += 1
-            elapsed_s = time.perf_counter() - started_s
+            elapsed_s = ended_s - started_s
             self.step_time_s += STEP_TIME_WEIGHT * (elapsed_s - self.step_time_s)
             batch = self._recorder.take()
             if batch is not None:

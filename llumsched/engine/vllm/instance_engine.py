@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from llumsched.core.load import InstanceLoad, InstanceSpec
+from llumsched.engine.base import StepAhead
 from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore, prove_membership
 from llumsched.engine.vllm.load import LoadReader
 from llumsched.engine.vllm.migration import MigrationAdapter
@@ -52,6 +53,9 @@ class VllmEngine:
     @property
     def step_time_s(self) -> float:
         return self._core.step_time_s
+
+    def step_ahead(self) -> StepAhead:
+        return self._core.step_ahead()
 
     def spec(self) -> InstanceSpec:
         return self._load.spec()

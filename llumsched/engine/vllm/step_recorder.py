@@ -6,6 +6,7 @@ module does not know how long a step takes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -15,11 +16,18 @@ from llumsched.core.step_time import MeasuredStep
 
 
 class StepRecorder:
-    """Sees the batches that a scheduler makes, while `is_recording`."""
+    """Sees the batches that a scheduler makes, while `is_recording`, and counts tokens of all.
 
-    def __init__(self, scheduler: Any) -> None:
+    Args:
+        note_num_tokens: hears of each batch how many tokens it has.
+    """
+
+    def __init__(
+        self, scheduler: Any, note_num_tokens: Callable[[int], None] = lambda _: None
+    ) -> None:
         self._scheduler: Scheduler = scheduler
         self._schedule = scheduler.schedule
+        self._note_num_tokens = note_num_tokens
         self._batch: MeasuredStep | None = None
         self.is_recording = True
         scheduler.schedule = self._record
@@ -31,6 +39,7 @@ class StepRecorder:
 
     def _record(self, *args: Any, **options: Any) -> SchedulerOutput:
         output: SchedulerOutput = self._schedule(*args, **options)
+        self._note_num_tokens(output.total_num_scheduled_tokens)
         if self.is_recording:
             self._batch = self._describe(output)
         return output

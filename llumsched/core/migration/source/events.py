@@ -78,10 +78,12 @@ EVENTS: tuple[type[SourceEvent], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuspendRequest(LocalCommand):
-    """Stop scheduling the request and wait for its steps in flight. Answered by RequestSuspended,
-    or by FinishedAtSource or PreemptedAtSource if that came first."""
+    """In `after_s`, and unless the migration has ended by then, stop scheduling the request and
+    wait for its steps in flight. Answered by RequestSuspended, or by FinishedAtSource or
+    PreemptedAtSource if that came first."""
 
     num_blocks_copied: int
+    after_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

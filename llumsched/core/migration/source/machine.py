@@ -2,9 +2,10 @@
 
 `advance(migration, event)` is the whole protocol. The request keeps decoding while its full
 blocks are copied in stages; it is suspended for the last stage only, which takes CommitRequest
-along. Before that is sent the source may always abort and resume by itself; from then on only the
-destination's word decides, so a source that hears nothing asks (RESOLVING) with the request
-suspended and never guesses.
+along, and where the destination's steps are long only when one of them is about to end. Before that
+is sent the source may always abort and resume by itself; from then on only the destination's word
+decides, so a source that hears nothing asks (RESOLVING) with the request suspended and never
+guesses.
 
 Invariant: a request that the source may decode is one that the destination has not been asked to
 take over, has refused, or died with. Late messages are dropped with `is_current` before the table.
@@ -69,7 +70,7 @@ def wait(migration: Migration) -> tuple[float, DeadlineExpired] | None:
     timeout_s = {
         MigrationState.RESERVING: options.reserve_timeout_s,
         MigrationState.COPYING: options.stage_timeout_s,
-        MigrationState.SUSPENDING: options.suspend_timeout_s,
+        MigrationState.SUSPENDING: options.suspend_timeout_s + migration.suspend_after_s,
         MigrationState.COMMITTING: options.commit_timeout_s
         + (options.final_stage_timeout_s if migration.num_blocks_left else 0.0),
         MigrationState.RESOLVING: options.query_interval_s,
@@ -112,6 +113,9 @@ def _absorb(migration: Migration, event: SourceEvent) -> Migration:
                 num_blocks_copied=event.num_cached_blocks,
                 num_copyable_blocks=event.num_full_blocks_now,
                 num_preemptions=event.num_preemptions,
+                step_ends_in_s=event.step_ends_in_s,
+                step_s=event.step_s,
+                hand_over_s=event.hand_over_s,
             )
         case BlocksCopied():
             return replace(
@@ -119,6 +123,9 @@ def _absorb(migration: Migration, event: SourceEvent) -> Migration:
                 num_blocks_copied=event.num_blocks_total,
                 num_copyable_blocks=event.num_full_blocks_now,
                 num_preemptions=event.num_preemptions,
+                step_ends_in_s=event.step_ends_in_s,
+                step_s=event.step_s,
+                hand_over_s=event.hand_over_s,
             )
         case RequestSuspended():
             return replace(

@@ -12,6 +12,13 @@ from enum import StrEnum
 from llumsched.core.migration.source.events import MigrationState
 from llumsched.core.params import ParamError, check_params, param
 
+# Of a step of the destination: by so much its end may be guessed too late.
+EARLY_SHARE = 0.1
+# To suspend a request takes up to so many steps of the source; the last stage and the commit are
+# quick beside a long step, and take about so long.
+SUSPENSION_STEPS = 2.0
+LAST_STAGE_S = 0.02
+
 TERMINAL_STATES = frozenset({MigrationState.COMMITTED, MigrationState.ABORTED})
 
 
@@ -28,6 +35,11 @@ class AbortReason(StrEnum):
     COMMIT_REFUSED = "commit_refused"
 
 
+def hand_over_s(step_time_s: float) -> float:
+    """About how long a source needs from the order to suspend a request to the commit."""
+    return SUSPENSION_STEPS * step_time_s + LAST_STAGE_S
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationOptions:
     """When to stop copying in stages, and how long to wait in each state.
@@ -39,6 +51,8 @@ class MigrationOptions:
 
     An engine answers between two steps, and a step may hold a long prompt: on a CPU that takes
     seconds. Nothing is lost by waiting before the suspension; after it, the request stands still.
+    So where the destination's steps are long, the request decodes on at the source until one of
+    them is about to end.
     """
 
     max_stages: int = param(8, "Stages before the last one of a migration.", at_least=1)
@@ -56,6 +70,12 @@ class MigrationOptions:
     )
     reserve_timeout_s: float = param(30.0, "How long the destination may take to reserve.", above=0)
     stage_timeout_s: float = param(30.0, "How long a stage may take.", above=0)
+    max_step_wait_s: float = param(
+        10.0,
+        "How long a request may go on decoding at the source until a step of the destination is "
+        "about to end; 0: it is suspended at once.",
+        at_least=0,
+    )
     suspend_timeout_s: float = param(
         30.0, "How long the source may take to the end of the steps in flight.", above=0
     )
@@ -87,7 +107,8 @@ class Migration:
     Blocks are counted from the request's first: the destination holds `num_blocks_copied` of them
     (those it had cached included) and `num_copyable_blocks` may be copied, the tail only once the
     request is suspended. `stage` is the number of the latest stage begun, 0 before the first, and
-    `num_stage_blocks` its size.
+    `num_stage_blocks` its size. `step_ends_in_s`, `step_s` and `hand_over_s` are of the
+    destination's last answer.
     """
 
     migration_id: str
@@ -102,6 +123,9 @@ class Migration:
     num_stage_blocks: int = 0
     num_blocks_copied: int = 0
     num_copyable_blocks: int = 0
+    step_ends_in_s: float = 0.0
+    step_s: float = 0.0
+    hand_over_s: float = 0.0
     abort_requested: bool = False
     destination_is_dead: bool = False
     abort_reason: AbortReason | None = None
@@ -111,6 +135,20 @@ class Migration:
     def num_blocks_left(self) -> int:
         """Blocks that can be copied now and are not; a cached prefix may reach beyond them."""
         return max(0, self.num_copyable_blocks - self.num_blocks_copied)
+
+    @property
+    def suspend_after_s(self) -> float:
+        """Seconds for which the request decodes on, to come as a step of the destination ends.
+
+        It is in the step after that, so whatever is left of the one under way adds to its pause.
+        Of two evils it comes early: what comes late waits for a whole step.
+        """
+        if self.step_s <= 2 * self.hand_over_s:
+            return 0.0  # at a moment of chance it waits for half a step: that is no longer
+        wait_s = self.step_ends_in_s - self.hand_over_s - EARLY_SHARE * self.step_s
+        if wait_s < 0:
+            wait_s += self.step_s
+        return wait_s if wait_s <= self.options.max_step_wait_s else 0.0
 
     @property
     def is_terminal(self) -> bool:

@@ -104,6 +104,7 @@ def suspend_request(migration: Migration) -> SourceCommand:
         migration_id=migration.migration_id,
         request_id=migration.request_id,
         num_blocks_copied=migration.num_blocks_copied,
+        after_s=migration.suspend_after_s,
     )
 
 

@@ -141,6 +141,7 @@ class SourceAdapter(EngineAdapter):
             reasoning_ended=self._reasoning_ended_at_arrival.get(request),
             placement_number=placement_number + 1,
             has_kv=has_kv,
+            step_time_s=self._engine.step_time_s,
         )
         if not has_kv:
             self._take_back(request)

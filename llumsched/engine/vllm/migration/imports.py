@@ -39,8 +39,10 @@ from llumsched.engine.vllm.migration.state import (
 HAND_OVER_CALL_ID = -20240610
 
 # Blocks reserved beyond the request's own tokens, so that what it decodes while being copied
-# rarely needs more room at the last stage.
+# rarely needs more room at the last stage: to make room takes until the step under way is over.
 RESERVED_GROWTH_BLOCKS = 2
+# The source asks during one step here, and the request decodes on to the end of another.
+NUM_STEPS_UNTIL_HAND_OVER = 2
 
 
 @dataclass(slots=True)
@@ -84,7 +86,7 @@ class DestinationAdapter(EngineAdapter):
         request.append_output_token_ids(state.output_token_ids)
         request.num_preemptions = state.num_preemptions
         if state.has_kv:
-            num_reserved_tokens, num_cached_tokens = self._allocate(request)
+            num_reserved_tokens, num_cached_tokens = self._allocate(request, state.step_time_s)
             self.places.keep(request_id)
         else:
             num_reserved_tokens = num_cached_tokens = 0
@@ -135,9 +137,13 @@ class DestinationAdapter(EngineAdapter):
                 Refusal.NO_ROOM,
             )
 
-    def _allocate(self, request: Request) -> tuple[int, int]:
+    def _allocate(self, request: Request, token_s: float) -> tuple[int, int]:
         """Hold blocks for an arriving request; the tokens they have room for, and of these the
-        tokens that are in the prefix cache."""
+        tokens that are in the prefix cache.
+
+        Args:
+            token_s: seconds a token of output at the source.
+        """
         self._check_frees()
         if self._scheduler.needs_kv_cache_zeroing and not takes(
             self._kv_manager.allocate_slots, "skip_zeroing_group_ids"
@@ -145,21 +151,24 @@ class DestinationAdapter(EngineAdapter):
             raise CannotMigrate(
                 "this version of vLLM zeroes the blocks of arrivals", Refusal.UNSUPPORTED_ENGINE
             )
-        num_reserved_tokens = min(
-            (self._num_blocks(request.num_tokens) + RESERVED_GROWTH_BLOCKS) * self._block_size,
-            self._scheduler.max_model_len,
-        )
+        num_blocks = self._num_blocks(request.num_tokens) + RESERVED_GROWTH_BLOCKS
         cached_blocks, num_cached_tokens, _ = self._kv_manager.get_computed_blocks(request)
-        allocated = self._kv_manager.allocate_slots(
-            request,
-            0,
-            num_new_computed_tokens=num_cached_tokens,
-            new_computed_blocks=cached_blocks,
-            num_external_computed_tokens=num_reserved_tokens - num_cached_tokens,
-            delay_cache_blocks=True,
-            has_scheduled_reqs=False,
-            **accepted(self._kv_manager.allocate_slots, skip_zeroing_group_ids=(0,)),
-        )
+        for num_more_blocks in (self._num_blocks_until_hand_over(request, token_s), 0):
+            num_reserved_tokens = min(
+                (num_blocks + num_more_blocks) * self._block_size, self._scheduler.max_model_len
+            )
+            allocated = self._kv_manager.allocate_slots(
+                request,
+                0,
+                num_new_computed_tokens=num_cached_tokens,
+                new_computed_blocks=cached_blocks,
+                num_external_computed_tokens=num_reserved_tokens - num_cached_tokens,
+                delay_cache_blocks=True,
+                has_scheduled_reqs=False,
+                **accepted(self._kv_manager.allocate_slots, skip_zeroing_group_ids=(0,)),
+            )
+            if allocated is not None or not num_more_blocks:
+                break
         if allocated is None:
             raise CannotMigrate(
                 f"the destination has {self._kv_manager.block_pool.get_num_free_blocks()} free "
@@ -168,6 +177,15 @@ class DestinationAdapter(EngineAdapter):
             )
         request.num_computed_tokens = num_reserved_tokens
         return num_reserved_tokens, num_cached_tokens
+
+    def _num_blocks_until_hand_over(self, request: Request, token_s: float) -> int:
+        """Blocks that the request fills at its source before it is suspended: many, where a step
+        here takes as long as many there."""
+        if token_s <= 0:
+            return 0
+        step_s = self._engine.step_ahead().step_s
+        num_tokens = int(NUM_STEPS_UNTIL_HAND_OVER * step_s / token_s)
+        return min(num_tokens, request.max_tokens - request.num_output_tokens) // self._block_size
 
     def grow(self, request_id: str, num_blocks: int) -> list[int]:
         """Reserve until the request holds ``num_blocks`` blocks; the ids of all of them.

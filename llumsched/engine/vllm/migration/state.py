@@ -82,13 +82,19 @@ def why_not_migratable(request: Request) -> CannotMigrate | None:
 
 
 def capture_request(
-    request: Request, *, reasoning_ended: bool | None, placement_number: int, has_kv: bool
+    request: Request,
+    *,
+    reasoning_ended: bool | None,
+    placement_number: int,
+    has_kv: bool,
+    step_time_s: float,
 ) -> RequestState:
     """The wire form of a request; refused kinds must have been ruled out before.
 
     Args:
         reasoning_ended: as it was when the request arrived. The destination finds the present
             value when it replays the outputs.
+        step_time_s: the engine's recent step time.
     """
     structured = request.structured_output_request
     core_request = EngineCoreRequest(
@@ -120,6 +126,7 @@ def capture_request(
         num_preemptions=request.num_preemptions,
         placement_number=placement_number,
         has_kv=has_kv,
+        step_time_s=step_time_s,
     )
 
 
