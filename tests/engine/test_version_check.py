@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,7 @@ from llumsched.engine.vllm.compat import (
     installed_folder,
     installed_version,
     minor_of,
+    start_watchdog,
     version_in,
 )
 from llumsched.engine.vllm.internals import INTERNALS, Internal
@@ -219,6 +222,17 @@ def test_a_place_that_exists_and_cannot_be_imported_is_not_passed_over(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         first_of(("needs_another", "json"), "dumps")
+
+
+def test_the_watchdog_is_started_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, object]] = []
+    module: Any = ModuleType("vllm.utils.watch_dog")
+    module.start_watch_dog = lambda name, config, _logger: started.append((name, config))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    start_watchdog(SimpleNamespace(), "engine_0")
+    assert started == [], "vLLM before 0.33"
+    start_watchdog(SimpleNamespace(watchdog_config="as configured"), "engine_1")
+    assert started == [("engine_1", "as configured")]
 
 
 def test_only_what_can_be_left_out_is_left_out() -> None:

@@ -11,11 +11,14 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 # Minor releases, the oldest first; what each of them differs in has been read.
 WINDOW = ("0.31", "0.32", "0.33")
@@ -23,6 +26,7 @@ WINDOW = ("0.31", "0.32", "0.33")
 NEWEST_RELEASE = "0.33.0"
 NEWEST_CPU_RELEASE = "0.32.0"
 
+WATCHDOG = "vllm.utils.watch_dog"
 # The module of each is that of the newest version first.
 CLI_ARGS = ("vllm.entrypoints.common.cli_args", "vllm.entrypoints.launchers.cli_args")
 
@@ -91,6 +95,17 @@ def hash_lookahead(vllm_config: Any) -> int:
 def rejects_new_requests(engine: Any) -> bool:
     """True while an engine rejects new requests, as a paused one does from 0.33 on."""
     return bool(getattr(engine, "reject_new_requests", False))
+
+
+def start_watchdog(vllm_config: Any, name: str) -> None:
+    """Have the stacks of a process dumped when its engine makes no progress, if that is wanted.
+
+    From 0.33 on vLLM's loop feeds a watchdog, which vLLM starts (``--watchdog-config``) where it
+    gives an engine a process of its own: an instance is not started there.
+    """
+    config = getattr(vllm_config, "watchdog_config", None)
+    if config is not None:
+        importlib.import_module(WATCHDOG).start_watch_dog(name, config, logger)
 
 
 def is_retryable(output: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from llumsched.core.load import InstanceLoad, InstanceSpec
 from llumsched.engine.base import StepAhead
+from llumsched.engine.vllm.compat import start_watchdog
 from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore, prove_membership
 from llumsched.engine.vllm.load import LoadReader
 from llumsched.engine.vllm.migration import MigrationAdapter
@@ -73,6 +74,7 @@ class VllmEngine:
         self._core.frontend_calls = Resumption(self._core, self.migration, give_up_arrival)
 
     def run(self) -> None:
+        start_watchdog(self._core.vllm_config, f"engine_{self.engine_index}")
         self._core.run()
 
     def request_shutdown(self) -> None:

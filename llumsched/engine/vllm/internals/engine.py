@@ -46,6 +46,13 @@ ENGINE_INTERNALS: tuple[Internal, ...] = (
         on_instances=True,
         since="0.33",
     ),
+    Internal(
+        "vllm.utils.watch_dog",
+        "start_watch_dog",
+        "dump the stacks of an engine that hangs",
+        ("name", "watchdog_config", "logger"),
+        since="0.33",
+    ),
     Internal(_ENGINE, "collective_rpc", "install worker state", ("method", "args")),
     Internal(_ENGINE, "shutdown", "free the engine"),
     Internal(

@@ -148,6 +148,12 @@ RELIED_ON: tuple[Internal, ...] = (
     *_each("vllm.config:VllmConfig", "tell the runner", "use_v2_model_runner"),
     Internal(
         "vllm.config:VllmConfig",
+        "watchdog_config",
+        "dump the stacks of an engine that hangs",
+        since="0.33",
+    ),
+    Internal(
+        "vllm.config:VllmConfig",
         "num_hash_lookahead_tokens",
         "name blocks as engines do",
         since="0.33",
