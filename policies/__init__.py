@@ -25,6 +25,12 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
         "memserve": "llumsched.policies.memserve:bundle",
         "mooncake": "llumsched.policies.mooncake:bundle",
         "dynamo": "llumsched.policies.dynamo:bundle",
+        "llumnix": "llumsched.policies.llumnix:bundle",
+        "llm_d": "llumsched.policies.llm_d:bundle",
+        "dualmap": "llumsched.policies.dualmap:bundle",
+        "maps": "llumsched.policies.maps:bundle",
+        "star": "llumsched.policies.star:bundle",
+        "dynaserve": "llumsched.policies.dynaserve:bundle",
         # Dispatch; each is also a bundle of its own
         "least_cost": "llumsched.policies.adaptive:LeastCost",
         "freeness": "llumsched.policies.freeness:Freeness",
@@ -43,6 +49,10 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
         "global_prompt_tree": "llumsched.policies.memserve:GlobalPromptTree",
         "conductor": "llumsched.policies.mooncake:Conductor",
         "kv_router": "llumsched.policies.dynamo:KvRouter",
+        "weighted_scorers": "llumsched.policies.llm_d:WeightedScorers",
+        "dual_hash": "llumsched.policies.dualmap:DualHash",
+        "fewest_waiting_that_fits": "llumsched.policies.maps:FewestWaitingThatFits",
+        "split_at_token": "llumsched.policies.dynaserve:SplitAtToken",
         # Migration
         "expected_win": "llumsched.policies.adaptive:ExpectedWin",
         "freeness_pairs": "llumsched.policies.freeness_pairs:FreenessPairs",
@@ -52,6 +62,9 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
         "hand_over": "llumsched.policies.disaggregated:HandOver",
         "least_loaded_decode": "llumsched.policies.distserve:LeastLoadedDecode",
         "prompt_to_token": "llumsched.policies.splitwise:PromptToToken",
+        "hot_spots": "llumsched.policies.dualmap:HotSpots",
+        "predicted_load_pairs": "llumsched.policies.star:PredictedLoadPairs",
+        "planned_only": "llumsched.policies.dynaserve:PlannedOnly",
         "predicted_power_of_two": "llumsched.policies.tetriinfer:PredictedPowerOfTwo",
         # Scaling
         "freeness_range": "llumsched.policies.freeness_range:FreenessRange",
@@ -68,6 +81,8 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
         "after_first_token": "llumsched.policies.after_first_token:AfterFirstToken",
         # Length predictors
         "moving_quantile": "llumsched.policies.moving_quantile:MovingQuantile",
+        "calibrated_bound": "llumsched.policies.calibrated_bound:CalibratedBound",
+        "hazard_rate": "llumsched.policies.hazard_rate:HazardRate",
     }
 )
 """Name -> `module:attribute`, where the attribute is a policy class or a function that returns a

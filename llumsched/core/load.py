@@ -69,7 +69,8 @@ class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True):
     """Steps with decodes so far: each gives every request that decodes one token."""
     progress: tuple[tuple[str, int, int], ...] = ()
     """(request id, tokens computed, output tokens) of running requests of whom that does not
-    follow from the steps since they were told of last; empty where nobody asks."""
+    follow from the steps since they were told of last, and of evicted ones, which have nothing
+    computed; empty where nobody asks."""
     received_request_ids: tuple[str, ...] = ()
     finished_request_ids: tuple[str, ...] = ()
 

@@ -166,7 +166,11 @@ class VictimPolicy(Protocol):
 
 @runtime_checkable
 class LengthPredictor(Protocol):
-    """Expected output length of a request; optional, and without one the paper's rules hold."""
+    """Expected output length of a request; optional, and without one the paper's rules hold.
+
+    One that has a method `predict_remaining(request, num_output_tokens)` is asked again for each
+    request that a policy looks at (`ClusterSnapshot.requests_on`), with what it has produced.
+    """
 
     def predict(self, request: SchedulingRequest) -> int | None:
         """Expected output tokens, or None while nothing is known."""

@@ -30,10 +30,11 @@ class RequestProgress(NamedTuple):
     num_computed_tokens: int
     num_output_tokens: int
     is_told: bool
-    """A report of this instance told of its progress: it is in the batch."""
+    """A report of this instance told of its progress: it has been in the batch."""
     came_s: float
     """When it was placed there, or arrived by a migration."""
     num_migrations: int
+    num_remaining_tokens: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,12 +51,17 @@ class RequestColumns:
     """Context whose KV is there."""
     num_predicted_tokens: Floats
     """Output that was predicted in all; NaN without a prediction."""
+    num_remaining_tokens: Floats
+    """Output expected yet, which a predictor that has `predict_remaining` tells anew as a request
+    decodes; else what was predicted, less what it has produced; NaN without a prediction."""
     age_s: Floats
     """Seconds since the request arrived at the scheduler."""
     since_placed_s: Floats
     """Seconds since it came to this instance."""
     num_migrations: Floats
     """How often it has moved."""
+    is_running: Bools
+    """True if KV of it is there; the others wait, or are on their way."""
     is_decoding: Bools
     """True once it has produced a token and its context is computed: only then can it move with
     its KV."""
@@ -75,16 +81,22 @@ class RequestColumns:
         outputs = _column(row.num_output_tokens for row in rows)
         computed = _column(row.num_computed_tokens for row in rows)
         prompts = _column(request.num_prompt_tokens for request in requests)
+        predicted = _column(r.predicted_output_tokens for r in requests)
+        remaining = _column(row.num_remaining_tokens for row in rows)
+        is_unknown = np.isnan(remaining)
+        remaining[is_unknown] = np.maximum(predicted - outputs, 0.0)[is_unknown]
         is_told = np.fromiter((row.is_told for row in rows), dtype=np.bool_, count=len(rows))
         return cls(
             requests=requests,
             num_prompt_tokens=prompts,
             num_output_tokens=outputs,
             num_computed_tokens=computed,
-            num_predicted_tokens=_column(r.predicted_output_tokens for r in requests),
+            num_predicted_tokens=predicted,
+            num_remaining_tokens=remaining,
             age_s=now - _column(request.arrival_s for request in requests),
             since_placed_s=now - _column(row.came_s for row in rows),
             num_migrations=_column(row.num_migrations for row in rows),
+            is_running=is_told & (computed > 0),
             is_decoding=is_told & (outputs > 0) & (computed >= prompts + outputs - 1),
             ttft_slo_s=_column(request.ttft_slo_s for request in requests),
             tpot_slo_s=_column(request.tpot_slo_s for request in requests),

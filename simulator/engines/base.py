@@ -266,7 +266,7 @@ class Engine(Segment, ABC):
 
     def take_progress(self, now: int) -> Iterator[tuple[str, int, int]]:
         """(id, tokens computed, output tokens) of those that run, of whom these do not follow from
-        what was told before and the decode steps since."""
+        what was told before and the decode steps since, and of those that were evicted."""
         steps = self.progress_at(now)
         before, self.told_progress = self.told_progress, {}
         for request in self.running:
@@ -278,8 +278,11 @@ class Engine(Segment, ABC):
                 computed, outputs = request.computed, request.generated
                 lag = -computed - 1
             self.told_progress[request] = lag
-            if before.get(request) != lag:
+            if before.pop(request, None) != lag:
                 yield request.request_id, computed, outputs
+        for request in before:
+            if request.place is self and request.phase == WAITING:
+                yield request.request_id, 0, request.generated
 
     # A segment ends.
 

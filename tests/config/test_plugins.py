@@ -86,7 +86,8 @@ def test_every_built_in_policy_loads_and_is_documented() -> None:
 
 
 def test_every_shipped_bundle_cites_its_source_and_departures() -> None:
-    for name in ("distserve", "splitwise", "tetriinfer", "memserve", "mooncake", "dynamo"):
+    newest = ("llumnix", "llm_d", "dualmap", "maps", "star", "dynaserve")
+    for name in ("distserve", "splitwise", "tetriinfer", "memserve", "mooncake", "dynamo", *newest):
         doc = sys.modules[plugins.find(name).target.__module__].__doc__ or ""
         assert "Departure" in doc
         assert "Invariant" in doc

@@ -28,7 +28,8 @@ class Running:
 def reader(running: list[Running]) -> LoadReader:
     made = object.__new__(LoadReader)
     made._told = {}
-    made._scheduler = SimpleNamespace(running=running)  # type: ignore[assignment]
+    requests = {request.request_id: request for request in running}
+    made._scheduler = SimpleNamespace(running=running, requests=requests)  # type: ignore[assignment]
     return made
 
 
@@ -63,7 +64,8 @@ def test_a_request_that_comes_back_is_told_anew() -> None:
     a.decode()
     assert told(progress(1)) == [("a", 10, 1)]
     running.clear()
-    assert told(progress(2)) == []
+    assert told(progress(2)) == [("a", 0, 1)]
+    assert told(progress(3)) == []
     a.num_computed_tokens = 0
     running.append(a)
-    assert told(progress(3)) == [("a", 0, 1)]
+    assert told(progress(4)) == [("a", 0, 1)]

@@ -5,7 +5,7 @@ is the sum over its requests that no report has named yet; when a request ends n
 This module does not choose instances (`scheduler`), nor order held requests (`dispatch_queue`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +90,13 @@ class Ledger:
         """How many requests are on an instance."""
         return len(self._by_instance.get(instance_id, ()))
 
-    def columns(self, instance: InstanceRecord, now: float) -> RequestColumns:
-        """The requests on an instance, as policies see them."""
+    def columns(
+        self,
+        instance: InstanceRecord,
+        now: float,
+        remaining: Callable[[SchedulingRequest, int], float | None] | None,
+    ) -> RequestColumns:
+        """The requests on an instance, as policies see them; `remaining` predicts."""
         steps = instance.load.num_decode_steps
         progress = []
         for record in self._by_instance.get(instance.spec.instance_id, {}).values():
@@ -104,6 +109,9 @@ class Ledger:
                     is_told=record.told_at_step is not None,
                     came_s=record.came_s,
                     num_migrations=record.num_migrations,
+                    num_remaining_tokens=(
+                        None if remaining is None else remaining(record.request, outputs)
+                    ),
                 )
             )
         return RequestColumns.of(progress, now)

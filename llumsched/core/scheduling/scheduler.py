@@ -262,7 +262,8 @@ class GlobalScheduler:
         return self._prefix_index.match(request.prefix_hashes, self._cluster.snapshot.instance_ids)
 
     def _requests_on(self, instance_id: str) -> RequestColumns:
-        return self._ledger.columns(self._cluster.records[instance_id], self._now)
+        remaining = getattr(self.bundle.predictor, "predict_remaining", None)
+        return self._ledger.columns(self._cluster.records[instance_id], self._now, remaining)
 
     # Requests.
 

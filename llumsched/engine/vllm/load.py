@@ -115,15 +115,20 @@ class LoadReader:
 
     def _progress(self, num_steps: int) -> Iterator[tuple[str, int, int]]:
         """(id, tokens computed, output tokens) of running requests, where these do not follow from
-        what was told before and the steps since: a step gives each that decodes one token."""
+        what was told before and the steps since: a step gives each that decodes one token. What
+        left the batch and has not ended has nothing computed."""
         before, self._told = self._told, {}
         for request in self._scheduler.running:
             computed, outputs = request.num_computed_tokens, request.num_output_tokens
             decodes = outputs > 0 and computed >= request.num_tokens - 1
             lag = outputs - num_steps if decodes else -computed - 1
             self._told[request.request_id] = lag
-            if before.get(request.request_id) != lag:
+            if before.pop(request.request_id, None) != lag:
                 yield request.request_id, computed, outputs
+        for request_id in before:
+            evicted = self._scheduler.requests.get(request_id)
+            if evicted is not None:
+                yield request_id, 0, evicted.num_output_tokens
 
     def _num_blocks(self, request: Request) -> int:
         return num_blocks_for(request.num_tokens, self._block_size)
