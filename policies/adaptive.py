@@ -183,10 +183,10 @@ class ExpectedWin:
         if not len(sources):
             return
         urgency = np.where(draining, np.inf, c.block_price_s)[sources]
-        sources = sources[np.argsort(-urgency, kind="stable")]
+        sources = sources[np.argsort(-urgency, kind="stable")][:_MOST_ROWS]
         others = c.is_accepting & (c.num_waiting == 0) & (room > 0)
         destinations = np.flatnonzero(others)
-        destinations = destinations[np.argsort(-left[destinations], kind="stable")]
+        destinations = destinations[np.argsort(-left[destinations], kind="stable")][:_MOST_ROWS]
         following = iter(destinations.tolist())
         for source in sources.tolist():
             pair = self._pair(source, following, pool)
@@ -205,7 +205,8 @@ class ExpectedWin:
             win_s, cost_s = pool.win_s(source, destination), pool.cost_s(source, destination)
             if drains or win_s > self.margin * cost_s:
                 reason = "it drains" if drains else f"expected to save {win_s:.2f} s"
-                return pool.pair(source, destination, f"{reason} for {cost_s:.2f} s")
+                reason = f"{reason} for {cost_s:.2f} s"
+                return pool.pair(source, destination, reason, win_s, cost_s)
         return None
 
     def _clearing_row(self, cluster: ClusterSnapshot) -> int | None:
@@ -242,9 +243,11 @@ class ExpectedWin:
                 return
             missing -= victim_blocks
             reason = f"room for a held prompt, {win_s:.2f} s sooner for {cost_s:.2f} s"
-            yield pool.pair(source, destination, reason)
+            yield pool.pair(source, destination, reason, win_s, cost_s)
 
 
+_MOST_ROWS = 128
+"""Instances looked at as sources, and as destinations: far more than moves start at a decision."""
 _FAR = 8.0
 """Sources with room to grow for this many times the reaction have no eviction to fear."""
 
@@ -254,20 +257,34 @@ class _Pool:
 
     def __init__(self, cluster: ClusterSnapshot, room: FloatColumn) -> None:
         self.cluster = cluster
-        self.columns = cluster.columns
+        self.columns = c = cluster.columns
         self.room = room
+        # Numbers one by one are read faster from lists.
+        self._block_size: list[float] = c.block_size.tolist()
+        self._num_requests: list[float] = c.num_requests.tolist()
+        self._victim_blocks: list[float] = c.victim_blocks.tolist()
+        self._num_used: list[float] = c.num_used_blocks.tolist()
+        self._step_s: list[float] = c.decode_step_s.tolist()
+        self._token_s: list[float] = c.prefill_token_s.tolist()
+        self._ends_s: list[float] = np.maximum(c.prefill_ends_s, cluster.now).tolist()
 
-    def pair(self, source: int, destination: int, reason: str) -> MigrationPair:
+    def pair(
+        self, source: int, destination: int, reason: str, win_s: float, cost_s: float
+    ) -> MigrationPair:
         ids = self.cluster.instance_ids
         return MigrationPair(
-            source=ids[source], destination=ids[destination], reason=reason, balances=False
+            source=ids[source],
+            destination=ids[destination],
+            reason=reason,
+            balances=False,
+            expected_win_s=win_s,
+            expected_cost_s=cost_s,
         )
 
     def win_s(self, source: int, destination: int) -> float:
         """Waiting after evictions that the move is expected to save, at both ends together."""
-        c = self.columns
-        victim_blocks = max(1.0, c.victim_blocks.item(source))
-        num_here, num_there = c.num_requests.item(source), c.num_requests.item(destination)
+        victim_blocks = max(1.0, self._victim_blocks[source])
+        num_here, num_there = self._num_requests[source], self._num_requests[destination]
         here, there = self.room.item(source), self.room.item(destination)
         saved = self._risk(source, here, num_here)
         saved -= self._risk(source, here + victim_blocks, num_here - 1)
@@ -280,26 +297,23 @@ class _Pool:
 
     def cost_s(self, source: int, destination: int) -> float:
         """The pause of the move, and the prompts that steps there compute meanwhile."""
-        c, now = self.columns, self.cluster.now
-        ends_s = c.prefill_ends_s
-        more_s = ends_s.item(destination) - max(now, ends_s.item(source))
-        return 2 * c.decode_step_s.item(destination) + max(0.0, more_s)
+        more_s = self._ends_s[destination] - self._ends_s[source]
+        return 2 * self._step_s[destination] + max(0.0, more_s)
 
     def _risk(self, row: int, room: float, num_requests: float) -> float:
         """Requests expected to be evicted before a move could help, from the room they have."""
         if num_requests <= 0:
             return 0.0
-        tokens = room * self.columns.block_size.item(row) / num_requests
-        exponent = -tokens / _growth_tokens(self.cluster, row)
+        tokens = room * self._block_size[row] / num_requests
+        exponent = -tokens * max(self._step_s[row], 1e-4) / self.cluster.reaction_s
         return num_requests * math.exp(max(-30.0, min(MAX_RISK_EXPONENT, exponent)))
 
     def _eviction_s(self, row: int, num_requests: float) -> float:
         """A wait until one of the others ends, and the recompute."""
-        c = self.columns
         num_requests = max(1.0, num_requests)
-        wait_s = self.cluster.mean_output_tokens * c.decode_step_s.item(row) / num_requests
-        num_tokens = c.num_used_blocks.item(row) * c.block_size.item(row) / num_requests
-        return wait_s + num_tokens * c.prefill_token_s.item(row)
+        wait_s = self.cluster.mean_output_tokens * self._step_s[row] / num_requests
+        num_tokens = self._num_used[row] * self._block_size[row] / num_requests
+        return wait_s + num_tokens * self._token_s[row]
 
 
 def bundle() -> PolicyBundle:

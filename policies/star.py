@@ -44,8 +44,8 @@ class PredictedLoadPairs:
         takers = np.flatnonzero(c.is_accepting)
         usage = c.num_used_blocks + c.num_waiting_blocks
         usage = usage / c.num_total_blocks
-        fullest = sources[np.argsort(-usage[sources], kind="stable")][: 2 * self.max_pairs]
-        emptiest = takers[np.argsort(usage[takers], kind="stable")][: 2 * self.max_pairs]
+        fullest = sources[np.argsort(-usage[sources], kind="stable")][: self.max_pairs]
+        emptiest = takers[np.argsort(usage[takers], kind="stable")][: self.max_pairs]
         loads: dict[int, _Load] = {}
         for row in {*fullest.tolist(), *emptiest.tolist()}:
             loads[row] = self._load(cluster, row)

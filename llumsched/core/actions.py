@@ -56,6 +56,9 @@ class StartMigration:
     request_id: str | None
     reason: str
     settle_s: float = 0.0
+    expected_win_s: float | None = None
+    expected_cost_s: float | None = None
+    """Both as the policy that proposed it told them, in seconds that requests wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

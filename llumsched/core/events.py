@@ -103,6 +103,9 @@ class MigrationFinished:
     destination: str
     outcome: MigrationOutcome
     reason: str = ""
+    pause_s: float | None = None
+    """For how long the client got no token, where the source measured it: the outcome beside
+    `StartMigration.expected_cost_s`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,6 +69,10 @@ class MigrationPair:
     """True if evening out load is the aim."""
     request_id: str | None = None
     """The request to move; None leaves the choice to the source's victim policy."""
+    expected_win_s: float | None = None
+    """Seconds of waiting that the move is expected to save, for the decision log."""
+    expected_cost_s: float | None = None
+    """Seconds of waiting that it is expected to cost, for the decision log."""
 
 
 @runtime_checkable

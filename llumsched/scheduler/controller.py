@@ -346,6 +346,7 @@ class Controller:
                 destination=report.destination,
                 outcome=MigrationOutcome(report.outcome),
                 reason=report.reason,
+                pause_s=None if report.statistics is None else report.statistics.suspended_s,
             )
         )
         self._orders.outbox.extend(self._operator_calls.ended(report))

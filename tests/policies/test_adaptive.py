@@ -89,6 +89,10 @@ def test_a_request_leaves_before_its_instance_is_out_of_blocks() -> None:
     (move,) = (a for a in driver.handle(Ticked()) if isinstance(a, StartMigration))
     assert (move.source, move.destination) == ("a", "c")
     assert "expected to save" in move.reason
+    # The decision log has both beside the outcome.
+    assert move.expected_win_s is not None
+    assert move.expected_cost_s is not None
+    assert move.expected_win_s > move.expected_cost_s > 0
 
 
 def test_nothing_moves_where_everything_is_full() -> None:

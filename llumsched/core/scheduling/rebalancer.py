@@ -103,7 +103,7 @@ class Rebalancer:
                 or self._arbiter.unwise(source, destination, pair.balances, now) is not None
             ):
                 return num_started
-            self._start(source, destination, None, num_blocks, pair.reason, now, out)
+            self._start(source, destination, None, num_blocks, pair.reason, now, out, pair=pair)
         return limit
 
     def _start_named(
@@ -130,7 +130,7 @@ class Rebalancer:
         computed, _ = record.progress_at(source.load.num_decode_steps)
         num_tokens = max(computed, record.request.num_prompt_tokens)
         num_blocks = -(-num_tokens // destination.spec.block_size)
-        self._start(source, destination, request_id, num_blocks, pair.reason, now, out)
+        self._start(source, destination, request_id, num_blocks, pair.reason, now, out, pair=pair)
         return 1
 
     def _start_planned(self, now: float, out: list[Action]) -> int:
@@ -280,6 +280,7 @@ class Rebalancer:
         out: list[Action],
         *,
         has_slot: bool = True,
+        pair: MigrationPair | None = None,
     ) -> None:
         migration = self._arbiter.start(
             source, destination, request_id, num_blocks, now, has_slot=has_slot
@@ -292,6 +293,8 @@ class Rebalancer:
                 request_id=request_id,
                 reason=reason,
                 settle_s=0.0 if request_id is not None else self._options.migration_settle_s,
+                expected_win_s=None if pair is None else pair.expected_win_s,
+                expected_cost_s=None if pair is None else pair.expected_cost_s,
             )
         )
 
