@@ -20,18 +20,26 @@ from llumsched.simulator.hardware.spec import Hardware, load_hardware
 from llumsched.simulator.options import SimulationOptions
 from llumsched.simulator.results.metrics import Summary, summarise
 from llumsched.simulator.simulation import simulate
+from scripts.comparison.kept import Kept
 from scripts.comparison.workloads import Workload, shortened
 
 POLICIES = (
     "adaptive",
-    "latency",
     "late_binding",
+    "llumnix",
+    "star",
+    "dynaserve",
+    "dualmap",
     "dynamo",
+    "llm_d",
+    "maps",
     "infaas",
     "least_requests",
 )
-"""The default, the others that migrate, and the best known routers without migration."""
-STATIONARY = ("dynamo", "infaas", "least_requests")
+"""The default, the others that move requests, and routers that do not."""
+STATIONARY = ("dynamo", "llm_d", "maps", "infaas", "least_requests")
+LARGER_POLICIES = ("adaptive", "late_binding", "llumnix", "star", "dynamo", "llm_d")
+"""Those that larger pools are simulated with."""
 DELAYS_S = (0.001, 0.01, 0.1, 0.3, 1.0)
 # Capacity: the rate at which this policy keeps this share of the requests within their bounds.
 RATED_POLICY = "least_requests"
@@ -61,9 +69,21 @@ class Run:
     seed: int
     report_delay_s: float = 0.001
 
+    @property
+    def words(self) -> str:
+        """All that tells it from another."""
+        return (
+            f"{self.workload.name} {self.workload.num_requests} {self.policy} {self.capacity_rps}"
+            f" {self.load} {self.num_instances} {self.seed} {self.report_delay_s}"
+        )
 
-def simulate_run(run: Run) -> Summary:
-    """Simulate it."""
+
+def simulate_run(run: Run, folder: Path | None = None) -> Summary:
+    """Simulate it, unless its result is kept in the folder."""
+    return Kept(folder).get(run.words, lambda: _simulated(run))
+
+
+def _simulated(run: Run) -> Summary:
     workload = run.workload
     scale = run.num_instances / RATED_INSTANCES
     trace = workload.make(
@@ -88,7 +108,7 @@ def simulate_run(run: Run) -> Summary:
         return summarise(simulate(trace, options), workload.slo)
 
 
-def sustained_rate_rps(workload: Workload, traces: Path) -> float:
+def sustained_rate_rps(workload: Workload, traces: Path, folder: Path | None = None) -> float:
     """The highest rate at which `RATED_POLICY` keeps `RATED_SHARE` of the requests within their
     bounds, over `RATED_SEEDS`, to some percent."""
 
@@ -103,7 +123,8 @@ def sustained_rate_rps(workload: Workload, traces: Path) -> float:
                     policy=RATED_POLICY,
                     capacity_rps=rate_rps,
                     seed=seed,
-                )
+                ),
+                folder,
             ).slo_attainment
             for seed in RATED_SEEDS
         ]
@@ -129,12 +150,14 @@ def _step_times(hardware: Hardware) -> dict[str, float]:
     }
 
 
-def simulate_all(runs: Sequence[Run], processes: int) -> dict[Run, Summary]:
-    """On as many cores, giving way to whatever else runs."""
+def simulate_all(
+    runs: Sequence[Run], processes: int, folder: Path | None = None
+) -> dict[Run, Summary]:
+    """On as many cores, giving way to whatever else runs; what is kept is not made again."""
     summaries = {}
     with ProcessPoolExecutor(processes, initializer=os.nice, initargs=(_NICENESS,)) as pool:
         for number, (run, summary) in enumerate(
-            zip(runs, pool.map(simulate_run, runs), strict=True), start=1
+            zip(runs, pool.map(simulate_run, runs, [folder] * len(runs)), strict=True), start=1
         ):
             summaries[run] = summary
             print(
