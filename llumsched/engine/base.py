@@ -314,6 +314,19 @@ class PrefixBlocks(Protocol):
         """Everything that is cached, for a listener that knows nothing."""
 
 
+class EngineSettings(Protocol):
+    """How to build an instance's engine; each engine has a class of its own.
+
+    ``engine`` is its name in ``engine.factory``, ``engine_index`` the instance's ZMQ identity.
+    """
+
+    @property
+    def engine(self) -> str: ...
+
+    @property
+    def engine_index(self) -> int: ...
+
+
 class InstanceEngine(Protocol):
     """The engine of one instance: what its actor and its llumlet ask of it.
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from llumsched.engine.base import InstanceEngine
-from llumsched.engine.vllm.core import EngineSettings
-from llumsched.engine.vllm.instance_engine import VllmEngine
+from importlib import import_module
+from typing import cast
+
+from llumsched.engine.base import EngineSettings, InstanceEngine
 from llumsched.wire.keys import PoolKeys
 
-__all__ = ["EngineSettings", "build_engine"]
+ENGINES = {
+    "vllm": "llumsched.engine.vllm.instance_engine:VllmEngine",
+}
+"""By the name that an engine's settings have: its class, which is called with what
+`build_engine` is."""
 
 
 def build_engine(
@@ -19,6 +24,8 @@ def build_engine(
         keys: the pool's, which the engine's own sockets prove themselves by.
         reports_prefix_blocks: needs an engine that records KV events.
     """
-    return VllmEngine(
+    module, _, name = ENGINES[settings.engine].partition(":")
+    engine = getattr(import_module(module), name)(
         settings, instance_id=instance_id, keys=keys, reports_prefix_blocks=reports_prefix_blocks
     )
+    return cast(InstanceEngine, engine)

@@ -20,7 +20,8 @@ import ray
 from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.policy import VictimPolicy
 from llumsched.core.transfer_options import TransferOptions
-from llumsched.engine.factory import EngineSettings, build_engine
+from llumsched.engine.base import EngineSettings
+from llumsched.engine.factory import build_engine
 from llumsched.instance.cpu_affinity import OwnCores
 from llumsched.instance.gpu_turn import gpu_turn
 from llumsched.instance.heartbeat import start_beating

@@ -11,11 +11,9 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,8 +27,8 @@ from llumsched.engine.base import Refusal, StepAhead
 from llumsched.migration.migrator import Migrator
 from llumsched.wire.control import OrderMigration, ReportMigration
 from llumsched.wire.keys import PoolKeys
-from tests.fake_engine.request import FakeOutput, expected_output
-from tests.fake_engine.tensors import TensorEngine
+from tests.fake_engine.instance import FakeInstanceEngine, FakeSettings
+from tests.fake_engine.request import expected_output
 
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 400, 150
 NUM_BLOCKS, BLOCK_SIZE = 128, 8
@@ -56,39 +54,17 @@ class _Instance:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self.engine = TensorEngine(
-            num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, device=torch.device(plan.device)
+        settings = FakeSettings(
+            engine_index=0,
+            num_blocks=NUM_BLOCKS,
+            block_size=BLOCK_SIZE,
+            step_s=STEP_S,
+            device=plan.device,
         )
-        self.outputs: dict[str, Outputs] = {}
+        self.engine = FakeInstanceEngine(settings, instance_id=plan.name)
         self._migrator: Migrator | None = None
         self._moves: dict[str, asyncio.Task[ReportMigration]] = {}
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        threading.Thread(target=self._step_for_ever, name="engine", daemon=True).start()
-
-    def call(self, function: Callable[[], Any]) -> Future[Any]:
-        """Run it on the engine's thread."""
-        future: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except Exception as error:  # the caller's
-                future.set_exception(error)
-
-        self._calls.put(run)
-        return future
-
-    def _step_for_ever(self) -> None:
-        while True:
-            while not self._calls.empty():
-                self._calls.get()()
-            self.engine.schedule_step()
-            self._heard(self.engine.finish_step())
-            time.sleep(STEP_S)
-
-    def _heard(self, outputs: tuple[FakeOutput, ...]) -> None:
-        for output in outputs:
-            self.outputs.setdefault(output.request_id, {})[output.position] = output.token_id
+        threading.Thread(target=self.engine.run, name="engine", daemon=True).start()
 
     async def serve(self, orders: Connection) -> None:
         """Do as told: the name of a method below, and its arguments."""
@@ -103,9 +79,9 @@ class _Instance:
             await self._migrator.close()
         self._migrator = Migrator(
             instance_id=self._plan.name,
-            port=self.engine,
-            call=self.call,
-            abort=self.engine.abort,
+            port=self.engine.migration,
+            call=self.engine.call,
+            abort=self.engine.migration.abort,
             keys=self._plan.keys,
             host="127.0.0.1",
             step_time_s=lambda: STEP_S,
@@ -120,7 +96,9 @@ class _Instance:
 
     async def add(self, request_id: str, prompt: list[int]) -> None:
         """Serve a request."""
-        self.call(lambda: self.engine.add_request(request_id, prompt, NUM_OUTPUT_TOKENS))
+        self.engine.call(
+            lambda: self.engine.migration.add_request(request_id, prompt, NUM_OUTPUT_TOKENS)
+        )
 
     async def start_move(self, order: OrderMigration) -> None:
         """Begin to move a request away."""
@@ -139,16 +117,16 @@ class _Instance:
 
     async def tokens(self, request_id: str) -> Outputs:
         """Tokens that were sampled here."""
-        return dict(self.outputs.get(request_id, {}))
+        return dict(self.engine.outputs.get(request_id, {}))
 
     async def num_blocks_held(self) -> int:
         """By requests, migrations and reservations, each counted by its holders."""
 
         def count() -> int:
-            self.engine.check()
-            return NUM_BLOCKS - self.engine.pool.num_free_blocks
+            self.engine.migration.check()
+            return NUM_BLOCKS - self.engine.migration.pool.num_free_blocks
 
-        return await asyncio.wrap_future(self.call(count))
+        return await asyncio.wrap_future(self.engine.call(count))
 
     async def die_at(self, kind: str) -> None:
         """End at the next message of this kind."""

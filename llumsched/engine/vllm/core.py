@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import msgspec
 import zmq
@@ -53,7 +53,7 @@ _LOOP_CALL = _LoopCall()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """How to build an instance's engine.
+    """How to build an instance's vLLM engine.
 
     ``vllm_config`` is shared by every instance of the pool; ``frontend_addresses`` are the
     frontends' sockets, in the same order on every instance, as a request's ``client_index``
@@ -61,6 +61,7 @@ class EngineSettings:
     in vLLM's metrics.
     """
 
+    engine: ClassVar[str] = "vllm"
     vllm_config: VllmConfig
     frontend_addresses: EngineZmqAddresses
     engine_index: int
