@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from llumsched.core.load import InstanceLoad, InstanceSpec
+from llumsched.engine.base import StepAhead
 from llumsched.wire.keys import PoolKeys
 from tests.fake_engine.request import FakeOutput
 from tests.fake_engine.tensors import TensorEngine
@@ -52,6 +53,9 @@ class FakeInstanceEngine:
         self._is_ending = False
         self._known: set[str] = set()
         self._sequence = 0
+
+    def step_ahead(self) -> StepAhead:
+        return StepAhead(step_s=self.step_time_s)
 
     def spec(self) -> InstanceSpec:
         return InstanceSpec(
