@@ -24,7 +24,7 @@ from vllm.v1.engine import (
 from vllm.v1.engine import core as engine_core_module
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
-from llumsched.engine.vllm.core import prove_membership
+from llumsched.engine.vllm.patches import prove_membership
 from llumsched.frontend.routing.client import RoutingEngineClient
 from llumsched.frontend.routing.request_metrics import FrontendMetrics
 from llumsched.frontend.routing.sockets import FrontendSockets, engine_identity

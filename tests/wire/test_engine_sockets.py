@@ -10,7 +10,7 @@ import pytest
 import zmq
 from vllm.v1.engine import core as engine_core_module
 
-from llumsched.engine.vllm.core import prove_membership
+from llumsched.engine.vllm.patches import prove_membership
 from llumsched.frontend.routing.sockets import FrontendSockets, engine_identity
 from llumsched.wire.keys import PoolKeys
 

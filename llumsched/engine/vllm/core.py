@@ -18,12 +18,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import msgspec
-import zmq
 from vllm.config import VllmConfig
 from vllm.logger import configure_logging
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreRequestType
-from vllm.v1.engine import core as engine_core_module
 from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
@@ -31,17 +29,13 @@ from vllm.v1.request import Request
 
 from llumsched.core.step_time import MeasuredStep
 from llumsched.engine.base import StepAhead
-from llumsched.engine.vllm.reconnect_probe import IntroducingSocket
 from llumsched.engine.vllm.step_clock import StepClock
 from llumsched.engine.vllm.step_recorder import StepRecorder
-from llumsched.wire.keys import PoolKeys
 
 T = TypeVar("T")
 
 # Weight of the newest step in the moving average of the step time.
 STEP_TIME_WEIGHT = 0.2
-# Of one frame of a request: what a frontend has taken in by HTTP, images and all.
-MAX_REQUEST_NUM_BYTES = 1 << 30
 
 
 class _LoopCall:
@@ -76,25 +70,6 @@ class FrontendCalls(Protocol):
 
     def missing(self, request_ids: list[str]) -> list[str]:
         """The requests that are not here."""
-
-
-def prove_membership(keys: PoolKeys) -> None:
-    """Have the engines of this process hold the pool's keys where they connect to a frontend, and
-    answer its greetings.
-
-    Their two threads offer no parameter for it, so the function that they open sockets with is
-    replaced.
-    """
-    module: Any = engine_core_module
-    original = module.make_zmq_socket
-
-    def make_zmq_socket(context: zmq.Context[Any], *args: Any, **kwargs: Any) -> Any:
-        keys.connect_with(context, max_message_num_bytes=MAX_REQUEST_NUM_BYTES)
-        opening: Any = context
-        opening._socket_class = IntroducingSocket
-        return original(context, *args, **kwargs)
-
-    module.make_zmq_socket = make_zmq_socket
 
 
 class LlumschedEngineCore(EngineCoreProc):

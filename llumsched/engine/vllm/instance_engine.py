@@ -13,10 +13,11 @@ from typing import TypeVar
 from llumsched.core.load import InstanceLoad, InstanceSpec
 from llumsched.engine.base import StepAhead
 from llumsched.engine.vllm.compat import start_watchdog
-from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore, prove_membership
+from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore
 from llumsched.engine.vllm.load import LoadReader
 from llumsched.engine.vllm.migration import MigrationAdapter
 from llumsched.engine.vllm.migration.resumption import Resumption
+from llumsched.engine.vllm.patches import prove_membership
 from llumsched.engine.vllm.prefix_blocks import PrefixBlockRecorder
 from llumsched.engine.vllm.warm_up import warm_up
 from llumsched.wire.keys import PoolKeys

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, cast
@@ -20,11 +19,11 @@ from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.tasks import SupportedTask
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.engine import async_llm as async_llm_module
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
+from llumsched.engine.vllm.patches import client_made_by
 from llumsched.frontend.options.preflight import TASKS_UNASKED
 from llumsched.frontend.routing.client import RoutingEngineClient
 from llumsched.frontend.routing.connections import NoInstance, Roster
@@ -165,7 +164,7 @@ def build_engine(
         TimeoutError: if an instance does not report in time.
     """
     links: list[SchedulerClient] = []
-    with _our_client(surroundings, links):
+    with client_made_by(_client_maker(surroundings, links)):
         engine = Engine.from_vllm_config(
             vllm_config=vllm_config,
             usage_context=UsageContext.OPENAI_API_SERVER,
@@ -180,12 +179,10 @@ def build_engine(
     return engine, links[0]
 
 
-@contextlib.contextmanager
-def _our_client(surroundings: EngineClientConfig, links: list[SchedulerClient]) -> Iterator[None]:
-    """While this lasts, ``AsyncLLM`` builds its client as one over the pool.
-
-    ``AsyncLLM`` offers no parameter for its client, so the name it looks up is replaced.
-    """
+def _client_maker(
+    surroundings: EngineClientConfig, links: list[SchedulerClient]
+) -> Callable[..., RoutingEngineClient]:
+    """A factory of clients over the pool, each with a link to the scheduler, put into ``links``."""
 
     def make_client(
         vllm_config: VllmConfig, *_: Any, renderer: Any = None, **__: Any
@@ -216,13 +213,4 @@ def _our_client(surroundings: EngineClientConfig, links: list[SchedulerClient]) 
         )
         return client
 
-    module: Any = async_llm_module
-    original = module.EngineCoreClient
-    replacement = type(
-        "EngineCoreClient", (original,), {"make_async_mp_client": staticmethod(make_client)}
-    )
-    module.EngineCoreClient = replacement
-    try:
-        yield
-    finally:
-        module.EngineCoreClient = original
+    return make_client
