@@ -16,7 +16,7 @@ import torch
 import zmq
 import zmq.asyncio
 
-from llumsched.core.migration.messages import BlocksCopied, ToSource
+from llumsched.core.migration.messages import BlocksCopied, CopyBlocks, ToSource
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.transfer.access import LocalKV
 from llumsched.engine.transfer.blocks import BlockLayout, KVBlocks, Runs
@@ -34,6 +34,7 @@ from llumsched.migration.messages import (
 )
 from llumsched.migration.migrator import CPU_SLOT_MB
 from llumsched.migration.rate_limit import RateLimiter
+from llumsched.migration.runs import Run
 from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 
 TRANSPORTS = ("shared_memory", "tcp", "gloo")
@@ -59,10 +60,11 @@ def _kv() -> KVBlocks:
 
 
 def _here() -> Here:
-    kv, options = LocalKV(_kv()), TransferOptions()
-    blocks_per_slot = max(1, int(CPU_SLOT_MB * 1e6) // kv.block_num_bytes)
+    kv, options = LocalKV([_kv()]), TransferOptions()
+    (block_num_bytes,) = kv.block_num_bytes
+    blocks_per_slot = max(1, int(CPU_SLOT_MB * 1e6) // block_num_bytes)
     ring = SendRing(
-        num_slots=options.staging_slots, slot_num_bytes=blocks_per_slot * kv.block_num_bytes
+        num_slots=options.staging_slots, slot_num_bytes=blocks_per_slot * block_num_bytes
     )
     return Here(kv=kv, ring=ring, host="127.0.0.1")
 
@@ -109,7 +111,7 @@ async def _send(
     endpoint: str, keys: PoolKeys, transport: str, num_blocks: int, repetitions: int
 ) -> float:
     here = _here()
-    ring, num_bytes = here.ring, here.kv.block_num_bytes
+    ring, (num_bytes,) = here.ring, here.kv.block_num_bytes
     stored: asyncio.Queue[int] = asyncio.Queue()
 
     def on_answer(message: ToSource) -> None:
@@ -122,7 +124,8 @@ async def _send(
     times_s = []
     for stage in range(repetitions + 1):  # the first one touches cold memory
         started_s = time.perf_counter()
-        await link.send_blocks("m", stage, list(range(num_blocks)), 0, is_final=False)
+        command = CopyBlocks(migration_id="m", stage=stage, first_block=0, num_blocks=num_blocks)
+        await link.send_blocks(command, 0, [Run(0, 0, list(range(num_blocks)))])
         while await stored.get() != stage:
             pass
         times_s.append(time.perf_counter() - started_s)
@@ -156,6 +159,7 @@ async def _answer(parent: Connection, keys: PoolKeys) -> None:
         elif isinstance(message, StoreBlocks) and transport is not None:
             part = IncomingPart(
                 here=here,
+                group=message.group,
                 num_blocks=message.num_blocks,
                 slot=message.slot,
                 note=message.note,

@@ -221,15 +221,16 @@ def shards(checks: Checks) -> str:
 
     def workers_of(side: Sequence[Cache]) -> Callable[[int, Any], list[ShardOpened]]:
         return lambda pid, pipes: [
-            serve_shard(cache.blocks, pid, pipe) for cache, pipe in zip(side, pipes, strict=True)
+            serve_shard([cache.blocks], pid, pipe) for cache, pipe in zip(side, pipes, strict=True)
         ]
 
     async def copy() -> None:
         source, target = (ShardedKV(workers_of(side), num_workers=2) for side in caches)
-        ring = SendRing(num_slots=1, slot_num_bytes=3 * source.block_num_bytes)
-        staging = ring.staging(0, 3 * source.block_num_bytes)
-        await source.gather([1, 2, 3], staging)
-        await target.scatter([7, 8, 9], staging)
+        num_bytes = 3 * source.block_num_bytes[0]
+        ring = SendRing(num_slots=1, slot_num_bytes=num_bytes)
+        staging = ring.staging(0, num_bytes)
+        await source.gather(0, [1, 2, 3], staging)
+        await target.scatter(0, [7, 8, 9], staging)
         source.close()
         target.close()
         ring.close()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 
 from scripts.prepare_model import prepare_model
+from tests.families import COMMON, Family
 
 # Of SmolLM2's thirty; enough for tokens that depend on all that came before.
 LAYERS = (0, 1, 2, 3, 26, 27, 28, 29)
@@ -56,6 +57,20 @@ def random_weights(folder: Path) -> str:
         auto: Any = AutoModelForCausalLM
         model = auto.from_config(AutoConfig.from_pretrained(folder))
     model.save_pretrained(folder)
+    return str(folder)
+
+
+def of_family(family: Family, folder: Path) -> str:
+    """A tiny model of a family with random weights, and SmolLM2's tokens, in the folder."""
+    _without_weights(folder)
+    config = AutoConfig.for_model(**(dict(COMMON) | dict(family.config)))
+    config.architectures = [family.architecture]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    _change(folder, architectures=[family.architecture])
     return str(folder)
 
 

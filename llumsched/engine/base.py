@@ -24,6 +24,7 @@ import msgspec
 
 from llumsched.core.events import Event
 from llumsched.core.load import InstanceLoad, InstanceSpec
+from llumsched.core.migration.groups import CacheGroup
 from llumsched.core.policy import MigrationCandidate
 
 if TYPE_CHECKING:
@@ -120,12 +121,23 @@ class FinalState(msgspec.Struct, frozen=True, kw_only=True):
 
 # ---- what the ports answer ------------------------------------------------------------------
 
+BlockTables = tuple[list[int], ...]
+"""Ids of a request's blocks: a list for each group of the KV cache, by their place in it. Of a live
+group, only the blocks that hold the state."""
+
+NO_BLOCK = -1
+"""Id of a block that is not there: a sliding window has left it behind."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyableBlocks:
-    """Block ids of an export, from the request's first block on, pinned until it ends."""
+    """Block ids of an export, from the request's first block on, pinned until it ends.
 
-    block_ids: list[int]
+    ``num_tokens`` of the request are in blocks that nothing writes any more, but for live groups.
+    """
+
+    block_ids: BlockTables
+    num_tokens: int
     num_preemptions: int
 
 
@@ -143,11 +155,11 @@ class SuspendedRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReservedBlocks:
-    """Blocks of an import: of ``block_ids``, the first ``num_cached_blocks`` have their content
-    already (by prefix caching). ``grammar`` is to be waited for before the commit, if one is being
-    compiled."""
+    """Blocks of an import: the first ``num_cached_blocks``, in the order of the groups, have their
+    content already (by prefix caching). ``grammar`` is to be waited for before the commit, if one
+    is being compiled."""
 
-    block_ids: list[int]
+    block_ids: BlockTables
     num_cached_blocks: int
     grammar: Future[Any] | None = None
 
@@ -171,8 +183,8 @@ class KVAccess(Protocol):
     """How a migrator reaches an engine's KV blocks, in whichever process they are.
 
     A part of a stage is one run of bytes in a slot of staging memory, and one call copies all of
-    it. ``layout`` and ``backend`` are equal where blocks can move; ``block_num_bytes`` is the size
-    of a block in a slot.
+    it. A part has blocks of one group. ``layout`` and ``backend`` are equal where blocks can move;
+    ``block_num_bytes`` is the size of a block of each group in a slot.
 
     ``pins_staging``: the copies are faster from and to memory that is locked for a GPU.
     ``device`` is that of the blocks which this process reaches itself, else the CPU.
@@ -187,7 +199,7 @@ class KVAccess(Protocol):
     def backend(self) -> str: ...
 
     @property
-    def block_num_bytes(self) -> int: ...
+    def block_num_bytes(self) -> tuple[int, ...]: ...
 
     @property
     def pins_staging(self) -> bool: ...
@@ -198,14 +210,15 @@ class KVAccess(Protocol):
     @property
     def copies_on_cores(self) -> bool: ...
 
-    async def gather(self, block_ids: Sequence[int], staging: Staging) -> float:
-        """Copy blocks into ``staging``, which has room for them. No step writes them meanwhile.
+    async def gather(self, group: int, block_ids: Sequence[int], staging: Staging) -> float:
+        """Copy blocks of a group into ``staging``, which has room for them. No step writes them
+        meanwhile.
 
         Returns:
             the seconds of a core's time that it took of other processes, where it took most.
         """
 
-    async def scatter(self, block_ids: Sequence[int], staging: Staging) -> float:
+    async def scatter(self, group: int, block_ids: Sequence[int], staging: Staging) -> float:
         """The inverse of ``gather``, into the blocks named here."""
 
     def close(self) -> None:
@@ -266,8 +279,8 @@ class DestinationEngine(Protocol):
                 id; nothing is held then.
         """
 
-    def grow(self, request_id: str, num_blocks: int) -> list[int]:
-        """Hold at least ``num_blocks`` blocks; returns the ids of all.
+    def grow(self, request_id: str, num_tokens: int) -> BlockTables:
+        """Hold blocks for at least ``num_tokens`` tokens; returns the ids of all.
 
         Raises:
             CannotMigrate: if there is no room. The import stays open.
@@ -291,11 +304,14 @@ class MigrationEngine(SourceEngine, DestinationEngine, Protocol):
     """An engine that can be either side.
 
     ``refusal`` is the reason why no request of this engine can move, or ``None``; ``kv`` is its KV
-    cache, unless there is such a reason.
+    cache, unless there is such a reason. ``groups`` are the groups of that cache.
     """
 
     @property
     def refusal(self) -> str | None: ...
+
+    @property
+    def groups(self) -> tuple[CacheGroup, ...]: ...
 
     @property
     def kv(self) -> KVAccess | None: ...

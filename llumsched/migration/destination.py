@@ -36,6 +36,7 @@ from llumsched.core.migration.destination.events import (
 )
 from llumsched.core.migration.destination.record import Reservation, ReservationOptions
 from llumsched.core.migration.events import PeerLost
+from llumsched.core.migration.groups import Place, order_of
 from llumsched.core.migration.messages import (
     BlocksCopied,
     BlocksReserved,
@@ -48,9 +49,12 @@ from llumsched.core.migration.messages import (
     ToSource,
 )
 from llumsched.engine.base import (
+    NO_BLOCK,
+    BlockTables,
     CannotMigrate,
     FinalState,
     MigrationEngine,
+    Refusal,
     RequestState,
     StepAhead,
 )
@@ -101,14 +105,17 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
         self._answer_after_s = answer_after_s
         self._step_ahead = step_ahead
         self._reply: Reply | None = None
-        self._state = b""
+        self._reserve: ReserveBlocks | None = None
         self._final = b""
         self._refusal = ""
-        self._block_ids: list[int] = []
+        self._block_ids: BlockTables = ()
         self._is_allocated = False
         self._room = asyncio.Event()
-        self._blocks_begun: set[int] = set()
-        self._blocks_written: set[int] = set()
+        # Tokens up to the end of the latest stage announced.
+        self._num_stage_tokens = 0
+        self._stage_places: set[Place] = set()
+        self._blocks_begun: set[Place] = set()
+        self._blocks_written: set[Place] = set()
         self.num_writing = 0
         # The engine's, of the request's next token: it has taken the request over.
         self._committed: Future[Future[None]] | None = None
@@ -119,7 +126,9 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
     @property
     def num_reserved_blocks(self) -> int:
         """Reserved blocks that are not the request's own yet."""
-        return 0 if self._is_committed else len(self._block_ids)
+        if self._is_committed:
+            return 0
+        return sum(block_id != NO_BLOCK for table in self._block_ids for block_id in table)
 
     @property
     def _is_committed(self) -> bool:
@@ -136,7 +145,7 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
         self._reply = reply
         match message:
             case ReserveBlocks():
-                self._state = message.state
+                self._reserve = message
             case CommitRequest():
                 self._final = message.final
         self.post(message)
@@ -151,15 +160,21 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
         if not self._is_receiving(part.stage):
             return
         end = part.first_block + part.num_blocks
-        if not record.first_block <= part.first_block < end <= len(self._block_ids):
+        table = self._block_ids[part.group] if part.group < len(self._block_ids) else []
+        block_ids = table[part.first_block : end]
+        if len(block_ids) != part.num_blocks or NO_BLOCK in block_ids:
+            self._fail(f"blocks {part.first_block} to {end} of group {part.group} have no place")
+            return
+        places = [(part.group, place) for place in range(part.first_block, end)]
+        if not self._stage_places.issuperset(places):
             self._fail(f"blocks {part.first_block} to {end} are not of this stage")
             return
-        if part.first_block in self._blocks_begun:
+        if not self._blocks_begun.isdisjoint(places):
             return  # doubled on the link; its slot may hold other blocks by now
-        self._blocks_begun.update(range(part.first_block, end))
+        self._blocks_begun.update(places)
         self.num_writing += 1
         try:
-            await write(self._block_ids[part.first_block : end])
+            await write(block_ids)
         except RuntimeError as error:
             self._fail(str(error))
             return
@@ -168,8 +183,8 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
             self._cancel_unused()
         if not self._is_receiving(part.stage):
             return
-        self._blocks_written.update(range(part.first_block, end))
-        if len(self._blocks_written) == record.num_stage_blocks:
+        self._blocks_written.update(places)
+        if len(self._blocks_written) == part.stage_num_sent:
             self.post(
                 BlocksWritten(
                     migration_id=self.migration_id,
@@ -197,10 +212,20 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
             num_blocks=part.stage_num_blocks,
         )
         if machine.is_current(self.record, stage):
+            self._num_stage_tokens = part.stage_num_tokens
+            self._stage_places = self._places_of(part)
             self._room.clear()
             self._blocks_begun = set()
             self._blocks_written = set()
         self.post(stage)
+
+    def _places_of(self, part: StoreBlocks) -> set[Place]:
+        end = part.stage_first_block + part.stage_num_blocks
+        try:
+            order = order_of(self._port.groups)
+            return set(order.places(part.stage_first_block, end, part.stage_num_tokens))
+        except IndexError:
+            return set()  # a stage that cannot be: nothing of it is written
 
     def _is_receiving(self, stage: int) -> bool:
         return self.record.takes_blocks and self.record.stage == stage
@@ -219,11 +244,10 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
             case AllocateBlocks():
                 self._spawn(self._allocate(command.request_id))
             case ReceiveBlocks():
-                num_blocks = command.first_block + command.num_blocks
-                if num_blocks <= len(self._block_ids):
+                if self._num_stage_tokens <= self._num_tokens_held:
                     self._room.set()
                 else:
-                    self._spawn(self._grow(command.request_id, num_blocks))
+                    self._spawn(self._grow(command.request_id, self._num_stage_tokens))
             case AdmitRequest():
                 self._admit(command.request_id)
             case FreeBlocks():
@@ -246,9 +270,12 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
 
     async def _allocate(self, request_id: str) -> None:
         try:
-            state = msgspec.msgpack.decode(self._state, type=RequestState)
+            reserve, self._reserve = self._reserve, None
+            assert reserve is not None
+            state = msgspec.msgpack.decode(reserve.state, type=RequestState)
+            if reserve.groups != self._port.groups:
+                raise CannotMigrate("the KV caches have other groups", Refusal.INCOMPATIBLE)
             reserved = await self._engine(lambda: self._port.reserve(state))
-            self._state = b""
             self._is_allocated = True
             self._block_ids = reserved.block_ids
             if self.record.state is not ReservationState.ALLOCATING:
@@ -276,7 +303,7 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
         """Give back what this migration, and no other of the same request, has reserved."""
         if self._is_allocated:
             self._is_allocated = False
-            self._block_ids = []
+            self._block_ids = ()
             self._cancel_unused()
 
     def _cancel_unused(self) -> None:
@@ -285,9 +312,19 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
             request_id = self.record.request_id
             self._call(lambda: self._port.cancel(request_id))
 
-    async def _grow(self, request_id: str, num_blocks: int) -> None:
+    @property
+    def _num_tokens_held(self) -> int:
+        """Tokens that there are blocks for in every group."""
+        held = [
+            len(table) * group.block_size
+            for group, table in zip(self._port.groups, self._block_ids, strict=True)
+            if not group.is_live
+        ]
+        return min(held, default=1 << 62)
+
+    async def _grow(self, request_id: str, num_tokens: int) -> None:
         try:
-            block_ids = await self._engine(lambda: self._port.grow(request_id, num_blocks))
+            block_ids = await self._engine(lambda: self._port.grow(request_id, num_tokens))
         except CannotMigrate as error:
             self._fail(str(error))
             return
@@ -322,7 +359,7 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
             self.post(AdmissionFailed(migration_id=self.migration_id, reason=str(error)))
             return
         self._is_allocated = False  # the blocks are the request's own now
-        self._block_ids = []
+        self._block_ids = ()
         await asyncio.wait([asyncio.wrap_future(next_token)], timeout=NEXT_TOKEN_WITHIN_S)
         self.post(RequestAdmitted(migration_id=self.migration_id))
 

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from llumsched.core.migration.messages import ToDestination, ToSource
+from llumsched.core.migration.messages import CopyBlocks, ToDestination, ToSource
 from llumsched.engine.base import CannotMigrate, Refusal
 from llumsched.engine.transfer.registry import offered
 from llumsched.engine.transfer.transport import Here, OutgoingPart, Transport, Unavailable
@@ -37,6 +37,7 @@ from llumsched.migration.messages import (
     encode_peer,
 )
 from llumsched.migration.rate_limit import RateLimiter
+from llumsched.migration.runs import Run
 from llumsched.wire.keys import PoolKeys
 
 logger = logging.getLogger(__name__)
@@ -153,34 +154,34 @@ class PeerConnection:
         if not self._socket.closed:
             await self._socket.send(encode_peer(message))
 
-    async def send_blocks(
-        self,
-        migration_id: str,
-        stage: int,
-        block_ids: list[int],
-        first_block: int,
-        *,
-        is_final: bool,
-    ) -> None:
-        """Hand blocks over, part by part; returns when the last has left."""
+    async def send_blocks(self, stage: CopyBlocks, num_tokens: int, runs: Sequence[Run]) -> None:
+        """Hand a stage over, part by part; returns when the last has left.
+
+        Args:
+            num_tokens: tokens of the request in the blocks up to the stage's last.
+            runs: the blocks of the stage that have content. Without any it is announced all the
+                same.
+        """
         transport, ring, kv = self._transport, self._here.ring, self._here.kv
         assert transport is not None, "open first"
-        blocks_per_slot = ring.slot_num_bytes // kv.block_num_bytes
-        for start in range(0, len(block_ids), blocks_per_slot):
-            part_ids = block_ids[start : start + blocks_per_slot]
-            num_bytes = len(part_ids) * kv.block_num_bytes
+        num_sent = sum(len(run.block_ids) for run in runs)
+        for group, first_block, part_ids in self._parts(runs):
+            num_bytes = len(part_ids) * kv.block_num_bytes[group]
             delay_s = self._pacer.delay_s(num_bytes, time.monotonic())
-            if not is_final and delay_s > 0:
+            if not stage.is_final and delay_s > 0:
                 await asyncio.sleep(delay_s)
             slot = await ring.acquire()
             self._num_uses += 1
-            self._slots_sent[slot] = (self._num_uses, migration_id)
+            self._slots_sent[slot] = (self._num_uses, stage.migration_id)
             message = StoreBlocks(
-                migration_id=migration_id,
-                stage=stage,
-                stage_first_block=first_block,
-                stage_num_blocks=len(block_ids),
-                first_block=first_block + start,
+                migration_id=stage.migration_id,
+                stage=stage.stage,
+                stage_first_block=stage.first_block,
+                stage_num_blocks=stage.num_blocks,
+                stage_num_sent=num_sent,
+                stage_num_tokens=num_tokens,
+                group=group,
+                first_block=first_block,
                 num_blocks=len(part_ids),
                 slot=slot,
                 use=self._num_uses,
@@ -188,6 +189,7 @@ class PeerConnection:
             begun_s = time.thread_time()
             part = OutgoingPart(
                 here=self._here,
+                group=group,
                 block_ids=part_ids,
                 slot=slot,
                 send=partial(self._announce, message),
@@ -197,6 +199,15 @@ class PeerConnection:
             self._core_s = part.core_s + time.thread_time() - begun_s
             self._pacer.copied(self._core_s, time.monotonic())
         await self._until_broken(transport.flush())
+
+    def _parts(self, runs: Sequence[Run]) -> Iterator[tuple[int, int, list[int]]]:
+        """Group, first place and block ids of each part: what of a run fits into a slot."""
+        for run in runs:
+            per_slot = self._here.ring.slot_num_bytes // self._here.kv.block_num_bytes[run.group]
+            for start in range(0, len(run.block_ids), per_slot):
+                yield run.group, run.first + start, run.block_ids[start : start + per_slot]
+        if not runs:
+            yield 0, 0, []
 
     async def _announce(
         self,

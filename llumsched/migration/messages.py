@@ -56,9 +56,10 @@ class Welcome(Message, frozen=True, kw_only=True):
 
 
 class StoreBlocks(Message, frozen=True, kw_only=True):
-    """Part of a stage: blocks ``first_block`` and following lie in ``slot``, whose ``use``-th use
-    this is, or where the transport's ``note`` says. Every part names the whole stage, so the first
-    to arrive announces it.
+    """Part of a stage: blocks ``first_block`` and following of a ``group`` lie in ``slot``, whose
+    ``use``-th use this is, or where the transport's ``note`` says. Every part names the whole
+    stage, so the first to arrive announces it: ``stage_num_sent`` of its blocks have content, and
+    the request has ``stage_num_tokens`` tokens in them and before.
 
     ``checksum`` is the CRC-32 of the bytes, if the sender is configured to add it.
     """
@@ -67,6 +68,9 @@ class StoreBlocks(Message, frozen=True, kw_only=True):
     stage: Count
     stage_first_block: Count
     stage_num_blocks: Count
+    stage_num_sent: Count
+    stage_num_tokens: Count
+    group: Count
     first_block: Count
     num_blocks: Count
     slot: Count

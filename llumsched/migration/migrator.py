@@ -116,7 +116,7 @@ class Migrator:
             port=port,
             call=call,
             step_time_s=step_time_s,
-            block_num_bytes=port.kv.block_num_bytes if port.kv is not None else 0,
+            block_num_bytes=port.kv.block_num_bytes if port.kv is not None else (),
             options=options,
         )
         self._incoming = IncomingMigrations(
@@ -239,7 +239,8 @@ class Migrator:
             CPU_SLOT_MB if kv.copies_on_cores else GPU_SLOT_MB
         )
         slot_num_bytes = int(slot_mb * BYTES_PER_MB)
-        return max(1, slot_num_bytes // kv.block_num_bytes) * kv.block_num_bytes
+        largest = max(kv.block_num_bytes)
+        return max(1, slot_num_bytes // largest) * largest
 
     def _what_transports_use(self, kv: KVAccess) -> Here:
         return Here(
@@ -362,6 +363,7 @@ class Migrator:
         _, transport = self._sources[identity]
         part = IncomingPart(
             here=self._here,
+            group=message.group,
             num_blocks=message.num_blocks,
             slot=message.slot,
             note=message.note,
@@ -369,6 +371,8 @@ class Migrator:
             checksum=message.checksum,
         )
         try:
+            if part.group >= len(self._here.kv.block_num_bytes):
+                raise ValueError(f"there is no group {part.group} of blocks")
             if part.num_bytes > self._here.ring.slot_num_bytes:
                 raise ValueError(f"{message.num_blocks} blocks in one part are too many")
             put = await transport.receive(part)

@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Protocol
@@ -24,6 +24,7 @@ import msgspec
 
 from llumsched.core.events import MigrationOutcome
 from llumsched.core.migration.events import LocalEvent, PeerLost
+from llumsched.core.migration.groups import order_of
 from llumsched.core.migration.messages import (
     BlocksCopied,
     BlocksReserved,
@@ -64,6 +65,7 @@ from llumsched.engine.base import (
     SuspendedRequest,
 )
 from llumsched.migration.host import Call, MigrationHost
+from llumsched.migration.runs import Run, runs_of
 from llumsched.wire.control import MigrationStatistics, ReportMigration
 
 logger = logging.getLogger(__name__)
@@ -86,16 +88,11 @@ class PeerLink(Protocol):
 
     async def send(self, message: ToDestination) -> None: ...
 
-    async def send_blocks(
-        self,
-        migration_id: str,
-        stage: int,
-        block_ids: list[int],
-        first_block: int,
-        *,
-        is_final: bool,
-    ) -> None:
-        """Gather blocks and hand them over, chunk by chunk; returns when the last is sent."""
+    async def send_blocks(self, stage: CopyBlocks, num_tokens: int, runs: Sequence[Run]) -> None:
+        """Gather a stage's blocks and hand them over, part by part; returns when the last is sent.
+
+        ``num_tokens`` tokens of the request are in the blocks up to the stage's last.
+        """
 
 
 class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
@@ -130,10 +127,13 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
         self._options = options
         self._state: RequestState | None = None
         self._commands: asyncio.Queue[SourceCommand | None] = asyncio.Queue()
-        self._block_ids: list[int] = []
-        self._num_preemptions = 0
+        self._order = order_of(port.groups)
+        self._blocks = CopyableBlocks(
+            block_ids=tuple([] for _ in port.groups), num_tokens=0, num_preemptions=0
+        )
         self._num_cached_blocks = 0
-        self._num_blocks_sent = 0
+        # Of each group.
+        self._num_blocks_sent = [0] * len(port.groups)
         self._suspended: SuspendedRequest | None = None
         self._suspended_s = 0.0
         self._held_back_s = 0.0
@@ -186,8 +186,7 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
     ) -> None:
         blocks = await asyncio.wrap_future(pinned)
         if self._suspended is None:
-            self._block_ids = blocks.block_ids
-            self._num_preemptions = blocks.num_preemptions
+            self._blocks = blocks
         self._post_filled_in(message)
 
     def _post_filled_in(self, message: BlocksReserved | BlocksCopied) -> None:
@@ -197,11 +196,17 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
                 message,
                 # Without KV it is in no batch already: to wait would only prolong that.
                 step_s=message.step_s if self._state.has_kv else 0.0,
-                num_full_blocks_now=len(self._block_ids),
-                num_preemptions=self._num_preemptions,
+                num_full_blocks_now=self._num_blocks_now,
+                num_preemptions=self._blocks.num_preemptions,
                 hand_over_s=hand_over_s(self._step_time_s()),
             )
         )
+
+    @property
+    def _num_blocks_now(self) -> int:
+        """Blocks that may be copied: once the request is suspended, all of them."""
+        count = self._order.num_settled if self._suspended is None else self._order.num_blocks
+        return count(self._blocks.num_tokens)
 
     # ---- commands -------------------------------------------------------------------------
 
@@ -212,7 +217,7 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
             CannotMigrate: if it cannot move; nothing has been done then.
         """
         self._state = state = await self._start_export()
-        self._num_preemptions = state.num_preemptions
+        self._blocks = replace(self._blocks, num_preemptions=state.num_preemptions)
         try:
             migration, commands = machine.start(
                 migration_id=self.migration_id,
@@ -220,6 +225,7 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
                 source=self._source,
                 destination=self.destination,
                 num_preemptions=state.num_preemptions,
+                groups=self._port.groups,
                 options=self._options,
             )
             self.phase = migration.state.lower()
@@ -282,15 +288,11 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
                 raise AssertionError(f"no such command: {command}")
 
     async def _copy(self, command: CopyBlocks) -> None:
-        last = command.first_block + command.num_blocks
-        self._num_blocks_sent += command.num_blocks
-        await self._link.send_blocks(
-            self.migration_id,
-            command.stage,
-            self._block_ids[command.first_block : last],
-            command.first_block,
-            is_final=command.is_final,
-        )
+        blocks = self._blocks
+        runs = runs_of(self._order, command, blocks.block_ids, blocks.num_tokens)
+        for run in runs:
+            self._num_blocks_sent[run.group] += len(run.block_ids)
+        await self._link.send_blocks(command, blocks.num_tokens, runs)
 
     async def _suspend_later(self, command: SuspendRequest) -> None:
         """The request decodes on until a step of the destination is about to end."""
@@ -313,13 +315,12 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
             logger.info("Migration %s: %s", self.migration_id, error)
             return
         self._suspended = suspended
-        self._block_ids = suspended.blocks.block_ids
-        self._num_preemptions = suspended.blocks.num_preemptions
+        self._blocks = suspended.blocks
         self.post(
             RequestSuspended(
                 migration_id=self.migration_id,
-                num_blocks_to_copy=max(0, len(self._block_ids) - num_blocks_copied),
-                num_preemptions=self._num_preemptions,
+                num_blocks_to_copy=max(0, self._num_blocks_now - num_blocks_copied),
+                num_preemptions=self._blocks.num_preemptions,
             )
         )
 
@@ -329,16 +330,18 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
     # ---- afterwards -----------------------------------------------------------------------
 
     def statistics(
-        self, *, total_s: float, step_time_s: float, block_num_bytes: int
+        self, *, total_s: float, step_time_s: float, block_num_bytes: Sequence[int]
     ) -> MigrationStatistics:
         """Of a migration that was committed."""
         assert self._suspended is not None
         final = self._suspended.final
         return MigrationStatistics(
             num_stages=self.record.stage,
-            num_blocks=self._num_blocks_sent,
+            num_blocks=sum(self._num_blocks_sent),
             num_cached_blocks=self._num_cached_blocks,
-            num_bytes=self._num_blocks_sent * block_num_bytes,
+            num_bytes=sum(
+                num * size for num, size in zip(self._num_blocks_sent, block_num_bytes, strict=True)
+            ),
             num_tokens=final.num_computed_tokens + 1,
             num_output_tokens=len(final.output_token_ids),
             total_s=total_s,
@@ -354,7 +357,7 @@ class OutgoingMigrations:
     Args:
         call: runs a closure on the engine's loop thread.
         step_time_s: the engine's recent step time.
-        block_num_bytes: of a block on its way, for the statistics.
+        block_num_bytes: of a block of each group on its way, for the statistics.
     """
 
     def __init__(
@@ -364,7 +367,7 @@ class OutgoingMigrations:
         port: MigrationEngine,
         call: Call,
         step_time_s: Callable[[], float],
-        block_num_bytes: int,
+        block_num_bytes: Sequence[int],
         options: MigrationOptions,
     ) -> None:
         self._instance_id = instance_id

@@ -308,7 +308,7 @@ def move(request_id: str, source: Engine, destination: Engine) -> None:
     while not suspension.done():
         source.step()
     final = suspension.result().final
-    destination.port.grow(request_id, len(suspension.result().blocks.block_ids))
+    destination.port.grow(request_id, suspension.result().blocks.num_tokens)
     destination.answers[request_id] = source.answers[request_id]
     destination.port.commit(request_id, final)
     source.port.release(request_id)

@@ -138,8 +138,8 @@ def test_what_cannot_be_copied_is_said() -> None:
     cache.config.kv_cache_tensors[0].host_resident = True
     with pytest.raises(ValueError, match="a way of its own"):
         open_blocks(cache.runner)
-    cache.config.kv_cache_groups *= 2
-    with pytest.raises(ValueError, match="other than one group"):
+    cache.runner.kv_caches = []
+    with pytest.raises(ValueError, match="no KV cache"):
         open_blocks(cache.runner)
 
 

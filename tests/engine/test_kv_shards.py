@@ -49,7 +49,7 @@ class Workers:
                 run_num_bytes=size,
             )
             layout = BlockLayout(name="L", num_blocks=NUM_BLOCKS, runs=(runs,), backend="A")
-            opened.append(serve_shard(KVBlocks(cache, layout), pid, pipe))
+            opened.append(serve_shard([KVBlocks(cache, layout)], pid, pipe))
         return [*opened[:-1], ShardOpened(refused=self._refused)] if self._refused else opened
 
     def block(self, block_id: int) -> list[list[int]]:
@@ -70,12 +70,12 @@ def copy(
     """Blocks of the source to those of the destination, through the second slot of a ring."""
 
     async def run() -> None:
-        num_bytes = len(blocks) * source.kv.block_num_bytes
+        num_bytes = len(blocks) * source.kv.block_num_bytes[0]
         ring = SendRing(num_slots=2, slot_num_bytes=num_bytes)
         staging = ring.staging(1, num_bytes)
-        assert await source.kv.gather(list(blocks), staging) > 0
+        assert await source.kv.gather(0, list(blocks), staging) > 0
         come = staging if is_mapped else Staging(content=staging.content)
-        await destination.kv.scatter(list(blocks.values()), come)
+        await destination.kv.scatter(0, list(blocks.values()), come)
         ring.close()
 
     asyncio.run(run())
@@ -86,7 +86,7 @@ def test_every_shard_arrives_and_nothing_else_changes(
     engines: tuple[Workers, Workers], is_mapped: bool
 ) -> None:
     source, destination = engines
-    assert source.kv.block_num_bytes == 2 * sum(SHARDS)
+    assert source.kv.block_num_bytes == (2 * sum(SHARDS),)
     assert source.kv.layout == destination.kv.layout == "L: 2 x 48 bytes | L: 2 x 16 bytes"
     assert source.kv.backend == "A | A"
     before = [destination.block(i) for i in range(NUM_BLOCKS)]

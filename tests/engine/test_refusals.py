@@ -14,13 +14,16 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    MambaSpec,
     MLAAttentionSpec,
     RSWASpec,
     SinkFullAttentionSpec,
     SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
 )
 from vllm.v1.structured_output.backend_guidance import GuidanceBackend
 from vllm.v1.structured_output.backend_lm_format_enforcer import LMFormatEnforcerBackend
@@ -40,6 +43,8 @@ SIZES: dict[str, Any] = {
     "dtype": torch.float32,
 }
 FULL = FullAttentionSpec(**SIZES)
+OTHER_FULL = FullAttentionSpec(**SIZES | {"head_size": 64})
+WINDOW = SlidingWindowSpec(sliding_window=64, **SIZES)
 
 
 def kv_cache(*specs: Any) -> KVCacheConfig:
@@ -52,9 +57,20 @@ def config(tmp_path: Path) -> VllmConfig:
     return engine_config(tmp_path)
 
 
-@pytest.mark.parametrize("spec", [FULL, MLAAttentionSpec(**SIZES)], ids=["full", "MLA"])
-def test_a_kind_that_moves(config: VllmConfig, spec: Any) -> None:
-    assert why_engine_cannot_migrate(config, kv_cache(spec)) is None
+@pytest.mark.parametrize(
+    "specs",
+    [
+        (FULL,),
+        (MLAAttentionSpec(**SIZES),),
+        (WINDOW,),
+        (FULL, WINDOW),
+        (FULL, ChunkedLocalAttentionSpec(attention_chunk_size=32, **SIZES)),
+        (UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": FULL, "b": OTHER_FULL}),),
+    ],
+    ids=["full", "MLA", "window", "hybrid", "chunks", "layers of two sizes"],
+)
+def test_a_cache_that_moves(config: VllmConfig, specs: tuple[Any, ...]) -> None:
+    assert why_engine_cannot_migrate(config, kv_cache(*specs)) is None
 
 
 @pytest.mark.parametrize(
@@ -84,10 +100,21 @@ def test_what_is_switched_on(
     [
         ((RSWASpec(rswa_window=64, **SIZES),), "RSWASpec"),
         ((SinkFullAttentionSpec(sink_len=4, **SIZES),), "SinkFullAttentionSpec"),
-        ((SlidingWindowSpec(sliding_window=64, **SIZES),), "SlidingWindowSpec"),
-        ((FULL, SlidingWindowSpec(sliding_window=64, **SIZES)), "one group of full attention"),
+        ((FULL, RSWASpec(rswa_window=64, **SIZES)), "RSWASpec"),
+        (
+            (
+                MambaSpec(
+                    block_size=64,
+                    shapes=((8,),),
+                    dtypes=(torch.float32,),
+                    num_speculative_blocks=2,
+                ),
+            ),
+            "with states",
+        ),
+        ((), "no KV cache"),
     ],
-    ids=["R-SWA", "sinks", "sliding window", "hybrid"],
+    ids=["R-SWA", "sinks", "one of two groups", "drafts", "none"],
 )
 def test_a_kv_cache_that_does_not_move(
     config: VllmConfig, specs: tuple[Any, ...], reason: str

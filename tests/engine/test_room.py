@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llumsched.engine.base import StepAhead
-from llumsched.engine.vllm.migration.imports import RESERVED_GROWTH_BLOCKS
+from llumsched.engine.vllm.migration.groups import RESERVED_GROWTH_BLOCKS
 from tests.engine.scheduled import BLOCK_SIZE, NUM_BLOCKS, Engine, engine_config
 
 PROMPT = list(range(300, 340))
@@ -26,8 +26,9 @@ def reserve(tmp_path: Path, *, max_tokens: int = NUM_TOKENS, num_free: int = NUM
     here.step_time_s, there.ahead = 0.01, LONG_STEP
     there.scheduler.kv_cache_manager.block_pool.get_new_blocks(there.num_free_blocks - num_free)
     reserved = there.port.reserve(here.port.start_export("a"))
-    assert num_free - there.num_free_blocks == len(reserved.block_ids)
-    return len(reserved.block_ids)
+    (block_ids,) = reserved.block_ids
+    assert num_free - there.num_free_blocks == len(block_ids)
+    return len(block_ids)
 
 
 @pytest.mark.parametrize(

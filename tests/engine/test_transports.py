@@ -101,7 +101,7 @@ def test_what_a_destination_reads_out_of_a_gpu(monkeypatch: pytest.MonkeyPatch) 
             msgspec.msgpack.encode([1, NUM_BLOCKS]),
             msgspec.msgpack.encode([1]),
         ):
-            part = IncomingPart(here=destination, num_blocks=2, slot=0, note=note)
+            part = IncomingPart(here=destination, group=0, num_blocks=2, slot=0, note=note)
             with pytest.raises(ValueError, match="the note names"):
                 await ends.destination.receive(part)
 
@@ -176,7 +176,7 @@ def test_a_library_that_is_not_installed() -> None:
 
 def test_parts_that_are_not_what_they_should_be() -> None:
     async def scenario(source: Here, destination: Here) -> None:
-        part = IncomingPart(here=destination, num_blocks=2, slot=9, checksum=1)
+        part = IncomingPart(here=destination, group=0, num_blocks=2, slot=9, checksum=1)
         ends = await Ends.meet(source, destination, "shared_memory")
         with pytest.raises(ValueError, match="slot 9 of a ring of 2"):
             await ends.destination.receive(part)

@@ -40,7 +40,7 @@ def random_blocks(seed: int, device: str = "cpu") -> KVBlocks:
 def blocks_of(here: Here) -> KVBlocks:
     """Of an instance of these tests."""
     assert isinstance(here.kv, LocalKV)
-    return here.kv.blocks
+    return here.kv.groups[0]
 
 
 def block(kv: KVBlocks, block_id: int) -> list[int]:
@@ -53,7 +53,7 @@ def block(kv: KVBlocks, block_id: int) -> list[int]:
 def instance(kv: KVBlocks, *, checksum: bool = False, num_slots: int = 2) -> Iterator[Here]:
     """What transports use of an instance with this KV cache."""
     ring = SendRing(num_slots=num_slots, slot_num_bytes=BLOCKS_PER_SLOT * kv.block_num_bytes)
-    access = LocalKV(kv)
+    access = LocalKV([kv])
     yield Here(kv=access, ring=ring, host="127.0.0.1", checksum=checksum)
     access.close()
     ring.close()
@@ -89,7 +89,8 @@ class Ends:
         for start in range(0, len(from_ids), BLOCKS_PER_SLOT):
             ids, slot = from_ids[start : start + BLOCKS_PER_SLOT], await here.ring.acquire()
             send = partial(self._announce, len(ids), slot)
-            await self.source.send(OutgoingPart(here=here, block_ids=ids, slot=slot, send=send))
+            part = OutgoingPart(here=here, group=0, block_ids=ids, slot=slot, send=send)
+            await self.source.send(part)
         await self.source.flush()
 
     async def _announce(
@@ -103,6 +104,7 @@ class Ends:
     ) -> None:
         part = IncomingPart(
             here=self.destination.here,
+            group=0,
             num_blocks=num_blocks,
             slot=slot,
             note=note,

@@ -135,5 +135,5 @@ def make_cache(kind: Kind, layout: KVCacheLayout, seed: int, *, backend: str = "
         attn_groups=[[attention]],
     )
     return Cache(
-        config=config, views=views, buffer=buffer, runner=runner, blocks=open_blocks(runner)
+        config=config, views=views, buffer=buffer, runner=runner, blocks=open_blocks(runner)[0]
     )

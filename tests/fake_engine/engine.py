@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
+from llumsched.core.migration.groups import CacheGroup
 from llumsched.core.policy import MigrationCandidate
 from llumsched.engine.base import (
+    BlockTables,
     CannotMigrate,
     CopyableBlocks,
     FinalState,
@@ -30,31 +31,16 @@ from llumsched.engine.base import (
 )
 from tests.fake_engine.blocks import FakeBlockPool, FakeKVCache
 from tests.fake_engine.request import (
+    Export,
     FakeOutput,
     FakeRequest,
+    ScheduledRequest,
     SentRequest,
     next_state,
     sample,
     sent_request,
     state_of,
 )
-
-
-@dataclass(slots=True)
-class _ScheduledRequest:
-    request: FakeRequest
-    num_preemptions: int
-    first_position: int
-    num_tokens: int
-
-
-@dataclass(slots=True)
-class _Export:
-    request: FakeRequest
-    num_preemptions: int
-    pinned: list[int] = field(default_factory=list)
-    suspended: Future[SuspendedRequest] | None = None
-    is_lost: bool = False
 
 
 class FakeEngine:
@@ -74,8 +60,8 @@ class FakeEngine:
         self.running: list[FakeRequest] = []
         self.waiting: deque[FakeRequest] = deque()
         self.on_lost: Callable[[str, str], None] = lambda _request_id, _what: None
-        self._steps: deque[list[_ScheduledRequest]] = deque()
-        self._exports: dict[str, _Export] = {}
+        self._steps: deque[list[ScheduledRequest]] = deque()
+        self._exports: dict[str, Export] = {}
         self._awaited: list[tuple[FakeRequest, int, Future[None]]] = []
         self._imports: dict[str, FakeRequest] = {}
 
@@ -145,7 +131,7 @@ class FakeEngine:
         """Begin a step; False if there is nothing to do or too much in flight."""
         if len(self._steps) >= self.max_steps_in_flight:
             return False
-        step: list[_ScheduledRequest] = []
+        step: list[ScheduledRequest] = []
         for request in list(self.running):
             if request in self.running and self._has_work(request) and self._make_room(request):
                 step.append(self._begin(request))
@@ -195,6 +181,10 @@ class FakeEngine:
         """Tests copy ``blocks``: a cell is a token, not bytes."""
         return None
 
+    @property
+    def groups(self) -> tuple[CacheGroup, ...]:
+        return (CacheGroup(block_size=self.block_size),)
+
     def fingerprint(self) -> str:
         return ""
 
@@ -230,7 +220,7 @@ class FakeEngine:
             raise CannotMigrate("the request is not decoding on this instance")
         if request_id in self._exports:
             raise CannotMigrate("the request is being migrated already")
-        self._exports[request_id] = _Export(request, request.num_preemptions)
+        self._exports[request_id] = Export(request, request.num_preemptions)
         return state_of(
             SentRequest(
                 request_id=request_id,
@@ -247,6 +237,7 @@ class FakeEngine:
         if self._lives(export):
             request = export.request
             num_final_tokens = request.num_computed_tokens - request.num_in_flight_tokens
+            export.num_tokens = num_final_tokens
             self._pin(export, num_final_tokens // self.block_size)
         return self._copyable(export)
 
@@ -284,16 +275,16 @@ class FakeEngine:
             raise CannotMigrate("the destination has no room for the request")
         self._imports[request.request_id] = request
         return ReservedBlocks(
-            block_ids=list(request.block_ids), num_cached_blocks=num_cached_blocks
+            block_ids=self._tables_of(request), num_cached_blocks=num_cached_blocks
         )
 
-    def grow(self, request_id: str, num_blocks: int) -> list[int]:
+    def grow(self, request_id: str, num_tokens: int) -> BlockTables:
         request = self._imports.get(request_id)
         if request is None:
             raise CannotMigrate("the reservation is gone")
-        if not self._extend(request, num_blocks):
+        if not self._extend(request, self._num_blocks(num_tokens)):
             raise CannotMigrate("the destination ran out of blocks while the request grew")
-        return list(request.block_ids)
+        return self._tables_of(request)
 
     def commit(self, request_id: str, final: FinalState) -> None:
         request = self._imports.pop(request_id, None)
@@ -340,9 +331,9 @@ class FakeEngine:
                 return False
         return True
 
-    def _begin(self, request: FakeRequest) -> _ScheduledRequest:
+    def _begin(self, request: FakeRequest) -> ScheduledRequest:
         num_tokens = len(request.token_ids) + request.num_steps_in_flight
-        scheduled = _ScheduledRequest(
+        scheduled = ScheduledRequest(
             request,
             request.num_preemptions,
             request.num_computed_tokens,
@@ -353,15 +344,15 @@ class FakeEngine:
         request.num_steps_in_flight += 1
         return scheduled
 
-    def _finish(self, scheduled: _ScheduledRequest) -> FakeOutput:
+    def _finish(self, scheduled: ScheduledRequest) -> FakeOutput:
         request = scheduled.request
         last = scheduled.first_position + scheduled.num_tokens
         for position in range(scheduled.first_position, last):
-            self.pool.write(request.block_ids, position, request.token_ids[position])
+            self._write(request, position)
         request.num_in_flight_tokens -= scheduled.num_tokens
         request.num_steps_in_flight -= 1
         request.generator_state = next_state(request.generator_state)
-        token_id = sample(self.pool.read(request.block_ids, last), request.generator_state)
+        token_id = sample(self._read(request, last), request.generator_state)
         request.token_ids.append(token_id)
         self._publish(request)
         num_outputs = len(request.output_token_ids)
@@ -377,6 +368,15 @@ class FakeEngine:
         )
 
     # ---- blocks -----------------------------------------------------------------------------
+
+    def _write(self, request: FakeRequest, position: int) -> None:
+        self.pool.write(request.block_ids, position, request.token_ids[position])
+
+    def _read(self, request: FakeRequest, num_tokens: int) -> list[int]:
+        return self.pool.read(request.block_ids, num_tokens)
+
+    def _tables_of(self, request: FakeRequest) -> BlockTables:
+        return (list(request.block_ids),)
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -430,28 +430,30 @@ class FakeEngine:
 
     # ---- exports ----------------------------------------------------------------------------
 
-    def _lives(self, export: _Export) -> bool:
+    def _lives(self, export: Export) -> bool:
         request = export.request
         return (
             self.requests.get(request.request_id) is request
             and request.num_preemptions == export.num_preemptions
         )
 
-    def _pin(self, export: _Export, num_blocks: int) -> None:
+    def _pin(self, export: Export, num_blocks: int) -> None:
         new = export.request.block_ids[len(export.pinned) : num_blocks]
         self.pool.touch(new)
         export.pinned.extend(new)
 
-    @staticmethod
-    def _copyable(export: _Export) -> CopyableBlocks:
+    def _copyable(self, export: Export) -> CopyableBlocks:
         return CopyableBlocks(
-            block_ids=list(export.pinned), num_preemptions=export.request.num_preemptions
+            block_ids=(list(export.pinned),),
+            num_tokens=export.num_tokens,
+            num_preemptions=export.request.num_preemptions,
         )
 
-    def _settle_suspension(self, export: _Export) -> None:
+    def _settle_suspension(self, export: Export) -> None:
         future, request = export.suspended, export.request
         if future is None or future.done() or request.num_steps_in_flight > 0:
             return
+        export.num_tokens = request.num_computed_tokens
         self._pin(export, self._num_blocks(request.num_computed_tokens))
         future.set_result(
             SuspendedRequest(
@@ -474,7 +476,7 @@ class FakeEngine:
             export.suspended.set_exception(CannotMigrate(f"the request was {what}"))
         self.on_lost(request_id, what)
 
-    def _end_export(self, request_id: str) -> _Export | None:
+    def _end_export(self, request_id: str) -> Export | None:
         export = self._exports.pop(request_id, None)
         if export is not None:
             self.pool.free(export.pinned)

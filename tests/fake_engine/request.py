@@ -7,11 +7,12 @@ Invariant: a token is a function of the tokens before it and of how many were sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import msgspec
 
-from llumsched.engine.base import RequestState
+from llumsched.engine.base import RequestState, SuspendedRequest
 
 VOCABULARY_SIZE = 50_000
 
@@ -74,6 +75,28 @@ class FakeRequest:
     @property
     def output_token_ids(self) -> tuple[int, ...]:
         return tuple(self.token_ids[self.num_prompt_tokens :])
+
+
+@dataclass(slots=True)
+class ScheduledRequest:
+    """Tokens of a request that a step computes."""
+
+    request: FakeRequest
+    num_preemptions: int
+    first_position: int
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class Export:
+    """A request on its way out: every block that it holds on the migration's behalf."""
+
+    request: FakeRequest
+    num_preemptions: int
+    pinned: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+    suspended: Future[SuspendedRequest] | None = None
+    is_lost: bool = False
 
 
 def expected_output(prompt_token_ids: Sequence[int], max_output_tokens: int) -> list[int]:

@@ -65,7 +65,7 @@ class TensorEngine(FakeEngine):
             run_num_bytes=page_num_bytes,
         )
         layout = BlockLayout(name="cells", num_blocks=num_blocks, runs=(runs,), backend="fake")
-        self._kv = LocalKV(KVBlocks(pool.tensor, layout))
+        self._kv = LocalKV([KVBlocks(pool.tensor, layout)])
 
     @property
     def kv(self) -> LocalKV:

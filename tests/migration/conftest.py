@@ -9,11 +9,13 @@ import pytest
 from vllm.lora.request import LoRARequest
 
 from tests import runner_v2
+from tests.campaigns import THOROUGH
+from tests.families import CI_FAMILIES, CI_KINDS, FAMILIES
 from tests.migration.adapters import make_adapter
 from tests.migration.cases import CASES
 from tests.migration.pool import Pool
 from tests.migration.ways import answers_of
-from tests.models import fewer_layers, random_weights
+from tests.models import fewer_layers, of_family, random_weights
 
 
 @pytest.fixture(scope="session")
@@ -63,3 +65,21 @@ def pool(engines: Pool) -> Iterator[Pool]:
     engines.forget_everything()
     yield engines
     engines.settle()
+
+
+@pytest.fixture(scope="session", params=FAMILIES if THOROUGH else CI_FAMILIES)
+def family_pool(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pool]:
+    """Two engines of a tiny model of one family."""
+    family = FAMILIES[request.param]
+    model = of_family(family, tmp_path_factory.mktemp("family"))
+    with Pool(model, **family.flags) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def family_unmoved(family_pool: Pool) -> dict[str, Any]:
+    """Answers of that model without a move."""
+    names = CASES if THOROUGH else CI_KINDS
+    return answers_of(family_pool, {name: CASES[name] for name in names})

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from llumsched.core.migration.destination.record import ReservationOptions
+from llumsched.core.migration.groups import CacheGroup
 from llumsched.core.migration.messages import (
     BlocksCopied,
     BlocksReserved,
@@ -29,6 +30,7 @@ from llumsched.migration.messages import StoreBlocks
 
 STATE = RequestState(request=b"", output_token_ids=[1], num_preemptions=0, placement_number=1)
 BLOCK_IDS = [7, 3, 5]
+GROUPS = (CacheGroup(block_size=4),)
 PATIENCE_S = 60.0
 
 
@@ -42,9 +44,10 @@ class Destination:
         self.answers: asyncio.Queue[ToSource] = asyncio.Queue()
         self.port: Any = SimpleNamespace(
             reserve=lambda _state: SimpleNamespace(
-                block_ids=BLOCK_IDS, num_cached_blocks=0, grammar=None
+                block_ids=(BLOCK_IDS,), num_cached_blocks=0, grammar=None
             ),
             cancel=self.cancelled.append,
+            groups=GROUPS,
         )
         self.incoming = IncomingMigrations(
             port=self.port,
@@ -66,7 +69,8 @@ class Destination:
     async def reserve(self) -> None:
         state = msgspec.msgpack.encode(STATE)
         self.incoming.take_in(
-            ReserveBlocks(migration_id="m", request_id="r", source="s", state=state), self.reply
+            ReserveBlocks(migration_id="m", request_id="r", source="s", state=state, groups=GROUPS),
+            self.reply,
         )
         assert isinstance(await self.answer(), BlocksReserved)
 
@@ -79,6 +83,9 @@ class Destination:
             stage=1,
             stage_first_block=0,
             stage_num_blocks=len(BLOCK_IDS),
+            stage_num_sent=len(BLOCK_IDS),
+            stage_num_tokens=12,
+            group=0,
             first_block=first,
             num_blocks=1,
             slot=0,

@@ -44,7 +44,7 @@ def test_nothing_left_out(differs: Callable[[str], bool], name: str) -> None:
 def blocks_of(pool: Pool, index: int) -> KVBlocks:
     kv = pool.instances[index].port.kv
     assert isinstance(kv, LocalKV)
-    return kv.blocks
+    return kv.groups[0]
 
 
 @pytest.mark.parametrize("name", ["greedy", "long prompt"])

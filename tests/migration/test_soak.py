@@ -12,6 +12,7 @@ import os
 import random
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,15 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def test_nothing_is_left_of_many_migrations(pool: Pool, unmoved: dict[str, Any]) -> None:
+    many_migrations(pool, unmoved, NUM_MIGRATIONS)
+
+
+def many_migrations(pool: Pool, unmoved: Mapping[str, Any], num_migrations: int) -> None:
+    """Move requests at random; each answer must be right, and nothing be left at the end."""
+    indices = range(len(pool.instances))
     chance = random.Random(1)
     process = psutil.Process()
-    for source, destination in itertools.permutations(range(3), 2):
+    for source, destination in itertools.permutations(indices, 2):
         pool.connect(source, destination)
     num_descriptors = process.num_fds()
     segments = set(SHARED_MEMORY.iterdir())
@@ -43,7 +50,7 @@ def test_nothing_is_left_of_many_migrations(pool: Pool, unmoved: dict[str, Any])
 
     def send() -> None:
         nonlocal num_sent
-        name = chance.choice(list(CASES))
+        name = chance.choice(list(unmoved))
         request_id = f"{num_sent} {name}"
         num_sent += 1
         names[request_id] = name
@@ -52,11 +59,11 @@ def test_nothing_is_left_of_many_migrations(pool: Pool, unmoved: dict[str, Any])
             request_id,
             case.prompt(pool.tokenizer),
             case.params,
-            at=chance.randrange(3),
+            at=chance.choice(indices),
             **case.fields,
         ).sequence_ids
 
-    while sum(outcomes.values()) < NUM_MIGRATIONS:
+    while sum(outcomes.values()) < num_migrations:
         while len(names) < NUM_REQUESTS:
             send()
         moves = []
@@ -64,7 +71,7 @@ def test_nothing_is_left_of_many_migrations(pool: Pool, unmoved: dict[str, Any])
             route = pool.routes.get(sequence_id)
             if route is not None and route.num_tokens > 0 and chance.random() < 0.5:
                 here = pool.where(sequence_id)
-                to = chance.choice([i for i in range(3) if i != here])
+                to = chance.choice([i for i in indices if i != here])
                 moves.append(pool.start_move(sequence_id, to))
         pool.until(lambda m=moves: all(move.done() for move in m))  # type: ignore[misc]
         outcomes.update(move.result().outcome for move in moves)
@@ -75,7 +82,7 @@ def test_nothing_is_left_of_many_migrations(pool: Pool, unmoved: dict[str, Any])
             del sequences[request_id]
             assert seen_by_client(answer) == unmoved[names.pop(request_id)], request_id
             num_answered += 1
-        if not memory_bytes and sum(outcomes.values()) >= SETTLED_SHARE * NUM_MIGRATIONS:
+        if not memory_bytes and sum(outcomes.values()) >= SETTLED_SHARE * num_migrations:
             gc.collect()
             memory_bytes = process.memory_info().rss
     pool.finish(*names)
@@ -86,7 +93,7 @@ def test_nothing_is_left_of_many_migrations(pool: Pool, unmoved: dict[str, Any])
         f"\n{sum(outcomes.values())} migrations ({dict(outcomes)}) of {num_sent} requests, "
         f"{num_answered} answers compared; resident memory grew by {growth_bytes / 2**20:.1f} MiB\n"
     )
-    assert outcomes["committed"] > NUM_MIGRATIONS // 2
+    assert outcomes["committed"] > num_migrations // 2
     assert growth_bytes < MAX_GROWTH_BYTES
     assert process.num_fds() <= num_descriptors
     assert set(SHARED_MEMORY.iterdir()) <= segments

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,11 +18,17 @@ from typing import Any, Protocol
 from llumsched.core.migration.destination.events import ReservationState
 from llumsched.core.migration.destination.record import Reservation, ReservationOptions
 from llumsched.core.migration.events import DeadlineExpired
-from llumsched.core.migration.messages import MigrationMessage, ToDestination, ToSource
+from llumsched.core.migration.messages import (
+    CopyBlocks,
+    MigrationMessage,
+    ToDestination,
+    ToSource,
+)
 from llumsched.core.migration.source.record import Migration, MigrationOptions
 from llumsched.engine.base import CannotMigrate, FinalState, StepAhead
 from llumsched.migration.destination import IncomingMigrations
 from llumsched.migration.messages import StoreBlocks
+from llumsched.migration.runs import Run
 from llumsched.migration.source import OutgoingMigrations
 from llumsched.wire.control import ReportMigration
 from tests.fake_engine.blocks import BlockContent
@@ -85,7 +91,7 @@ class Instance:
                 port=engine,
                 call=self._call,
                 step_time_s=lambda: 0.0,
-                block_num_bytes=1,
+                block_num_bytes=[1] * len(engine.groups),
                 options=options,
             )
             self.incoming = IncomingMigrations(
@@ -261,25 +267,24 @@ class _Link:
     async def send(self, message: ToDestination) -> None:
         self._send(message, [])
 
-    async def send_blocks(
-        self,
-        migration_id: str,
-        stage: int,
-        block_ids: list[int],
-        first_block: int,
-        *,
-        is_final: bool,
-    ) -> None:
-        for start in range(0, len(block_ids), BLOCKS_PER_PART):
-            ids = block_ids[start : start + BLOCKS_PER_PART]
+    async def send_blocks(self, stage: CopyBlocks, num_tokens: int, runs: Sequence[Run]) -> None:
+        parts = [
+            (run.group, run.first + start, run.block_ids[start : start + BLOCKS_PER_PART])
+            for run in runs
+            for start in range(0, len(run.block_ids), BLOCKS_PER_PART)
+        ]
+        for group, first, ids in parts or [(0, 0, [])]:
             content: list[BlockContent] = []
             await self._source.copy(partial(self._source.engine.blocks.gather, ids, content))
             part = StoreBlocks(
-                migration_id=migration_id,
-                stage=stage,
-                stage_first_block=first_block,
-                stage_num_blocks=len(block_ids),
-                first_block=first_block + start,
+                migration_id=stage.migration_id,
+                stage=stage.stage,
+                stage_first_block=stage.first_block,
+                stage_num_blocks=stage.num_blocks,
+                stage_num_sent=sum(len(run.block_ids) for run in runs),
+                stage_num_tokens=num_tokens,
+                group=group,
+                first_block=first,
                 num_blocks=len(ids),
                 slot=0,
                 use=0,

@@ -47,12 +47,13 @@ def move(source: FakeEngine, destination: FakeEngine, final: FinalState | None =
     """Move `r` in two stages, with the steps of `source` going on in between."""
     reserved = destination.reserve(source.start_export("r"))
     content: list[BlockContent] = []
-    early = source.pin_copyable("r").block_ids
+    (early,) = source.pin_copyable("r").block_ids
+    (place,) = reserved.block_ids
     source.blocks.gather(early[reserved.num_cached_blocks :], content)
-    destination.blocks.scatter(reserved.block_ids[reserved.num_cached_blocks : len(early)], content)
+    destination.blocks.scatter(place[reserved.num_cached_blocks : len(early)], content)
     suspended = suspend(source)
-    late = suspended.blocks.block_ids
-    block_ids = destination.grow("r", len(late))
+    (late,) = suspended.blocks.block_ids
+    (block_ids,) = destination.grow("r", suspended.blocks.num_tokens)
     num_copied = max(len(early), reserved.num_cached_blocks)
     source.blocks.gather(late[num_copied:], content)
     destination.blocks.scatter(block_ids[num_copied : len(late)], content)
@@ -143,7 +144,7 @@ def test_a_block_that_is_copied_while_it_is_written_shows() -> None:
     held = source.requests["r"].block_ids
     source.schedule_step()
     source.blocks.gather(held[:4], content)
-    destination.blocks.scatter(destination.grow("r", 4)[:4], content)
+    destination.blocks.scatter(destination.grow("r", 8)[0][:4], content)
     source.finish_step()
     assert reserved.num_cached_blocks == 0
     destination.commit("r", suspend(source).final)
@@ -165,7 +166,7 @@ def test_a_pinned_block_survives_its_request() -> None:
     engine.add_request("r", PROMPT, MAX_OUTPUT_TOKENS)
     step(engine, 2)
     engine.start_export("r")
-    pinned = engine.pin_copyable("r").block_ids
+    (pinned,) = engine.pin_copyable("r").block_ids
     engine.abort("r")
     engine.add_request("s", (1, 2, 3, 4, 5, 6), 3)
     step(engine)

@@ -23,6 +23,7 @@ from llumsched.core.migration.destination import rules as destination_rules
 from llumsched.core.migration.destination.events import BlocksWritten
 from llumsched.core.migration.destination.record import ReleaseReason
 from llumsched.core.migration.events import DeadlineExpired, PeerLost
+from llumsched.core.migration.groups import BlockOrder
 from llumsched.core.migration.messages import (
     AbortAtDestination,
     BlocksCopied,
@@ -39,8 +40,10 @@ from llumsched.core.migration.source.record import AbortReason
 from llumsched.core.migration.table import IllegalTransition, Rule, TransitionTable
 from llumsched.engine.base import FinalState
 from llumsched.migration.destination import IncomingMigration
+from llumsched.migration.runs import runs_of
 from tests.campaigns import examples
 from tests.fake_engine.engine import FakeEngine
+from tests.fake_engine.grouped import GroupedEngine
 from tests.migration_table.world import World
 
 NUM_RUNS = int(os.environ.get("LLUMSCHED_MIGRATION_RUNS", "600"))
@@ -74,6 +77,67 @@ def test_random_worlds_end_well() -> None:
         run_worlds(range(NUM_RUNS))
     if NUM_RUNS >= NUM_RUNS_THAT_TAKE_EVERY_RULE:
         assert {rule for rule in _all_rules() if not taken[rule]} - RARE == UNREACHABLE
+
+
+def test_worlds_of_several_groups_end_well() -> None:
+    """Engines with a window and a state beside the blocks of all tokens."""
+    _run_grouped(range(NUM_RUNS))
+
+
+def _run_grouped(seeds: Iterable[int]) -> None:
+    for seed in seeds:
+        try:
+            World(seed, GroupedEngine, more=3).run(acts_of(seed))
+        except Exception as error:
+            error.add_note(f"World({seed}, GroupedEngine, more=3).run(acts_of({seed}))")
+            raise
+
+
+def leave_states_out(patch: pytest.MonkeyPatch) -> None:
+    num_blocks = BlockOrder.num_blocks
+
+    def without(self: BlockOrder, num_tokens: int) -> int:
+        return num_blocks(self, num_tokens) - sum(g.num_live_blocks for g in self.groups)
+
+    patch.setattr(BlockOrder, "num_blocks", without)
+
+
+def copy_states_ahead(patch: pytest.MonkeyPatch) -> None:
+    """As if a state were settled once it is there."""
+    pin = GroupedEngine.pin_copyable
+
+    def pin_all(self: GroupedEngine, request_id: str) -> Any:
+        export = self._exports[request_id]
+        pin(self, request_id)
+        tables = self._pinned.setdefault(id(export), ([], [], []))
+        if not tables[2] and self._lives(export):
+            self._touch(export, tables[2], self._tables_of(export.request)[2])
+        return self._copyable(export)
+
+    def live_first(self: BlockOrder, first: int, last: int, num_tokens: int) -> Any:
+        states = [(g, 0) for g, group in enumerate(self.groups) if group.is_live]
+        settled = [self._place(i) for i in range(self.num_settled(num_tokens))]
+        rest = [(g, num_tokens // n) for g, n in self._settled if num_tokens % n]
+        return (states + settled + rest)[first:last]
+
+    patch.setattr(GroupedEngine, "pin_copyable", pin_all)
+    patch.setattr(BlockOrder, "places", live_first)
+
+
+def forget_the_window(patch: pytest.MonkeyPatch) -> None:
+    def first_group_only(*arguments: Any) -> Any:
+        return [run for run in runs_of(*arguments) if run.group != 1]
+
+    patch.setattr("llumsched.migration.source.runs_of", first_group_only)
+
+
+@pytest.mark.parametrize("mistake", [leave_states_out, copy_states_ahead, forget_the_window])
+def test_a_mistake_with_groups_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, mistake: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    mistake(monkeypatch)
+    with pytest.raises(AssertionError, match=r"state is not|never written"):
+        _run_grouped(range(200))
 
 
 def _counting(

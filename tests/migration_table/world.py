@@ -47,7 +47,7 @@ MAX_MIGRATIONS = 8
 class World:
     """Three instances and a few requests; `seed` shapes them, the acts do the rest."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, engine: type[FakeEngine] = FakeEngine, more: int = 1) -> None:
         shape = random.Random(seed)
         self.link: list[Sent] = []
         self.delayed: list[Sent] = []
@@ -61,8 +61,8 @@ class World:
         self.instances = {
             instance_id: Instance(
                 instance_id,
-                FakeEngine(
-                    num_blocks=shape.choice((16, 18, 32)),
+                engine(
+                    num_blocks=more * shape.choice((16, 18, 32)),
                     block_size=2,
                     max_steps_in_flight=shape.choice((1, 2)),
                 ),

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llumsched.core.migration.groups import CacheGroup
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationMessage:
@@ -32,11 +34,13 @@ class ToDestination(MigrationMessage):
 class ReserveBlocks(ToDestination):
     """Hold blocks for the request. Answered by BlocksReserved or ReservationRejected.
 
-    `state` is what the destination's engine needs to know of the request, encoded.
+    `state` is what the destination's engine needs to know of the request, encoded; `groups` are
+    those of the source's KV cache, which say what is copied when.
     """
 
     request_id: str
     source: str
+    groups: tuple[CacheGroup, ...] = ()
     state: bytes = b""
 
 
@@ -44,6 +48,7 @@ class ReserveBlocks(ToDestination):
 class CopyBlocks(ToDestination):
     """Copy the request's blocks [first_block, first_block + num_blocks) to the destination.
 
+    Blocks are counted over all groups, in the order of `groups`. Live ones are in the last stage.
     The destination grows its reservation to hold them. The source's host keeps its blocks pinned
     until they are read, even if the migration ends meanwhile. A stage that travels in parts is
     announced once, by its first. Answered by BlocksCopied, or by ReservationRejected when the

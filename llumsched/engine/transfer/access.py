@@ -11,33 +11,32 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from llumsched.engine.transfer.blocks import KVBlocks
+from llumsched.engine.transfer.blocks import KVBlocks, texts_of
 from llumsched.engine.transfer.shared_ring import Staging
 
 
 class LocalKV:
-    """Blocks of this process. On a CPU the thread that calls copies them; on a GPU, where it would
-    only wait, a thread for each direction does."""
+    """Blocks of this process, of each group. On a CPU the thread that calls copies them; on a GPU,
+    where it would only wait, a thread for each direction does."""
 
-    def __init__(self, blocks: KVBlocks) -> None:
-        self.blocks = blocks
-        self.layout = blocks.layout.text
-        self.backend = blocks.layout.backend
-        self.block_num_bytes = blocks.block_num_bytes
-        self.device = blocks.device
-        self.pins_staging = blocks.device.type == "cuda"
-        self.copies_on_cores = blocks.device.type == "cpu"
+    def __init__(self, groups: Sequence[KVBlocks]) -> None:
+        self.groups = tuple(groups)
+        self.layout, self.backend = texts_of(self.groups)
+        self.block_num_bytes = tuple(blocks.block_num_bytes for blocks in self.groups)
+        self.device = self.groups[0].device
+        self.pins_staging = self.device.type == "cuda"
+        self.copies_on_cores = self.device.type == "cpu"
         self._threads = (
             None
             if self.copies_on_cores
             else ThreadPoolExecutor(max_workers=2, thread_name_prefix="kv-copy")
         )
 
-    async def gather(self, block_ids: Sequence[int], staging: Staging) -> float:
-        return await self.run(lambda: self.blocks.gather(block_ids, staging.content))
+    async def gather(self, group: int, block_ids: Sequence[int], staging: Staging) -> float:
+        return await self.run(lambda: self.groups[group].gather(block_ids, staging.content))
 
-    async def scatter(self, block_ids: Sequence[int], staging: Staging) -> float:
-        return await self.run(lambda: self.blocks.scatter(block_ids, staging.content))
+    async def scatter(self, group: int, block_ids: Sequence[int], staging: Staging) -> float:
+        return await self.run(lambda: self.groups[group].scatter(block_ids, staging.content))
 
     async def run(self, copy: Callable[[], None]) -> float:
         """Copy, without holding up the caller's loop where nothing but a GPU is at work."""

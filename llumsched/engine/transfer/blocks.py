@@ -142,6 +142,12 @@ def joined(kinds: Sequence[Runs]) -> tuple[Runs, ...]:
     return tuple(found)
 
 
+def texts_of(groups: Sequence[KVBlocks]) -> tuple[str, str]:
+    """Layout and backends of all groups, as texts that are equal where their blocks can move."""
+    layouts = " / ".join(blocks.layout.text for blocks in groups)
+    return layouts, " / ".join(blocks.layout.backend for blocks in groups)
+
+
 class KVBlocks:
     """The blocks of one KV cache group of one worker.
 
@@ -184,6 +190,8 @@ class KVBlocks:
             IndexError: if there is no such block.
         """
         self._check(block_ids)
+        if not block_ids:
+            return
         if self._out is None:
             for array, part in _in_kinds(self._arrays, len(block_ids), staging.numpy()):
                 if array.flags.c_contiguous:
@@ -205,6 +213,8 @@ class KVBlocks:
     def scatter(self, block_ids: Sequence[int], staging: torch.Tensor) -> None:
         """The inverse of ``gather``, into the blocks named here."""
         self._check(block_ids)
+        if not block_ids:
+            return
         if self._in is None:
             for array, part in _in_kinds(self._arrays, len(block_ids), staging.numpy()):
                 for run, written in zip(array, part, strict=True):

@@ -53,7 +53,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     handle: Handle
     name: str
     num_blocks: int
-    runs: tuple[Runs, ...]
+    groups: tuple[tuple[Runs, ...], ...]
 
 
 def share(buffer: torch.Tensor) -> Handle:
@@ -92,7 +92,7 @@ class CudaIpc(Transport):
     """The source names blocks, the destination copies them."""
 
     name = "cuda_ipc"
-    _theirs: KVBlocks
+    _theirs: tuple[KVBlocks, ...]
 
     def __init__(self, here: Here) -> None:
         super().__init__(here)
@@ -103,14 +103,14 @@ class CudaIpc(Transport):
         self._kv = here.kv
 
     def offer(self) -> bytes:
-        blocks = self._kv.blocks
+        blocks = self._kv.groups[0]
         return msgspec.msgpack.encode(
             Offer(
                 host=host_id(),
                 handle=share(blocks.buffer),
                 name=blocks.layout.name,
                 num_blocks=blocks.num_blocks,
-                runs=blocks.layout.runs,
+                groups=tuple(group.layout.runs for group in self._kv.groups),
             )
         )
 
@@ -121,11 +121,16 @@ class CudaIpc(Transport):
             raise Unavailable(f"the offer makes no sense: {error}") from error
         if theirs.host != host_id():
             raise Unavailable("the source is on another host")
-        layout = BlockLayout(name=theirs.name, num_blocks=theirs.num_blocks, runs=theirs.runs)
-        if layout.text != self._kv.layout:
-            raise Unavailable(f"the blocks of the source are laid out as {layout.text}")
+        layouts = [
+            BlockLayout(name=theirs.name, num_blocks=theirs.num_blocks, runs=runs)
+            for runs in theirs.groups
+        ]
+        text = " / ".join(layout.text for layout in layouts)
+        if text != self._kv.layout:
+            raise Unavailable(f"the blocks of the source are laid out as {text}")
         try:
-            self._theirs = KVBlocks(mapped(theirs.handle, self._kv.device), layout)
+            memory = mapped(theirs.handle, self._kv.device)
+            self._theirs = tuple(KVBlocks(memory, layout) for layout in layouts)
         except ValueError as error:
             raise Unavailable(str(error)) from error
         return b""
@@ -134,14 +139,15 @@ class CudaIpc(Transport):
         await part.announce(note=msgspec.msgpack.encode(part.block_ids))
 
     async def receive(self, part: IncomingPart) -> Write:
-        from_ids = part.noted_blocks(self._theirs.num_blocks)
+        theirs, ours = self._theirs[part.group], self._kv.groups[part.group]
+        from_ids = part.noted_blocks(theirs.num_blocks)
         device = self._kv.device
 
         async def write(block_ids: Sequence[int]) -> float:
             def copy() -> None:
                 near = torch.empty(part.num_bytes, dtype=torch.uint8, device=device)
-                self._theirs.gather(from_ids, near)
-                self._kv.blocks.scatter(block_ids, near)
+                theirs.gather(from_ids, near)
+                ours.scatter(block_ids, near)
 
             return await self._kv.run(copy)
 

@@ -48,20 +48,22 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     address: int
     device_id: int
-    runs: tuple[Runs, ...]
+    groups: tuple[tuple[Runs, ...], ...]
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):
-    """Blocks to read, and the memory that they are in."""
+    """Blocks of a group to read, and the memory that they are in."""
 
     memory: Memory
+    group: int
     block_ids: list[int]
 
 
 class _Agent:
     """NIXL in this process, for one KV cache. NIXL is called on one thread, which waits for it."""
 
-    def __init__(self, blocks: KVBlocks) -> None:
+    def __init__(self, groups: Sequence[KVBlocks]) -> None:
+        blocks = groups[0]  # all groups are in one allocation
         self._nixl: Any = nixl_agent(uuid.uuid4().hex, nixl_agent_config(backends=["UCX"]))
         self._nixl.register_memory(blocks.buffer)
         self._peers: dict[bytes, str] = {}
@@ -72,17 +74,20 @@ class _Agent:
             kind="VRAM" if blocks.device.type == "cuda" else "DRAM",
             address=blocks.buffer.data_ptr(),
             device_id=max(0, blocks.buffer.get_device()),
-            runs=blocks.layout.runs,
+            groups=tuple(group.layout.runs for group in groups),
         )
 
-    def read(self, theirs: Memory, from_ids: Sequence[int], to_ids: Sequence[int]) -> None:
+    def read(self, note: Note, to_ids: Sequence[int]) -> None:
         """Copy blocks of another process into blocks of this one; raises what NIXL does."""
+        theirs = note.memory
+        if not to_ids:
+            return
         if theirs.agent not in self._peers:
             self._peers[theirs.agent] = self._nixl.add_remote_agent(theirs.agent)
         handle = self._nixl.initialize_xfer(
             "READ",
-            self._nixl.get_xfer_descs(_places(self.memory, to_ids), self.memory.kind),
-            self._nixl.get_xfer_descs(_places(theirs, from_ids), theirs.kind),
+            self._nixl.get_xfer_descs(_places(self.memory, note.group, to_ids), self.memory.kind),
+            self._nixl.get_xfer_descs(_places(theirs, note.group, note.block_ids), theirs.kind),
             self._peers[theirs.agent],
         )
         try:
@@ -101,14 +106,15 @@ _agents: WeakKeyDictionary[KVBlocks, _Agent] = WeakKeyDictionary()
 _starting = threading.Lock()
 
 
-def _agent_of(blocks: KVBlocks) -> _Agent:
+def _agent_of(groups: Sequence[KVBlocks]) -> _Agent:
+    first = groups[0]
     with _starting:
-        if blocks not in _agents:
+        if first not in _agents:
             try:
-                _agents[blocks] = _Agent(blocks)
+                _agents[first] = _Agent(groups)
             except Exception as error:  # of NIXL's own kinds
                 raise Unavailable(f"NIXL does not start: {error}") from error
-        return _agents[blocks]
+        return _agents[first]
 
 
 class Nixl(Transport):
@@ -123,19 +129,19 @@ class Nixl(Transport):
             raise Unavailable("the blocks are in the memory of the instance's workers")
         if here.checksum:
             raise Unavailable("the bytes pass nobody who could add a checksum")
-        self._blocks = here.kv.blocks
+        self._groups = here.kv.groups
 
     async def accept(self, offer: bytes) -> bytes:
-        self._agent = await asyncio.to_thread(_agent_of, self._blocks)
+        self._agent = await asyncio.to_thread(_agent_of, self._groups)
         if self._agent.failure:
             raise Unavailable(self._agent.failure)
         return b""
 
     async def connect(self, answer: bytes) -> None:
-        self._agent = await asyncio.to_thread(_agent_of, self._blocks)
+        self._agent = await asyncio.to_thread(_agent_of, self._groups)
 
     async def send(self, part: OutgoingPart) -> None:
-        note = Note(memory=self._agent.memory, block_ids=list(part.block_ids))
+        note = Note(memory=self._agent.memory, group=part.group, block_ids=list(part.block_ids))
         await part.announce(note=msgspec.msgpack.encode(note))
 
     async def receive(self, part: IncomingPart) -> Write:
@@ -143,17 +149,16 @@ class Nixl(Transport):
             note = msgspec.msgpack.decode(part.note, type=Note)
         except msgspec.DecodeError as error:
             raise ValueError(f"the note names no blocks: {error}") from error
-        if len(note.block_ids) != part.num_blocks:
+        if (note.group, len(note.block_ids)) != (part.group, part.num_blocks):
             raise ValueError(f"the note names {len(note.block_ids)} blocks, not {part.num_blocks}")
-        if _sizes(note.memory.runs) != _sizes(self._blocks.layout.runs):
+        theirs = [_sizes(runs) for runs in note.memory.groups]
+        if theirs != [_sizes(group.layout.runs) for group in self._groups]:
             raise ValueError("the blocks of the source are laid out in another way")
 
         async def read(block_ids: Sequence[int]) -> float:
             agent, loop = self._agent, asyncio.get_running_loop()
             try:
-                await loop.run_in_executor(
-                    agent.thread, agent.read, note.memory, note.block_ids, block_ids
-                )
+                await loop.run_in_executor(agent.thread, agent.read, note, block_ids)
             except Exception as error:  # of NIXL's own kinds
                 agent.failure = f"a read has failed: {error!r}"
                 raise Broken(agent.failure) from error
@@ -166,10 +171,10 @@ def _sizes(kinds: Sequence[Runs]) -> list[tuple[int, int]]:
     return [(runs.num_runs, runs.run_num_bytes) for runs in kinds]
 
 
-def _places(memory: Memory, block_ids: Sequence[int]) -> npt.NDArray[np.uint64]:
-    """Address, length and device of every run of these blocks."""
+def _places(memory: Memory, group: int, block_ids: Sequence[int]) -> npt.NDArray[np.uint64]:
+    """Address, length and device of every run of these blocks of a group."""
     ids, found = np.array(block_ids, dtype=np.uint64), []
-    for runs in memory.runs:
+    for runs in memory.groups[group]:
         steps = np.arange(runs.num_runs, dtype=np.uint64)[:, None] * np.uint64(runs.run_stride)
         places = (
             np.uint64(memory.address + runs.offset) + steps + ids * np.uint64(runs.block_stride)

@@ -21,30 +21,31 @@ from io import FileIO
 import msgspec
 import torch
 
-from llumsched.engine.transfer.blocks import KVBlocks
+from llumsched.engine.transfer.blocks import KVBlocks, texts_of
 from llumsched.engine.transfer.shared_ring import ReceiveRing, RingOffer, SendRing, Staging
 
 LENGTH_NUM_BYTES = 4
 
 
 class ShardOpened(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker's part of each block, and its kind of device; ``refused`` is why its blocks
+    """A worker's part of each group's blocks, and its kind of device; ``refused`` is why its blocks
     cannot be copied."""
 
     layout: str = ""
     backend: str = ""
-    block_num_bytes: int = 0
+    block_num_bytes: tuple[int, ...] = ()
     device_type: str = ""
     refused: str = ""
 
 
 class CopyShard(msgspec.Struct, frozen=True, kw_only=True):
-    """Copy a worker's shards of these blocks into a slot, or with ``is_scatter`` out of it.
+    """Copy a worker's shards of these blocks of a group into a slot, or with ``is_scatter`` out.
 
     They begin at byte ``start`` of the slot.
     """
 
     is_scatter: bool
+    group: int
     block_ids: list[int]
     ring: RingOffer
     slot: int
@@ -105,19 +106,19 @@ class ShardedKV:
         self.copies_on_cores = any(shard.device_type == "cpu" for shard in shards)
         self.layout = " | ".join(shard.layout for shard in shards)
         self.backend = " | ".join(shard.backend for shard in shards)
-        self.block_num_bytes = sum(self._shard_num_bytes)
+        self.block_num_bytes = tuple(map(sum, zip(*self._shard_num_bytes, strict=True)))
 
-    async def gather(self, block_ids: Sequence[int], staging: Staging) -> float:
+    async def gather(self, group: int, block_ids: Sequence[int], staging: Staging) -> float:
         assert staging.ring is not None, "what is gathered goes into a ring"
-        return await self._copy(block_ids, staging.ring, staging.slot, is_scatter=False)
+        return await self._copy(group, block_ids, staging.ring, staging.slot, is_scatter=False)
 
-    async def scatter(self, block_ids: Sequence[int], staging: Staging) -> float:
+    async def scatter(self, group: int, block_ids: Sequence[int], staging: Staging) -> float:
         if staging.ring is not None:
-            return await self._copy(block_ids, staging.ring, staging.slot, is_scatter=True)
+            return await self._copy(group, block_ids, staging.ring, staging.slot, is_scatter=True)
         async with self._inbox_lock:
             inbox = self._inbox_for(len(staging.content))
             inbox.slot(0)[: len(staging.content)] = staging.content
-            return await self._copy(block_ids, inbox.offer(), 0, is_scatter=True)
+            return await self._copy(group, block_ids, inbox.offer(), 0, is_scatter=True)
 
     def close(self) -> None:
         for to_worker, from_worker in self._pipes:
@@ -137,13 +138,14 @@ class ShardedKV:
         return self._inbox
 
     async def _copy(
-        self, block_ids: Sequence[int], ring: RingOffer, slot: int, *, is_scatter: bool
+        self, group: int, block_ids: Sequence[int], ring: RingOffer, slot: int, *, is_scatter: bool
     ) -> float:
         commands, start = [], 0
-        for shard_num_bytes in self._shard_num_bytes:
+        for shard_num_bytes in (of_groups[group] for of_groups in self._shard_num_bytes):
             commands.append(
                 CopyShard(
                     is_scatter=is_scatter,
+                    group=group,
                     block_ids=list(block_ids),
                     ring=ring,
                     slot=slot,
@@ -180,28 +182,30 @@ class ShardedKV:
 # ---- run inside a worker ----------------------------------------------------------------------
 
 
-def serve_shard(kv: KVBlocks, engine_pid: int, pipe: tuple[int, int]) -> ShardOpened:
+def serve_shard(groups: Sequence[KVBlocks], engine_pid: int, pipe: tuple[int, int]) -> ShardOpened:
     """Begin to copy for the engine; ``pipe`` are its descriptors for this rank."""
     command, answer = pipe
     commands = FileIO(f"/proc/{engine_pid}/fd/{command}", "rb")
     answers = FileIO(f"/proc/{engine_pid}/fd/{answer}", "wb")
     threading.Thread(
-        target=_serve, args=(kv, commands, answers), name="kv-shard", daemon=True
+        target=_serve, args=(groups, commands, answers), name="kv-shard", daemon=True
     ).start()
+    layout, backend = texts_of(groups)
     return ShardOpened(
-        layout=kv.layout.text,
-        backend=kv.layout.backend,
-        block_num_bytes=kv.block_num_bytes,
-        device_type=kv.device.type,
+        layout=layout,
+        backend=backend,
+        block_num_bytes=tuple(kv.block_num_bytes for kv in groups),
+        device_type=groups[0].device.type,
     )
 
 
-def _serve(kv: KVBlocks, commands: FileIO, answers: FileIO) -> None:
+def _serve(groups: Sequence[KVBlocks], commands: FileIO, answers: FileIO) -> None:
     rings: dict[RingOffer, ReceiveRing] = {}
     with commands, answers:
         while frame := _read(commands):
             command = msgspec.msgpack.decode(frame, type=CopyShard)
             started_s = time.thread_time()
+            kv = groups[command.group]
             try:
                 _copy_shard(kv, command, _mapped(command.ring, rings, kv.device))
             except Exception as error:  # told to the engine, whose migration ends of it

@@ -115,7 +115,7 @@ class TorchGroup(Transport):
             raise Unavailable(f"no channel to the destination: {error}") from error
 
     async def send(self, part: OutgoingPart) -> None:
-        num_bytes = len(part.block_ids) * self.here.kv.block_num_bytes
+        num_bytes = part.num_bytes
         content = (await part.gather(self.memory_for(num_bytes))).content
         async with self._in_order:
             await self.flush()

@@ -69,26 +69,33 @@ class Announce(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class OutgoingPart:
-    """Blocks to send: those of ``block_ids``, by way of ``slot`` of the staging memory if need be.
+    """Blocks of a group to send: ``block_ids``, by way of ``slot`` of the staging memory if need
+    be.
 
     ``core_s`` counts the seconds of a core's time that other processes took.
     """
 
     here: Here
+    group: int
     block_ids: Sequence[int]
     slot: int
     send: Announce
     core_s: float = 0.0
     _checksum: int | None = field(default=None, init=False)
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of its blocks."""
+        return len(self.block_ids) * self.here.kv.block_num_bytes[self.group]
+
     async def gather(self, into: torch.Tensor | None = None) -> Staging:
         """Copy the blocks into the part's slot, or into other memory that has room for them."""
-        num_bytes = len(self.block_ids) * self.here.kv.block_num_bytes
+        num_bytes = self.num_bytes
         if into is None:
             staging = self.here.ring.staging(self.slot, num_bytes)
         else:
             staging = Staging(content=into[:num_bytes])
-        self.core_s += await self.here.kv.gather(self.block_ids, staging)
+        self.core_s += await self.here.kv.gather(self.group, self.block_ids, staging)
         if self.here.checksum:
             self._checksum = checksum_of(staging.content)
         return staging
@@ -101,9 +108,11 @@ class OutgoingPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IncomingPart:
-    """A part that was announced: ``num_blocks`` blocks in ``slot`` of the source's memory."""
+    """A part that was announced: ``num_blocks`` blocks of a group in ``slot`` of the source's
+    memory."""
 
     here: Here
+    group: int
     num_blocks: int
     slot: int
     note: bytes = b""
@@ -113,7 +122,7 @@ class IncomingPart:
     @property
     def num_bytes(self) -> int:
         """Size of its blocks."""
-        return self.num_blocks * self.here.kv.block_num_bytes
+        return self.num_blocks * self.here.kv.block_num_bytes[self.group]
 
     def noted_blocks(self, num_blocks: int) -> list[int]:
         """The source's blocks, where the note is their ids.
@@ -147,7 +156,7 @@ class IncomingPart:
             raise ValueError("the bytes are not those that were sent")
 
         async def write(block_ids: Sequence[int]) -> float:
-            return await self.here.kv.scatter(block_ids, part)
+            return await self.here.kv.scatter(self.group, block_ids, part)
 
         return write
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from vllm.v1.request import Request
 
 from llumsched.core.load import InstanceLoad, InstanceSpec
-from llumsched.core.types import InstanceRole, num_blocks_for, priority_class
+from llumsched.core.types import InstanceRole, priority_class
 from llumsched.engine.vllm.core import LlumschedEngineCore
+from llumsched.engine.vllm.migration.groups import num_blocks_of
 
 # A change since the last report that is worth an extra one: this share of all blocks.
 LARGE_CHANGE_OF_BLOCKS = 0.1
@@ -131,4 +132,4 @@ class LoadReader:
                 yield request_id, 0, evicted.num_output_tokens
 
     def _num_blocks(self, request: Request) -> int:
-        return num_blocks_for(request.num_tokens, self._block_size)
+        return num_blocks_of(self._scheduler.kv_cache_manager, request.num_tokens)

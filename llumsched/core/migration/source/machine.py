@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llumsched.core.migration.events import DeadlineExpired, PeerLost
+from llumsched.core.migration.groups import CacheGroup
 from llumsched.core.migration.messages import BlocksCopied, BlocksReserved
 from llumsched.core.migration.source.events import (
     AbortedAtSource,
@@ -36,6 +37,7 @@ def start(
     source: str,
     destination: str,
     num_preemptions: int,
+    groups: tuple[CacheGroup, ...] = (),
     options: MigrationOptions | None = None,
 ) -> tuple[Migration, tuple[SourceCommand, ...]]:
     """Begin: the migration in RESERVING and its first command."""
@@ -47,6 +49,7 @@ def start(
         options=options or MigrationOptions(),
         num_preemptions_at_start=num_preemptions,
         num_preemptions=num_preemptions,
+        groups=groups,
     )
     return migration, (reserve_blocks(migration),)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from llumsched.core.migration.groups import CacheGroup
 from llumsched.core.migration.source.events import MigrationState
 from llumsched.core.params import ParamError, check_params, param
 
@@ -43,6 +44,8 @@ def hand_over_s(step_time_s: float) -> float:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationOptions:
     """When to stop copying in stages, and how long to wait in each state.
+
+    Numbers of blocks are those of one group of the KV cache; with several, of each.
 
     Stages go on while more than `final_stage_blocks` full blocks are left, each stage is smaller
     than the one before, and fewer than `max_stages` are done. When they stop with more left than
@@ -104,11 +107,11 @@ class MigrationOptions:
 class Migration:
     """One request on its way from `source` to `destination`, as the source knows it.
 
-    Blocks are counted from the request's first: the destination holds `num_blocks_copied` of them
-    (those it had cached included) and `num_copyable_blocks` may be copied, the tail only once the
-    request is suspended. `stage` is the number of the latest stage begun, 0 before the first, and
-    `num_stage_blocks` its size. `step_ends_in_s`, `step_s` and `hand_over_s` are of the
-    destination's last answer.
+    Blocks are counted from the request's first, over all `groups` in their order: the destination
+    holds `num_blocks_copied` of them, those it had cached included, and `num_copyable_blocks` may
+    be copied, the tail and what is live only once the request is suspended. `stage` is the number
+    of the latest stage begun, 0 before the first, and `num_stage_blocks` its size.
+    `step_ends_in_s`, `step_s` and `hand_over_s` are of the destination's last answer.
     """
 
     migration_id: str
@@ -118,6 +121,7 @@ class Migration:
     options: MigrationOptions
     num_preemptions_at_start: int
     num_preemptions: int
+    groups: tuple[CacheGroup, ...] = ()
     state: MigrationState = MigrationState.RESERVING
     stage: int = 0
     num_stage_blocks: int = 0
@@ -149,6 +153,11 @@ class Migration:
         if wait_s < 0:
             wait_s += self.step_s
         return wait_s if wait_s <= self.options.max_step_wait_s else 0.0
+
+    @property
+    def num_settled_groups(self) -> int:
+        """Groups whose blocks are copied while the request decodes, of each as many."""
+        return max(1, sum(not group.is_live for group in self.groups))
 
     @property
     def is_terminal(self) -> bool:

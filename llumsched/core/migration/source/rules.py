@@ -48,7 +48,8 @@ def preempted(migration: Migration) -> bool:
 
 
 def little_left(migration: Migration) -> bool:
-    return migration.num_blocks_left <= migration.options.final_stage_blocks
+    limit = migration.options.final_stage_blocks * migration.num_settled_groups
+    return migration.num_blocks_left <= limit
 
 
 def nothing_left(migration: Migration) -> bool:
@@ -63,7 +64,8 @@ def stages_shrink(migration: Migration) -> bool:
 
 
 def worth_a_pause(migration: Migration) -> bool:
-    return migration.num_blocks_left <= migration.options.max_final_stage_blocks
+    limit = migration.options.max_final_stage_blocks * migration.num_settled_groups
+    return migration.num_blocks_left <= limit
 
 
 def abort_requested(migration: Migration) -> bool:
@@ -86,6 +88,7 @@ def reserve_blocks(migration: Migration) -> SourceCommand:
         migration_id=migration.migration_id,
         request_id=migration.request_id,
         source=migration.source,
+        groups=migration.groups,
     )
 
 

@@ -8,6 +8,8 @@ _CORE = "vllm.v1.engine.core:EngineCoreProc"
 _ENGINE = "vllm.v1.engine.core:EngineCore"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _KV = "vllm.v1.core.kv_cache_manager:KVCacheManager"
+_COORDINATOR = "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator"
+_MANAGER = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
 _POOL = "vllm.v1.core.block_pool:BlockPool"
 _REQUEST = "vllm.v1.request:Request"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
@@ -142,8 +144,22 @@ ENGINE_INTERNALS: tuple[Internal, ...] = (
         ),
     ),
     Internal(_KV, "cache_blocks", "publish the arrived prefix", ("request", "num_computed_tokens")),
-    Internal(_KV, "get_blocks", "pin blocks", ("request_id",)),
     Internal(_KV, "get_block_ids", "find blocks", ("request_id",)),
+    Internal(_KV, "create_kv_cache_blocks", "reserve blocks", ("blocks",)),
+    Internal(_KV, "remove_skipped_blocks", "leave a window's past behind", ("request_id",)),
+    Internal(_KV, "coordinator", "find the blocks of each group", on_instances=True),
+    Internal(_COORDINATOR, "single_type_managers", "find blocks", on_instances=True),
+    Internal(_MANAGER, "req_to_blocks", "pin blocks, place a state", on_instances=True),
+    Internal(_MANAGER, "block_size", "count blocks", on_instances=True),
+    Internal(_MANAGER, "kv_cache_spec", "tell states from attention", on_instances=True),
+    Internal(_MANAGER, "new_block_ids", "not zero what has come", on_instances=True),
+    Internal(_MANAGER, "get_num_skipped_tokens", "know a window", ("num_computed_tokens",)),
+    Internal(
+        _MANAGER,
+        "allocate_new_blocks",
+        "grow a reservation",
+        ("request_id", "num_tokens", "num_tokens_main_model"),
+    ),
     Internal(_KV, "free", "give a reservation back", ("request",)),
     Internal(_KV, "block_pool", "pin blocks", on_instances=True),
     Internal(_KV, "kv_cache_config", "check the cache's kind", on_instances=True),

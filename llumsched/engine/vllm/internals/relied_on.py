@@ -36,6 +36,27 @@ RELIED_ON: tuple[Internal, ...] = (
     *_each(_CORE, "serve several frontends", "process_input_sockets", "process_output_sockets"),
     *_each(_CORE, "tell a frontend the block size", "_make_ready_response"),
     *_each(_CORE, "stay paused", "pause_scheduler", "resume_scheduler"),
+    # Blocks of a group that is no full attention.
+    *_each(
+        "vllm.v1.core.single_type_kv_cache_manager:MambaManager",
+        "place a state, and go on from it",
+        "get_num_blocks_to_allocate",
+        "allocate_new_blocks",
+        "remove_skipped_blocks",
+        "cache_blocks",
+    ),
+    *_each(
+        "vllm.v1.core.single_type_kv_cache_manager:SlidingWindowManager",
+        "know which blocks a window has left behind",
+        "find_longest_cache_hit",
+        "get_num_skipped_tokens",
+    ),
+    *_each(
+        "vllm.v1.worker.mamba_utils",
+        "go on from a state after an arrival",
+        "preprocess_mamba",
+        "cleanup_mamba_state_idx",
+    ),
     # Scheduling of requests that came, went, or came back.
     *_each(
         _SCHEDULER,

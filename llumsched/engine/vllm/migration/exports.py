@@ -21,11 +21,10 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import msgspec
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request, RequestStatus
 
 from llumsched.core.policy import MigrationCandidate
@@ -39,6 +38,7 @@ from llumsched.engine.base import (
     SuspendedRequest,
 )
 from llumsched.engine.vllm.core import LlumschedEngineCore
+from llumsched.engine.vllm.migration.groups import PinnedBlocks
 from llumsched.engine.vllm.migration.port import EngineAdapter
 from llumsched.engine.vllm.migration.state import (
     capture_request,
@@ -60,8 +60,8 @@ MAX_REST_S = 60.0
 class _Export:
     request: Request
     num_preemptions: int
+    pinned: PinnedBlocks
     has_kv: bool = True
-    pinned: list[KVCacheBlock] = field(default_factory=list)
     suspended: Future[SuspendedRequest] | None = None
     is_lost: bool = False
 
@@ -147,7 +147,8 @@ class SourceAdapter(EngineAdapter):
             self._take_back(request)
             # Taking a running one back counts as a preemption, which must not end this export.
             state = msgspec.structs.replace(state, num_preemptions=request.num_preemptions)
-        self._exports[request_id] = _Export(request, request.num_preemptions, has_kv)
+        pinned = PinnedBlocks(self._kv_manager, request, request.num_tokens - 1)
+        self._exports[request_id] = _Export(request, request.num_preemptions, pinned, has_kv)
         return state
 
     def _check_moment(self, request: Request) -> bool:
@@ -215,8 +216,7 @@ class SourceAdapter(EngineAdapter):
         export = self._exports[request_id]
         request = export.request
         if self._why_lost(export) is None:
-            num_final_tokens = request.num_computed_tokens - request.num_in_flight_tokens
-            self._pin(export, num_final_tokens // self._block_size)
+            export.pinned.pin_full(request.num_computed_tokens - request.num_in_flight_tokens)
         return self._copyable(export)
 
     def suspend(self, request_id: str) -> Future[SuspendedRequest]:
@@ -248,7 +248,7 @@ class SourceAdapter(EngineAdapter):
         export = self._exports.pop(request_id, None)
         if export is None:
             return
-        self._unpin(export)
+        export.pinned.unpin()
         request = export.request
         if not export.has_kv:
             if self._scheduler.requests.get(request_id) is request:
@@ -282,7 +282,7 @@ class SourceAdapter(EngineAdapter):
         export = self._exports.pop(request_id, None)
         if export is None:
             return
-        self._unpin(export)
+        export.pinned.unpin()
         self.places.give_back(request_id)
         if self._scheduler.requests.get(request_id) is export.request:
             self.on_release(request_id)
@@ -341,7 +341,8 @@ class SourceAdapter(EngineAdapter):
         generator_state = self._engine.collective_rpc(
             read_generator_state, args=(request.request_id,)
         )[0]
-        self._pin(export, self._num_blocks(request.num_computed_tokens))
+        if export.has_kv:
+            export.pinned.pin_all(request.num_computed_tokens)
         future.set_result(
             SuspendedRequest(
                 final=FinalState(
@@ -363,20 +364,10 @@ class SourceAdapter(EngineAdapter):
             export.suspended.set_exception(CannotMigrate(f"the request was {what}"))
         self.on_lost(request_id, what)
 
-    def _pin(self, export: _Export, num_blocks: int) -> None:
-        blocks = self._kv_manager.get_blocks(export.request.request_id).blocks[0]
-        new = list(blocks[len(export.pinned) : num_blocks])
-        self._kv_manager.block_pool.touch(new)
-        export.pinned.extend(new)
-
     @staticmethod
     def _copyable(export: _Export) -> CopyableBlocks:
         return CopyableBlocks(
-            block_ids=[block.block_id for block in export.pinned],
+            block_ids=export.pinned.block_ids,
+            num_tokens=export.pinned.num_tokens,
             num_preemptions=export.request.num_preemptions,
         )
-
-    def _unpin(self, export: _Export) -> None:
-        # The tail is evicted first, as when a request's own blocks are freed.
-        self._kv_manager.block_pool.free_blocks(reversed(export.pinned))
-        export.pinned.clear()

@@ -23,9 +23,17 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, UtilityOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import UtilityResult
 
-from llumsched.engine.base import CannotMigrate, FinalState, Refusal, RequestState, ReservedBlocks
-from llumsched.engine.vllm.compat import accepted, rejects_new_requests, takes
+from llumsched.engine.base import (
+    BlockTables,
+    CannotMigrate,
+    FinalState,
+    Refusal,
+    RequestState,
+    ReservedBlocks,
+)
+from llumsched.engine.vllm.compat import rejects_new_requests, takes
 from llumsched.engine.vllm.core import LlumschedEngineCore
+from llumsched.engine.vllm.migration.groups import ArrivingBlocks
 from llumsched.engine.vllm.migration.port import Arrival, EngineAdapter
 from llumsched.engine.vllm.migration.state import (
     decode_request,
@@ -38,9 +46,6 @@ from llumsched.engine.vllm.migration.state import (
 # come from it from now on. vLLM draws its own ids from 64 random bits, all of them positive.
 HAND_OVER_CALL_ID = -20240610
 
-# Blocks reserved beyond the request's own tokens, so that what it decodes while being copied
-# rarely needs more room at the last stage: to make room takes until the step under way is over.
-RESERVED_GROWTH_BLOCKS = 2
 # The source asks during one step here, and the request decodes on to the end of another.
 NUM_STEPS_UNTIL_HAND_OVER = 2
 
@@ -50,7 +55,6 @@ class _Import:
     request: Request
     core_request: EngineCoreRequest
     placement_number: int
-    num_reserved_tokens: int
     has_kv: bool
 
 
@@ -60,6 +64,7 @@ class DestinationAdapter(EngineAdapter):
     def __init__(self, engine: LlumschedEngineCore) -> None:
         super().__init__(engine)
         self._imports: dict[str, _Import] = {}
+        self._blocks = ArrivingBlocks(self._kv_manager)
 
     def reserve(self, state: RequestState, *, may_wait: bool = False) -> ReservedBlocks:
         """Reserve blocks, and a place in the batch, for a request that is about to move here.
@@ -85,19 +90,18 @@ class DestinationAdapter(EngineAdapter):
         request = self._new_request(core_request)
         request.append_output_token_ids(state.output_token_ids)
         request.num_preemptions = state.num_preemptions
+        num_cached_blocks = 0
         if state.has_kv:
-            num_reserved_tokens, num_cached_tokens = self._allocate(request, state.step_time_s)
+            num_cached_blocks = self._allocate(request, state.step_time_s)
             self.places.keep(request_id)
-        else:
-            num_reserved_tokens = num_cached_tokens = 0
         self._imports[request_id] = _Import(
-            request, core_request, state.placement_number, num_reserved_tokens, state.has_kv
+            request, core_request, state.placement_number, state.has_kv
         )
         structured = request.structured_output_request
         grammar = structured._grammar if structured is not None else None
         return ReservedBlocks(
-            block_ids=list(self._kv_manager.get_block_ids(request_id)[0]),
-            num_cached_blocks=num_cached_tokens // self._block_size,
+            block_ids=self._blocks.block_ids(request),
+            num_cached_blocks=num_cached_blocks,
             grammar=grammar if isinstance(grammar, Future) else None,
         )
 
@@ -137,9 +141,8 @@ class DestinationAdapter(EngineAdapter):
                 Refusal.NO_ROOM,
             )
 
-    def _allocate(self, request: Request, token_s: float) -> tuple[int, int]:
-        """Hold blocks for an arriving request; the tokens they have room for, and of these the
-        tokens that are in the prefix cache.
+    def _allocate(self, request: Request, token_s: float) -> int:
+        """Hold blocks for an arriving request; how many of them have content already.
 
         Args:
             token_s: seconds a token of output at the source.
@@ -151,44 +154,23 @@ class DestinationAdapter(EngineAdapter):
             raise CannotMigrate(
                 "this version of vLLM zeroes the blocks of arrivals", Refusal.UNSUPPORTED_ENGINE
             )
-        num_blocks = self._num_blocks(request.num_tokens) + RESERVED_GROWTH_BLOCKS
-        cached_blocks, num_cached_tokens, _ = self._kv_manager.get_computed_blocks(request)
-        for num_more_blocks in (self._num_blocks_until_hand_over(request, token_s), 0):
-            num_reserved_tokens = min(
-                (num_blocks + num_more_blocks) * self._block_size, self._scheduler.max_model_len
-            )
-            allocated = self._kv_manager.allocate_slots(
-                request,
-                0,
-                num_new_computed_tokens=num_cached_tokens,
-                new_computed_blocks=cached_blocks,
-                num_external_computed_tokens=num_reserved_tokens - num_cached_tokens,
-                delay_cache_blocks=True,
-                has_scheduled_reqs=False,
-                **accepted(self._kv_manager.allocate_slots, skip_zeroing_group_ids=(0,)),
-            )
-            if allocated is not None or not num_more_blocks:
-                break
-        if allocated is None:
-            raise CannotMigrate(
-                f"the destination has {self._kv_manager.block_pool.get_num_free_blocks()} free "
-                f"blocks, the request needs {self._num_blocks(num_reserved_tokens)}",
-                Refusal.NO_ROOM,
-            )
-        request.num_computed_tokens = num_reserved_tokens
-        return num_reserved_tokens, num_cached_tokens
+        return self._blocks.hold(
+            request,
+            self._scheduler.max_model_len,
+            num_more_tokens=self._num_tokens_until_hand_over(request, token_s),
+        )
 
-    def _num_blocks_until_hand_over(self, request: Request, token_s: float) -> int:
-        """Blocks that the request fills at its source before it is suspended: many, where a step
+    def _num_tokens_until_hand_over(self, request: Request, token_s: float) -> int:
+        """Tokens that the request puts out at its source before it is suspended: many, where a step
         here takes as long as many there."""
         if token_s <= 0:
             return 0
         step_s = self._engine.step_ahead().step_s
         num_tokens = int(NUM_STEPS_UNTIL_HAND_OVER * step_s / token_s)
-        return min(num_tokens, request.max_tokens - request.num_output_tokens) // self._block_size
+        return min(num_tokens, request.max_tokens - request.num_output_tokens)
 
-    def grow(self, request_id: str, num_blocks: int) -> list[int]:
-        """Reserve until the request holds ``num_blocks`` blocks; the ids of all of them.
+    def grow(self, request_id: str, num_tokens: int) -> BlockTables:
+        """Reserve blocks for so many tokens; the ids of all that are reserved.
 
         Raises:
             CannotMigrate: if there is no room to grow. The reservation stays, to be cancelled.
@@ -196,23 +178,9 @@ class DestinationAdapter(EngineAdapter):
         imported = self._imports.get(request_id)
         if imported is None:
             raise CannotMigrate("the reservation is gone")
-        missing_tokens = num_blocks * self._block_size - imported.num_reserved_tokens
-        if missing_tokens > 0:
-            self._check_frees()
-            if self._scheduler.needs_kv_cache_zeroing:
-                raise CannotMigrate("the request outgrew its reservation")
-            if (
-                self._kv_manager.allocate_slots(
-                    imported.request, missing_tokens, delay_cache_blocks=True
-                )
-                is None
-            ):
-                raise CannotMigrate(
-                    "the destination ran out of blocks while the request grew", Refusal.NO_ROOM
-                )
-            imported.num_reserved_tokens += missing_tokens
-            imported.request.num_computed_tokens = imported.num_reserved_tokens
-        return list(self._kv_manager.get_block_ids(request_id)[0])
+        self._check_frees()
+        self._blocks.grow(imported.request, num_tokens)
+        return self._blocks.block_ids(imported.request)
 
     def commit(self, request_id: str, final: FinalState) -> None:
         """Start to decode the request here; its next output comes from this instance."""
@@ -251,7 +219,7 @@ class DestinationAdapter(EngineAdapter):
             )
         request.num_computed_tokens = final.num_computed_tokens
         if imported.has_kv:
-            self._kv_manager.cache_blocks(request, request.num_computed_tokens)
+            self._blocks.settle(request, request.num_computed_tokens)
         if not request.num_output_tokens:
             return
         replay_grammar(self._engine.structured_output_manager, request, imported.core_request)

@@ -7,7 +7,8 @@ content are ordered by the layout that the attention backends agreed on. All six
 or of several sizes, blocks split into smaller ones for the kernels, scales kept beside quantised
 values. Padding does not move.
 
-Knows one KV cache group at a time; each group has a layout of its own.
+The groups of a cache lie over one another: a block belongs to one group at a time, and each group
+has a layout of its own. A state (of Mamba, say) is a page like others, of one token.
 """
 
 from __future__ import annotations
@@ -80,16 +81,16 @@ def _runs_of_group(config: KVCacheConfig, group_id: int, layout: KVCacheLayout) 
     return joined(found)
 
 
-def open_blocks(model_runner: Any) -> KVBlocks:
-    """The blocks of a worker, by its model runner (V1 or V2).
+def open_blocks(model_runner: Any) -> tuple[KVBlocks, ...]:
+    """The blocks of a worker, of each KV cache group, by its model runner (V1 or V2).
 
     Raises:
         ValueError: if they cannot be copied; the message is the reason.
     """
     config: KVCacheConfig = model_runner.kv_cache_config
-    if len(config.kv_cache_groups) != 1 or not model_runner.kv_caches:
-        raise ValueError("the model has a KV cache other than one group")
-    (layout,) = block_layouts(
+    if not model_runner.kv_caches:
+        raise ValueError("the model has no KV cache")
+    layouts = block_layouts(
         config,
         model_runner.cache_config.get_resolved_kv_cache_layout(),
         tuple(
@@ -97,7 +98,7 @@ def open_blocks(model_runner: Any) -> KVBlocks:
             for attentions in model_runner.attn_groups
         ),
     )
-    return KVBlocks(model_runner.kv_caches[0], layout)
+    return tuple(KVBlocks(model_runner.kv_caches[0], layout) for layout in layouts)
 
 
 def open_shard(worker: Any, engine_pid: int, pipes: list[tuple[int, int]]) -> ShardOpened:
@@ -107,7 +108,7 @@ def open_shard(worker: Any, engine_pid: int, pipes: list[tuple[int, int]]) -> Sh
         pipes: the engine's descriptors, a pair for each rank.
     """
     try:
-        kv = open_blocks(worker.model_runner)
+        groups = open_blocks(worker.model_runner)
     except ValueError as error:
         return ShardOpened(refused=str(error))
-    return serve_shard(kv, engine_pid, pipes[worker.rank])
+    return serve_shard(groups, engine_pid, pipes[worker.rank])

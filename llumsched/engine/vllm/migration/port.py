@@ -18,6 +18,7 @@ from llumsched.engine.transfer.shards import ShardedKV
 from llumsched.engine.vllm.compat import installed_version
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.migration.frees import DeferredFrees
+from llumsched.engine.vllm.migration.groups import cache_groups, num_blocks_of
 from llumsched.engine.vllm.migration.kv import open_blocks, open_shard
 from llumsched.engine.vllm.migration.places import BatchPlaces
 from llumsched.engine.vllm.migration.state import why_engine_cannot_migrate
@@ -35,14 +36,14 @@ class EngineAdapter:
     """Invariant: every method of it and of its subclasses runs on the engine's loop thread.
 
     ``refusal`` is the reason why no request of this engine can move, or ``None``; ``kv`` is its KV
-    cache, unless there is such a reason.
+    cache, unless there is such a reason. ``groups`` are the groups of that cache.
     """
 
     def __init__(self, engine: LlumschedEngineCore) -> None:
         self._engine = engine
         self._scheduler = engine.scheduler
         self._kv_manager = engine.scheduler.kv_cache_manager
-        self._block_size: int = engine.vllm_config.cache_config.block_size
+        self.groups = cache_groups(self._kv_manager)
         self._arrivals: WeakKeyDictionary[Request, Arrival] = WeakKeyDictionary()
         # Changes while a request decodes; the destination starts from what it was at first.
         self._reasoning_ended_at_arrival: WeakKeyDictionary[Request, bool | None] = (
@@ -95,7 +96,7 @@ class EngineAdapter:
                 max_model_len=model.max_model_len,
                 block_size=cache.block_size,
                 kv_dtype=str(cache.cache_dtype),
-                kv_spec=tuple(sorted({str(group.kv_cache_spec) for group in groups})),
+                kv_spec=tuple(str(group.kv_cache_spec) for group in groups),
                 kv_layout=self.kv.layout if self.kv is not None else "",
                 attention_backend=self.kv.backend if self.kv is not None else "",
                 tensor_parallel=parallel.tensor_parallel_size,
@@ -111,4 +112,4 @@ class EngineAdapter:
             self._reasoning_ended_at_arrival[request] = structured.reasoning_ended
 
     def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
+        return num_blocks_of(self._kv_manager, num_tokens)

@@ -14,17 +14,14 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from llumsched.engine.base import CannotMigrate, FinalState, Refusal, RequestState
-
-# Blocks of these are filled in order and never written again once they are full. Of kinds derived
-# from them nothing is known: R-SWA drops blocks from the middle, and attention sinks share some.
-MOVABLE_SPECS = (FullAttentionSpec, MLAAttentionSpec)
+from llumsched.engine.vllm.migration.groups import why_groups_cannot_move
 
 
 def why_engine_cannot_migrate(
@@ -51,13 +48,7 @@ def why_engine_cannot_migrate(
             "the experts of steps at the source would be missing from what is returned "
             "(--enable-return-routed-experts)"
         )
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        return "the model has a KV cache other than one group of full attention"
-    spec = type(groups[0].kv_cache_spec)
-    if spec not in MOVABLE_SPECS:
-        return f"the model's KV cache is of a kind that does not move ({spec.__name__})"
-    return None
+    return why_groups_cannot_move(kv_cache_config)
 
 
 def why_not_migratable(request: Request) -> CannotMigrate | None:
