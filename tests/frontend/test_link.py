@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
@@ -226,6 +227,37 @@ def test_a_held_request_waits_as_long_as_the_scheduler_lives() -> None:
         assert probes >= 3
 
     run(answer, scenario)
+
+
+@pytest.mark.parametrize("says_more", [True, False], ids=["registers frontends", "says no more"])
+def test_requests_that_are_held_do_not_ask_one_by_one_whether_it_lives(says_more: bool) -> None:
+    names = {f"r{number}" for number in range(40)}
+    asked: Counter[str] = Counter()
+    num_probes = 0
+
+    def answer(message: Message) -> Message | None:
+        nonlocal num_probes
+        match message:
+            case PlaceRequest(request=held):
+                asked[held.request_id] += 1
+                if min(asked[name] for name in names) > 3:
+                    return Placed(
+                        request_id=held.request_id, instance_id="a", engine_index=0, reason=""
+                    )
+            case DescribeCluster():
+                num_probes += 1
+                return ClusterDescription(
+                    call_id=message.call_id, policy="latency", instances=[], migrations={}
+                )
+            case RegisterFrontend() if says_more:
+                return Welcomed(scheduler_id="the first")
+        return None
+
+    async def scenario(link: SchedulerClient) -> None:
+        await asyncio.gather(*(link.place(engine_request(name)) for name in names))
+
+    run(answer, scenario)
+    assert num_probes < len(names), "each was held three times"
 
 
 def test_a_scheduler_that_restarts_is_asked_again() -> None:

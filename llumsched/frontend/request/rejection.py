@@ -135,7 +135,8 @@ class _Answering:
             self._add_header(message)
             self._add_provenance(message)
         elif self._releasing is not None:
-            await self._release()
+            if not self._releasing.done():
+                await self._release()
             if self._is_replaced:
                 return  # the rejection as an event, and the end of the stream
         if self._is_stream and self._policy is not None and message["type"] == "http.response.body":

@@ -60,7 +60,8 @@ class Patience:
     """How long a frontend waits for its scheduler, in seconds."""
 
     # A scheduler that decides answers within a millisecond; one that holds a request says nothing
-    # until it is placed, so only the probe tells a held request from a dead scheduler.
+    # until it is placed. Whatever else it says meanwhile tells a held request from a dead
+    # scheduler, and if that is nothing, a probe, which all held requests share.
     placement_s: float = 1.0
     probe_s: float = 1.0
     register_interval_s: float = 1.0
@@ -121,6 +122,8 @@ class SchedulerClient:
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._given_once: dict[int, asyncio.Future[Any]] = {}
         self._scheduler_id: str | None = None
+        self._heard_s = 0.0
+        self._probing: asyncio.Task[bool] | None = None
         self._failures = FailureLog(logger)
         self._call_ids = itertools.count(1)
         self._context = zmq.asyncio.Context()
@@ -161,10 +164,11 @@ class SchedulerClient:
             )
             heard_s = loop.time()
             while True:
+                asked_s = loop.time()
                 await self._socket.send(encode(asked))
                 done, _ = await asyncio.wait({future}, timeout=self._patience.placement_s)
                 # A scheduler that was started again has never heard of the request.
-                if not done and await self._is_alive():
+                if not done and (self._heard_s > asked_s or await self._is_alive()):
                     heard_s = loop.time()
                     continue
                 if future.done():
@@ -259,12 +263,19 @@ class SchedulerClient:
     def close(self) -> None:
         self._receiving.cancel()
         self._registering.cancel()
+        if self._probing is not None:
+            self._probing.cancel()
         for task in list(self._sending):
             task.cancel()
         self._socket.close(linger=0)
         self._context.term()
 
     async def _is_alive(self) -> bool:
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(self._probe())
+        return await asyncio.shield(self._probing)
+
+    async def _probe(self) -> bool:
         try:
             await self.describe(self._patience.probe_s)
         except SchedulerUnavailable:
@@ -329,6 +340,7 @@ class SchedulerClient:
     async def _receive(self) -> None:
         while True:
             message = decode_control(await self._socket.recv())
+            self._heard_s = asyncio.get_running_loop().time()
             match message:
                 case Placed():
                     placement = self._placements.get(message.request_id)
