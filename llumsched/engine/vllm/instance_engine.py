@@ -14,6 +14,7 @@ from llumsched.core.load import InstanceLoad, InstanceSpec
 from llumsched.engine.base import StepAhead
 from llumsched.engine.vllm.compat import start_watchdog
 from llumsched.engine.vllm.core import EngineSettings, LlumschedEngineCore
+from llumsched.engine.vllm.gloo_device import share_gloo_device
 from llumsched.engine.vllm.load import LoadReader
 from llumsched.engine.vllm.migration import MigrationAdapter
 from llumsched.engine.vllm.migration.resumption import Resumption
@@ -37,6 +38,7 @@ class VllmEngine:
         reports_prefix_blocks: bool,
     ) -> None:
         prove_membership(keys)
+        share_gloo_device()
         self._core = core = LlumschedEngineCore(settings)
         warm_up(core)
         self.migration = MigrationAdapter(core)
