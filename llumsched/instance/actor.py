@@ -26,6 +26,7 @@ from llumsched.instance.cpu_affinity import OwnCores
 from llumsched.instance.gpu_turn import gpu_turn
 from llumsched.instance.heartbeat import start_beating
 from llumsched.instance.llumlet import Llumlet
+from llumsched.instance.report_pace import IDLE_REPORT_INTERVAL_S
 from llumsched.instance.signals import act_on
 from llumsched.logs import LogOptions, set_up
 from llumsched.wire.keys import PoolKeys
@@ -43,7 +44,8 @@ class InstancePlan:
     sockets bind to, without one that of its machine in the Ray cluster.
     ``reports_prefix_blocks`` needs an engine that records KV events. ``launch_id`` is the
     scheduler's order that it answers, if any. ``num_cores`` are for it alone, if they are free;
-    0 lets it run on all. With ``shares_gpu`` it boots when no other instance of its GPU does."""
+    0 lets it run on all. ``idle_report_interval_s`` is between two load reports while nothing is
+    here. With ``shares_gpu`` it boots when no other instance of its GPU does."""
 
     instance_id: str
     engine: EngineSettings
@@ -58,6 +60,7 @@ class InstancePlan:
     reports_prefix_blocks: bool = False
     launch_id: str | None = None
     num_cores: int = 0
+    idle_report_interval_s: float = IDLE_REPORT_INTERVAL_S
     shares_gpu: bool = False
 
 
@@ -156,6 +159,7 @@ class Instance:
             options=plan.migration,
             transfer=plan.transfer,
             launch_id=plan.launch_id,
+            idle_report_interval_s=plan.idle_report_interval_s,
         )
         self._ready.set()
         try:

@@ -1,6 +1,7 @@
 """The llumlet: an instance's own scheduler-facing half.
 
-It pushes load reports several times a second, and at once after a large change; it takes
+It pushes load reports several times a second while something is here, and at once after a large
+change (``report_pace``); it takes
 migration orders, picks the request that moves where the order leaves that open (only the
 source has fresh per-request state), and reports how each migration ended. It runs on the
 migrator's loop and touches the engine only through closures on the engine's loop thread.
@@ -25,6 +26,7 @@ from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.policy import MigrationCandidate, VictimPolicy, settled
 from llumsched.core.transfer_options import TransferOptions
 from llumsched.engine.base import InstanceEngine
+from llumsched.instance.report_pace import IDLE_REPORT_INTERVAL_S, ReportPace
 from llumsched.logs import FailureLog
 from llumsched.migration.migrator import Migrator
 from llumsched.wire.control import (
@@ -45,7 +47,6 @@ _failures = FailureLog(logger)
 
 T = TypeVar("T")
 
-REPORT_INTERVAL_S = 0.1
 # Reports on large changes come no closer than this.
 MIN_REPORT_INTERVAL_S = 0.02
 # Which request would move next takes a look at every running one, between two steps.
@@ -74,6 +75,7 @@ class Llumlet:
     keys: the pool's.
     host: address to bind the migrator to.
     launch_id: the scheduler's order that this instance answers, if any.
+    idle_report_interval_s: between two reports of an idle instance.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Llumlet:
         options: MigrationOptions,
         transfer: TransferOptions,
         launch_id: str | None = None,
+        idle_report_interval_s: float = IDLE_REPORT_INTERVAL_S,
     ) -> None:
         self._engine = engine
         self._launch_id = launch_id
@@ -97,6 +100,7 @@ class Llumlet:
         self._port = engine.migration
         self._loop = asyncio.get_running_loop()
         self._report_now = asyncio.Event()
+        self._pace = ReportPace(idle_report_interval_s)
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         keys.connect_with(self._socket)
@@ -112,6 +116,7 @@ class Llumlet:
             step_ahead=engine.step_ahead,
             options=options,
             transfer=transfer,
+            spoken_to=self._migrates,
         )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._report_pending = False
@@ -129,6 +134,7 @@ class Llumlet:
                 message = decode_control(await self._socket.recv())
                 match message:
                     case OrderMigration():
+                        self._migrates()
                         self._spawn(self._migrate(message))
                     case InstanceGone():
                         self._migrator.peer_gone(message.instance_id)
@@ -185,7 +191,7 @@ class Llumlet:
                 await self._tell_prefix_blocks(changes)
             await asyncio.sleep(MIN_REPORT_INTERVAL_S)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(REPORT_INTERVAL_S - MIN_REPORT_INTERVAL_S):
+                async with asyncio.timeout(self._pace.pause_s - MIN_REPORT_INTERVAL_S):
                     await self._report_now.wait()
             self._report_now.clear()
             self._report_pending = False
@@ -205,12 +211,20 @@ class Llumlet:
             num_migrations_out=self._migrator.num_outgoing,
             victim_blocks=self._victim_blocks,
         )
+        self._pace.read(load)
         return load, self._prefix_blocks.take() if self._prefix_blocks is not None else []
 
     def _after_step(self) -> None:
-        if not self._report_pending and self._engine.load_has_changed_much():
+        if self._report_pending:
+            return
+        if self._pace.stepped() or self._engine.load_has_changed_much():
             self._report_pending = True
             self._loop.call_soon_threadsafe(self._report_now.set)
+
+    def _migrates(self) -> None:
+        if self._pace.rests:
+            self._report_now.set()
+        self._pace.migrates()
 
     async def _migrate(self, order: OrderMigration) -> None:
         request_id = order.request_id

@@ -70,6 +70,7 @@ class Migrator:
         host: the address to bind, reachable by the other instances.
         step_time_s: the engine's recent step time.
         step_ahead: when the engine's next boundary between two steps comes.
+        spoken_to: called at every message of another instance.
     """
 
     def __init__(
@@ -85,7 +86,9 @@ class Migrator:
         step_ahead: Callable[[], StepAhead],
         options: MigrationOptions,
         transfer: TransferOptions,
+        spoken_to: Callable[[], None] = lambda: None,
     ) -> None:
+        self._spoken_to = spoken_to
         self.instance_id = instance_id
         self._fingerprint = port.fingerprint()
         self._port = port
@@ -297,6 +300,7 @@ class Migrator:
                 said = "Dropped a malformed message of another instance: %s"
                 _failures.warned("message", said, error)
                 continue
+            self._spoken_to()
             payload = frames[1].buffer if len(frames) > 1 else None
             task = asyncio.create_task(self._handle(identity.bytes, message, payload))
             self._tasks.add(task)

@@ -17,6 +17,7 @@ from llumsched.frontend.options.arguments import ServeOptions
 from llumsched.frontend.options.gpu_share import instances_per_gpu
 from llumsched.frontend.options.preflight import cpu_threads_per_worker
 from llumsched.instance.actor import InstancePlan
+from llumsched.instance.report_pace import IDLE_REPORT_INTERVAL_S
 from llumsched.policies.low_priority_short import LowPriorityShort
 from llumsched.pool.instance_actor import InstanceResources
 from llumsched.pool.liveness import LivenessLimits
@@ -38,7 +39,10 @@ def planner(
         frontend_addresses: of every frontend, in the order of their client indices.
         pool: its scheduler has been started.
     """
-    victim: VictimPolicy = build_bundle(options.config).victim or LowPriorityShort()
+    bundle = build_bundle(options.config)
+    victim: VictimPolicy = bundle.victim or LowPriorityShort()
+    # Often enough that none is taken for silent.
+    idle_report_interval_s = min(IDLE_REPORT_INTERVAL_S, bundle.options.stale_after_s / 3)
     # The frontend's own is changed by what the first instances say of themselves.
     untouched = copy.deepcopy(vllm_config)
     num_cores = cores_of_instance(vllm_config, options.planned_instances)
@@ -62,6 +66,7 @@ def planner(
             reports_prefix_blocks=options.wants_prefix_blocks,
             launch_id=launch_id,
             num_cores=num_cores,
+            idle_report_interval_s=idle_report_interval_s,
             shares_gpu=instances_per_gpu(options.gpus_per_instance or 1) > 1,
             logs=options.logs,
         )
