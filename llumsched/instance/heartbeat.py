@@ -1,4 +1,4 @@
-"""Heartbeats of an instance: one several times a second, from a thread of its own.
+"""Heartbeats of an instance: two a second, from a thread of its own.
 
 The thread does nothing else, so that it beats through a long step of the engine and a long
 migration, and stops when the process hangs as a whole. What follows from a missing beat is decided
@@ -15,7 +15,7 @@ import zmq
 from llumsched.wire.keys import PoolKeys
 from llumsched.wire.ping import PingTimer, encode_beat
 
-INTERVAL_S = 0.1
+INTERVAL_S = 0.5
 
 
 def start_beating(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,6 +133,7 @@ class InstanceActor:
         self.actor: Any = options.remote(plan)
         self.booted: Any = self.actor.wait_for_init.remote()
         self.run: Any = None
+        self._ended: Future[None] | None = None
         self._process: InstanceProcess | None = None
 
     def boot_failure(self) -> str | None:
@@ -165,6 +167,7 @@ class InstanceActor:
     def serve(self) -> None:
         """Begin to serve; it has booted."""
         self.run = self.actor.run.remote()
+        self._ended = self.run.future()
 
     @property
     def serves(self) -> bool:
@@ -177,13 +180,18 @@ class InstanceActor:
 
     def end_reason(self) -> str | None:
         """``None`` while it serves, else why it ended."""
-        if not _is_done(self.run):
+        if self._ended is None or not self._ended.done():
             return None
         try:
             ray.get(self.run)
         except ray.exceptions.RayError as error:
             return cause(error)
         return "it stopped"
+
+    def tell_of_end(self, ended: Callable[[], None]) -> None:
+        """Have this called, on a thread of Ray's, when one that serves has ended."""
+        assert self._ended is not None, "it does not serve"
+        self._ended.add_done_callback(lambda _: ended())
 
     def is_stopped(self) -> bool:
         """True if the process is held by the system, as by SIGSTOP."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from llumsched.wire.names import instance_name
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.05
+# While every instance serves and nothing is amiss. Orders, and the ends of processes, do not wait.
+QUIET_TICK_S = 0.2
 
 
 class RunningInstance(Watched, Protocol):
@@ -42,6 +45,9 @@ class RunningInstance(Watched, Protocol):
 
     def end_reason(self) -> str | None:
         """``None`` while it serves, else why it ended."""
+
+    def tell_of_end(self, ended: Callable[[], None]) -> None:
+        """Have this called, on any thread, when one that serves has ended."""
 
     def kill(self) -> None:
         """End it at once, whatever state it is in."""
@@ -146,7 +152,10 @@ class InstanceSupervisor:
         self._num_failed_boots = 0
         self._untold: dict[str, str] = {}
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._woken = threading.Event()
+        self._status_changed: Callable[[], None] = lambda: None
         self._last_tick_s = clock()
+        self._pause_s = TICK_S
         self._status: tuple[
             InstanceSlotStatus, ...
         ] = ()  # replaced whole, so any thread may read it
@@ -156,23 +165,32 @@ class InstanceSupervisor:
 
     def launch(self, launch_id: str | None) -> None:
         """Start one more instance."""
-        self._orders.put(lambda: self._launch(launch_id))
+        self._order(lambda: self._launch(launch_id))
 
     def terminate(self, instance_id: str) -> None:
         """End an instance; what it still runs goes on elsewhere."""
-        self._orders.put(lambda: self._terminate(instance_id))
+        self._order(lambda: self._terminate(instance_id))
 
     def connection_broke(self, instance_id: str) -> None:
         """Take an instance for dead whose outputs may be lost."""
-        self._orders.put(lambda: self._connection_broke(instance_id))
+        self._order(lambda: self._connection_broke(instance_id))
 
     def replace(self, instance_id: str) -> None:
         """When this instance ends, as it is told to, start another in its place."""
-        self._orders.put(lambda: self._mark_replaced(instance_id))
+        self._order(lambda: self._mark_replaced(instance_id))
 
     def limit(self, num_instances: int) -> None:
         """An operator wants so many: beyond that, nothing comes in the place of another."""
-        self._orders.put(lambda: self._limit(num_instances))
+        self._order(lambda: self._limit(num_instances))
+
+    def _order(self, order: Callable[[], None]) -> None:
+        self._orders.put(order)
+        self._woken.set()
+
+    def tell_of_changes(self, status_changed: Callable[[], None]) -> None:
+        """Have this called, on the supervisor's thread, whenever ``describe`` says something else
+        than before."""
+        self._status_changed = status_changed
 
     @property
     def num_replacing(self) -> int:
@@ -199,11 +217,21 @@ class InstanceSupervisor:
         self._has_booted(berth)
         self._status = tuple(self._describe(b, self._clock()) for b in self._berths)
 
+    @property
+    def pause_s(self) -> float:
+        """Seconds until the next look is due, if nothing happens before."""
+        return self._pause_s
+
+    def rest(self) -> None:
+        """Wait until there is an order, a process has ended, or the next look is due."""
+        self._woken.wait(self._pause_s)
+        self._woken.clear()
+
     def tick(self) -> None:
         """Take orders, and look at every instance once."""
         now_s = self._clock()
         # Longer than this, the watcher itself was not awake.
-        awake_s = min(now_s - self._last_tick_s, 2 * TICK_S)
+        awake_s = min(now_s - self._last_tick_s, 2 * self._pause_s)
         self._last_tick_s = now_s
         while True:
             try:
@@ -217,8 +245,22 @@ class InstanceSupervisor:
         for instance_id, reason in list(self._untold.items()):
             if self._pool.tell_scheduler(instance_id, reason):
                 del self._untold[instance_id]
-        self._status = tuple(self._describe(berth, now_s) for berth in self._berths)
+        status = tuple(self._describe(berth, now_s) for berth in self._berths)
+        has_changed = status != self._status
+        self._status = status
         self._num_replacing = sum(b.comes_unasked and not b.has_failed for b in self._berths)
+        self._pause_s = QUIET_TICK_S if self._is_quiet() else TICK_S
+        if has_changed:
+            self._status_changed()
+
+    def _is_quiet(self) -> bool:
+        return not self._untold and all(
+            berth.is_running
+            and not berth.is_ending
+            and berth.vital_signs is not None
+            and berth.vital_signs.is_quiet
+            for berth in self._berths
+        )
 
     def _look_at(
         self, berth: _Berth, now_s: float, awake_s: float, heard: Mapping[int, float]
@@ -253,6 +295,8 @@ class InstanceSupervisor:
         berth.launch_id = None
         berth.since_s = self._clock()
         berth.vital_signs = LivenessProbe(self._limits)
+        assert berth.instance is not None
+        berth.instance.tell_of_end(self._woken.set)
 
     def _gone(self, berth: _Berth, instance: RunningInstance, reason: str) -> None:
         instance.kill()

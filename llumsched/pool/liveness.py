@@ -7,7 +7,7 @@
     no sign of life, and it works                ``step_s``
     the engine's loop takes nothing up           ``step_s``, whatever the process does
 
-A sign of life is a beat, ten times a second (``heartbeat``), from a thread that does nothing else;
+A sign of life is a beat, twice a second (``heartbeat``), from a thread that does nothing else;
 it tells for how long the engine's loop has not answered. Work is processor time that is used or
 waited for, a wait for a disk, and the work of a descendant such as a compiler.
 
@@ -28,11 +28,12 @@ from typing import Protocol
 from llumsched.pool.process_activity import Work
 
 # A debugger stops a process for a moment.
-STOPPED_TIMEOUT_S = 0.5
+# Counted from the first look that sees it.
+STOPPED_TIMEOUT_S = 0.4
 # Of one whose connection breaks Ray may say in this time what it died of.
 BROKEN_TIMEOUT_S = 0.3
 # Silence shorter than this is between two beats.
-SUSPICIOUS_S = 0.3
+SUSPICIOUS_S = 0.8
 # Work is looked for over stretches of this length.
 STRETCH_S = 0.5
 # What threads that only wait use of a processor, and how often one of them is seen awake.
@@ -70,6 +71,7 @@ class LivenessProbe:
 
     def __init__(self, limits: LivenessLimits) -> None:
         self._limits = limits
+        self._is_stopped = False
         self._stopped_s = 0.0
         self._silent_s = 0.0
         self._loop_silent_s = 0.0
@@ -81,6 +83,17 @@ class LivenessProbe:
     def connection_broke(self) -> None:
         """Note that the connection to the frontend broke, whatever has been made since."""
         self._is_broken = True
+
+    @property
+    def is_quiet(self) -> bool:
+        """True if nothing was amiss at the last look, so that the next one has time."""
+        return (
+            self._has_beaten
+            and not self._is_stopped
+            and not self._is_broken
+            and self._silent_s < SUSPICIOUS_S
+            and self._loop_silent_s < SUSPICIOUS_S
+        )
 
     def tick(self, awake_s: float, beat: float | None, process: Watched) -> str | None:
         """Take in what was seen since the last call.
@@ -98,7 +111,8 @@ class LivenessProbe:
         else:
             self._silent_s, self._loop_silent_s = 0.0, beat
             self._has_beaten = True
-        self._stopped_s = self._stopped_s + awake_s if process.is_stopped() else 0.0
+        was_stopped, self._is_stopped = self._is_stopped, process.is_stopped()
+        self._stopped_s = self._stopped_s + awake_s if was_stopped and self._is_stopped else 0.0
         self._broken_s += awake_s if self._is_broken else 0.0
         if self._broken_s > BROKEN_TIMEOUT_S:
             return "its connection to the frontend broke"

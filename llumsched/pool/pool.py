@@ -41,11 +41,11 @@ from llumsched.pool.instance_actor import (
     this_node,
 )
 from llumsched.pool.instance_process import NodeWatches
-from llumsched.pool.instance_supervisor import TICK_S, InstanceSupervisor
+from llumsched.pool.instance_supervisor import InstanceSupervisor
 from llumsched.pool.node_drain import LOOK_INTERVAL_S, DrainingMachines
 from llumsched.pool.orphans import OrphanWatch
 from llumsched.pool.ray_cluster import LaunchError, cluster_resources, in_words, start_ray
-from llumsched.pool.scheduler_watch import SchedulerWatch
+from llumsched.pool.scheduler_watch import WATCH_TICK_S, SchedulerWatch
 from llumsched.scheduler.actor import ACTOR_NAME, SchedulerActor
 from llumsched.wire.keys import Gate, PoolKeys
 from llumsched.wire.names import frontend_id
@@ -250,9 +250,14 @@ class Pool:
         supervisor = InstanceSupervisor(_RayPool(self, listener), **limits)
         for index, actor in self._actors.items():
             supervisor.adopt(index, actor)
-        self._run_thread("supervise-instances", lambda: self._until_end(supervisor.tick))
+        self._run_thread(
+            "supervise-instances", lambda: self._until_end(supervisor.tick, rest=supervisor.rest)
+        )
         watch = SchedulerWatch(self._controller)
-        self._run_thread("watch-scheduler", lambda: self._until_end(lambda: watch.tick(TICK_S)))
+        self._run_thread(
+            "watch-scheduler",
+            lambda: self._until_end(lambda: watch.tick(WATCH_TICK_S), WATCH_TICK_S),
+        )
         if self.instances_host is None:
             machines = DrainingMachines(lambda: list(self._actors.values()))
             self._run_thread(
@@ -260,8 +265,14 @@ class Pool:
             )
         return supervisor
 
-    def _until_end(self, tick: Callable[[], None], interval_s: float = TICK_S) -> None:
+    def _until_end(
+        self,
+        tick: Callable[[], None],
+        interval_s: float = 0.0,
+        rest: Callable[[], None] = lambda: None,
+    ) -> None:
         while not self._ending.wait(interval_s):
+            rest()
             try:
                 tick()
             except Exception:

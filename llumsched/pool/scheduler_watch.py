@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 # One that does not answer for longer is killed, to be started again.
 SCHEDULER_TIMEOUT_S = 3.0
 PING_INTERVAL_S = 0.5
+# A ping that is answered costs two looks.
+WATCH_TICK_S = 0.25
 
 
 class SchedulerWatch:

@@ -13,7 +13,7 @@ import pytest
 from llumsched.instance.heartbeat import start_beating
 from llumsched.pool.backoff import MAX_BACK_OFF_S
 from llumsched.pool.heartbeat_listener import HeartbeatListener
-from llumsched.pool.instance_supervisor import TICK_S, InstanceSupervisor
+from llumsched.pool.instance_supervisor import QUIET_TICK_S, TICK_S, InstanceSupervisor
 from llumsched.pool.liveness import LivenessLimits
 from llumsched.pool.process_activity import Work
 from llumsched.wire.keys import PoolKeys
@@ -31,6 +31,7 @@ class Process:
     answers: bool = True
     stopped: bool = False
     has_served: bool = False
+    tells: Callable[[], None] | None = None
     was_killed: bool = False
     pid: int | None = 1
     node: str | None = "10.0.0.1"
@@ -43,6 +44,9 @@ class Process:
 
     def end_reason(self) -> str | None:
         return "it was killed" if self.was_killed else self.end
+
+    def tell_of_end(self, ended: Callable[[], None]) -> None:
+        self.tells = ended
 
     def is_stopped(self) -> bool:
         return self.stopped
@@ -159,6 +163,57 @@ def test_nothing_is_kept_of_one_that_is_gone(is_replaced: bool) -> None:
     del stage.pool.started[1]
     gc.collect()
     assert gone() is None
+
+
+def looks_in(stage: Stage, seconds: float) -> int:
+    """How often the supervisor looks in so many seconds in which it is not woken."""
+    until_s = stage.now_s + seconds
+    num_looks = 0
+    while stage.now_s < until_s:
+        stage.now_s += stage.supervisor.pause_s
+        stage.supervisor.tick()
+        num_looks += 1
+    return num_looks
+
+
+def test_a_pool_in_which_nothing_happens_is_looked_at_seldom() -> None:
+    stage = Stage()
+    stage.pass_time(1.0)
+    num_told: list[None] = []
+    stage.supervisor.tell_of_changes(lambda: num_told.append(None))
+    assert looks_in(stage, 60.0) <= 60.0 / QUIET_TICK_S + 2
+    assert num_told == []
+    stage.pool.started[1].answers = False
+    stage.pass_time(1.0)
+    assert stage.supervisor.pause_s == TICK_S, "one is silent"
+    stage.pool.started[1].answers = True
+    stage.pass_time(TICK_S)
+    assert stage.supervisor.pause_s == QUIET_TICK_S
+    stage.pool.started[1].end = "died"
+    stage.supervisor.tick()
+    assert (stage.supervisor.pause_s, len(num_told)) == (TICK_S, 1), "another is to come"
+
+
+def test_it_does_not_rest_while_there_is_something_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage()
+    stage.pass_time(1.0)
+    rests: list[bool] = []
+    woken = stage.supervisor._woken
+
+    def wait(timeout: float | None = None) -> bool:
+        rests.append(not woken.is_set())
+        return True
+
+    monkeypatch.setattr(woken, "wait", wait)
+    stage.supervisor.rest()
+    stage.supervisor.launch("ordered")
+    stage.supervisor.rest()
+    tells = stage.pool.started[0].tells
+    assert tells is not None
+    tells()  # its process has ended
+    stage.supervisor.rest()
+    stage.supervisor.rest()
+    assert rests == [True, False, False, True]
 
 
 def test_nobody_is_silent_while_the_watcher_itself_stands_still() -> None:

@@ -147,6 +147,33 @@ def test_one_that_is_stopped_is_not_waited_for() -> None:
     assert dead[0] < 1.0
 
 
+def test_one_that_is_stopped_for_a_moment_lives() -> None:
+    """A look may be long after the one before: what was between was not seen."""
+    signs = LivenessProbe(LivenessLimits(heartbeat_s=HEARTBEAT_S, step_s=STEP_S))
+    process = Process()
+    quiet: list[bool] = []
+    for process.stopped in (False, True):
+        assert signs.tick(1.0, 0.0, process) is None
+        quiet.append(signs.is_quiet)
+    assert quiet == [True, False], "the next look is soon"
+    process.stopped = False
+    assert signs.tick(1.0, 0.0, process) is None
+
+
+@pytest.mark.parametrize("what", ["silence", "a loop that stands still", "a broken connection"])
+def test_what_is_amiss_is_looked_at_more_often(what: str) -> None:
+    signs = LivenessProbe(LivenessLimits(heartbeat_s=HEARTBEAT_S, step_s=STEP_S))
+    quiet = [signs.is_quiet]
+    signs.tick(TICK_S, 0.0, Process())
+    quiet.append(signs.is_quiet)
+    assert quiet == [False, True], "at first it has not beaten yet"
+    if what == "a broken connection":
+        signs.connection_broke()
+    else:
+        signs.tick(1.0, 1.0 if what == "a loop that stands still" else None, Process())
+    assert not signs.is_quiet
+
+
 def test_one_whose_connection_broke_is_dead_though_it_beats() -> None:
     signs = LivenessProbe(LivenessLimits(heartbeat_s=HEARTBEAT_S, step_s=STEP_S))
     signs.connection_broke()
@@ -170,11 +197,11 @@ def test_work_that_ends_in_a_hang_is_noticed() -> None:
 
 @settings(max_examples=examples(50))
 @given(
-    gaps=st.lists(st.integers(1, 5), min_size=20, max_size=60),
+    gaps=st.lists(st.integers(1, 15), min_size=20, max_size=60),
     share=st.floats(0.0, 1.0),
 )
 def test_beats_that_come_in_time_prove_life(gaps: list[int], share: float) -> None:
-    """At most a quarter of a second apart, and none tells of a loop that stands still."""
+    """At most three quarters of a second apart, and none tells of a loop that stands still."""
     beats = set(itertools.accumulate(gaps))
     process = Process(share=share)
     signs = LivenessProbe(LivenessLimits(heartbeat_s=HEARTBEAT_S, step_s=STEP_S))

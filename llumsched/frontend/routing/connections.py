@@ -105,6 +105,7 @@ class ConnectedInstances(AsyncMPClient):
         self._tasks: set[asyncio.Future[None]] = set()
         self._gone: set[int] = set()
         self._roster = roster
+        self._roster_changed = asyncio.Event()
         self.labels = EngineLabels(num_labels)
         self._calls = PendingCalls()
         self._unheard: set[int] = set()
@@ -161,7 +162,15 @@ class ConnectedInstances(AsyncMPClient):
                 await cast(
                     Any, self.input_socket.send_multipart([engine_identity(index), RECONNECT_PROBE])
                 )
-            await asyncio.sleep(GREETING_INTERVAL_S)
+            if self._missing():
+                await asyncio.sleep(GREETING_INTERVAL_S)
+            else:
+                self._roster_changed.clear()
+                await self._roster_changed.wait()
+
+    def roster_changed(self) -> None:
+        """The roster may name instances that it did not; call on the loop."""
+        self._roster_changed.set()
 
     def _missing(self) -> set[int]:
         """Engine indices on the roster whose instances have not come."""

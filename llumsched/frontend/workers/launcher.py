@@ -40,6 +40,10 @@ from llumsched.pool.ray_cluster import LaunchError
 from llumsched.wire.keys import PoolKeys
 from llumsched.wire.names import engine_index
 
+# A pool in which nothing happens is looked at this often; whatever does happen is told at once, and
+# for so long afterwards every look is soon: a process that has closed its channel still has to end.
+QUIET_TICK_S = 1.0
+HURRY_S = 2.0
 # Beyond what vLLM takes to close connections.
 END_MARGIN_S = 2.0
 INTERRUPTED = 130
@@ -99,8 +103,14 @@ async def serve(
             )
             stopping = asyncio.Event()
             loop = asyncio.get_running_loop()
+            happened = Happened(loop)
+
+            def stop() -> None:
+                stopping.set()
+                happened.tell()
+
             for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, stopping.set)
+                loop.add_signal_handler(number, stop)
             link = SchedulerClient(
                 pool.scheduler_endpoint, keys, least_loaded=lambda: None, frontend_id="launcher"
             )
@@ -112,6 +122,8 @@ async def serve(
                 boot_timeout_s=envs.VLLM_ENGINE_READY_TIMEOUT_S,
                 limits=limits_of(options),
             )
+            supervisor.tell_of_changes(happened.tell)
+            hub.tell_of_changes(happened.tell)
             link.supervise_with(supervisor)
             hub.supervise_with(supervisor)
             children.publish(
@@ -133,6 +145,7 @@ async def serve(
                 frontends,
                 _Reporter(options, pool, supervisor, frontends, hub),
                 stopping,
+                happened,
                 f"{args.model} on {listen_address}",
             )
             progress("stopping")
@@ -140,7 +153,11 @@ async def serve(
 
 
 async def _look_after(
-    frontends: FrontendSupervisor, reporter: _Reporter, stopping: asyncio.Event, what: str
+    frontends: FrontendSupervisor,
+    reporter: _Reporter,
+    stopping: asyncio.Event,
+    happened: Happened,
+    what: str,
 ) -> int:
     """Until a signal comes; the process's exit status."""
     serving = False
@@ -158,10 +175,42 @@ async def _look_after(
                     f"{status.frontend_id} failed to start: {status.last_failure}. What it said "
                     "is above."
                 )
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(TICK_S):
-                await stopping.wait()
+        await happened.rest(is_quiet=all(status.state == "serving" for status in statuses))
     return 0 if serving else INTERRUPTED
+
+
+class Happened:
+    """When the launcher looks at its frontends again: at once when something has happened, often
+    for a while afterwards, and else seldom.
+
+    Args:
+        loop: the one that rests.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._event = asyncio.Event()
+        self._hurry_until_s = 0.0
+
+    def tell(self) -> None:
+        """Something has happened; safe from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody rests
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    async def rest(self, *, is_quiet: bool) -> None:
+        """Wait for the next look.
+
+        Args:
+            is_quiet: whether every frontend serves.
+        """
+        is_hurried = not is_quiet or self._loop.time() < self._hurry_until_s
+        try:
+            async with asyncio.timeout(TICK_S if is_hurried else QUIET_TICK_S):
+                await self._event.wait()
+        except TimeoutError:
+            return
+        self._event.clear()
+        self._hurry_until_s = self._loop.time() + HURRY_S
 
 
 class _Reporter:

@@ -90,7 +90,7 @@ class LauncherClient:
         for message in left:
             self._tell_left(departures, message)
         if status is not None:
-            client.labels.were_used(status.num_labels_used)
+            self._told_status(client, status)
         client.tell_of_breaks(
             lambda index: self._say(ConnectionBroke(instance_id=instance_name(index)))
         )
@@ -188,13 +188,17 @@ class LauncherClient:
             return
         match message:
             case PoolStatus():
-                loop.call_soon_threadsafe(client.labels.were_used, message.num_labels_used)
+                loop.call_soon_threadsafe(self._told_status, client, message)
             case InstanceLeft():
                 self._tell_left(departures, message)
             case ListRequests():
                 loop.call_soon_threadsafe(self._list_requests, client, message.call_id)
             case Requests():
                 loop.call_soon_threadsafe(self._told, message)
+
+    def _told_status(self, client: RoutingEngineClient, status: PoolStatus) -> None:
+        client.labels.were_used(status.num_labels_used)
+        client.roster_changed()
 
     def _tell_left(self, departures: InstanceEventBridge, left: InstanceLeft) -> None:
         departures.gone(left.engine_index, expected=left.expected, is_counted=left.is_counted)

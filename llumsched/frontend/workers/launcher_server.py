@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -74,12 +74,18 @@ class LauncherServer:
         self._rounds: dict[int, _Round] = {}
         self._round_ids = itertools.count(1)
         self._last_status: PoolStatus | None = None
+        self._changed: Callable[[], None] = lambda: None
 
     # ---- what the launcher does ---------------------------------------------------------------
 
     def supervise_with(self, supervisor: InstanceControls) -> None:
         """From now on what frontends want of instances is done."""
         self._supervisor = supervisor
+
+    def tell_of_changes(self, changed: Callable[[], None]) -> None:
+        """Have this called, on any thread, when a frontend has begun to serve, has turned away
+        more strangers, or is heard no more."""
+        self._changed = changed
 
     def join(self, index: int, channel: Channel) -> None:
         """A frontend was started in this place, and is told how the pool is."""
@@ -142,7 +148,7 @@ class LauncherServer:
             while True:
                 self._take_in(index, channel, decode_from_frontend(channel.receive()))
         except ChannelClosed:
-            return  # its process is looked after elsewhere
+            self._changed()  # its process is looked after elsewhere
 
     def _take_in(self, index: int, channel: Channel, message: Message) -> None:
         with self._lock:
@@ -152,8 +158,10 @@ class LauncherServer:
             match message:
                 case FrontendServes():
                     member.serves = True
+                    self._changed()
                 case CountUnauthenticated():
                     member.num_unauthenticated = message.num_unauthenticated
+                    self._changed()
                 case ConnectionBroke() if self._supervisor is not None:
                     self._supervisor.connection_broke(message.instance_id)
                 case ReplaceInstance() if self._supervisor is not None:
