@@ -205,6 +205,19 @@ MIGRATION_STAGES = _scheduler_histogram(
     "Of committed migrations: stages in which the blocks were copied.",
     buckets=STAGES_BUCKETS,
 )
+MIGRATION_WON = _scheduler_histogram(
+    "llumsched_migration_won_seconds",
+    (
+        "Of committed migrations with KV blocks: how long the source would have had no room for the"
+        " request, had it stayed; counted when it has ended or moved again."
+    ),
+    buckets=LATENCY_BUCKETS,
+)
+MIGRATION_EXPECTED = _scheduler_histogram(
+    "llumsched_migration_expected_seconds",
+    "Of the same migrations: waiting that the policy expected them to save, where it says so.",
+    buckets=LATENCY_BUCKETS,
+)
 POLICY_FAILURES = _scheduler_counter(
     "llumsched_policy_failures",
     "Decisions in which a policy raised or answered nonsense, by policy.",

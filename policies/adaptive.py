@@ -31,7 +31,7 @@ from llumsched.core.options import SchedulerOptions
 from llumsched.core.params import param
 from llumsched.core.policy import Hold, MigrationPair, Placement, PolicyBundle
 from llumsched.core.snapshot import MAX_RISK_EXPONENT, ClusterSnapshot, FloatColumn, IntColumn
-from llumsched.core.types import PriorityClass, SchedulingRequest
+from llumsched.core.types import PriorityClass, SchedulingRequest, Scores
 from llumsched.policies.freeness_range import FreenessRange
 from llumsched.policies.low_priority_short import LowPriorityShort
 from llumsched.policies.prefix_aware import INDEX_BLOCKS
@@ -84,6 +84,7 @@ class LeastCost:
         return Placement(
             instance_id=cluster.instance_ids[row],
             reason=f"expected cost {expected_s:.3f} s beside {c.batch_size.item(row):.0f} requests",
+            scores=Scores("expected cost in s", cluster.instance_ids, cost, -cluster.now),
         )
 
     def _cost_s(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> FloatColumn:

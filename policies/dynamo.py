@@ -18,7 +18,7 @@ from llumsched.core.options import SchedulerOptions
 from llumsched.core.params import param
 from llumsched.core.policy import Placement, PolicyBundle
 from llumsched.core.snapshot import ClusterSnapshot
-from llumsched.core.types import SchedulingRequest
+from llumsched.core.types import SchedulingRequest, Scores
 from llumsched.policies.prefix_aware import INDEX_BLOCKS
 
 
@@ -56,7 +56,9 @@ class KvRouter:
             return None
         # What is the same on every instance decides nothing.
         return Placement(
-            instance_id=cluster.instance_ids[row], reason=f"cost={cost.item(row) + own:.1f}"
+            instance_id=cluster.instance_ids[row],
+            reason=f"cost={cost.item(row) + own:.1f}",
+            scores=Scores("cost in blocks", cluster.instance_ids, cost, own),
         )
 
     def _draw(

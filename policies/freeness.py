@@ -18,7 +18,7 @@ import numpy as np
 from llumsched.core.params import param
 from llumsched.core.policy import Placement
 from llumsched.core.snapshot import ClusterSnapshot, FloatColumn
-from llumsched.core.types import PriorityClass, SchedulingRequest
+from llumsched.core.types import PriorityClass, SchedulingRequest, Scores
 
 
 def free_blocks(request: SchedulingRequest, cluster: ClusterSnapshot) -> FloatColumn:
@@ -75,7 +75,9 @@ class Freeness:
         if row is None:
             return None
         return Placement(
-            instance_id=cluster.instance_ids[row], reason=f"freeness={score.item(row):.1f}"
+            instance_id=cluster.instance_ids[row],
+            reason=f"freeness={score.item(row):.1f}",
+            scores=Scores("freeness", cluster.instance_ids, score.copy()),
         )
 
     def _extended(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> FloatColumn:

@@ -25,7 +25,7 @@ from llumsched.core.policy import (
     Verdict,
 )
 from llumsched.core.snapshot import AnyColumn, BoolColumn, ClusterSnapshot, FloatColumn
-from llumsched.core.types import SchedulingRequest
+from llumsched.core.types import SchedulingRequest, Scores
 from llumsched.policies.low_priority_short import LowPriorityShort
 
 TARGET_DOC = "Share of an instance's KV blocks up to which it is filled."
@@ -64,6 +64,7 @@ class FillTarget:
         return Placement(
             instance_id=cluster.instance_ids[row],
             reason=f"{reason}: KV usage {1 - share_left.item(row):.0%} with it",
+            scores=Scores("share left with it", cluster.instance_ids, share_left),
         )
 
     def _limits(self, cluster: ClusterSnapshot) -> tuple[AnyColumn, AnyColumn, AnyColumn]:

@@ -162,6 +162,21 @@ MIGRATIONS = (
         },
     ),
     Panel(
+        "Expected and won, mean",
+        {
+            "expected": (
+                "rate(llumsched_migration_expected_seconds_sum[5m])"
+                " / rate(llumsched_migration_expected_seconds_count[5m])"
+            ),
+            "won": (
+                "rate(llumsched_migration_won_seconds_sum[5m])"
+                " / rate(llumsched_migration_won_seconds_count[5m])"
+            ),
+        },
+        unit="s",
+        about="Won: how long its source would have had no room for the request.",
+    ),
+    Panel(
         "Fragmentation",
         {"blocks": "llumsched_fragmented_blocks"},
         about="Free blocks of other instances that the first requests in line could use.",

@@ -62,10 +62,15 @@ def lines_of(steps: Sequence[Mapping[str, Any]]) -> list[str]:
         lines += [
             f"{'':16}{candidate['instance_id']}: {candidate['num_free_blocks']} of"
             f" {candidate['num_total_blocks']} blocks free, {candidate['num_running']} running,"
-            f" {candidate['num_waiting']} waiting"
+            f" {candidate['num_waiting']} waiting{_score(candidate, step)}"
             for candidate in step["candidates"]
         ]
     return lines
+
+
+def _score(candidate: Mapping[str, Any], step: Mapping[str, Any]) -> str:
+    score = candidate.get("score")
+    return "" if score is None else f"; {step['scored_by']}: {score:.4g}"
 
 
 def _local(seconds: float) -> time.struct_time:

@@ -16,7 +16,7 @@ import msgspec
 
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.snapshot import ClusterSnapshot
-from llumsched.core.types import InstanceRole, SchedulingRequest
+from llumsched.core.types import InstanceRole, SchedulingRequest, Scores
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +32,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     `SchedulerOptions.follow_requests`; if the instance cannot take it by then, it stays."""
     after_output_tokens: int = 1
     """Output tokens that `hand_over_to` waits for."""
+    scores: Scores | None = None
+    """By what the instances were compared, for whoever asks why it was this one."""
 
 
 @runtime_checkable

@@ -7,6 +7,8 @@ This module does not know how load is measured (`load`) or what happens to a req
 from enum import IntEnum, StrEnum
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 
 class InstanceState(StrEnum):
@@ -98,3 +100,41 @@ class SchedulingRequest(msgspec.Struct, frozen=True, kw_only=True):
     def with_prediction(self, num_output_tokens: int) -> "SchedulingRequest":
         """A copy with this `predicted_output_tokens`."""
         return msgspec.structs.replace(self, predicted_output_tokens=num_output_tokens)
+
+
+class Scores:
+    """By what a dispatch policy compared instances: a number for each, which nobody changes.
+
+    Said for whoever asks why, and no part of the decision: it equals anything.
+    """
+
+    __slots__ = ("instance_ids", "name", "plus", "values")
+
+    def __init__(
+        self,
+        name: str,
+        instance_ids: tuple[str, ...],
+        values: npt.NDArray[np.float64],
+        plus: float = 0.0,
+    ) -> None:
+        """Args:
+        name: of the number, with its unit.
+        plus: what all of them have besides; it is added when somebody asks.
+        """
+        self.name = name
+        self.instance_ids = instance_ids
+        self.values = values
+        self.plus = plus
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+    def of(self, instance_id: str) -> float | None:
+        """The score of an instance; None if it was not there, or has no finite one."""
+        if instance_id not in self.instance_ids:
+            return None
+        score = float(self.values[self.instance_ids.index(instance_id)]) + self.plus
+        return score if np.isfinite(score) else None

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -53,6 +53,7 @@ from llumsched.scheduler.event_log import SchedulerLog
 from llumsched.scheduler.frontend_registry import FrontendRegistry
 from llumsched.scheduler.instance_registry import InstanceRegistry
 from llumsched.scheduler.metrics import SchedulerMetrics
+from llumsched.scheduler.migration_worth import MigrationWorth, MigrationWorths
 from llumsched.scheduler.pending_migrations import PendingMigrations
 from llumsched.scheduler.request_history import RequestHistory
 from llumsched.wire.control import (
@@ -128,6 +129,7 @@ class Controller:
         self._frontends = FrontendRegistry()
         self._orders = ActionExecutor(self._instances, self._frontends, self._handle)
         self._history = RequestHistory(lambda: self._instances.loads)
+        self._worths = MigrationWorths()
         self._operator_calls = PendingMigrations()
         self._num_replacing = 0
         self._failures = FailureLog(logger)
@@ -337,6 +339,7 @@ class Controller:
     def _report_migration(self, report: ReportMigration) -> None:
         self._metrics.migration_ended(report)
         self._history.migration_ended(report)
+        self._migrations_won(self._worths.migration_ended(report, self._clock()))
         self._log.migration_ended(report)
         self._handle(
             MigrationFinished(
@@ -398,7 +401,8 @@ class Controller:
         if self._notes is not None:
             self._notes.note(now_s, event, actions)
         self._log.handled(event, actions)
-        self._history.handled(event, actions)
+        self._migrations_won(self._worths.handled(event, actions, now_s))
+        self._history.handled(event, actions, self._scheduler.scores)
         for action in actions:
             if isinstance(action, LaunchInstance) and self._is_learning():
                 reason = "the scheduler has just started, and learns what there is"
@@ -406,6 +410,11 @@ class Controller:
             else:
                 self._orders.carry_out(action)
         return actions
+
+    def _migrations_won(self, worths: Iterable[MigrationWorth]) -> None:
+        for worth in worths:
+            self._metrics.migration_won(worth)
+            self._history.migration_won(worth)
 
     def _age_s(self) -> float:
         return self._clock() - self._started_s

@@ -27,6 +27,7 @@ from llumsched.core.actions import (
     TerminateInstance,
 )
 from llumsched.core.events import Event, LaunchFailed, MigrationOutcome, RequestFinished
+from llumsched.scheduler.migration_worth import MigrationWorth
 from llumsched.wire.control import ReportMigration
 
 PROCESS = "scheduler"
@@ -92,6 +93,8 @@ class SchedulerMetrics:
         self._num_bytes = metrics.MIGRATION_BYTES.histogram(registry)
         self._num_blocks = metrics.MIGRATION_BLOCKS.histogram(registry)
         self._num_stages = metrics.MIGRATION_STAGES.histogram(registry)
+        self._expected_s = metrics.MIGRATION_EXPECTED.histogram(registry)
+        self._won_s = metrics.MIGRATION_WON.histogram(registry)
         self._failures = metrics.POLICY_FAILURES.counter(registry)
         for name in parts:
             self._failures.labels(name)
@@ -133,6 +136,12 @@ class SchedulerMetrics:
         self._num_bytes.observe(statistics.num_bytes)
         self._num_blocks.observe(statistics.num_blocks)
         self._num_stages.observe(statistics.num_stages)
+
+    def migration_won(self, worth: MigrationWorth) -> None:
+        """What a migration was good for is known."""
+        self._won_s.observe(worth.won_s)
+        if worth.expected_s is not None:
+            self._expected_s.observe(max(0.0, worth.expected_s))
 
     @property
     def outcomes(self) -> dict[str, int]:

@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from llumsched.core.actions import Action, DispatchRequest, RejectRequest, StartMigration
 from llumsched.core.events import (
@@ -24,11 +25,14 @@ from llumsched.core.events import (
     RequestFinished,
 )
 from llumsched.core.load import InstanceLoad
+from llumsched.core.types import Scores
+from llumsched.scheduler.migration_worth import MigrationWorth
 from llumsched.wire.control import Candidate, ReportMigration, TraceStep
 
 MOST_REQUESTS = 2000
 MOST_STEPS = 64
 MOST_CANDIDATES = 8
+NO_SCORES: Mapping[str, Scores] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -39,6 +43,7 @@ class _Step:
     instance_id: str | None = None
     migration_id: str | None = None
     loads: tuple[InstanceLoad, ...] = ()
+    scores: Scores | None = None
 
 
 class RequestHistory:
@@ -59,8 +64,14 @@ class RequestHistory:
         self._requests: OrderedDict[str, list[_Step]] = OrderedDict()
         self._at: dict[str, str] = {}
 
-    def handled(self, event: Event, actions: Iterable[Action]) -> None:
-        """The scheduler has handled ``event`` and decided ``actions``."""
+    def handled(
+        self, event: Event, actions: Iterable[Action], scores: Mapping[str, Scores] = NO_SCORES
+    ) -> None:
+        """The scheduler has handled ``event`` and decided ``actions``.
+
+        Args:
+            scores: by what instances were compared, by the request that was dispatched.
+        """
         arrived = None
         match event:
             case RequestArrived() if event.has_begun or event.request.request_id not in self._at:
@@ -80,7 +91,7 @@ class RequestHistory:
             case _:
                 pass
         for action in actions:
-            self._decided(action)
+            self._decided(action, scores)
             if isinstance(action, DispatchRequest | RejectRequest) and action.request_id == arrived:
                 arrived = None
         if arrived is not None and arrived not in self._at:
@@ -105,6 +116,13 @@ class RequestHistory:
         if report.outcome == MigrationOutcome.COMMITTED and report.request_id in self._at:
             self._at[report.request_id] = report.destination
 
+    def migration_won(self, won: MigrationWorth) -> None:
+        """What a migration was good for is known."""
+        if won.request_id in self._requests:
+            expected = "" if won.expected_s is None else f", expected were {won.expected_s:.2f} s"
+            text = f"its source would have had no room for it for {won.won_s:.2f} s{expected}"
+            self._note(won.request_id, "migration won", text, won.source, won.migration_id)
+
     def steps(self, request_id: str) -> dict[str, list[TraceStep]]:
         """The steps of a request, by id: there may be several sequences of the id that is asked."""
         return {
@@ -113,7 +131,7 @@ class RequestHistory:
             if name == request_id or name.startswith(f"{request_id}-")
         }
 
-    def _decided(self, action: Action) -> None:
+    def _decided(self, action: Action, scores: Mapping[str, Scores]) -> None:
         match action:
             case DispatchRequest():
                 self._at[action.request_id] = action.instance_id
@@ -121,7 +139,7 @@ class RequestHistory:
                 step = self._note(
                     action.request_id, "dispatched", action.reason, action.instance_id
                 )
-                step.loads = loads
+                step.loads, step.scores = loads, scores.get(action.request_id)
             case RejectRequest():
                 self._end(action.request_id, "rejected", action.reason)
             case StartMigration() if action.request_id is not None:
@@ -160,7 +178,10 @@ class RequestHistory:
 
 
 def _told(step: _Step) -> TraceStep:
-    freest_first = sorted(step.loads, key=lambda load: -load.num_free_blocks)
+    freest_first = sorted(
+        step.loads, key=lambda load: (load.instance_id != step.instance_id, -load.num_free_blocks)
+    )
+    scores = step.scores
     return TraceStep(
         at_s=step.at_s,
         kind=step.kind,
@@ -174,7 +195,9 @@ def _told(step: _Step) -> TraceStep:
                 num_total_blocks=load.num_total_blocks,
                 num_running=load.num_running,
                 num_waiting=load.num_waiting,
+                score=scores.of(load.instance_id) if scores is not None else None,
             )
             for load in freest_first[:MOST_CANDIDATES]
         ],
+        scored_by=scores.name if scores is not None else "",
     )

@@ -283,18 +283,20 @@ class TraceRequest(Message, frozen=True, kw_only=True):
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """An instance as the scheduler knew it when it chose one."""
+    """An instance as the scheduler knew it when it chose one. ``score`` is what the policy compared
+    it by; ``None`` if it did not compare by numbers, or the instance had none."""
 
     instance_id: str
     num_free_blocks: int
     num_total_blocks: int
     num_running: int
     num_waiting: int
+    score: float | None = None
 
 
 class TraceStep(msgspec.Struct, frozen=True, kw_only=True):
     """One step of a request. ``at_s`` are seconds since the epoch; ``candidates`` are told of a
-    dispatch, the freest first."""
+    dispatch, the chosen one first, then the freest; ``scored_by`` is what their scores are."""
 
     at_s: float
     kind: str
@@ -302,6 +304,7 @@ class TraceStep(msgspec.Struct, frozen=True, kw_only=True):
     instance_id: str | None
     migration_id: str | None
     candidates: list[Candidate]
+    scored_by: str = ""
 
 
 class RequestTraced(Message, frozen=True, kw_only=True):

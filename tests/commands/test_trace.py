@@ -31,8 +31,10 @@ STEPS = [
                 "num_total_blocks": 63,
                 "num_running": 2,
                 "num_waiting": 0,
+                "score": 30.0,
             }
         ],
+        "scored_by": "freeness",
     },
     {
         "at_s": 1003.5,
@@ -55,7 +57,7 @@ def test_the_steps_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert arrived.endswith("arrived: 120 prompt tokens")
     assert rest == [
         "  +    0.002 s  dispatched instance-1: freeness=30.0",
-        "                instance-1: 60 of 63 blocks free, 2 running, 0 waiting",
+        "                instance-1: 60 of 63 blocks free, 2 running, 0 waiting; freeness: 30",
         "  +    3.500 s  migration ended m7 instance-1: committed at instance-0: 3 stages",
     ]
 

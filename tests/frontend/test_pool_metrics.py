@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from llumsched.core.load import InstanceLoad
 from llumsched.frontend.http.pool_metrics import (
     PoolMetrics,
+    families,
     fragmented_blocks,
     freeness_spread,
 )
@@ -132,9 +133,41 @@ def test_an_instance_that_no_request_can_leave() -> None:
 
 
 def test_every_metric_of_the_pool_is_shown() -> None:
-    shown = {name for name, _ in scraped(description())}
+    there = {name for name, _ in scraped(description())}
     wanted = {spec.exposed_name for spec in CATALOGUE if spec.where is Where.POOL}
-    assert wanted <= shown
+    assert wanted <= there
+
+
+def shown(cluster: ClusterDescription | None, unproven: int) -> dict[str, set[Any]]:
+    """The samples of each metric, labels and values."""
+    found: dict[str, set[Any]] = {}
+    for family in families(cluster, {3: 1}, {"frontend": unproven}):
+        for sample in family.samples:
+            key = (*sample.labels.values(), sample.value)
+            found.setdefault(sample.name, set()).add(key)
+    return found
+
+
+def test_every_metric_of_the_pool_follows_what_it_tells_of() -> None:
+    idle = shown(description(queued={}, instances=[instance()]), 0)
+    moved = instance(
+        state="draining",
+        freeness=2.0,
+        num_free_blocks=4,
+        num_running=9,
+        num_migrations_out=1,
+        step_time_s=0.05,
+    )
+    moved = msgspec.structs.replace(moved, report_age_s=3.0, cannot_migrate="it speculates")
+    starved = instance(
+        instance_id="instance-4", num_free_blocks=1, num_waiting=1, head_of_line_blocks=20
+    )
+    others = [instance(instance_id="instance-5", freeness=40.0), starved]
+    busy = shown(description(policy="slo", instances=[moved, *others]), 7)
+    busy["llumsched_scheduler_up"] |= shown(None, 0)["llumsched_scheduler_up"]
+    for spec in CATALOGUE:
+        if spec.where is Where.POOL:
+            assert idle[spec.exposed_name] != busy[spec.exposed_name], spec.name
 
 
 def test_an_instance_can_be_matched_to_its_engine_label() -> None:

@@ -21,9 +21,11 @@ from llumsched.core.actions import (
 from llumsched.core.events import LaunchFailed, RequestFinished, Ticked
 from llumsched.metrics import CATALOGUE, Where
 from llumsched.scheduler.metrics import OTHER, Reasons, SchedulerMetrics
+from llumsched.scheduler.migration_worth import MigrationWorth
 from tests.builders import STATISTICS, migration_report
 
 COMMITTED = migration_report(phase="committing", statistics=STATISTICS)
+WORTH = MigrationWorth(migration_id="m-1", request_id="r-1", source="a", won_s=1.5, expected_s=2.0)
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
@@ -67,6 +69,7 @@ def test_every_metric_of_the_catalogue_moves() -> None:
     counts.handled(LaunchFailed(launch_id="l", reason=""), (), 0.001)
     counts.handled(RequestFinished(request_id="r", num_output_tokens=7), (), 0.001)
     counts.migration_ended(COMMITTED)
+    counts.migration_won(WORTH)
     counts.drained()
     after = values(registry)
     for spec in CATALOGUE:

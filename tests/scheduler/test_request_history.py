@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from llumsched.core.actions import DispatchRequest, RejectRequest, StartMigration
 from llumsched.core.events import (
     InstanceLost,
@@ -11,7 +13,8 @@ from llumsched.core.events import (
     Ticked,
 )
 from llumsched.core.load import InstanceLoad
-from llumsched.core.types import SchedulingRequest
+from llumsched.core.types import SchedulingRequest, Scores
+from llumsched.scheduler.migration_worth import MigrationWorth
 from llumsched.scheduler.request_history import MOST_STEPS, RequestHistory
 from tests.builders import STATISTICS, migration_report
 
@@ -90,6 +93,35 @@ def test_a_dispatch_tells_of_the_candidates_the_freest_first() -> None:
         ("instance-1", 60),
         ("instance-0", 10),
     ]
+
+
+def test_a_dispatch_tells_by_what_the_policy_compared_the_chosen_one_first() -> None:
+    told = history()
+    scores = Scores("expected cost in s", ("instance-0", "instance-1"), np.array([0.2, np.inf]))
+    told.handled(arrival(), (dispatch("instance-0"),), {"cmpl-1-0": scores})
+    dispatched = told.steps("cmpl-1-0")["cmpl-1-0"][1]
+    assert dispatched.scored_by == "expected cost in s"
+    assert [(c.instance_id, c.score) for c in dispatched.candidates] == [
+        ("instance-0", 0.2),
+        ("instance-1", None),
+    ]
+
+
+def test_what_a_migration_won_is_a_step() -> None:
+    told = history()
+    told.handled(arrival(), (dispatch("instance-1"),))
+    told.migration_won(
+        MigrationWorth(
+            migration_id="m7",
+            request_id="cmpl-1-0",
+            source="instance-1",
+            won_s=1.5,
+            expected_s=2.0,
+        )
+    )
+    won = told.steps("cmpl-1-0")["cmpl-1-0"][-1]
+    assert (won.kind, won.migration_id) == ("migration won", "m7")
+    assert "for 1.50 s, expected were 2.00 s" in won.text
 
 
 def test_a_rejection_is_the_end() -> None:

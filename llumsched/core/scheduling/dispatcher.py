@@ -29,7 +29,7 @@ from llumsched.core.scheduling.dispatch_queue import DispatchQueue
 from llumsched.core.scheduling.fairness import FairTurns
 from llumsched.core.scheduling.request_ledger import Ledger, RequestRecord
 from llumsched.core.snapshot import BoolColumn, ClusterSnapshot
-from llumsched.core.types import InstanceState, SchedulingRequest
+from llumsched.core.types import InstanceState, SchedulingRequest, Scores
 
 OVERLOAD_RETRY_S = 1.0
 LOST = "its instance was lost; "
@@ -59,6 +59,8 @@ class Dispatcher:
         self._next_pass_s = 0.0
         # ... and all of them let a new one pass them.
         self._all_let_pass = False
+        # By what instances were compared, of what was dispatched since somebody emptied this.
+        self.scores: dict[str, Scores] = {}
         # The instance chosen last while none reported.
         self._last_blind_id = ""
 
@@ -299,6 +301,8 @@ class Dispatcher:
         if placement.hand_over_to is not None:
             record.hand_over_after = placement.after_output_tokens
             self._ledger.planned[request.request_id] = record
+        if placement.scores is not None:
+            self.scores[request.request_id] = placement.scores
         out.append(
             DispatchRequest(
                 request_id=request.request_id,

@@ -52,7 +52,7 @@ from llumsched.core.scheduling.request_ledger import Ledger
 from llumsched.core.scheduling.scaler import Scaling
 from llumsched.core.snapshot import ClusterSnapshot, PrefixHolders
 from llumsched.core.step_time import StepTimeModel
-from llumsched.core.types import SchedulingRequest
+from llumsched.core.types import SchedulingRequest, Scores
 
 REACTION_INTERVALS = 2.5
 """From a need for a migration to its effect: the next decision, a report, and the copy."""
@@ -155,8 +155,18 @@ class GlobalScheduler:
             now = self._now
         self._now = now
         out: list[Action] = []
+        if self._dispatcher.scores:
+            self._dispatcher.scores.clear()
         handler(event, now, out)
         return tuple(out)
+
+    @property
+    def scores(self) -> Mapping[str, Scores]:
+        """By what the policy compared instances, for each request that the last event dispatched.
+
+        Only of policies that say so; no action depends on it.
+        """
+        return self._dispatcher.scores
 
     def next_deadline(self) -> float | None:
         """When `Ticked` must come, if nothing else happens before; None: never."""
