@@ -65,6 +65,10 @@ def lines_of(steps: Sequence[Mapping[str, Any]]) -> list[str]:
             f" {candidate['num_waiting']} waiting{_score(candidate, step)}"
             for candidate in step["candidates"]
         ]
+        lines += [
+            f"{'':16}stage {number}: {stage['num_blocks']} blocks, {1000 * stage['took_s']:.0f} ms"
+            for number, stage in enumerate((step.get("statistics") or {}).get("stages", ()), 1)
+        ]
     return lines
 
 

@@ -66,7 +66,7 @@ from llumsched.engine.base import (
 )
 from llumsched.migration.host import Call, MigrationHost
 from llumsched.migration.runs import Run, runs_of
-from llumsched.wire.control import MigrationStatistics, ReportMigration
+from llumsched.wire.control import MigrationStatistics, ReportMigration, StageStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +137,8 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
         self._suspended: SuspendedRequest | None = None
         self._suspended_s = 0.0
         self._held_back_s = 0.0
+        self._begun_s = time.perf_counter()
+        self._stages: list[StageStatistics] = []
         # How far it came, and the destination's word for a rejection.
         self.phase = "starting"
         self.refusal = ""
@@ -152,12 +154,14 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
                 self._num_cached_blocks = message.num_cached_blocks
                 self._fill_in(message)
             case BlocksCopied():
+                self._stage_arrived()
                 self._fill_in(message)
             case ReservationRejected():
                 self.refusal = message.refusal
                 self.post(message)
             case CommitAcknowledged():
                 self._held_back_s = message.held_back_s
+                self._stage_arrived()
                 self.post(message)
             case _:
                 self.post(message)
@@ -292,6 +296,9 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
         runs = runs_of(self._order, command, blocks.block_ids, blocks.num_tokens)
         for run in runs:
             self._num_blocks_sent[run.group] += len(run.block_ids)
+        num_blocks = sum(len(run.block_ids) for run in runs)
+        began_s = time.perf_counter() - self._begun_s
+        self._stages.append(StageStatistics(num_blocks=num_blocks, began_s=began_s, took_s=0.0))
         await self._link.send_blocks(command, blocks.num_tokens, runs)
 
     async def _suspend_later(self, command: SuspendRequest) -> None:
@@ -303,6 +310,12 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
     def _call_suspend(self) -> Future[Future[SuspendedRequest]]:
         # Called here and now: the end of the export may be the next call.
         return self._call(lambda: self._port.suspend(self.request_id))
+
+    def _stage_arrived(self) -> None:
+        if self._stages and not self._stages[-1].took_s:
+            stage = self._stages[-1]
+            took_s = time.perf_counter() - self._begun_s - stage.began_s
+            self._stages[-1] = msgspec.structs.replace(stage, took_s=took_s)
 
     async def _suspend(
         self, called: Future[Future[SuspendedRequest]], num_blocks_copied: int
@@ -348,6 +361,7 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
             suspended_s=self._suspended_s,
             step_time_s=step_time_s,
             transport=self._link.transport,
+            stages=tuple(self._stages),
         )
 
 

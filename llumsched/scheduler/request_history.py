@@ -27,7 +27,7 @@ from llumsched.core.events import (
 from llumsched.core.load import InstanceLoad
 from llumsched.core.types import Scores
 from llumsched.scheduler.migration_worth import MigrationWorth
-from llumsched.wire.control import Candidate, ReportMigration, TraceStep
+from llumsched.wire.control import Candidate, MigrationStatistics, ReportMigration, TraceStep
 
 MOST_REQUESTS = 2000
 MOST_STEPS = 64
@@ -44,6 +44,7 @@ class _Step:
     migration_id: str | None = None
     loads: tuple[InstanceLoad, ...] = ()
     scores: Scores | None = None
+    statistics: MigrationStatistics | None = None
 
 
 class RequestHistory:
@@ -112,7 +113,10 @@ class RequestHistory:
             )
         if report.reason:
             text += f" ({report.reason})"
-        self._note(report.request_id, "migration ended", text, report.source, report.migration_id)
+        step = self._note(
+            report.request_id, "migration ended", text, report.source, report.migration_id
+        )
+        step.statistics = statistics
         if report.outcome == MigrationOutcome.COMMITTED and report.request_id in self._at:
             self._at[report.request_id] = report.destination
 
@@ -200,4 +204,5 @@ def _told(step: _Step) -> TraceStep:
             for load in freest_first[:MOST_CANDIDATES]
         ],
         scored_by=scores.name if scores is not None else "",
+        statistics=step.statistics,
     )

@@ -140,6 +140,15 @@ class ReportMigration(Message, frozen=True, kw_only=True):
     statistics: MigrationStatistics | None = None
 
 
+class StageStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """One stage of a migration: it began ``began_s`` after the order had come to the source, and
+    the destination had the blocks ``took_s`` later."""
+
+    num_blocks: int
+    began_s: float
+    took_s: float
+
+
 class MigrationStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """Measured at the source. Times in seconds; ``suspended_s`` is from the end of the last step
     here to the next token at the destination, so it is the client's pause. If that token takes
@@ -155,6 +164,7 @@ class MigrationStatistics(msgspec.Struct, frozen=True, kw_only=True):
     suspended_s: float
     step_time_s: float
     transport: str
+    stages: tuple[StageStatistics, ...] = ()
 
 
 # ---- control: frontend <-> global scheduler ---------------------------------------------------
@@ -296,7 +306,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
 class TraceStep(msgspec.Struct, frozen=True, kw_only=True):
     """One step of a request. ``at_s`` are seconds since the epoch; ``candidates`` are told of a
-    dispatch, the chosen one first, then the freest; ``scored_by`` is what their scores are."""
+    dispatch, the chosen one first, then the freest; ``scored_by`` is what their scores are.
+    ``statistics`` are told of a migration that was committed."""
 
     at_s: float
     kind: str
@@ -305,6 +316,7 @@ class TraceStep(msgspec.Struct, frozen=True, kw_only=True):
     migration_id: str | None
     candidates: list[Candidate]
     scored_by: str = ""
+    statistics: MigrationStatistics | None = None
 
 
 class RequestTraced(Message, frozen=True, kw_only=True):

@@ -118,6 +118,7 @@ class RoutingEngineClient(ConnectedInstances):
             opened_s=time.monotonic(),
             num_prompt_tokens=len(request.prompt_token_ids or ()),
         )
+        self._metrics.opened(route, request)
         self._resumer.keep(request)
         try:
             instance = await self._place(request)

@@ -27,6 +27,7 @@ from llumsched.engine.vllm.patches import client_made_by
 from llumsched.frontend.options.preflight import TASKS_UNASKED
 from llumsched.frontend.routing.client import RoutingEngineClient
 from llumsched.frontend.routing.connections import NoInstance, Roster
+from llumsched.frontend.routing.request_metrics import FrontendMetrics
 from llumsched.frontend.routing.scheduler_client import SchedulerClient
 from llumsched.frontend.routing.sockets import FrontendSockets
 from llumsched.wire.names import frontend_id
@@ -138,7 +139,7 @@ class EngineClientConfig:
     """Where a frontend finds instances and scheduler.
 
     ``roster`` says which instances there are. ``client_index`` is the frontend's place among
-    ``client_count`` frontends of the same instances.
+    ``client_count`` frontends of the same instances. ``policy`` is the bundle in force.
     """
 
     sockets: FrontendSockets
@@ -146,6 +147,7 @@ class EngineClientConfig:
     prefix_hashes: PrefixHasher | None
     num_labels: int
     roster: Roster
+    policy: str = ""
     client_index: int = 0
     client_count: int = 1
 
@@ -201,6 +203,12 @@ def _client_maker(
             surroundings.frontend_id,
         )
         links.append(link)
+        metrics: FrontendMetrics | None = None
+        if vllm_config.observability_config.otlp_traces_endpoint is not None:
+            # OpenTelemetry is imported by whoever wants it; its provider is vLLM's.
+            from llumsched.frontend.routing.tracing import TracedMetrics
+
+            metrics = TracedMetrics(surroundings.policy, link.trace)
         client = RoutingEngineClient(
             vllm_config,
             sockets=surroundings.sockets,
@@ -210,6 +218,7 @@ def _client_maker(
             client_count=surroundings.client_count,
             roster=surroundings.roster,
             num_labels=surroundings.num_labels,
+            metrics=metrics,
         )
         return client
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 
 from prometheus_client import REGISTRY, CollectorRegistry
+from vllm.v1.engine import EngineCoreRequest
 
 from llumsched import metrics
 from llumsched.core.types import PriorityClass
@@ -27,6 +28,9 @@ class FrontendMetrics:
         self.lost_instances = metrics.LOST_INSTANCES.counter(registry)
         self.resumptions = metrics.RESUMPTIONS.counter(registry)
 
+    def opened(self, route: Route, request: EngineCoreRequest) -> None:
+        """A request has come; nothing has been sent yet."""
+
     def first_token(self, route: Route) -> None:
         self.ttft_s.labels(_label(route)).observe(time.monotonic() - route.opened_s)
 
@@ -37,8 +41,12 @@ class FrontendMetrics:
     def tokens(self, route: Route) -> None:
         now_s = time.monotonic()
         if route.pause_cause:
-            self.pause_s.labels(route.pause_cause).observe(now_s - route.last_token_s)
+            self.paused(route, now_s)
         route.last_token_s = now_s
+
+    def paused(self, route: Route, now_s: float) -> None:
+        """The first token since its last has come from another instance."""
+        self.pause_s.labels(route.pause_cause).observe(now_s - route.last_token_s)
 
     def moved(self, route: Route) -> None:
         self.moves.inc()

@@ -88,6 +88,7 @@ async def serve(plan: FrontendPlan, index: int, supervision: LauncherClient) -> 
             prefix_hashes=prefix_hasher(vllm_config) if plan.options.wants_prefix_blocks else None,
             num_labels=plan.options.most_instances,
             roster=supervision,
+            policy=plan.options.config.policy,
             client_index=index,
             client_count=plan.options.num_frontends,
         ),
