@@ -138,7 +138,7 @@ class SchedulerMetrics:
         self._num_stages.observe(statistics.num_stages)
 
     def migration_won(self, worth: MigrationWorth) -> None:
-        """What a migration was good for is known."""
+        """The worth of a migration is known by now."""
         self._won_s.observe(worth.won_s)
         if worth.expected_s is not None:
             self._expected_s.observe(max(0.0, worth.expected_s))

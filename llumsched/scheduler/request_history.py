@@ -121,7 +121,7 @@ class RequestHistory:
             self._at[report.request_id] = report.destination
 
     def migration_won(self, won: MigrationWorth) -> None:
-        """What a migration was good for is known."""
+        """The worth of a migration is known by now."""
         if won.request_id in self._requests:
             expected = "" if won.expected_s is None else f", expected were {won.expected_s:.2f} s"
             text = f"its source would have had no room for it for {won.won_s:.2f} s{expected}"
