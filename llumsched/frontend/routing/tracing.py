@@ -66,7 +66,7 @@ class _Open:
 
 
 class TracedMetrics(FrontendMetrics):
-    """What a frontend counts, and the spans of the requests that are sampled.
+    """Counts of a frontend, and the spans of the requests that are sampled.
 
     Args:
         policy: the bundle in force.
@@ -193,7 +193,7 @@ class _Spans:
         return span
 
     def of_steps(self, steps: Iterable[TraceStep]) -> None:
-        """What the scheduler has told."""
+        """Add what the scheduler has told."""
         arrived_ns: int | None = None
         begun: dict[str | None, TraceStep] = {}
         for step in steps:
