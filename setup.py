@@ -26,6 +26,8 @@ SERVING = [
 ]
 # Those that the fast tests have been run with.
 PYTHONS = ("3.11", "3.12", "3.13")
+TEXTUAL = "textual>=6"
+SHTAB = "shtab>=1.7"
 PYARROW = "pyarrow>=18"
 
 # The links llumsched/policies and llumsched/simulator make both folders part of the package.
@@ -149,6 +151,11 @@ setup(
         "gpu": [*SERVING, f"vllm{VLLM}"],
         # `llumsched serve --backend URL`, which needs no vLLM.
         "proxy": ["aiohttp>=3.10"],
+        # `llumsched top` and `llumsched completion`.
+        "top": [TEXTUAL],
+        "completion": [SHTAB],
+        # Spans; vLLM brings these itself.
+        "otel": ["opentelemetry-exporter-otlp>=1.26", "opentelemetry-sdk>=1.26"],
         # KV blocks by RDMA between hosts.
         "nixl": ["nixl>=1"],
         # Records of a simulation as Parquet.
@@ -158,6 +165,7 @@ setup(
         "dev": [
             "hypothesis>=6.130",
             "import-linter>=2.5",
+            "mkdocs-material>=9.6,<10",
             "mypy>=1.18",
             "pillow>=10",
             "playwright>=1.50",
@@ -167,6 +175,8 @@ setup(
             "ruff>=0.14",
             "schemathesis>=4.32,<5",
             "setuptools>=77",
+            SHTAB,
+            TEXTUAL,
             "types-PyYAML>=6",
             "types-psutil>=6",
             "types-tqdm>=4.66",

@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "serve": "serve a model on several vLLM instances behind one OpenAI endpoint",
         "status": "show the instances of a running server, their load and their requests",
+        "top": "watch a running server in the terminal: instances, requests, migrations",
         "trace": "show what became of a request: queue, dispatch, migrations, resumptions",
         "migrate": "move a running request to another instance",
         "drain": "empty an instance and end it; its requests go on elsewhere",
@@ -35,12 +36,14 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "profile": "measure a vLLM engine and write a hardware file for the simulator",
         "config": "check a configuration file, or print the whole configuration in force",
         "replay": "feed a decision log to the scheduler again and compare its decisions",
+        "completion": "print what makes a shell complete commands and options",
     }
 )
 """Every subcommand, in the order of the help, with its one line of help."""
 
 # Distributions that not every command needs: a missing one is a matter of installation, not a bug.
-_OPTIONAL = frozenset({"aiohttp", "msgspec", "psutil", "ray", "torch", "uvloop", "vllm", "zmq"})
+_EXTRA_OF = {"aiohttp": "proxy", "rich": "top", "shtab": "completion", "textual": "top"}
+_OPTIONAL = frozenset({"msgspec", "psutil", "ray", "torch", "uvloop", "vllm", "zmq", *_EXTRA_OF})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if distribution not in _OPTIONAL:
             raise
         extra = "'cpu', or 'gpu' on a machine with GPUs"
-        if distribution == "aiohttp":
-            extra = "'proxy'"
+        if distribution in _EXTRA_OF:
+            extra = f"'{_EXTRA_OF[distribution]}'"
         print(
             f"llumsched: '{arguments[0]}' needs {distribution}, which is not installed: install"
             f" llumsched with its extra {extra}",
@@ -98,8 +101,22 @@ def _dispatch(arguments: list[str]) -> int:
     return status
 
 
+def whole_parser() -> argparse.ArgumentParser:
+    """The parser with the arguments of every command but ``serve``, which are vLLM's."""
+    modules = {
+        name: importlib.import_module(f"llumsched.commands.{name}")
+        for name in COMMANDS
+        if name != "serve"
+    }
+    return _parser_with(modules)
+
+
 def _parser(*, chosen: str | None, module: ModuleType | None) -> argparse.ArgumentParser:
     """The whole parser, in which only ``chosen`` has been asked for its own arguments."""
+    return _parser_with({} if chosen is None or module is None else {chosen: module})
+
+
+def _parser_with(modules: Mapping[str, ModuleType]) -> argparse.ArgumentParser:
     parser = Parser(
         prog="llumsched",
         description=(
@@ -111,8 +128,8 @@ def _parser(*, chosen: str | None, module: ModuleType | None) -> argparse.Argume
     parser.add_argument("--version", action="version", version=f"llumsched {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, summary in COMMANDS.items():
-        if module is not None and name == chosen:
-            module.add_parser(subparsers)
+        if name in modules:
+            modules[name].add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=summary)
     return parser

@@ -14,10 +14,12 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from llumsched.commands import CommandError
+
+T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 STATUS_TIMEOUT_S = 10.0
@@ -72,6 +74,19 @@ class AdminClient:
         path = f"/llumsched/requests/{urllib.parse.quote(request_id, safe='')}/trace"
         return self._call(path, timeout_s=STATUS_TIMEOUT_S)
 
+    def live(self) -> Iterator[dict[str, Any]]:
+        """``GET /llumsched/live``: frames of the pool, one a second, until the server ends."""
+        path = "/llumsched/live"
+        with self._open(path, timeout_s=STATUS_TIMEOUT_S, body=None) as response:
+            while line := self._read(response.readline, STATUS_TIMEOUT_S):
+                if line.startswith(b"data: "):
+                    try:
+                        frame = json.loads(line.removeprefix(b"data: "))
+                    except ValueError as error:
+                        raise CommandError(self._not_ours()) from error
+                    yield frame
+        raise CommandError(f"{self.url} has ended")
+
     def migrate(self, request_id: str, destination: str | None = None) -> dict[str, Any]:
         """``POST /llumsched/migrations``: move a request; how it went, once it has moved."""
         body = {"request_id": request_id, "destination": destination}
@@ -93,6 +108,17 @@ class AdminClient:
     def _call(
         self, path: str, *, timeout_s: float, body: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
+        with self._open(path, timeout_s=timeout_s, body=body) as response:
+            text = self._read(response.read, timeout_s)
+        try:
+            answer = json.loads(text)
+        except ValueError as error:
+            raise CommandError(self._not_ours()) from error
+        if not isinstance(answer, dict):
+            raise CommandError(self._not_ours())
+        return answer
+
+    def _open(self, path: str, *, timeout_s: float, body: Mapping[str, Any] | None) -> Any:
         request = urllib.request.Request(
             self.url + path,
             data=None if body is None else json.dumps(body).encode(),
@@ -101,9 +127,12 @@ class AdminClient:
         if self._api_key:
             # Not sent along to where a redirect leads.
             request.add_unredirected_header("Authorization", f"Bearer {self._api_key}")
+        return self._read(lambda: self._opener.open(request, timeout=timeout_s), timeout_s)
+
+    def _read(self, read: Callable[[], T], timeout_s: float) -> T:
+        """``read()`` from the server; whatever goes wrong is a ``CommandError``."""
         try:
-            with self._opener.open(request, timeout=timeout_s) as response:
-                answer = json.load(response)
+            return read()
         except urllib.error.HTTPError as error:
             raise CommandError(self._refusal(error)) from error
         except TimeoutError as error:
@@ -116,11 +145,6 @@ class AdminClient:
                 f"no server at {self.url} ({getattr(reason, 'strerror', None) or reason}): start"
                 " one with 'llumsched serve', or name it with --url"
             ) from error
-        except ValueError as error:
-            raise CommandError(self._not_ours()) from error
-        if not isinstance(answer, dict):
-            raise CommandError(self._not_ours())
-        return answer
 
     def _refusal(self, error: urllib.error.HTTPError) -> str:
         """The server's own words for a refusal, where it said any."""
