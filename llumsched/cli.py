@@ -102,13 +102,9 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """The parser with the arguments of every command but ``serve``, which are vLLM's."""
-    modules = {
-        name: importlib.import_module(f"llumsched.commands.{name}")
-        for name in COMMANDS
-        if name != "serve"
-    }
-    return _parser_with(modules)
+    """The parser with the arguments of every command, but for those that read vLLM's flags."""
+    modules = {name: importlib.import_module(f"llumsched.commands.{name}") for name in COMMANDS}
+    return _parser_with({n: m for n, m in modules.items() if not hasattr(m, "PASSTHROUGH")})
 
 
 def _parser(*, chosen: str | None, module: ModuleType | None) -> argparse.ArgumentParser:
