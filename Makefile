@@ -53,7 +53,7 @@ export HF_HUB_OFFLINE ?= 1
 endif
 
 .PHONY: help install model demo gpu-check gpu-demo serve test test-fast test-v2 check format \
-	format-check lint types contracts bench soak vllm-diff docs hooks clean distclean
+	format-check lint types contracts bench soak vllm-diff docs docs-site hooks clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -138,6 +138,9 @@ vllm-diff: $(INSTALLED) ## what has moved in vLLM VERSION, and its fingerprint (
 docs: $(INSTALLED) ## write again the parts of docs/ that come from the code
 	$(PY) -m scripts.generate_docs
 	$(PY) -m scripts.grafana_boards
+
+docs-site: $(INSTALLED) ## build the documentation as a site, in build/site; a dead link fails
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 hooks: $(INSTALLED) ## run format, lint, types and contracts before every commit
 	$(VENV)/bin/pre-commit install

@@ -7,6 +7,7 @@ source. ``--check`` writes nothing and fails when a page is behind the code.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
 import re
@@ -17,14 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from llumsched import plugins
+from llumsched.cli import whole_parser
 from llumsched.commands._scenario import options_of
 from llumsched.core.migration.destination import rules as migration_destination_rules
 from llumsched.core.migration.source import rules as migration_rules
+from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.migration.table import Rule, TransitionTable
+from llumsched.core.options import SchedulerOptions
 from llumsched.core.params import params_of
 from llumsched.core.policy import MigrationPair, Placement
 from llumsched.core.request_columns import RequestColumns
 from llumsched.core.snapshot import InstanceView
+from llumsched.core.transfer_options import TransferOptions
 from llumsched.core.types import SchedulingRequest
 from llumsched.flags import Parser
 from llumsched.metrics import CATALOGUE
@@ -195,6 +200,62 @@ def metrics() -> str:
     return _grid(("metric", "type", "labels", "counted by", ""), rows)
 
 
+def commands() -> str:
+    """Every command and its options, but for those that read vLLM's flags."""
+    (subparsers,) = (
+        action
+        for action in whole_parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
+    parts = []
+    for name, parser in subparsers.choices.items():
+        if parser.description is None:
+            continue
+        parts += [f"### `llumsched {name}`", _line(parser.description)]
+        rows = [
+            (f"`{_names(action)}`", _line(_help(parser, action)))
+            for action in parser._actions
+            if not isinstance(action, argparse._HelpAction)
+        ]
+        if rows:
+            parts.append(_grid(("argument", ""), rows))
+    return "\n\n".join(parts)
+
+
+def _names(action: argparse.Action) -> str:
+    if not action.option_strings:
+        choices = "\\|".join(map(str, action.choices)) if action.choices else ""
+        return str(action.metavar or choices or action.dest).replace("\\", "")
+    metavar = "" if action.nargs == 0 else action.metavar or action.dest.upper()
+    if action.choices and action.metavar is None and action.nargs != 0:
+        metavar = "{" + ",".join(map(str, action.choices)) + "}"
+    if isinstance(metavar, tuple):
+        metavar = " ".join(metavar)
+    return f"{', '.join(action.option_strings)} {metavar}".strip()
+
+
+def _help(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
+    if not action.help or action.help == argparse.SUPPRESS:
+        return ""
+    return parser._get_formatter()._expand_help(action)
+
+
+def configuration() -> str:
+    """Every key of a configuration file that no policy owns."""
+    parts = []
+    for section, options in (
+        ("scheduler", SchedulerOptions),
+        ("migration", MigrationOptions),
+        ("transfer", TransferOptions),
+    ):
+        rows = [
+            (f"`{p.name}`", f"`{p.default}`", p.spec.range_text(), p.spec.doc)
+            for p in params_of(options)
+        ]
+        parts += [f"### `{section}`", _grid(("key", "default", "range", ""), rows)]
+    return "\n\n".join(parts)
+
+
 PARTS: Mapping[str, Callable[[], str]] = {
     "source diagram": lambda: diagram(migration_rules.TABLE),
     "source transitions": lambda: transitions(migration_rules.TABLE),
@@ -209,6 +270,8 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "messages": architecture.messages,
     "threads and sockets": architecture.threads_and_sockets,
     "metrics": metrics,
+    "commands": commands,
+    "configuration": configuration,
 }
 """Name of a generated part -> what writes it."""
 

@@ -34,7 +34,7 @@ FLAGS = (
 
 NEXT = (
     "Next: `make serve` keeps two instances up on port 8000, and `.venv/bin/llumsched status` shows"
-    " them. Your own model, flags and policies: README.md and docs/serving.md."
+    " them. Your own model, flags and policies: docs/quick-start.md and docs/serving.md."
 )
 
 
