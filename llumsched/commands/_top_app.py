@@ -279,11 +279,10 @@ class TopApp(App[None]):
 
     @work(thread=True, exclusive=True, group="frames")
     def _follow(self) -> None:
-        worker = get_current_worker()
-        while not worker.is_cancelled:
+        while not get_current_worker().is_cancelled:
             try:
                 for frame in self._pool.live():
-                    if worker.is_cancelled:
+                    if get_current_worker().is_cancelled:
                         return
                     self.call_from_thread(self.show_frame, frame)
             except CommandError as error:

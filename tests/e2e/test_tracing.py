@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from tests.e2e.client import Admin
+from tests.e2e.client import Admin, Answer
 from tests.e2e.collector import Collector
 from tests.e2e.servers import llumsched
 
@@ -74,7 +74,7 @@ def _stream_and_move(url: str, model: str) -> dict[str, Any]:
         "stream": True,
     }
     headers = {"traceparent": f"00-{TRACE_ID}-{CLIENT_SPAN}-01"}
-    reports = []
+    reports: list[Answer] = []
     admin = Admin(url, model)
     with httpx.stream(
         "POST", f"{url}/v1/completions", json=body, headers=headers, timeout=120.0

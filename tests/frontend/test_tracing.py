@@ -40,9 +40,11 @@ class Request:
 class Output:
     """One token."""
 
-    request_id = "cmpl-1-0"
     finish_reason = None
-    new_token_ids = (7,)
+
+    def __init__(self) -> None:
+        self.request_id = "cmpl-1-0"
+        self.new_token_ids = [7]
 
 
 def step(at_s: float, kind: str, text: str = "", **changes: Any) -> TraceStep:
@@ -168,7 +170,8 @@ def parent_of(span: ReadableSpan) -> int | None:
 
 def id_of(span: ReadableSpan) -> int:
     assert span.context is not None
-    return span.context.span_id
+    span_id: int = span.context.span_id
+    return span_id
 
 
 def test_a_whole_life_is_one_tree_beneath_the_clients_span() -> None:
