@@ -1,15 +1,23 @@
-"""Spans of a real pool, at a collector: ours and vLLM's are one tree beneath the client's."""
+"""What a real pool tells an operator: spans at a collector, a trace, and the screen of a terminal.
+
+Ours and vLLM's spans are one tree beneath the client's.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import pytest
 
+from llumsched import cli
+from llumsched.commands._admin import AdminClient
 from tests.e2e.client import Admin, Answer
 from tests.e2e.collector import Collector
-from tests.e2e.servers import llumsched
+from tests.e2e.servers import Server, llumsched
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 CLIENT_SPAN = "00f067aa0ba902b7"
@@ -23,13 +31,24 @@ WANTED = {
     "llumsched.hand_over",
     "llm_request",
 }
+SCREEN_TIMEOUT_S = 60.0
 
 
-def test_a_moved_request_is_one_tree(model: str, tmp_path: Path) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """A pool in which one request has moved, and what the move was reported as."""
+
+    server: Server
+    collector: Collector
+    report: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def moved(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Moved]:
     with Collector() as collector:
         server = llumsched(
             model,
-            tmp_path,
+            tmp_path_factory.mktemp("traced"),
             "--instances=2",
             "--policy=latency",
             f"--otlp-traces-endpoint={collector.endpoint}",
@@ -38,21 +57,26 @@ def test_a_moved_request_is_one_tree(model: str, tmp_path: Path) -> None:
         )
         try:
             server.await_health()
-            moved = _stream_and_move(server.url, model)
-            server.await_that(
-                lambda: set(collector.of_trace(TRACE_ID)) >= WANTED,
-                f"spans, of which there are {sorted(collector.of_trace(TRACE_ID))}",
-            )
+            report = _stream_and_move(server.url, model)
+            yield Moved(server=server, collector=collector, report=report)
         finally:
             ending = server.end()
         assert not ending.left
-        spans = collector.of_trace(TRACE_ID)
+
+
+def test_the_spans_are_one_tree(moved: Moved) -> None:
+    collector = moved.collector
+    moved.server.await_that(
+        lambda: set(collector.of_trace(TRACE_ID)) >= WANTED,
+        f"spans; there are {sorted(collector.of_trace(TRACE_ID))}",
+    )
+    spans = collector.of_trace(TRACE_ID)
     (root,) = spans["llumsched.request"]
     assert root.parent_span_id.hex() == CLIENT_SPAN
     assert spans["llm_request"][0].parent_span_id == root.span_id
     (migration,) = spans["llumsched.migration"]
     assert migration.parent_span_id == root.span_id
-    assert len(spans["llumsched.migration.stage"]) == moved["num_stages"]
+    assert len(spans["llumsched.migration.stage"]) == moved.report["num_stages"]
     for stage in spans["llumsched.migration.stage"]:
         assert stage.parent_span_id == migration.span_id
         assert migration.start_time_unix_nano <= stage.start_time_unix_nano
@@ -61,6 +85,31 @@ def test_a_moved_request_is_one_tree(model: str, tmp_path: Path) -> None:
     told = [{a.key: a.value for a in event.attributes} for event in dispatch.events]
     assert {t["llumsched.instance"].string_value for t in told} == {"instance-0", "instance-1"}
     assert all("llumsched.num_free_blocks" in t for t in told)
+
+
+def test_the_trace_has_candidates_with_scores_and_stages(
+    moved: Moved, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["trace", moved.report["request_id"], "--url", moved.server.url]) == 0
+    printed = capsys.readouterr().out
+    assert "; freeness: " in printed or "freeness=inf" in printed
+    assert f"stage {moved.report['num_stages']}: " in printed
+    assert "finished: 80 output tokens" in printed
+
+
+def test_the_screen_shows_both_instances(moved: Moved) -> None:
+    pytest.importorskip("textual")
+    from llumsched.commands._top_app import TopApp
+
+    async def look() -> None:
+        app = TopApp(AdminClient(moved.server.url))
+        async with asyncio.timeout(SCREEN_TIMEOUT_S), app.run_test(size=(120, 40)) as pilot:
+            while app.instances.row_count < 2:
+                await pilot.pause(0.05)
+            names = [str(app.instances.get_row_at(number)[0]) for number in range(2)]
+            assert names == ["instance-0", "instance-1"]
+
+    asyncio.run(look())
 
 
 def _stream_and_move(url: str, model: str) -> dict[str, Any]:
