@@ -85,6 +85,59 @@ def test_helm_renders_the_chart() -> None:
     assert sorted(kinds) == ["Deployment", "Service", "ServiceMonitor"]
 
 
+KUBERNETES = "1.30"
+
+
+def validate(manifest: dict[str, Any]) -> None:
+    """Kubernetes' own schema takes it, without a key that it does not know."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"serviceMonitor": True, "args": ["--policy=slo"], "service": {"type": "NodePort"}},
+        {"gpus": 1, "instances": 2, "shutdownTimeoutSeconds": 5},
+    ],
+    ids=["defaults", "more", "small"],
+)
+def test_helm_makes_what_kubernetes_takes(values: dict[str, Any]) -> None:
+    """By Helm's own code, which is in a package of Python's index, without its program."""
+    helm = pytest.importorskip("helm_python")
+    with helm.Chart.load(str(CHART)) as chart:
+        rendered = chart.render(values, name="pool")
+    made = [d for text in rendered.values() for d in yaml.safe_load_all(text) if d]
+    kinds = sorted(d["kind"] for d in made)
+    assert kinds == ["Deployment", "Service"] + ["ServiceMonitor"] * ("serviceMonitor" in values)
+    for manifest in made:
+        if manifest["kind"] != "ServiceMonitor":  # a definition of the Prometheus operator
+            validate(manifest)
+    (deployment,) = (d for d in made if d["kind"] == "Deployment")
+    spec = deployment["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    shutdown_s = int(container["args"][2].removeprefix("--shutdown-timeout="))
+    assert spec["terminationGracePeriodSeconds"] > shutdown_s
+    assert container["args"][3:] == values.get("args", [])
+    assert not helm.lint(str(CHART))["errors"]
+
+
+def test_kubernetes_takes_the_pods_and_the_other_parts_of_the_ray_cluster() -> None:
+    """The schema of a RayCluster is KubeRay's; that of its pods is Kubernetes'."""
+    cluster, *others = documents("kuberay.yaml")
+    spec = cluster["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        template = group["template"]
+        metadata = {"name": "pod", **template.get("metadata", {})}
+        validate(
+            {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+        )
+    for manifest in others:
+        if "." not in manifest["apiVersion"].partition("/")[0]:
+            validate(manifest)
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     text = (CONFIGS / "systemd" / "llumsched.service").read_text()
