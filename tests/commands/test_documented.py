@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from tests.project.test_docs import PAGES, commands_of
 
 OF_OPERATORS = ("status", "trace", "migrate", "drain", "scale", "restart")
 INSTANCES = ("instance-0", "instance-1")
-CLUSTER = {
+CLUSTER: dict[str, Any] = {
     "policy": "adaptive",
     "config_file": None,
     "scheduler_age_s": 60.0,
@@ -34,7 +35,7 @@ STEP = {
     "migration_id": None,
     "candidates": [],
 }
-ANSWERS = {
+ANSWERS: dict[str, Any] = {
     "/llumsched/instances": CLUSTER,
     "/llumsched/requests": {"requests": []},
     "/llumsched/requests/REQUEST_ID/trace": {"requests": {"cmpl-1-0": [STEP]}},
