@@ -100,8 +100,8 @@ async def _alternate(
         async with _looking(session, servers["on"]) as seen:
             for index in range(num_rounds):
                 # Turn about, so that neither server always comes first.
-                names = list(servers) if index % 2 == 0 else list(reversed(servers))
-                for name in names:
+                names = list(servers)
+                for name in names if index % 2 == 0 else reversed(names):
                     rounds[name].append(await _round(session, servers[name], str(index)))
     return rounds, seen
 

@@ -11,6 +11,7 @@ import math
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import uvicorn
@@ -42,6 +43,7 @@ class Incident:
         self._random = random.Random(7)
         self._prompts = [self._random.randint(60, 1400) for _ in range(num_requests)]
         self._homes = [self._random.randrange(num_instances) for _ in range(num_requests)]
+        self._counts = Counter(self._homes)
         self._moves = [0] * num_requests
 
     def seconds(self) -> float:
@@ -56,6 +58,7 @@ class Incident:
         if 4 < now_s < 8:
             for request in order[: self.num_requests // 3]:
                 self._homes[request] = min(1, self.num_instances - 1)
+            self._counts = Counter(self._homes)
         elif now_s >= 8:
             crowded = [r for r in order if self._homes[r] == 1]
             share = self.num_requests // self.num_instances
@@ -67,13 +70,13 @@ class Incident:
                     self._move(request, self._freest(avoid={1, 2, 3}))
 
     def _freest(self, avoid: set[int]) -> int:
-        counts = {i: self._homes.count(i) for i in range(self.num_instances) if i not in avoid} or {
-            0: 0
-        }
-        return min(counts, key=counts.__getitem__)
+        others = [i for i in range(self.num_instances) if i not in avoid] or [0]
+        return min(others, key=self._counts.__getitem__)
 
     def _move(self, request: int, to: int) -> None:
         if self._homes[request] != to:
+            self._counts[self._homes[request]] -= 1
+            self._counts[to] += 1
             self._homes[request] = to
             self._moves[request] += 1
 
@@ -100,8 +103,10 @@ class Incident:
         """The pool, as a scheduler tells it."""
         now_s = self.seconds()
         instances = []
-        for index in range(self.num_instances):
-            here = [r for r in range(self.num_requests) if self._homes[r] == index]
+        at: list[list[int]] = [[] for _ in range(self.num_instances)]
+        for request, home in enumerate(self._homes):
+            at[home].append(request)
+        for index, here in enumerate(at):
             if index == 3 and now_s >= 18 and not here:
                 continue
             held = sum(
