@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks._contest import METRICS, NUM_BLOCKS, URGENT, Outcome
-from benchmarks._report import Figure, Table, number
+from benchmarks._report import Figure, Table
+from scripts.pages import number
 
 NO_WORSE_THAN = 1.03
 GOAL_METRICS = ("TTFT P99", "longest gap P99")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 import os
 import platform
 import shutil
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llumsched.flags import Parser
+from scripts import pages
 
 SKIPPED = 77
 """Exit status of a benchmark that lacks what it needs, such as data that is not in the project."""
@@ -45,7 +45,7 @@ class Figure:
     def goal(self) -> str | None:
         """The bound in words, such as ``at most 20 us``."""
         bounds = [
-            f"{word} {number(bound)} {self.unit}".rstrip()
+            f"{word} {pages.number(bound)} {self.unit}".rstrip()
             for word, bound in (("at least", self.at_least), ("at most", self.at_most))
             if bound is not None
         ]
@@ -136,7 +136,7 @@ def markdown(content: dict[str, Any]) -> str:
     """A report, as ``--json`` writes it, as markdown: figures, tables, notes, machine."""
     parts = [figures_table(content["figures"])]
     for table in content.get("tables", ()):
-        parts += [f"### {table['title']}", _grid(table["columns"], table["rows"])]
+        parts += [f"### {table['title']}", pages.table(table["columns"], table["rows"])]
     parts += content.get("notes", ())
     parts.append(f"Measured on: {content['machine']}.")
     if content["quick"]:
@@ -152,29 +152,13 @@ def figures_table(figures: Iterable[dict[str, Any]]) -> str:
     rows = [
         (
             figure["name"],
-            f"{number(figure['value'])} {figure['unit']}".rstrip(),
+            f"{pages.number(figure['value'])} {figure['unit']}".rstrip(),
             figure["goal"] or "",
             verdicts[figure["holds"]],
         )
         for figure in figures
     ]
-    return _grid(("figure", "measured", "goal", "result"), rows)
-
-
-def _grid(columns: Sequence[str], rows: Iterable[Sequence[str | float]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(
-        "| " + " | ".join(c if isinstance(c, str) else number(c) for c in line) + " |"
-        for line in lines
-    )
-
-
-def number(value: float) -> str:
-    """Three significant digits, thousands separated: ``0.0123``, ``4.57``, ``12,300``."""
-    if not math.isfinite(value):
-        return str(value)
-    rounded = float(f"{value:.3g}")
-    return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:,.6g}"
+    return pages.table(("figure", "measured", "goal", "result"), rows)
 
 
 def machine() -> str:

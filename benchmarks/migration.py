@@ -28,9 +28,10 @@ from pathlib import Path
 
 from benchmarks import _batch_effects, _transports
 from benchmarks._migration_client import Move, Moves, staging_num_bytes
-from benchmarks._report import Figure, Report, Table, main, number
+from benchmarks._report import Figure, Report, Table, main
 from benchmarks._servers import ENGINE_FLAGS, llumsched
 from scripts import plots
+from scripts.pages import number
 
 BENCHMARK = "Migration"
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks import _report
 from llumsched.flags import Parser
+from scripts.pages import number
 
 FOLDER = Path(__file__).parent
 DOCS = FOLDER.parent / "docs"
@@ -179,7 +180,7 @@ def _summarise(chosen: Sequence[Benchmark], reports: dict[str, dict[str, Any]]) 
     failed = [benchmark.name for benchmark in chosen if benchmark.name not in reports]
     print(f"\n{len(with_goal) - len(missed)} of {len(with_goal)} goals met")
     for figure in missed:
-        value = f"{_report.number(figure['value'])} {figure['unit']}".rstrip()
+        value = f"{number(figure['value'])} {figure['unit']}".rstrip()
         print(f"  missed: {figure['name']}: {value} (goal: {figure['goal']})")
     if failed:
         print(f"failed to run: {', '.join(failed)}")

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from scripts.pages import table
+
 PACKAGE = Path(__file__).parents[1] / "llumsched"
 
 # Folder -> the process that its code runs in.
@@ -40,14 +42,11 @@ def messages() -> str:
     for path, title in PROTOCOLS:
         source = (PACKAGE / path).read_text(encoding="utf-8")
         rows = [
-            f"| `{node.name}` | {_section(source, node.lineno)} | {_first_sentence(node)} |"
+            (f"`{node.name}`", _section(source, node.lineno), _first_sentence(node))
             for node in ast.parse(source).body
             if isinstance(node, ast.ClassDef) and _is_message(node)
         ]
-        parts += [
-            f"**{title}** (`llumsched/{path}`)",
-            "\n".join(["| message | |  |", "|---|---|---|", *rows]),
-        ]
+        parts += [f"**{title}** (`llumsched/{path}`)", table(("message", "", ""), rows)]
     return "\n\n".join(parts)
 
 
@@ -61,8 +60,7 @@ def threads_and_sockets() -> str:
             continue
         for kind, what in _opened(ast.parse(path.read_text(encoding="utf-8"))):
             rows.append((process, kind, what, f"`{name}`"))
-    lines = ["| process | | name or kind | file |", "|---|---|---|---|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in sorted(set(rows)))])
+    return table(("process", "", "name or kind", "file"), sorted(set(rows)))
 
 
 def _process_of(name: str) -> str | None:
@@ -111,4 +109,4 @@ def _section(source: str, line: int) -> str:
 
 def _first_sentence(node: ast.ClassDef) -> str:
     text = " ".join((ast.get_docstring(node) or "").split())
-    return re.split(r"(?<=\.)\s", text, maxsplit=1)[0].replace("|", "\\|")
+    return re.split(r"(?<=\.)\s", text, maxsplit=1)[0]

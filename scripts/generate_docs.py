@@ -12,7 +12,7 @@ import ast
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from llumsched.simulator.scenario import Scenario
 from llumsched.simulator.traces.generators import GENERATORS
 from llumsched.simulator.traces.loaders import FORMATS
 from scripts import architecture
+from scripts.pages import table
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -46,15 +47,15 @@ AnyTable = TransitionTable[Any, Any, Any, Any]
 AnyRule = Rule[Any, Any, Any]
 
 
-def diagram(table: AnyTable) -> str:
+def diagram(protocol: AnyTable) -> str:
     """The states as a mermaid diagram: an edge a pair of states, labelled with the events."""
     edges: dict[tuple[StrEnum, StrEnum], list[str]] = {}
-    for (state, event), rules in table.rules.items():
+    for (state, event), rules in protocol.rules.items():
         for rule in rules:
             if rule.to is not state:
                 label = f"{event.__name__}{_guard(rule)}"
                 edges.setdefault((state, rule.to), []).append(label)
-    initial = next(iter(table.states.__members__))
+    initial = next(iter(protocol.states.__members__))
     lines = ["stateDiagram-v2", f"    [*] --> {initial}"]
     lines += [
         f"    {state} --> {to}: {'<br/>'.join(dict.fromkeys(labels))}"
@@ -63,7 +64,7 @@ def diagram(table: AnyTable) -> str:
     return "```mermaid\n" + "\n".join(lines) + "\n```"
 
 
-def transitions(table: AnyTable) -> str:
+def transitions(protocol: AnyTable) -> str:
     """Every (state, event) that does something, rule by rule, and the ones that are ignored."""
     rows = [
         (
@@ -72,18 +73,18 @@ def transitions(table: AnyTable) -> str:
             str(rule.to),
             ", ".join(_words(command) for command in rule.do),
         )
-        for state, event in table
-        for rule in table.rules.get((state, event), ())
+        for state, event in protocol
+        for rule in protocol.rules.get((state, event), ())
     ]
     ignored: dict[str, list[str]] = {}
-    for state, event in table:
-        if (state, event) in table.ignored:
+    for state, event in protocol:
+        if (state, event) in protocol.ignored:
             ignored.setdefault(str(state), []).append(event.__name__)
     return "\n\n".join(
         [
-            _grid(("in", "event [condition]", "to", "commands"), rows),
+            table(("in", "event [condition]", "to", "commands"), rows),
             "Late or doubled, and ignored:",
-            _grid(("in", "events"), [(state, ", ".join(e)) for state, e in ignored.items()]),
+            table(("in", "events"), [(state, ", ".join(e)) for state, e in ignored.items()]),
             "Any other pair is a defect in the host, and raises.",
         ]
     )
@@ -105,7 +106,7 @@ def policies() -> str:
             for p in policy.params
         ]
         if rows:
-            parts.append(_grid(("parameter", "default", "range", ""), rows))
+            parts.append(table(("parameter", "default", "range", ""), rows))
     return "\n\n".join(parts)
 
 
@@ -114,7 +115,7 @@ def policy_values() -> str:
     tables = []
     for cls in (SchedulingRequest, InstanceView, RequestColumns, Placement, MigrationPair):
         rows = [(f"`{name}`", f"`{kind}`", doc) for name, kind, doc in _fields(cls)]
-        tables.append(f"`{cls.__name__}`:\n\n" + _grid(("field", "type", ""), rows))
+        tables.append(f"`{cls.__name__}`:\n\n" + table(("field", "type", ""), rows))
     return "\n\n".join(tables)
 
 
@@ -155,17 +156,17 @@ def simulate_options() -> str:
         for param in params_of(Scenario)
         if param.name != "traffic"
     ]
-    return _grid(("option", "default", "range", ""), rows)
+    return table(("option", "default", "range", ""), rows)
 
 
 def trace_formats() -> str:
     """The formats that traces are read in."""
-    return _grid(("format", ""), [(f"`{f.name}`", f.summary) for f in FORMATS.values()])
+    return table(("format", ""), [(f"`{f.name}`", f.summary) for f in FORMATS.values()])
 
 
 def generators() -> str:
     """The generators of traffic."""
-    return _grid(("generator", ""), [(f"`{g.name}`", g.summary) for g in GENERATORS.values()])
+    return table(("generator", ""), [(f"`{g.name}`", g.summary) for g in GENERATORS.values()])
 
 
 def hardware() -> str:
@@ -182,7 +183,7 @@ def hardware() -> str:
                 f"{100 * loaded.fit_error:.1f} %",
             )
         )
-    return _grid(("name", "model", "accelerator", "KV blocks", "fit"), rows)
+    return table(("name", "model", "accelerator", "KV blocks", "fit"), rows)
 
 
 def metrics() -> str:
@@ -197,7 +198,7 @@ def metrics() -> str:
         )
         for spec in CATALOGUE
     ]
-    return _grid(("metric", "type", "labels", "counted by", ""), rows)
+    return table(("metric", "type", "labels", "counted by", ""), rows)
 
 
 def commands() -> str:
@@ -302,11 +303,6 @@ def _guard(rule: AnyRule) -> str:
 
 def _words(function: Callable[..., object]) -> str:
     return function.__name__.replace("_", " ")
-
-
-def _grid(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in r)} |" for r in lines)
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from scripts.comparison.runs import (
     Run,
 )
 from scripts.comparison.workloads import TUNED_ON, Workload
+from scripts.pages import filled, table
 from scripts.plots import Line, Panel, chart
 
 TEMPLATE = Path(__file__).with_name("page.md")
@@ -83,15 +84,11 @@ class Comparison:
             "tuned": ", ".join(TUNED_ON),
             "held_out": ", ".join(w.name for w in workloads if w.name not in TUNED_ON),
             "seeds": "one seed" if num_seeds == 1 else f"{num_seeds} seeds",
-            "verdict": "\n".join(self._verdict()),
+            "verdict": self._verdict(),
             "workloads": "\n\n".join(self._section(workload) for workload in workloads),
-            "staleness": "\n".join(self._staleness_table()),
+            "staleness": self._staleness_table(),
         }
-        text = TEMPLATE.read_text(encoding="utf-8")
-        for name, part in parts.items():
-            text = text.replace("{{" + name + "}}", part)
-        assert "{{" not in text, "page.md has a place that nothing fills"
-        return text
+        return filled(TEMPLATE, parts)
 
     def staleness_chart(self) -> str:
         """P99 TTFT by delay."""
@@ -108,11 +105,10 @@ class Comparison:
         sizes = dict.fromkeys(str(run.num_instances) for run in self._compared)
         return f"--seeds {num_seeds} --loads {','.join(loads)} --instances {','.join(sizes)}"
 
-    def _verdict(self) -> Iterator[str]:
+    def _verdict(self) -> str:
         judged = [(i, figure) for i, figure in enumerate(FIGURES) if figure.is_judged]
         labels = [figure.label for _, figure in judged]
-        yield "| traffic | load | instances | " + " | ".join(labels) + " | against no migration |"
-        yield "| --- " * (len(judged) + 4) + "|"
+        lines = []
         num_met = num_all = num_gained = 0
         for (workload, load, num_instances), rows in self._spreads.items():
             cells = []
@@ -129,14 +125,10 @@ class Comparison:
             tuned = "" if workload.name in TUNED_ON else " (held out)"
             cells.append(_gain(rows))
             num_gained += cells[-1].startswith("**")
-            yield (
-                f"| {workload.name}{tuned} | {load:.0%} | {num_instances} | "
-                + " | ".join(cells)
-                + " |"
-            )
-        yield ""
-        yield (
-            f"`{JUDGED}` is the best, or within the seeds' spread of the best, in {num_met} of"
+            lines.append([f"{workload.name}{tuned}", f"{load:.0%}", str(num_instances), *cells])
+        columns = ["traffic", "load", "instances", *labels, "against no migration"]
+        return (
+            f"{table(columns, lines)}\n\n`{JUDGED}` is the best, or within the seeds' spread of the best, in {num_met} of"
             f" {num_all} cells. Ranges are wide, since every seed is other traffic: cells that are"
             " *within* are not shown to be equal. Over the best policy without migration it gains"
             f" {BETTER_BY:.0%} or more in P99 TTFT or longest gap in {num_gained} of"
@@ -151,8 +143,7 @@ class Comparison:
             f" `{workload.hardware}`; bounds: TTFT {slo.ttft_s:g} s, TPOT {slo.tpot_s:g} s."
         )
         tables = [
-            f"**{load:.0%} of capacity, {num_instances} instances**\n\n"
-            + "\n".join(self._table(rows))
+            f"**{load:.0%} of capacity, {num_instances} instances**\n\n" + self._table(rows)
             for (of, load, num_instances), rows in self._spreads.items()
             if of == workload
         ]
@@ -161,23 +152,23 @@ class Comparison:
     def _capacity_rps(self, workload: Workload) -> float:
         return next(run.capacity_rps for run in self._compared if run.workload == workload)
 
-    def _table(self, rows: Mapping[str, Sequence[Spread]]) -> Iterator[str]:
+    def _table(self, rows: Mapping[str, Sequence[Spread]]) -> str:
         best = [
             None if figure.best is None else number(rows[_best(figure, index, rows)][index].mean)
             for index, figure in enumerate(FIGURES)
         ]
-        yield "| policy | " + " | ".join(figure.label for figure in FIGURES) + " |"
-        yield "| --- " * (len(FIGURES) + 1) + "|"
-        for policy, row in rows.items():
-            cells = [_cell(spread, best[index]) for index, spread in enumerate(row)]
-            yield f"| `{policy}` | " + " | ".join(cells) + " |"
+        lines = [
+            [f"`{policy}`", *(_cell(spread, best[index]) for index, spread in enumerate(row))]
+            for policy, row in rows.items()
+        ]
+        return table(["policy", *(figure.label for figure in FIGURES)], lines)
 
-    def _staleness_table(self) -> Iterator[str]:
-        yield "| TTFT P99 (s) | " + " | ".join(f"{1e3 * d:g} ms" for d in DELAYS_S) + " |"
-        yield "| --- " * (len(DELAYS_S) + 1) + "|"
-        for policy in dict.fromkeys(run.policy for run in self._stale):
-            cells = [_cell(self._p99(policy, delay_s), None) for delay_s in DELAYS_S]
-            yield f"| `{policy}` | " + " | ".join(cells) + " |"
+    def _staleness_table(self) -> str:
+        lines = [
+            [f"`{policy}`", *(_cell(self._p99(policy, delay_s), None) for delay_s in DELAYS_S)]
+            for policy in dict.fromkeys(run.policy for run in self._stale)
+        ]
+        return table(["TTFT P99 (s)", *(f"{1e3 * d:g} ms" for d in DELAYS_S)], lines)
 
     def _p99(self, policy: str, delay_s: float) -> Spread:
         return Spread.of(

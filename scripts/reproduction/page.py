@@ -5,31 +5,24 @@ Invariant: every place is filled, and everything that is computed has its place.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from scripts.pages import filled
 from scripts.reproduction import experiments
 from scripts.reproduction.experiments import MIXES, published
 from scripts.reproduction.report import Report
 
 TEMPLATE = Path(__file__).with_name("page.md")
-_PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 
 def page(report: Report, *, num_seeds: int) -> str:
-    """The whole page.
-
-    Raises:
-        KeyError: the template has a place that nothing fills.
-    """
+    """The whole page."""
     parts = _parts(report)
     # After the tables, which count them.
     parts["num_points"] = f"{report.num_points}"
     parts["num_close"] = f"{report.num_points - report.num_far}"
     parts["seeds"] = "One seed." if num_seeds == 1 else f"{num_seeds} seeds, drawing the arrivals."
-    template = TEMPLATE.read_text(encoding="utf-8")
-    assert set(parts) == set(_PLACE.findall(template)), "page.md has a place for each part"
-    return _PLACE.sub(lambda place: parts[place[1]], template)
+    return filled(TEMPLATE, parts)
 
 
 def _parts(report: Report) -> dict[str, str]:

@@ -17,6 +17,7 @@ from llumsched.simulator.kernel import PS_PER_S
 from llumsched.simulator.results.comparison import Spread, number
 from llumsched.simulator.traces.generators import GeneratorOptions, generate
 from llumsched.simulator.traces.lengths import PAPER_NUM_REQUESTS
+from scripts.pages import table
 from scripts.plots import PUBLISHED, Line, Panel, chart
 from scripts.reproduction import experiments
 from scripts.reproduction.experiments import OURS, ROOM_FIRST, Point, published
@@ -52,8 +53,6 @@ _HIGH = {
 }
 _SCALED = {"mean_instances": "mean instances", "prefill_p99_s": "prefill P99 (s)"}
 
-Row = Sequence[str]
-
 
 class Report:
     """Tables and charts from results."""
@@ -82,7 +81,7 @@ class Report:
                     for method, values in data[hardware].items()
                 ]
                 rows.append([hardware, f"{context:,}", *cells])
-        return grid(
+        return table(
             ["model", "context", "live migration (ms)", "blocking copy (ms)", "recompute (ms)"],
             rows,
         )
@@ -101,7 +100,7 @@ class Report:
                         *self._cells(point, data[point.system], index, _METRICS),
                     ]
                 )
-        return grid(["requests/s", "system", *_METRICS.values()], rows)
+        return table(["requests/s", "system", *_METRICS.values()], rows)
 
     def gains(self) -> str:
         """INFaaS++ by Llumnix: how many times shorter, published and simulated."""
@@ -117,7 +116,7 @@ class Report:
                     ours = self._ratio(points[rate, "infaas"], points[rate, "llumnix"], metric)
                     cells.append(f"{number(theirs)} → {number(ours)}")
                 rows.append([mix, f"{rate:g}", *cells])
-        return grid(["mix", "requests/s", *(_METRICS[metric] for metric in metrics)], rows)
+        return table(["mix", "requests/s", *(_METRICS[metric] for metric in metrics)], rows)
 
     def slower(self) -> str:
         """Prefill P99 with every step longer."""
@@ -131,7 +130,7 @@ class Report:
                 there = data[system]["prefill_p99_s"][2]
                 rows.append([mix, f"{chosen[0].rate_rps:g}", NAMES[system], number(there), *cells])
         steps = [f"ours, steps x {factor:g}" for factor in experiments.SLOWER]
-        return grid(["mix", "requests/s", "system", "published", *steps], rows)
+        return table(["mix", "requests/s", "system", "published", *steps], rows)
 
     def booting(self) -> str:
         """Auto-scaling with instances that start sooner."""
@@ -143,7 +142,7 @@ class Report:
             cells = [self._plain(p, "prefill_p99_s") for p in chosen]
             rows.append([f"{chosen[0].rate_rps:g}", NAMES[system], there, *cells])
         boots = [f"ours, {boot_s:g} s to start" for boot_s in experiments.BOOTS_S]
-        return grid(["requests/s", "system", "published", *boots], rows)
+        return table(["requests/s", "system", "published", *boots], rows)
 
     def num_seeds(self, points: Sequence[Point]) -> int:
         """The seeds that each of these points has."""
@@ -160,7 +159,7 @@ class Report:
                 change = f" ({self._change(rule, own, metric)})" if before else ""
                 cells.append(f"{number(before)} → {number(after)}{change}")
             rows.append([rule.mix, f"{rule.setting:g}", *cells])
-        return grid(["mix", "requests/s", *_METRICS.values()], rows)
+        return table(["mix", "requests/s", *_METRICS.values()], rows)
 
     def _change(self, rule: Point, own: Point, metric: str) -> str:
         """Of the mean, and of the seeds with the least and the greatest; in percent."""
@@ -236,7 +235,7 @@ class Report:
             else:
                 cells = [self._plain(point, metric) for metric in _HIGH]
             rows.append([f"{point.cv:g}", NAMES[point.system], *cells])
-        return grid(["CV", "system", *_HIGH.values()], rows)
+        return table(["CV", "system", *_HIGH.values()], rows)
 
     def figure14(self, figure: str, axis: str, data: Mapping[str, Any]) -> str:
         """Auto-scaling: a row a setting and system."""
@@ -248,7 +247,7 @@ class Report:
             indices[point.system] = index + 1
             cells = self._cells(point, data[point.system], index, _SCALED)
             rows.append([f"{point.setting:g}", NAMES[point.system], *cells])
-        return grid([axis, "system", *_SCALED.values()], rows)
+        return table([axis, "system", *_SCALED.values()], rows)
 
     def cost(self) -> str:
         """Instances that Llumnix, and ours, save: both ways, published and simulated."""
@@ -272,7 +271,7 @@ class Report:
                 ("ours, simulated", curves["infaas"], curves[OURS]),
             )
         ]
-        return grid(
+        return table(
             ["", "at unequal P99 (as in the abstract)", "at equal P99", "the P99 that is equal"],
             rows,
         )
@@ -370,9 +369,3 @@ def _shown(spread: Spread) -> str:
 def _published_line(system: str, xs: Sequence[float], values: Sequence[float]) -> Line:
     points = [(float(x), v, v, v) for x, v in zip(xs, values, strict=True)]
     return Line(name=f"{NAMES[system]}{PUBLISHED}", points=points, is_dashed=True)
-
-
-def grid(header: Row, rows: Sequence[Row]) -> str:
-    """A markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

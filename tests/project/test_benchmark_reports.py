@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import _report, fidelity, run_all
-from benchmarks._report import Figure, Report, Table, main, markdown, number
+from benchmarks._report import Figure, Report, Table, main, markdown
+from scripts.pages import number
 
 
 def make_figure(
