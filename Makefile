@@ -53,7 +53,7 @@ export HF_HUB_OFFLINE ?= 1
 endif
 
 .PHONY: help install model demo gpu-check gpu-demo serve test test-fast test-v2 check format \
-	format-check lint types contracts bench soak vllm-diff docs docs-site hooks clean distclean
+	format-check lint types contracts bench soak lines vllm-diff docs docs-site hooks clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -130,6 +130,9 @@ bench: $(INSTALLED) ## run the benchmarks and write docs/benchmarks (BENCH_ARGS=
 soak: $(INSTALLED) ## faults of every kind on real instances under load, for SOAK_S seconds
 	@$(PY) -m scripts.prepare_model >/dev/null
 	LLUMSCHED_SOAK_S=$(SOAK_S) $(PY) -m pytest -s -o faulthandler_timeout=0 tests/chaos/test_soak.py $(PYTEST_ARGS)
+
+lines: ## count lines of Python, and of code, a folder
+	@python3 -m scripts.count_lines
 
 vllm-diff: $(INSTALLED) ## what has moved in vLLM VERSION, and its fingerprint (BASE=... to compare with)
 	@[[ -n "$(VERSION)" ]] || { echo "name a release of vLLM: make vllm-diff VERSION=0.33.0"; exit 1; }

@@ -128,7 +128,8 @@ class Comparison:
             lines.append([f"{workload.name}{tuned}", f"{load:.0%}", str(num_instances), *cells])
         columns = ["traffic", "load", "instances", *labels, "against no migration"]
         return (
-            f"{table(columns, lines)}\n\n`{JUDGED}` is the best, or within the seeds' spread of the best, in {num_met} of"
+            f"{table(columns, lines)}\n\n"
+            f"`{JUDGED}` is the best, or within the seeds' spread of the best, in {num_met} of"
             f" {num_all} cells. Ranges are wide, since every seed is other traffic: cells that are"
             " *within* are not shown to be equal. Over the best policy without migration it gains"
             f" {BETTER_BY:.0%} or more in P99 TTFT or longest gap in {num_gained} of"
