@@ -219,7 +219,7 @@ def commands() -> str:
             if not isinstance(action, argparse._HelpAction)
         ]
         if rows:
-            parts.append(_grid(("argument", ""), rows))
+            parts.append(table(("argument", ""), rows))
     return "\n\n".join(parts)
 
 
@@ -253,7 +253,7 @@ def configuration() -> str:
             (f"`{p.name}`", f"`{p.default}`", p.spec.range_text(), p.spec.doc)
             for p in params_of(options)
         ]
-        parts += [f"### `{section}`", _grid(("key", "default", "range", ""), rows)]
+        parts += [f"### `{section}`", table(("key", "default", "range", ""), rows)]
     return "\n\n".join(parts)
 
 
