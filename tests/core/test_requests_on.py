@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from llumsched.core.actions import DispatchRequest, PolicyFailed, StartMigration
-from llumsched.core.events import MigrationFinished, MigrationOutcome, RequestFinished, Ticked
+from llumsched.core.events import (
+    InstanceLost,
+    MigrationFinished,
+    MigrationOutcome,
+    RequestFinished,
+    Ticked,
+)
 from llumsched.core.policy import MigrationPair, Placement, PolicyBundle
 from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.core.snapshot import ClusterSnapshot
@@ -179,6 +185,23 @@ def test_a_plan_is_forgotten_with_its_request() -> None:
     driver.handle(RequestFinished(request_id="planned", num_output_tokens=3))
     assert not driver.scheduler._ledger.planned
     assert tick(driver) == []
+
+
+def test_what_is_placed_again_after_a_loss_has_the_plan_of_its_new_placement() -> None:
+    class OnceThenNone(ToA):
+        def dispatch(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Placement:
+            if "a" in cluster.rows:
+                return super().dispatch(request, cluster)
+            return Placement(instance_id="b", reason="")
+
+    bundle = PolicyBundle(name="test", dispatch=OnceThenNone(), migration=Nothing())
+    driver = Driver(bundle, follow_requests=True)
+    driver.join("a", "b")
+    driver.arrive("planned", num_blocks=2)
+    assert list(driver.scheduler._ledger.planned) == ["planned"]
+    driver.handle(InstanceLost(instance_id="a"))
+    assert driver.scheduler.request_instance("planned") == "b"
+    assert not driver.scheduler._ledger.planned
 
 
 def test_a_plan_for_an_unknown_instance_is_a_failure_of_the_policy() -> None:

@@ -297,10 +297,9 @@ class Dispatcher:
             self._turns.began(record.fair_tag)
         instance = self._cluster.records[placement.instance_id]
         self._ledger.place(record, instance, now, overlay=True)
-        record.hand_over_to = placement.hand_over_to
-        if placement.hand_over_to is not None:
-            record.hand_over_after = placement.after_output_tokens
-            self._ledger.planned[request.request_id] = record
+        if placement.hand_over_to is not record.hand_over_to:
+            # Placed again after a loss, it has the plan of its new placement, or none.
+            self._ledger.plan(record, placement.hand_over_to, placement.after_output_tokens)
         if placement.scores is not None:
             self.scores[request.request_id] = placement.scores
         out.append(

@@ -116,6 +116,15 @@ class Ledger:
             )
         return RequestColumns.of(progress, now)
 
+    def plan(self, record: RequestRecord, hand_over_to: str | None, after: int) -> None:
+        """Plan a hand-over after so many output tokens, or none."""
+        record.hand_over_to = hand_over_to
+        record.hand_over_after = after
+        if hand_over_to is None:
+            self.planned.pop(record.request.request_id, None)
+        else:
+            self.planned[record.request.request_id] = record
+
     def progressed(self, load: InstanceLoad) -> None:
         """Take in what a report tells of the progress of requests."""
         for request_id, num_computed, num_outputs in load.progress:
@@ -185,10 +194,11 @@ class Ledger:
             instance = self._cluster.records[record.instance_id]
             self._cluster.add_predicted(instance, -record.num_predicted_blocks)
             record.num_predicted_blocks = 0
-        instance = self._cluster.records[record.instance_id]
-        progress = record.progress_at(instance.load.num_decode_steps)
-        record.num_computed, record.num_outputs = progress
-        record.told_at_step = None
+        if record.told_at_step is not None:
+            instance = self._cluster.records[record.instance_id]
+            progress = record.progress_at(instance.load.num_decode_steps)
+            record.num_computed, record.num_outputs = progress
+            record.told_at_step = None
         on_instance = self._by_instance[record.instance_id]
         del on_instance[record.request.request_id]
         if not on_instance:
