@@ -7,8 +7,9 @@ Every number is already overlaid with what the scheduler has sent and the instan
 reported yet, so a burst sees the load it creates itself.
 
 Invariants: rows are sorted by instance id, so the first maximum is the tie-break by id; columns
-are read-only. A snapshot is a view of the present: it is valid during the call it is handed to,
-and `detached` makes a copy to keep. It does not know how it is kept up to date (`cluster`).
+are read-only. A snapshot is a view of the present: its owner (`scheduling.cluster_state`) writes
+it, a policy only reads. It is valid during the call it is handed to, and `detached` makes a copy to
+keep. It does not know how it is kept up to date.
 """
 
 from __future__ import annotations

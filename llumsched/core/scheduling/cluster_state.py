@@ -39,6 +39,10 @@ _STATE_CODE = {state: code for code, state in enumerate(STATES)}
 _ROLE_CODE = {role: code for code, role in enumerate(ROLES)}
 
 
+# A snapshot is a view, frozen for policies: its owner writes it, here and nowhere else.
+_write = object.__setattr__
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class InstanceRecord:
     """One instance: its last report, and the sums of what was sent to it since."""
@@ -200,7 +204,7 @@ class Cluster:
         if now > self._next_stale_s:
             self._find_stale(now)
         snapshot = self.snapshot
-        object.__setattr__(snapshot, "now", now)
+        _write(snapshot, "now", now)
         if snapshot.fresh_values:
             snapshot.fresh_values.clear()
         return snapshot
@@ -247,8 +251,8 @@ class Cluster:
 
     def _show(self, costs: LearnedCosts) -> None:
         self._shown = costs
-        object.__setattr__(self.snapshot, "step_time", costs.step_time)
-        object.__setattr__(self.snapshot, "mean_output_tokens", costs.mean_output_tokens)
+        _write(self.snapshot, "step_time", costs.step_time)
+        _write(self.snapshot, "mean_output_tokens", costs.mean_output_tokens)
 
     def show_costs(self) -> None:
         """Show what is known of costs by now: a checkpoint was restored."""
@@ -284,7 +288,7 @@ class Cluster:
     def set_num_booting(self, num_booting: int) -> None:
         """Instances asked for that have not joined."""
         self.num_booting = num_booting
-        object.__setattr__(self.snapshot, "num_booting", num_booting)
+        _write(self.snapshot, "num_booting", num_booting)
 
     # Work sent but not reported.
 
@@ -338,7 +342,7 @@ class Cluster:
         cells.is_draining[row] = record.state is InstanceState.DRAINING
         cells.is_fresh[row] = record.is_fresh
         cells.state[row] = _STATE_CODE[record.state]
-        object.__setattr__(self.snapshot, "num_accepting", self._num_accepting)
+        _write(self.snapshot, "num_accepting", self._num_accepting)
         self.snapshot.stable_values.clear()
 
     def _publish(self, record: InstanceRecord) -> None:
