@@ -51,7 +51,6 @@ class Refusal(StrEnum):
     JUST_ARRIVED = "just_arrived"
     PREFILLING = "prefilling"
     NOT_SCHEDULABLE = "not_schedulable"
-    TOO_MANY = "too_many"
     NO_ROOM = "no_room"
     PAUSED = "paused"
     GRAMMAR_BACKEND = "grammar_backend"

@@ -13,7 +13,7 @@ import csv
 import gzip
 import json
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -227,8 +227,6 @@ WORKLOADS = (
 
 TUNED_ON = ("chat", "long context", "agents", "reasoning", "bursts")
 """`adaptive` was tuned while these were looked at."""
-
-BY_NAME: Mapping[str, Workload] = {workload.name: workload for workload in WORKLOADS}
 
 
 def shortened(workload: Workload, num_requests: int) -> Workload:

@@ -14,7 +14,6 @@ from typing import Any
 
 from llumsched.simulator.traces.reader import Columns, Format, ReadOptions, Source
 
-MOONCAKE_BLOCK_SIZE = 512
 BAILIAN_BLOCK_SIZE = 16
 # Mooncake's files do not state their block size; re-published ones use other sizes than its own.
 _BLOCK_SIZES = (512, 16, 32, 64, 128, 256, 1024)

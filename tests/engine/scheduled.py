@@ -34,7 +34,7 @@ from vllm.v1.core.sched.scheduler import PauseState
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.states import RequestState
@@ -321,7 +321,3 @@ def suspended(request_id: str, engine: Engine) -> Iterator[None]:
     engine.port.suspend(request_id)
     yield
     engine.port.resume(request_id)
-
-
-def is_waiting(engine: Engine, request_id: str) -> bool:
-    return engine.request(request_id).status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)

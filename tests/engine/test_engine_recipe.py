@@ -78,7 +78,7 @@ async def both_serve(frontend: Peer) -> None:
 def test_a_request_moves_between_two_of_an_engine_that_is_one_file_and_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(ENGINES, "fake", "tests.fake_engine.instance:load_model")
+    monkeypatch.setitem(ENGINES, "fake", "tests.fake_engine.instance:FakeInstanceEngine")
 
     async def scenario(stage: Stage) -> None:
         frontend = stage.peer()

@@ -13,7 +13,6 @@ import torch
 
 from llumsched.core.load import InstanceLoad, InstanceSpec
 from llumsched.engine.base import StepAhead
-from llumsched.wire.keys import PoolKeys
 from tests.fake_engine.request import FakeOutput
 from tests.fake_engine.tensors import TensorEngine
 
@@ -129,10 +128,3 @@ class FakeInstanceEngine:
             finished_request_ids=tuple(sorted(before - self._known)),
             **counts,
         )
-
-
-def load_model(
-    settings: FakeSettings, *, instance_id: str, keys: PoolKeys, reports_prefix_blocks: bool
-) -> FakeInstanceEngine:
-    """What the line in ``ENGINES`` names; a class would do as well."""
-    return FakeInstanceEngine(settings, instance_id=instance_id)
