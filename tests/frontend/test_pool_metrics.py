@@ -64,10 +64,11 @@ def description(**changes: Any) -> ClusterDescription:
 
 
 class PeerConnection:
-    """Answers each call with the next of its answers; ``None`` is silence."""
+    """Answers each call with the next of its answers, the last again and again; ``None`` is
+    silence. ``done`` is set by who asks once more: the last answer has been taken in."""
 
     def __init__(self, answers: Sequence[ClusterDescription | None]) -> None:
-        self.answers = list(answers)
+        self.answers = [*answers, answers[-1]]
         self.done = asyncio.Event()
 
     async def describe(self, timeout_s: float) -> ClusterDescription:
@@ -91,7 +92,6 @@ def scraped(*answers: ClusterDescription | None) -> Any:
         following = asyncio.create_task(metrics.follow(cast("SchedulerClient", link)))
         async with asyncio.timeout(5):
             await link.done.wait()
-        await asyncio.sleep(0.01)
         values = {
             (sample.name, tuple(sample.labels.values())): sample.value
             for family in registry.collect()
