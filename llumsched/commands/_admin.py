@@ -11,6 +11,7 @@ import argparse
 import http.client
 import json
 import os
+import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -25,6 +26,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 STATUS_TIMEOUT_S = 10.0
 # The server itself gives a migration up after two minutes.
 MIGRATE_TIMEOUT_S = 150.0
+MOST_SAID = 1000
 # vLLM's own.
 API_KEY_VARIABLE = "VLLM_API_KEY"
 
@@ -141,10 +143,7 @@ class AdminClient:
             reason = getattr(error, "reason", None) or error
             if isinstance(reason, TimeoutError):
                 raise CommandError(f"{self.url} did not answer within {timeout_s:.0f} s") from error
-            raise CommandError(
-                f"no server at {self.url} ({getattr(reason, 'strerror', None) or reason}): start"
-                " one with 'llumsched serve', or name it with --url"
-            ) from error
+            raise CommandError(self._no_answer(reason)) from error
 
     def _refusal(self, error: urllib.error.HTTPError) -> str:
         """The server's own words for a refusal, where it said any."""
@@ -163,10 +162,36 @@ class AdminClient:
         is_no_path = str(message).startswith("There is no path ")
         if error.code == http.client.NOT_FOUND and (message in (None, "Not Found") or is_no_path):
             return self._not_ours()
-        return str(message) if message else f"{self.url} answered {error.code} {error.reason}"
+        return _one_line(message) if message else f"{self.url} answered {error.code} {error.reason}"
+
+    def _no_answer(self, reason: object) -> str:
+        """Why the connection led to no answer, with what may be meant instead."""
+        address = self.url.partition("://")[2]
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            return (
+                f"the certificate of {self.url} is not trusted ({reason.verify_message}): set"
+                " SSL_CERT_FILE to the authority that signed it"
+            )
+        if isinstance(reason, ssl.SSLError):
+            return f"{self.url} does not speak TLS: try --url http://{address}"
+        if isinstance(reason, http.client.HTTPException | ConnectionResetError):
+            # So ends plain HTTP at a port for TLS, and at one that is no web server's.
+            return (
+                f"{self.url} does not speak HTTP ({_one_line(reason)}): if it was started with"
+                f" --ssl-certfile, try --url https://{address}"
+            )
+        return (
+            f"no server at {self.url} ({getattr(reason, 'strerror', None) or reason}): start"
+            " one with 'llumsched serve', or name it with --url"
+        )
 
     def _not_ours(self) -> str:
         return (
             f"{self.url} has no admin API: it is not llumsched, or listens beyond this machine and"
             " was not started with --admin-api on"
         )
+
+
+def _one_line(said: object) -> str:
+    """Words of a server, which may be anybody's."""
+    return " ".join(str(said).split())[:MOST_SAID]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import socketserver
+import ssl
+import subprocess
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -65,20 +70,123 @@ def test_a_server_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
             AdminClient(url).instances()
 
 
-def test_a_server_that_hangs_up_is_no_server() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+# ---- servers that are not ours, and every command ---------------------------------------------
 
-        def hang_up() -> None:
-            connection, _ = listener.accept()
-            connection.recv(4096)
-            connection.close()
+COMMANDS = (
+    ["status"],
+    ["status", "--json"],
+    ["migrate", "r"],
+    ["drain", "instance-0"],
+    ["drain", "--node", "10.0.0.1"],
+    ["scale", "3"],
+    ["restart"],
+    ["trace", "r"],
+)
 
-        thread = threading.Thread(target=hang_up)
+
+def said_by(
+    argv: list[str], url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """The one line that a command ends with."""
+    monkeypatch.setattr(_admin, "STATUS_TIMEOUT_S", 5.0)
+    assert cli.main([*argv, "--url", url]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("llumsched: "), err
+    assert err.count("\n") == 1, err
+    return err
+
+
+@contextlib.contextmanager
+def answering(context: ssl.SSLContext | None, answer: bytes = b"") -> Iterator[str]:
+    """A port that sends the same to whoever comes, and hangs up; its address."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):
+                connection = self.request
+                if context is not None:
+                    connection = context.wrap_socket(connection, server_side=True)
+                connection.recv(65536)
+                connection.sendall(answer)
+                connection.close()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises(CommandError, match="no server at"):
-            AdminClient(url).instances()
-        thread.join()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def html(status: str) -> bytes:
+    body = f"<html><h1>{status}</h1></html>"
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> ssl.SSLContext:
+    """A server's side of TLS, with a certificate that nobody has signed."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return context
+
+
+@pytest.mark.parametrize("argv", COMMANDS, ids=" ".join)
+def test_every_command_says_that_another_server_is_not_ours(
+    argv: list[str],
+    tls: ssl.SSLContext,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def said(url: str) -> str:
+        return said_by(argv, url, capsys, monkeypatch)
+
+    # Nothing there.
+    url = f"http://127.0.0.1:{free_port()}"
+    assert f"no server at {url} (Connection refused): start one with" in said(url)
+    # A web server, and plain vLLM, whose answers are JSON.
+    with answering(None, html("404 Not Found")) as address:
+        assert "has no admin API: it is not llumsched, or" in said(f"http://{address}")
+    with answering(None, html("200 OK")) as address:
+        assert "has no admin API: it is not llumsched, or" in said(f"http://{address}")
+    with serving({}) as stub:
+        assert "has no admin API: it is not llumsched, or" in said(stub.url)
+        # TLS where there is none.
+        address = stub.url.removeprefix("http://")
+        expected = f"https://{address} does not speak TLS: try --url http://{address}"
+        assert expected in said(f"https://{address}")
+    # None where there is TLS, and a certificate of nobody.
+    with answering(tls) as address:
+        assert f"try --url https://{address}" in said(f"http://{address}")
+        assert "not trusted (self-signed certificate): set SSL_CERT_FILE" in said(
+            f"https://{address}"
+        )
+    # No web server at all.
+    with answering(None, b"220 mail.example ESMTP\r\n") as address:
+        assert "does not speak HTTP" in said(f"http://{address}")
+
+
+def test_a_server_that_hangs_up_does_not_speak_http() -> None:
+    with (
+        answering(None) as address,
+        pytest.raises(CommandError, match=r"does not speak HTTP \(Remote end closed"),
+    ):
+        AdminClient(f"http://{address}").instances()
 
 
 def test_a_proxy_for_the_internet_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
