@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 from starlette.types import Message
+from vllm.exceptions import VLLMValidationError
 
 from llumsched.core.actions import Rejection
 from llumsched.frontend.request.rejection import (
@@ -75,7 +76,7 @@ def as_vllm_streams(place: Callable[[], Awaitable[None]], num_tokens: int = 2) -
             await place()
             for token in range(num_tokens):
                 yield f"data: {token}\n\n"
-        except Rejected as error:
+        except (Rejected, VLLMValidationError) as error:
             yield f"data: {error}\n\n"
         yield "data: [DONE]\n\n"
 

@@ -5,7 +5,8 @@ header, which vLLM's handlers have no place for. The middleware and whoever reje
 context variable, for a server may turn a request away deep inside vLLM's own code.
 
 vLLM begins a streamed answer before its engine has seen the request, so a rejection would be an
-event in a stream of status 200, which no client tries again and no proxy counts. Here the head of a
+event in a stream of status 200, which no client tries again and no proxy counts; so would be a
+mistake of the client's that only the engine's client sees. Here the head of a
 streamed answer is held until the request has its instance, or is rejected. Once it has one, the
 head goes out as it does from plain vLLM: before the first token.
 """
@@ -61,6 +62,13 @@ def turned_away(rejection: Rejected) -> None:
         answering.rejected(rejection, rejection.retry_after_s)
 
 
+def refused(mistake: Exception) -> None:
+    """Let the answer to the request that this is called for be its client's mistake."""
+    answering = _answering.get()
+    if answering is not None:
+        answering.rejected(mistake, None)
+
+
 def placed(route: Placed | None = None) -> None:
     """The request that this is called for has its instance: its stream may begin."""
     answering = _answering.get()
@@ -111,14 +119,14 @@ class _Answering:
         self._policy: str | None = _policy_told(scope)
         self._is_stream = False
         self._scope, self._receive, self._send = scope, receive, send
-        self._rejection: Rejected | None = None
+        self._rejection: Exception | None = None
         self._retry_after_s: list[float] = []
         self._held: Message | None = None
         self._releasing: asyncio.Task[None] | None = None
         self._is_replaced = False
         self._sending = asyncio.Lock()
 
-    def rejected(self, rejection: Rejected, retry_after_s: float | None) -> None:
+    def rejected(self, rejection: Exception, retry_after_s: float | None) -> None:
         if retry_after_s:
             self._retry_after_s.append(retry_after_s)
         if not self.settled.is_set():
@@ -163,7 +171,7 @@ class _Answering:
                 return
             self._is_replaced = True
             error = create_error_response(self._rejection)
-            response = JSONResponse(error.model_dump(), self._rejection.http_status)
+            response = JSONResponse(error.model_dump(), error.error.code)
             await response(self._scope, self._receive, self._send_with_header)
 
     async def _send_with_header(self, message: Message) -> None:
