@@ -32,6 +32,7 @@ from llumsched.frontend.options.preflight import (
     check_tasks,
     plan_cpu_memory,
 )
+from llumsched.frontend.options.shared_endpoints import check_shared
 from llumsched.frontend.workers import launcher
 from llumsched.logs import set_up
 from llumsched.pool.ray_cluster import LaunchError
@@ -48,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
         vllm_config = _engine_config(args, options.num_frontends)
         check_serialization()
         share_gpus(vllm_config, options)
+        check_shared(vllm_config, options.planned_instances)
         if not options.num_instances:
             check_tasks(vllm_config)
         if options.wants_prefix_blocks:

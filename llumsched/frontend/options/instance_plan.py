@@ -16,6 +16,7 @@ from llumsched.engine.vllm.core import EngineSettings
 from llumsched.frontend.options.arguments import ServeOptions
 from llumsched.frontend.options.gpu_share import instances_per_gpu
 from llumsched.frontend.options.preflight import cpu_threads_per_worker
+from llumsched.frontend.options.shared_endpoints import for_instance
 from llumsched.instance.actor import InstancePlan
 from llumsched.instance.report_pace import IDLE_REPORT_INTERVAL_S
 from llumsched.policies.low_priority_short import LowPriorityShort
@@ -51,7 +52,7 @@ def planner(
         return InstancePlan(
             instance_id=instance_name(index),
             engine=EngineSettings(
-                vllm_config=untouched,
+                vllm_config=for_instance(untouched, index),
                 frontend_addresses=frontend_addresses,
                 engine_index=index,
                 log_stats=log_stats,
