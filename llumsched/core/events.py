@@ -94,6 +94,14 @@ class RequestAborted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RequestSentElsewhere:
+    """A frontend chose this instance by itself: no scheduler answered, or an engine was paused."""
+
+    request: SchedulingRequest
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationFinished:
     """A `StartMigration` ended. `request_id` is the request that was to move, if one was chosen."""
 
@@ -169,6 +177,7 @@ Event = (
     | RequestArrived
     | RequestFinished
     | RequestAborted
+    | RequestSentElsewhere
     | MigrationFinished
     | MigrationRequested
     | DrainRequested

@@ -40,6 +40,7 @@ from llumsched.core.events import (
     RequestAborted,
     RequestArrived,
     RequestFinished,
+    RequestSentElsewhere,
     ScaleRequested,
     Ticked,
 )
@@ -77,6 +78,7 @@ from llumsched.wire.control import (
     RequestEnded,
     RequestTraced,
     ScalePool,
+    SentElsewhere,
     TraceRequest,
     Unknown,
     Welcomed,
@@ -235,6 +237,12 @@ class Controller:
                 self._register_frontend(identity, message)
             case PlaceRequest():
                 self._place(identity, message)
+            case SentElsewhere():
+                self._frontends.asked(message.request.request_id, identity)
+                event = RequestSentElsewhere(
+                    request=message.request, instance_id=message.instance_id
+                )
+                self._handle(event)
             case RequestEnded():
                 self._frontends.ended(message.request_id)
                 self._handle(_end_of(message))

@@ -23,6 +23,7 @@ from llumsched.core.events import (
     RequestAborted,
     RequestArrived,
     RequestFinished,
+    RequestSentElsewhere,
 )
 from llumsched.core.load import InstanceLoad
 from llumsched.core.types import Scores
@@ -80,6 +81,10 @@ class RequestHistory:
                 again = ", again, since its instance was lost" if event.has_begun else ""
                 text = f"{event.request.num_prompt_tokens} prompt tokens{again}"
                 self._note(arrived, "arrived", text)
+            case RequestSentElsewhere():
+                self._at[event.request.request_id] = event.instance_id
+                text = "by its frontend: the scheduler was silent, or the engine paused"
+                self._note(event.request.request_id, "dispatched", text, event.instance_id)
             case RequestFinished():
                 tokens = event.num_output_tokens
                 self._end(event.request_id, "finished", f"{tokens} output tokens" if tokens else "")

@@ -206,6 +206,14 @@ class Placed(Message, frozen=True, kw_only=True):
     rejection: Rejection = Rejection.OVERLOADED
 
 
+class SentElsewhere(Message, frozen=True, kw_only=True):
+    """A frontend has sent a request to an instance that it chose itself, since the scheduler was
+    silent or the engine that it named is paused."""
+
+    request: SchedulingRequest
+    instance_id: str
+
+
 class RequestEnded(Message, frozen=True, kw_only=True):
     """The client of a request is gone, or its stream is complete, with so many output tokens."""
 
@@ -377,6 +385,7 @@ ControlMessage = (
     | RegisterFrontend
     | PlaceRequest
     | Placed
+    | SentElsewhere
     | RequestEnded
     | InstanceLeaves
     | DrainInstance

@@ -163,6 +163,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject) -> None:
         self.world.abort(data.draw(st.sampled_from(sorted(self.world.live))))
 
+    @rule(data=st.data())
+    @precondition(lambda self: self.not_begun() and self.serving())
+    def send_elsewhere(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(self.not_begun()))
+        self.world.send_elsewhere(request_id, data.draw(st.sampled_from(self.serving())))
+
     @rule(by_s=st.sampled_from([0.01, 0.5, 2.0, 10.0]))
     def advance(self, by_s: float) -> None:
         self.world.advance(by_s)
@@ -196,6 +202,20 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def placed(self) -> list[str]:
         return [r for r in sorted(self.world.live) if self.world.place(r) is not None]
+
+    def not_begun(self) -> list[str]:
+        """Requests that no engine has taken, as far as anybody has said."""
+        world = self.world
+        moving = {end.request_id for end in world.late_ends}
+        unsaid = {r for i in world.instances.values() for r in i.received}
+        return [
+            r
+            for r in sorted(world.live)
+            if r not in moving and (world.place(r) is None or r in unsaid)
+        ]
+
+    def serving(self) -> list[str]:
+        return [i for i in sorted(self.world.instances) if self.world.is_serving(i)]
 
     def teardown(self) -> None:
         if hasattr(self, "world"):

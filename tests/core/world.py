@@ -35,6 +35,7 @@ from llumsched.core.events import (
     RequestAborted,
     RequestArrived,
     RequestFinished,
+    RequestSentElsewhere,
     Ticked,
 )
 from llumsched.core.load import InstanceLoad
@@ -151,6 +152,20 @@ class World:
             prefix_hashes=tuple(range(num_blocks)),
         )
         self.handle(RequestArrived(request=request))
+
+    def send_elsewhere(self, request_id: str, instance_id: str) -> None:
+        """A frontend has sent it to an instance of its own choice, perhaps from a paused one."""
+        before = self.place(request_id)
+        if before is not None:
+            del self.instances[before].requests[request_id]
+            if request_id in self.instances[before].received:
+                self.instances[before].received.remove(request_id)
+        self.homeless.discard(request_id)
+        instance = self.instances[instance_id]
+        instance.requests[request_id] = self.live[request_id]
+        instance.received.append(request_id)
+        request = make_request(request_id, num_blocks=self.live[request_id])
+        self.handle(RequestSentElsewhere(request=request, instance_id=instance_id))
 
     def finish(self, request_id: str, *, tell: bool) -> None:
         """A running request ends; the frontend tells, or only the next report does."""

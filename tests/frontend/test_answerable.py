@@ -10,10 +10,10 @@ import pytest
 from starlette.testclient import TestClient
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
-from vllm.v1.engine import EngineCoreRequest
 
 from llumsched.frontend.request.answerable import refuse_what_has_no_answer
 from llumsched.frontend.request.rejection import refused
+from tests.builders import engine_request
 from tests.frontend.engines import engine_that, taken
 from tests.frontend.test_overload import as_vllm_streams, served
 
@@ -81,19 +81,10 @@ def test_what_has_an_answer_passes(name: str) -> None:
 def test_it_is_refused_before_anything_is_kept_of_it() -> None:
     async def scenario() -> None:
         engine = engine_that(taken)
-        request = EngineCoreRequest(
-            request_id="r1",
-            external_req_id="r1",
-            prompt_token_ids=[1],
-            mm_features=None,
+        request = engine_request(
             sampling_params=SamplingParams(
                 structured_outputs=StructuredOutputsParams(json={"$ref": "#"})
-            ),
-            pooling_params=None,
-            arrival_time=0.0,
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
+            )
         )
         nobody: Any = None
         with pytest.raises(VLLMValidationError):

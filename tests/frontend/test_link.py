@@ -7,6 +7,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import pytest
 import zmq
@@ -21,6 +22,7 @@ from llumsched.frontend.routing.scheduler_client import (
     Patience,
     SchedulerClient,
     SchedulerUnavailable,
+    Withdrawn,
 )
 from llumsched.wire.control import (
     Accepted,
@@ -34,7 +36,9 @@ from llumsched.wire.control import (
     Placed,
     PlaceRequest,
     RegisterFrontend,
+    RequestEnded,
     ScalePool,
+    SentElsewhere,
     Welcomed,
     decode_control,
     encode,
@@ -44,6 +48,7 @@ from tests.builders import engine_request
 
 TIMEOUT_S = 20.0
 Answer = Callable[[Message], Message | None]
+M = TypeVar("M", bound=Message)
 
 
 SHORT = Patience(placement_s=0.1, probe_s=0.2, ask_again_s=0.05, register_interval_s=0.05)
@@ -87,6 +92,13 @@ def run(
             context.destroy(linger=0)
 
     asyncio.run(play())
+
+
+async def next_of(heard: asyncio.Queue[Message], kind: type[M]) -> M:
+    """The next message of a kind that the scheduler has been sent."""
+    while not isinstance(message := await heard.get(), kind):
+        pass
+    return message
 
 
 def test_a_request_goes_where_the_scheduler_says() -> None:
@@ -174,6 +186,32 @@ def test_a_client_that_leaves_as_its_request_is_placed_has_left(placed_first: bo
     run(lambda _: None, scenario)
 
 
+def test_a_request_that_is_stopped_while_it_is_held_is_not_asked_for_again() -> None:
+    """The scheduler has forgotten it and says nothing; asked again, it places it for nobody."""
+    heard: asyncio.Queue[Message] = asyncio.Queue()
+
+    def answer(message: Message) -> Message | None:
+        heard.put_nowait(message)
+        if isinstance(message, DescribeCluster):
+            return ClusterDescription(
+                call_id=message.call_id, policy="latency", instances=[], migrations={}
+            )
+        return None
+
+    async def scenario(link: SchedulerClient) -> None:
+        placing = asyncio.create_task(link.place(engine_request()))
+        await next_of(heard, DescribeCluster)
+        link.ended("r1", aborted=True)
+        with pytest.raises(Withdrawn):
+            await placing
+        await next_of(heard, RequestEnded)
+        await link.describe(TIMEOUT_S)
+        later = [heard.get_nowait() for _ in range(heard.qsize())]
+        assert not any(isinstance(message, PlaceRequest) for message in later)
+
+    run(answer, scenario)
+
+
 def test_a_rejection_says_why_and_when_to_come_again() -> None:
     def answer(message: Message) -> Message | None:
         if isinstance(message, PlaceRequest):
@@ -191,10 +229,15 @@ def test_a_rejection_says_why_and_when_to_come_again() -> None:
 
 
 def test_a_silent_scheduler_does_not_stop_serving() -> None:
+    heard: asyncio.Queue[Message] = asyncio.Queue()
+
     async def scenario(link: SchedulerClient) -> None:
         assert await link.place(engine_request()) == 1  # the least loaded
+        # One that is only late must not count it where it would have placed it.
+        told = await next_of(heard, SentElsewhere)
+        assert (told.request.request_id, told.instance_id) == ("r1", "instance-1")
 
-    run(lambda _: None, scenario)
+    run(heard.put_nowait, scenario)
 
 
 def test_without_scheduler_and_instance_a_request_does_not_wait_for_ever() -> None:

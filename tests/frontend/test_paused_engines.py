@@ -28,7 +28,11 @@ class World:
         client._resumer = Resumer(client.routes, client, client, lambda *_: None)
         client._unheard = set()
         client._tasks = set()
-        client._placer = SimpleNamespace(ended=lambda *_, **__: None)
+        self.told: list[int] = []
+        client._placer = SimpleNamespace(
+            ended=lambda *_, **__: None,
+            sent_elsewhere=lambda _, instance: self.told.append(instance),
+        )
         client.utility_results = {}
         client.outputs_queue = asyncio.Queue()
         client.add = self._add
@@ -67,6 +71,7 @@ def test_another_instance_is_asked_until_all_have_been() -> None:
         assert world.sent == [(1, "r1")]
         assert await world.hears(1) == []
         assert world.sent == [(1, "r1"), (2, "r1")]
+        assert world.told == [1, 2], "the scheduler counts it where it is"
         (rejected,) = await world.hears(2)
         assert rejected.error.retryable
         assert world.client.routes.get("r1") is None

@@ -48,6 +48,9 @@ class Placer:
     async def place(self, request: EngineCoreRequest, **_: Any) -> int:
         return INSTANCE
 
+    def sent_elsewhere(self, request: EngineCoreRequest, instance: int) -> None:
+        raise AssertionError("no engine is paused here")
+
     def ended(self, request_id: str, **_: Any) -> None:
         self.ended_ids.append(request_id)
 

@@ -114,6 +114,20 @@ class Dispatcher:
             self._queue.remove(record)
         self._ledger.place(record, instance, now, overlay=False)
 
+    def sent_elsewhere(
+        self, request: SchedulingRequest, instance: InstanceRecord, now: float
+    ) -> None:
+        """A frontend has sent a request to an instance that nobody here chose for it."""
+        record = self._ledger.requests.get(request.request_id)
+        if record is None:
+            record = self._ledger.open(request, now)
+        elif record.is_held:
+            self._queue.remove(record)
+        else:
+            self._ledger.unplace(record)
+        overlay = record.named_by != instance.spec.instance_id
+        self._ledger.place(record, instance, overlay=overlay)
+
     def state(self) -> dict[str, Any]:
         """State for a checkpoint, besides the queue."""
         return {

@@ -33,6 +33,7 @@ from llumsched.core.events import (
     RequestAborted,
     RequestArrived,
     RequestFinished,
+    RequestSentElsewhere,
     ScaleRequested,
     Ticked,
 )
@@ -132,6 +133,7 @@ class GlobalScheduler:
             RequestArrived: self._arrived,
             RequestFinished: self._finished,
             RequestAborted: self._aborted,
+            RequestSentElsewhere: self._sent_elsewhere,
             MigrationFinished: self._migration_finished,
             MigrationRequested: self._migration_requested,
             DrainRequested: self._drain_requested,
@@ -301,6 +303,18 @@ class GlobalScheduler:
         self._dispatcher.dispatch_held(now, out)
         if instance_id is not None:
             self._instances.leave_if_empty(instance_id, out)
+
+    def _sent_elsewhere(self, event: RequestSentElsewhere, now: float, out: list[Action]) -> None:
+        request_id = event.request.request_id
+        instance = self._cluster.records.get(event.instance_id)
+        if instance is None:
+            return  # it names the request when it joins
+        before = self.request_instance(request_id)
+        self._scaling.request_changed(now)
+        self._dispatcher.sent_elsewhere(event.request, instance, now)
+        self._dispatcher.dispatch_held(now, out)
+        if before is not None:
+            self._instances.leave_if_empty(before, out)
 
     # Instances.
 

@@ -38,6 +38,7 @@ from llumsched.frontend.routing.lost_requests import LostRequestDetector
 from llumsched.frontend.routing.request_metrics import FrontendMetrics
 from llumsched.frontend.routing.resumer import Resumer
 from llumsched.frontend.routing.routes import Arrival, Finished, Passed, Route, Routes
+from llumsched.frontend.routing.scheduler_client import Withdrawn
 from llumsched.frontend.routing.sockets import FrontendSockets
 from llumsched.wire.names import instance_name
 
@@ -46,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 class Placer(resumer.Placer, Protocol):
     """Chooses the instance of a request, and hears of its end; the link to the scheduler."""
+
+    def sent_elsewhere(self, request: EngineCoreRequest, instance: int) -> None:
+        """Tell the scheduler that a request went to an instance that it has not chosen."""
 
     def ended(
         self, request_id: str, *, aborted: bool, num_output_tokens: int | None = None
@@ -125,9 +129,11 @@ class RoutingEngineClient(ConnectedInstances):
             overload.placed(route)
             self._metrics.placed(route)
             if self.routes.get(request_id) is not route:
-                return  # aborted while the scheduler was choosing
+                return  # aborted as the scheduler answered
             route.instance = instance
             await self.add(instance, request)
+        except Withdrawn:
+            return  # aborted while the scheduler was choosing
         except BaseException as error:
             if isinstance(error, overload.Rejected):
                 overload.turned_away(error)
@@ -275,6 +281,7 @@ class RoutingEngineClient(ConnectedInstances):
         if not others:
             return False
         route.instance = min(others, key=self.routes.num_requests)
+        self._placer.sent_elsewhere(request, route.instance)
         self._spawn(self.add(route.instance, request))
         return True
 

@@ -25,6 +25,8 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from llumsched.engine.vllm.patches import client_made_by
 from llumsched.frontend.options.preflight import TASKS_UNASKED
+from llumsched.frontend.request import rejection
+from llumsched.frontend.request.answerable import refuse_what_has_no_answer
 from llumsched.frontend.routing.client import RoutingEngineClient
 from llumsched.frontend.routing.connections import NoInstance, Roster
 from llumsched.frontend.routing.request_metrics import FrontendMetrics
@@ -54,10 +56,14 @@ class Engine(AsyncLLM):
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *arguments: Any, **options: Any
     ) -> RequestOutputCollector:
-        _refuse_what_is_no_text(params)
-        queue: RequestOutputCollector = await super().add_request(
-            request_id, prompt, params, *arguments, **options
-        )
+        try:
+            _refuse_what_is_no_text(params)
+            queue: RequestOutputCollector = await super().add_request(
+                request_id, prompt, params, *arguments, **options
+            )
+        except VLLMValidationError as mistake:
+            rejection.refused(mistake)
+            raise
         return queue
 
     async def _add_request(
@@ -68,6 +74,8 @@ class Engine(AsyncLLM):
         index: int,
         queue: RequestOutputCollector,
     ) -> None:
+        if index == 0 and request.sampling_params is not None:
+            refuse_what_has_no_answer(request.sampling_params.structured_outputs)
         try:
             await super()._add_request(request, prompt, parent_req, index, queue)
         except BaseException:

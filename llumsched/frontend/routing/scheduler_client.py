@@ -44,6 +44,7 @@ from llumsched.wire.control import (
     RequestEnded,
     RequestTraced,
     ScalePool,
+    SentElsewhere,
     TraceRequest,
     Welcomed,
     decode_control,
@@ -74,6 +75,10 @@ class Patience:
 
 class SchedulerUnavailable(Exception):
     """The global scheduler does not answer."""
+
+
+class Withdrawn(Exception):
+    """The request was ended while it waited for its instance."""
 
 
 class InstanceLauncher(Protocol):
@@ -150,6 +155,7 @@ class SchedulerClient:
         Raises:
             Rejected: by the scheduler, or because neither it nor an instance is there; the message
                 says why.
+            Withdrawn: the request has ``ended`` meanwhile.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Placed] = loop.create_future()
@@ -166,14 +172,15 @@ class SchedulerClient:
             while True:
                 asked_s = loop.time()
                 await self._socket.send(encode(asked))
-                done, _ = await asyncio.wait({future}, timeout=self._patience.placement_s)
-                # A scheduler that was started again has never heard of the request.
-                if not done and (self._heard_s > asked_s or await self._is_alive()):
-                    heard_s = loop.time()
-                    continue
+                await asyncio.wait({future}, timeout=self._patience.placement_s)
+                is_alive = future.done() or self._heard_s > asked_s or await self._is_alive()
                 if future.done():
                     placed = future.result()
                     break
+                if is_alive:
+                    # A scheduler that was started again has never heard of the request.
+                    heard_s = loop.time()
+                    continue
                 instance = self._least_loaded()
                 if instance is not None:
                     self._failures.failed(
@@ -184,6 +191,10 @@ class SchedulerClient:
                         level=logging.WARNING,
                     )
                     reasoned("the scheduler is silent; fewest requests of this frontend")
+                    # One that is only late has it where it would have placed it, or holds it.
+                    self._post(
+                        SentElsewhere(request=described, instance_id=instance_name(instance))
+                    )
                     return instance
                 if loop.time() - heard_s > self._patience.silent_s:
                     raise Rejected("the global scheduler is silent, and no instance is up", None)
@@ -196,9 +207,22 @@ class SchedulerClient:
             predict(request.sampling_params, placed.predicted_output_tokens)
         return placed.engine_index
 
+    def sent_elsewhere(self, request: EngineCoreRequest, instance: int) -> None:
+        """Tell the scheduler that a request went to an instance that the frontend has chosen."""
+        self._post(
+            SentElsewhere(
+                request=for_scheduling(request, current()), instance_id=instance_name(instance)
+            )
+        )
+
     def ended(
         self, request_id: str, *, aborted: bool, num_output_tokens: int | None = None
     ) -> None:
+        placement = self._placements.get(request_id)
+        if placement is not None and not placement.done():
+            # The scheduler does not answer for what it has forgotten.
+            placement.set_exception(Withdrawn(request_id))
+            placement.exception()  # nobody may be left to hear of it
         self._post(
             RequestEnded(
                 request_id=request_id, aborted=aborted, num_output_tokens=num_output_tokens
