@@ -34,6 +34,9 @@ class Scenario:
     policy: str = param("adaptive", "a bundle, a dispatch policy, or a YAML configuration")
     # Traffic
     format: str | None = param(None, f"of the file; default: recognised. {', '.join(FORMATS)}")
+    columns: str | None = param(
+        None, "of another CSV file: arrival=COLUMN,prompt=COLUMN,output=COLUMN"
+    )
     rate_rps: float | None = param(
         None, "requests a second: scales time, or draws arrivals where there are none", above=0
     )
@@ -162,6 +165,7 @@ class Scenario:
         return load_trace(
             path,
             format=self.format,
+            columns=self.columns,
             rate_rps=self.rate_rps,
             cv=self.cv,
             seed=seed,

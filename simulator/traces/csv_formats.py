@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from llumsched.simulator.traces.reader import Columns, Format, ReadOptions, Source
+from llumsched.simulator.traces.trace import TraceError
 
 # The hashes of a long prompt are one field; the limit of the standard library is 128 kB.
 csv.field_size_limit(2**31 - 1)
@@ -53,8 +54,8 @@ class CsvFormat:
     @property
     def required(self) -> tuple[str, ...]:
         """The columns that a file of this format has in any case."""
-        lengths = (self.prompt, self.output)
-        return lengths if self.arrival_is_optional else (self.arrival, *lengths)
+        needed = (self.prompt, self.output)
+        return needed if self.arrival_is_optional else (self.arrival, *needed)
 
     def read(self, source: Source, options: ReadOptions) -> Columns:
         """Every row, or as many as are wanted."""
@@ -151,6 +152,14 @@ def _seconds(source: Source, line: int, row: Row, key: str) -> float:
     return source.seconds(line, row, key)
 
 
+def _seconds_or_utc(source: Source, line: int, row: Row, key: str) -> float:
+    try:
+        float(row[key])
+    except ValueError:
+        return _utc(source, line, row, key)
+    return _seconds(source, line, row, key)
+
+
 OWN_CSV = CsvFormat(
     name="llumsched-csv",
     summary="our own CSV: arrival_s, num_prompt_tokens, num_output_tokens, and optional columns",
@@ -199,4 +208,55 @@ CSV_FORMATS = (
         output="num_decode_tokens",
         predicted="num_predicted_decode_tokens",
     ),
+    CsvFormat(
+        name="apex",
+        summary="APEX: start_time_s, context_tokens, generated_tokens",
+        arrival="start_time_s",
+        read_arrival=_seconds,
+        prompt="context_tokens",
+        output="generated_tokens",
+    ),
+    CsvFormat(
+        name="servegen",
+        summary="what ServeGen generates, as CSV: timestamp (s), input_tokens, output_tokens",
+        arrival="timestamp",
+        read_arrival=_seconds,
+        prompt="input_tokens",
+        output="output_tokens",
+    ),
 )
+
+_NAMED = ("arrival", "prompt", "output", "client", "predicted")
+
+
+def named_columns(text: str) -> Format:
+    """The format of a CSV file whose columns are named: `arrival=t,prompt=in,output=out`.
+
+    Arrivals are seconds, or dates and times; without them a rate is needed.
+
+    Raises:
+        TraceError: the text cannot be understood; the message shows how it looks.
+    """
+    named: dict[str, str] = {}
+    for pair in text.split(","):
+        role, equals, column = (part.strip() for part in pair.partition("="))
+        if not equals or not column or role not in _NAMED or role in named:
+            raise TraceError(
+                f"columns {text!r}: {pair.strip()!r} must be one of"
+                f" {', '.join(f'{name}=COLUMN' for name in _NAMED)}, each once, with commas between"
+            )
+        named[role] = column
+    missing = [role for role in ("prompt", "output") if role not in named]
+    if missing:
+        raise TraceError(f"columns {text!r}: say which column has the {missing[0]} tokens")
+    return CsvFormat(
+        name="as named",
+        summary="",
+        arrival=named.get("arrival", ""),
+        read_arrival=_seconds_or_utc,
+        arrival_is_optional="arrival" not in named,
+        prompt=named["prompt"],
+        output=named["output"],
+        client=named.get("client", ""),
+        predicted=named.get("predicted", ""),
+    ).as_format()

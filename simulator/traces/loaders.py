@@ -15,7 +15,7 @@ import numpy as np
 
 from llumsched.plugins import unknown_name
 from llumsched.simulator.traces.arrivals import gamma_arrivals, quantum_s, spread
-from llumsched.simulator.traces.csv_formats import CSV_FORMATS
+from llumsched.simulator.traces.csv_formats import CSV_FORMATS, named_columns
 from llumsched.simulator.traces.json_formats import JSON_FORMATS
 from llumsched.simulator.traces.reader import Columns, Format, ReadOptions, open_source
 from llumsched.simulator.traces.trace import (
@@ -42,6 +42,7 @@ def load_trace(
     path: str | Path,
     *,
     format: str | None = None,
+    columns: str | None = None,
     rate_rps: float | None = None,
     cv: float = 1.0,
     seed: int = 0,
@@ -49,7 +50,7 @@ def load_trace(
     hash_block_size: int | None = None,
     count_tokens: Callable[[str], int] | None = None,
 ) -> Trace:
-    """The trace in a file.
+    """The trace in a file; `columns` names those of a CSV file that is of no known format.
 
     `rate_rps` scales time so that this many requests arrive in a second; for a file that has no
     arrivals it is the rate of those drawn from a Gamma process of this `cv`. Times that were
@@ -64,34 +65,40 @@ def load_trace(
     options = ReadOptions(
         max_requests=max_requests, hash_block_size=hash_block_size, count_tokens=count_tokens
     )
-    chosen = detect_format(path) if format is None else find_format(format)
+    chosen = _format(path, format, columns)
     with open_source(path) as source:
-        columns = chosen.read(source, options)
-    if columns.num_left_out:
-        columns.notes.append(
-            f"{columns.num_left_out} rows without prompt or output tokens left out"
-        )
-    if not columns:
-        raise TraceError(f"{path}: no requests in it; {'; '.join(columns.notes) or 'it is empty'}")
+        read = chosen.read(source, options)
+    if read.num_left_out:
+        read.notes.append(f"{read.num_left_out} rows without prompt or output tokens left out")
+    if not read:
+        raise TraceError(f"{path}: no requests in it; {'; '.join(read.notes) or 'it is empty'}")
     rng = np.random.default_rng(seed)
     trace = make_trace(
         path.name,
-        arrival_s=_arrivals(path, chosen, columns, rate_rps, cv, rng),
-        num_prompt_tokens=columns.num_prompt_tokens,
-        num_output_tokens=columns.num_output_tokens,
-        scheduling_priority=columns.scheduling_priority,
-        execution_priority=columns.execution_priority,
-        client_ids=columns.client_ids,
-        prefix_hashes=columns.prefix_hashes,
-        hash_block_size=columns.hash_block_size or DEFAULT_HASH_BLOCK_SIZE,
-        predicted_output_tokens=columns.predicted_output_tokens,
-        notes=tuple(columns.notes),
+        arrival_s=_arrivals(path, chosen, read, rate_rps, cv, rng),
+        num_prompt_tokens=read.num_prompt_tokens,
+        num_output_tokens=read.num_output_tokens,
+        scheduling_priority=read.scheduling_priority,
+        execution_priority=read.execution_priority,
+        client_ids=read.client_ids,
+        prefix_hashes=read.prefix_hashes,
+        hash_block_size=read.hash_block_size or DEFAULT_HASH_BLOCK_SIZE,
+        predicted_output_tokens=read.predicted_output_tokens,
+        notes=tuple(read.notes),
     )
-    if rate_rps is not None and columns.arrival_s is not None:
+    if rate_rps is not None and read.arrival_s is not None:
         if not trace.span_s > 0:
             raise TraceError(f"{path}: all requests arrive at once: no rate to scale")
         trace = trace.scaled(rate=rate_rps / trace.rate_rps)
     return trace
+
+
+def _format(path: Path, name: str | None, columns: str | None) -> Format:
+    if columns is not None:
+        if name is not None:
+            raise TraceError("format and columns: give one of them")
+        return named_columns(columns)
+    return detect_format(path) if name is None else find_format(name)
 
 
 def detect_format(path: Path) -> Format:
@@ -111,7 +118,8 @@ def detect_format(path: Path) -> Format:
         raise TraceError(f"{path}: not text, so no trace; gzip is unpacked, nothing else is")
     raise TraceError(
         f"{path}:1: not the beginning of a trace: {start.partition(chr(10))[0][:80]!r}; it begins"
-        f" with the columns, or with an object, of one of: {', '.join(FORMATS)}"
+        f" with the columns, or with an object, of one of: {', '.join(FORMATS)};"
+        " those of another CSV file can be named with --columns"
     )
 
 

@@ -32,6 +32,8 @@ def rows(trace: Trace) -> list[tuple[float, int, int]]:
         ("burstgpt_v1.csv", "burstgpt", [(0.0, 472, 18), (40.0, 1087, 230)]),
         ("burstgpt_v2.csv", "burstgpt", [(0.0, 472, 18), (0.5, 1087, 230)]),
         ("vidur.csv", "vidur", [(0.0, 10, 3), (2.0, 20, 4)]),
+        ("apex.csv", "apex", [(0.0, 304, 822), (0.75, 497, 1783)]),
+        ("servegen.csv", "servegen", [(0.0, 208, 792), (0.75, 17, 6)]),
         ("mooncake.jsonl", "mooncake", [(0.0, 1100, 50), (0.5, 1024, 60), (3.0, 400, 70)]),
         ("bailian.jsonl", "bailian", [(0.0, 40, 5), (0.5, 17, 6), (2.0, 64, 7)]),
         ("own.csv", "llumsched-csv", [(0.0, 17, 6), (0.5, 40, 5)]),
@@ -260,3 +262,49 @@ def test_a_format_that_does_not_fit_or_exist_is_named() -> None:
 def test_a_file_that_is_not_there_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=r"nothing.csv: cannot be read: No such file"):
         load_trace(tmp_path / "nothing.csv")
+
+
+@pytest.mark.parametrize(
+    ("times", "columns"),
+    [
+        (("10", "12.5"), "arrival=when,prompt=in,output=out,client=who"),
+        (
+            ("2023-11-16 09:00:00", "2023-11-16 09:00:02.5"),
+            "arrival = when, prompt = in, output = out, client = who",
+        ),
+    ],
+)
+def test_the_columns_of_another_file_can_be_named(
+    times: tuple[str, str], columns: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text(f"who,out,when,in\na,5,{times[0]},100\nb,0,{times[1]},7\na,6,{times[1]},20\n")
+    trace = load_trace(path, columns=columns)
+    assert rows(trace) == [(0.0, 100, 5), (2.5, 20, 6)]
+    assert trace.notes == ("1 rows without prompt or output tokens left out",)
+
+
+def test_named_columns_without_arrivals_need_a_rate(tmp_path: Path) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text("in,out\n100,5\n20,6\n")
+    with pytest.raises(TraceError, match="no arrival times: give a rate"):
+        load_trace(path, columns="prompt=in,output=out")
+    assert len(load_trace(path, columns="prompt=in,output=out", rate_rps=2.0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ("when,prompt=in", "columns 'when,prompt=in': 'when' must be one of arrival=COLUMN, "),
+        ("prompt=in,prompt=in", "each once"),
+        ("prompt=in", "say which column has the output tokens"),
+        ("prompt=in,output=x", r"other.csv:1: .*missing here: x"),
+    ],
+)
+def test_a_mistake_in_named_columns_is_named(columns: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text("in,out\n100,5\n")
+    with pytest.raises(TraceError, match=said):
+        load_trace(path, columns=columns)
+    with pytest.raises(TraceError, match="format and columns: give one of them"):
+        load_trace(path, columns=columns, format="azure")
