@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,9 @@ RAY_SETTINGS: Mapping[str, str] = MappingProxyType(
 """Environment of a Ray cluster that is started here; what the user has set holds."""
 
 
+MISMATCH = "Version mismatch"
+
+
 class LaunchError(Exception):
     """The pool cannot be started; the message says why and what to change."""
 
@@ -48,7 +52,7 @@ def start_ray(address: str | None, *, num_cpus: int) -> bool:
         whether a local one was started, which ends with this process.
 
     Raises:
-        LaunchError: if there is no cluster at ``address``.
+        LaunchError: if there is no cluster at ``address``, or one of another version.
     """
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -66,12 +70,38 @@ def start_ray(address: str | None, *, num_cpus: int) -> bool:
                     "leave --ray-address and RAY_ADDRESS out to have a local one started."
                 ) from error
             logger.warning("The Ray cluster last started, at %s, is gone.", found)
+        except RuntimeError as error:
+            # Ray says so of another version, of itself or of Python.
+            if MISMATCH not in str(error):
+                raise
+            ray.shutdown()
+            of = _versions(str(error))
+            if named is not None:
+                raise LaunchError(
+                    f"The Ray cluster at {named} is not of the same versions as this Ray ({of})."
+                    " Install those of the cluster here, or leave --ray-address and RAY_ADDRESS"
+                    " out to have a local one started."
+                ) from error
+            logger.warning(
+                "The Ray cluster last started, at %s, is of other versions (%s): a local one is"
+                " started.",
+                found,
+                of,
+            )
     # Ray asks for a token whoever connects to a local cluster, and else takes one that it keeps in
     # a file for all clusters of this user.
     if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
     return True
+
+
+def _versions(mismatch: str) -> str:
+    """What Ray has found to differ: "cluster: Ray 2.55.0, Python 3.11.7; here: Ray 2.60.0, ..."."""
+    pairs = re.findall(r"\b(Ray|Python): ?(\S+)", mismatch)
+    half = len(pairs) // 2
+    sides = [", ".join(" ".join(pair) for pair in side) for side in (pairs[:half], pairs[half:])]
+    return f"cluster: {sides[0]}; here: {sides[1]}" if half else " ".join(mismatch.split())
 
 
 def _latest_ray_start() -> str | None:
