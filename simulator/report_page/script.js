@@ -101,6 +101,11 @@ function legend(parent, entries) {
   }
 }
 
+function drawLegend(parent) {
+  legend(parent, data.policies.map((label, index) => (
+    { label, paint: colour(index), line: true, dash: dashes(index) })));
+}
+
 // Shares are drawn on a scale that gives 0-90 % half the height, 90-99 % and 99-100 % a quarter.
 function shareToHeight(share) {
   if (share <= 0.9) return (share / 0.9) * 0.5;
@@ -188,6 +193,60 @@ function drawCdf(parent, figure) {
     cursor.setAttribute("visibility", "hidden");
     hideTooltip();
   });
+}
+
+// A figure over time, a line a policy; each has its own end.
+function drawSeries(parent, { key, label }) {
+  const width = 360, height = 190, left = 44, right = 12, top = 12, bottom = 26;
+  const runs = data.policies.filter((policy) => data.timelines[policy])
+    .map((policy) => [policy, data.timelines[policy]]);
+  const card = element("div", {}, element("h3", {}, label));
+  parent.append(card);
+  const end = Math.max(...runs.map(([, run]) => run.end_s));
+  const values = runs.flatMap(([, run]) => run.series[key]).filter((value) => value !== null);
+  const high = 1.05 * values.reduce((a, b) => Math.max(a, b), 0) || 1;
+  const svg = shape(card, "svg", { viewBox: `0 0 ${width} ${height}`, role: "img",
+    "aria-label": `${label} over time` });
+  const x = (time) => left + (time / end) * (width - left - right);
+  const y = (value) => height - bottom - (value / high) * (height - top - bottom);
+  for (const tick of evenTicks(0, high)) {
+    shape(svg, "line", { class: "grid", x1: left, x2: width - right, y1: y(tick), y2: y(tick) });
+    shape(svg, "text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, number(tick));
+  }
+  for (const share of [0, 0.5, 1]) {
+    shape(svg, "text", { x: x(share * end), y: height - 8,
+      "text-anchor": ["start", "middle", "end"][2 * share] }, `${number(share * end)} s`);
+  }
+  for (const [place, [policy, run]] of runs.entries()) {
+    const index = data.policies.indexOf(policy), slices = run.series[key].length;
+    const points = run.series[key].map((value, i) => value === null ? null
+      : `${x(((i + 0.5) * run.end_s) / slices).toFixed(1)},${y(value).toFixed(1)}`);
+    const size = 1.4 + Math.min(2.4, 0.5 * (runs.length - 1 - place));
+    shape(svg, "polyline", { class: "curve", points: points.filter(Boolean).join(" "),
+      "stroke-width": size, style: `stroke: ${colour(index)}`, "stroke-dasharray": dashes(index) });
+  }
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect();
+    const time = end * ((((event.clientX - box.left) / box.width) * width - left)
+      / (width - left - right));
+    if (time < 0 || time > end) { hideTooltip(); return; }
+    const lines = runs.map(([policy, run]) => {
+      const slices = run.series[key].length, slice = Math.floor((time / run.end_s) * slices);
+      return `${policy}: ${number(slice < slices ? run.series[key][slice] : null)}`;
+    });
+    showTooltip(event, [`${number(time)} s`, ...lines].join("\n"));
+  });
+  svg.addEventListener("pointerleave", hideTooltip);
+}
+
+function drawAllSeries() {
+  if (!Object.keys(data.timelines).length) { byId("series-section").hidden = true; return; }
+  drawLegend(byId("series-legend"));
+  for (const figure of [
+    { key: "ttft_s", label: "TTFT P95 (s)" },
+    { key: "tokens_per_s", label: "Output tokens a second" },
+    { key: "instances", label: "Instances that serve" },
+  ]) drawSeries(byId("series"), figure);
 }
 
 function drawTimeline(policy) {
@@ -326,7 +385,7 @@ function fillText() {
 chooseTheme();
 fillText();
 drawComparison();
-legend(byId("cdf-legend"), data.policies.map((label, index) => (
-  { label, paint: colour(index), line: true, dash: dashes(index) })));
+drawLegend(byId("cdf-legend"));
 for (const figure of data.cdfs) drawCdf(byId("cdfs"), figure);
+drawAllSeries();
 drawTimelines();

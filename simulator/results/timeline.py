@@ -1,4 +1,5 @@
-"""A time line small enough to draw: KV use of each instance in some hundred points, and migrations.
+"""A time line small enough to draw: KV use of each instance in some hundred points, migrations, and
+what clients saw and operators paid for in fewer.
 
 What is left out is left out evenly: a point is the mean of the samples in its slice of time, and of
 too many migrations every n-th is kept.
@@ -16,6 +17,7 @@ from llumsched.simulator.results.result import SimulationResult
 
 _MAX_SAMPLES = 400
 _MAX_MIGRATIONS = 3000
+_SLICES = 80
 
 
 def timeline_of(result: SimulationResult) -> dict[str, Any] | None:
@@ -66,4 +68,30 @@ def timeline_of(result: SimulationResult) -> dict[str, Any] | None:
             ]
             for m in moved[::stride]
         ],
+        "series": _series(result, end_s),
+    }
+
+
+def _series(result: SimulationResult, end_s: float) -> dict[str, list[float | None]]:
+    """Figures over time, each of a slice: TTFT of those that arrived in it, tokens that came in it,
+    and instances that served in the middle of it."""
+    edges = np.linspace(0, end_s, _SLICES + 1)
+    arrival_s, first_s = result.trace.arrival_s, result.first_token_s
+    slot = np.clip(np.digitize(arrival_s, edges) - 1, 0, _SLICES - 1)
+    ttft_s = [(first_s - arrival_s)[(slot == i) & ~np.isnan(first_s)] for i in range(_SLICES)]
+    begun = ~np.isnan(first_s)
+    start_s = first_s[begun]
+    # What has not finished is taken to decode to the end.
+    last_s = np.where(np.isnan(result.finished_s[begun]), end_s, result.finished_s[begun])
+    length_s = np.maximum(last_s - start_s, 1e-9)
+    shares = np.clip((edges[:, None] - start_s) / length_s, 0.0, 1.0)
+    tokens = shares @ result.num_output_tokens[begun]
+    middle = (edges[1:] + edges[:-1]) / 2
+    serving = sum(
+        (life.serving_s <= middle) & ~(life.gone_s <= middle) for life in result.instances
+    )
+    return {
+        "ttft_s": [round(float(np.quantile(v, 0.95)), 4) if len(v) else None for v in ttft_s],
+        "tokens_per_s": [round(v, 2) for v in (np.diff(tokens) * _SLICES / end_s).tolist()],
+        "instances": np.asarray(serving, dtype=float).tolist(),
     }

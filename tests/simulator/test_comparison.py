@@ -100,6 +100,11 @@ def test_the_page_gets_the_time_line_of_the_first_seed() -> None:
     assert (line["seed"], line["instances"], line["num_migrations"]) == (0, ["i0", "i1"], 1)
     assert line["migrations"] == [[1.2, 2.0, 0, 1, 0, 7, 2, 20.0]]
     assert [v for v in line["used"][0] if v is not None] == [0.5, 0.6]
+    series = line["series"]
+    assert {len(values) for values in series.values()} == {80}
+    # Requests arrived at 0, 1 and 3 s; the second instance came when the line had ended.
+    assert [v for v in series["ttft_s"] if v is not None] == [0.6, 0.5, 1.0]
+    assert set(series["instances"]) == {1.0}
     assert data["warnings"][0] == "every policy: seed 0 was cut short: its figures are partial"
 
 
