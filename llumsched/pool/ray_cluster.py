@@ -97,7 +97,7 @@ def start_ray(address: str | None, *, num_cpus: int) -> bool:
 
 
 def _versions(mismatch: str) -> str:
-    """What Ray has found to differ: "cluster: Ray 2.55.0, Python 3.11.7; here: Ray 2.60.0, ..."."""
+    """Versions on both sides: "cluster: Ray 2.55.0, Python 3.11.7; here: Ray 2.60.0, ..."."""
     pairs = re.findall(r"\b(Ray|Python): ?(\S+)", mismatch)
     half = len(pairs) // 2
     sides = [", ".join(" ".join(pair) for pair in side) for side in (pairs[:half], pairs[half:])]

@@ -126,7 +126,7 @@ class Dispatcher:
         else:
             self._ledger.unplace(record)
         overlay = record.named_by != instance.spec.instance_id
-        self._ledger.place(record, instance, overlay=overlay)
+        self._ledger.place(record, instance, now, overlay=overlay)
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint, besides the queue."""
