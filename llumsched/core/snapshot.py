@@ -189,6 +189,12 @@ class ShownColumns(Columns):
             del self.decode_step_s, self.prefill_token_s, self.block_turnover_s
             del self.prefill_ends_s, self.block_price_s, self.num_spare_blocks
 
+    def copy(self) -> Columns:
+        """Read-only copies; to copy the costs is not to read them for decisions."""
+        was_read, copies = self.is_read, super().copy()
+        self.is_read = was_read
+        return copies
+
     if not TYPE_CHECKING:  # A misspelt column is still an error to the type checker.
 
         def __getattr__(self, name):

@@ -61,6 +61,18 @@ def test_no_cost_is_derived_for_a_policy_that_reads_none(num_derived: list[str])
     assert num_derived == []
 
 
+def test_to_copy_the_view_is_not_to_read_it(num_derived: list[str]) -> None:
+    driver = Driver(PolicyBundle(name="test", dispatch=Freeness()))
+    assert len(driver.cluster) == 0
+    driver.join("a")
+    driver.report("a", **BUSY)
+    assert driver.cluster.columns.decode_step_s[0] == 0.05
+    num_derived.clear()
+    driver.report("a", **QUIET)
+    driver.arrive("r")
+    assert num_derived == []
+
+
 def test_costs_are_the_same_whether_they_are_read_at_every_event_or_once() -> None:
     class FreenessThatLooks(Freeness):
         def dispatch(
