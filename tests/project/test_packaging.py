@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -68,6 +69,27 @@ def test_the_metadata_says_what_an_index_shows(wheel: Path) -> None:
         assert f"Classifier: Programming Language :: Python :: {version}\n" in fields
     links = re.findall(r"\]\(([^)]+)\)", description)
     assert all(link.startswith(("http://", "https://")) for link in links), links
+
+
+def test_what_a_simulation_imports_is_installed_with_it() -> None:
+    """Tests run where the extras are installed as well, so that a missing one is not noticed."""
+    imported = {
+        name.partition(".")[0]
+        for folder in ("llumsched/core", "policies", "simulator")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+        )
+    } - {"llumsched", *sys.stdlib_module_names}
+    required = re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.DOTALL)
+    assert required is not None
+    names = {re.split("[>=<]", word)[0] for word in re.findall(r'"([^"]+)"', required[1])}
+    modules = {"pyyaml": "yaml", "prometheus-client": "prometheus_client"}
+    assert {"msgspec", "numpy"} <= imported <= {modules.get(name, name) for name in names}
 
 
 def test_the_links_lead_to_the_folders_at_the_top() -> None:
