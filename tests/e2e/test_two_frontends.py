@@ -1,0 +1,110 @@
+"""A pool of two frontends: KV events of each instance, and schemas that have no answer."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from scripts.server_process import free_port
+from tests.e2e.cases import CHAT, COMPLETIONS, QUESTION, completion
+from tests.e2e.client import Admin, in_parallel
+from tests.e2e.servers import Server, llumsched
+from tests.migration.adapters import RANK, make_adapter
+
+MAX_NUM_SEQS = 4
+ADAPTER = "of-the-tests"
+
+
+@pytest.fixture(scope="module")
+def events_port() -> int:
+    """The first of two ports of loopback that nothing listens on."""
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def server(model: str, log_folder: Path, events_port: int) -> Iterator[Server]:
+    adapter = log_folder / "adapter"
+    adapter.mkdir()
+    make_adapter(model, adapter)
+    events = {"enable_kv_cache_events": True, "endpoint": f"tcp://*:{events_port}"}
+    server = llumsched(
+        model,
+        log_folder,
+        *("--instances=2", "--frontends=2", "--policy=round_robin"),
+        *("--scheduling-policy=priority", f"--max-num-seqs={MAX_NUM_SEQS}"),
+        *("--enable-lora", f"--max-lora-rank={RANK}", f"--lora-modules={ADAPTER}={adapter}"),
+        f"--kv-events-config={json.dumps(events)}",
+        "--shutdown-timeout=25",
+        name="llumsched-unusual",
+        VLLM_SERVER_DEV_MODE="1",
+    )
+    try:
+        server.await_health()
+        yield server
+    finally:
+        server.end()
+
+
+@pytest.fixture
+def pool(server: Server, model: str) -> Iterator[Admin]:
+    with Admin.at_rest(server.url, model) as pool:
+        yield pool
+
+
+def test_each_instance_publishes_its_kv_events(pool: Admin, events_port: int) -> None:
+    with zmq.Context() as context:
+        sockets = []
+        for index in (0, 1):
+            socket = context.socket(zmq.SUB)
+            socket.connect(f"tcp://127.0.0.1:{events_port + index}")
+            socket.subscribe(b"")
+            sockets.append(socket)
+        try:
+            heard: set[int] = set()
+            while len(heard) < len(sockets):
+                prompt = [1000 + random.randrange(999) for _ in range(100)]
+                body = completion(prompt=prompt, max_tokens=4)
+
+                def ask(body: dict[str, Any] = body) -> None:
+                    pool.whole(COMPLETIONS, body)
+
+                in_parallel(ask, ask)
+                heard |= {i for i, socket in enumerate(sockets) if socket.poll(timeout=1000)}
+        finally:
+            for socket in sockets:
+                socket.close(linger=0)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_schema_that_is_only_itself_is_a_400_and_engines_go_on(
+    pool: Admin, is_stream: bool
+) -> None:
+    before = [berth["pid"] for berth in pool.get("/llumsched/instances").body["berths"]]
+    schemas: tuple[dict[str, Any], ...] = (
+        {"$ref": "#"},
+        {"$ref": "#/nowhere"},
+        {"type": "foo"},
+        {"enum": []},
+    )
+    for schema in schemas:
+        body = {
+            "model": pool.model,
+            "messages": QUESTION,
+            "max_tokens": 8,
+            "stream": is_stream,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "it", "schema": schema},
+            },
+        }
+        answer = pool.post(CHAT, body)
+        assert answer.status == 400, answer
+        assert answer.body["error"]["message"]
+    assert pool.whole(COMPLETIONS, completion(max_tokens=4)).text
+    assert [b["pid"] for b in pool.get("/llumsched/instances").body["berths"]] == before
