@@ -1,7 +1,7 @@
 "use strict";
 // One picture of a pool from a stream of frames: GET live sends one about once a second.
 const $ = (id) => document.getElementById(id);
-const KEPT_S = 600, HOT = 0.9, DENSE_ABOVE = 24, FLIGHT_MS = 1100, MAX_FLIGHTS = 60;
+const KEPT_S = 600, HOT = 0.9, DENSE_ABOVE = 24, FLIGHT_MS = 1100, MAX_FLIGHTS = 60, MAX_MOVES_TOLD = 40;
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 const state = { frame: null, rows: new Map(), where: new Map(), paths: new Map(), chosen: null,
   history: [], flights: [], bounds: null, said: "", gone: new Map() };
@@ -72,16 +72,18 @@ function take(frame) {
   drawDetail();
 }
 function follow(before, frame) {
+  let moved = 0;
   for (const r of frame.requests) {
     const path = state.paths.get(r.id) || [];
     const last = path[path.length - 1];
     if (r.instance && (!last || last.instance !== r.instance)) {
       path.push({ instance: r.instance, after: r.outputs, at: frame.wall_s });
       state.paths.set(r.id, path);
-      if (last) { fly(r, last.instance, r.instance);
+      if (last && ++moved <= MAX_MOVES_TOLD) { fly(r, last.instance, r.instance);
         event(`${short(r.external_id)} moved: ${last.instance} → ${r.instance}, after ${r.outputs} tokens`); }
     }
   }
+  if (moved > MAX_MOVES_TOLD) event(`${moved - MAX_MOVES_TOLD} more moved`);
   for (const id of state.paths.keys()) if (!frame.byId.has(id)) state.paths.delete(id);
   if (!before) return;
   const was = new Map(before.instances.map((i) => [i.id, i])), is = new Map(frame.instances.map((i) => [i.id, i]));
@@ -207,22 +209,31 @@ function drawPool(frame) {
     r.div.className = "inst gone";
     if (Date.now() - (state.gone.get(id) || 0) > 6000) { r.div.remove(); state.rows.delete(id); state.gone.delete(id); }
   }
+  // First all that is written, then all that is measured, then all that is painted: a measure after
+  // a write lays the whole page out, and two hundred of them a frame are seconds.
   for (const instance of frame.instances) {
     const r = row(instance.id);
     if (!r.div.isConnected) pool.append(r.div);
     const hot = isHot(instance);
-    r.div.className = `inst ${hot ? "hot" : ""} ${instance.state}`;
-    r.state.className = `state ${hot ? "" : instance.state}`;
-    r.state.textContent = hot ? "hot" : instance.state;
-    r.right.textContent = `${instance.running} running${instance.waiting ? ` · ${instance.waiting} waiting` : ""} · ${Math.round(100 * use(instance))} % · ${instance.step_s ? `${Math.round(1000 * instance.step_s)} ms a step` : "idle"}`;
+    set(r.div, "className", `inst ${hot ? "hot" : ""} ${instance.state}`);
+    set(r.state, "className", `state ${hot ? "" : instance.state}`);
+    set(r.state, "textContent", hot ? "hot" : instance.state);
+    set(r.right, "textContent", `${instance.running} running${instance.waiting ? ` · ${instance.waiting} waiting` : ""} · ${Math.round(100 * use(instance))} % · ${instance.step_s ? `${Math.round(1000 * instance.step_s)} ms a step` : "idle"}`);
     const label = `${instance.id}: ${instance.state}, ${Math.round(100 * use(instance))} % of KV in use, ${instance.running} running, ${instance.waiting} waiting`;
-    r.canvas.setAttribute("aria-label", label);
-    bar(r, instance, frame.byInstance.get(instance.id) || [], frame.block_size);
+    if (r.label !== label) r.canvas.setAttribute("aria-label", (r.label = label));
   }
+  for (const r of state.rows.values()) measure(r);
+  const style = getComputedStyle(document.documentElement), [l, s, text] = ["--seg-l", "--seg-s", "--text"].map((name) => style.getPropertyValue(name));
+  for (const instance of frame.instances) bar(row(instance.id), instance, frame.byInstance.get(instance.id) || [], frame.block_size, { l, s, text });
 }
-function bar(r, instance, requests, blockSize) {
-  const box = r.canvas.getBoundingClientRect(), scale = devicePixelRatio || 1;
-  const width = Math.max(40, box.width), height = Math.max(8, box.height);
+function set(node, name, value) { if (node[name] !== value) node[name] = value; }
+function measure(r) {
+  const box = r.canvas.getBoundingClientRect();
+  r.box = { left: box.left + scrollX, top: box.top + scrollY, width: box.width, height: box.height };
+}
+function bar(r, instance, requests, blockSize, { l, s, text }) {
+  const scale = devicePixelRatio || 1;
+  const width = Math.max(40, r.box.width), height = Math.max(8, r.box.height);
   if (r.canvas.width !== Math.round(width * scale)) r.canvas.width = Math.round(width * scale);
   if (r.canvas.height !== Math.round(height * scale)) r.canvas.height = Math.round(height * scale);
   const g = r.canvas.getContext("2d");
@@ -234,8 +245,6 @@ function bar(r, instance, requests, blockSize) {
   const sumWants = wants.reduce((a, b) => a + b, 0) || 1;
   // What a request is known to hold is an estimate; what the instance reports is not.
   const each = Math.min(1, used / sumWants) || 0;
-  const style = getComputedStyle(document.documentElement);
-  const l = style.getPropertyValue("--seg-l"), s = style.getPropertyValue("--seg-s"), text = style.getPropertyValue("--text");
   let x = 0;
   requests.forEach((q, i) => {
     const w = (wants[i] * (each || 0.2) * width) / total;
@@ -276,8 +285,8 @@ function tip(e, q) {
 function place(id, request) {
   const r = state.rows.get(id);
   if (!r || !r.div.isConnected) return null;
-  const box = r.canvas.getBoundingClientRect(), s = r.segments.find((x) => x.request.id === request);
-  return { x: box.left + (s ? (s.from + s.to) / 2 : box.width * 0.7), y: box.top + box.height / 2 };
+  const box = r.box, s = r.segments.find((x) => x.request.id === request);
+  return box && { x: box.left - scrollX + (s ? (s.from + s.to) / 2 : box.width * 0.7), y: box.top - scrollY + box.height / 2 };
 }
 function fly(q, from, to) {
   if (calm.matches || state.flights.length >= MAX_FLIGHTS) return;
