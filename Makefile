@@ -143,7 +143,7 @@ docs: $(INSTALLED) ## write again the parts of docs/ that come from the code
 	$(PY) -m scripts.grafana_boards
 
 docs-site: $(INSTALLED) ## build the documentation as a site, in build/site; a dead link fails
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 hooks: $(INSTALLED) ## run format, lint, types and contracts before every commit
 	$(VENV)/bin/pre-commit install
