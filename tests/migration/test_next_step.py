@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from llumsched.engine.base import CannotMigrate
+from llumsched.core.migration.source.events import SourceCommand, SuspendRequest
+from llumsched.core.migration.source.record import EARLY_SHARE, hand_over_s
+from llumsched.engine.base import CannotMigrate, StepAhead
+from llumsched.migration.source import OutgoingMigration
 from tests.migration.answers import seen_by_client
 from tests.migration.cases import CASES, params
 from tests.migration.pool import Pool
@@ -80,6 +83,52 @@ def test_an_arrival(
     answer, *_ = pool.finish(name, *(f"prompt {i}" for i in range(NUM_PROMPTS)))
     steps.check(sequence_id, prompts)
     assert seen_by_client(answer) == unmoved[name]
+
+
+@pytest.fixture
+def with_long_steps(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
+    """Instance 1 says that its steps are long, and that one ends in a moment."""
+    source, destination = pool.instances[:2]
+
+    def step_ahead() -> StepAhead:
+        needed_s = hand_over_s(source.core.step_time_s)
+        step_s = 5 * needed_s
+        return StepAhead(ends_in_s=needed_s + EARLY_SHARE * step_s + 0.3, step_s=step_s)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(destination.core, "step_ahead", step_ahead)
+        pool.configure()  # a migrator takes it when it is made
+    yield pool
+    pool.settle()
+    pool.configure()
+
+
+def test_an_arrival_as_a_long_step_ends(
+    with_long_steps: Pool, unmoved: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request decodes on until then, into blocks that were reserved for it."""
+    pool, name = with_long_steps, "long answer"
+    waited_s: list[float] = []
+    execute = OutgoingMigration.execute
+
+    def observed(self: OutgoingMigration, command: SourceCommand) -> None:
+        if isinstance(command, SuspendRequest):
+            waited_s.append(command.after_s)
+        execute(self, command)
+
+    def grow(*_: Any) -> list[int]:
+        raise AssertionError("there is no room")
+
+    monkeypatch.setattr(OutgoingMigration, "execute", observed)
+    monkeypatch.setattr(pool.instances[1].port, "grow", grow)
+    (sequence_id,) = ask(pool, name, CASES[name])
+    pool.until(lambda: pool.num_tokens(name) >= 4)
+    report = pool.move(sequence_id, 1)
+    assert report.outcome == "committed", report
+    (answer,) = pool.finish(name)
+    assert seen_by_client(answer) == unmoved[name]
+    (after_s,) = waited_s
+    assert after_s > 0
 
 
 @pytest.mark.parametrize("name", ["penalties, seed"])
