@@ -110,6 +110,33 @@ FAMILIES: dict[str, Family] = {
             "moe_layers": [1, 3],
         },
     ),
+    # One vector a token instead of keys and values, and experts.
+    "DeepSeek-V3": Family(
+        "DeepseekV3ForCausalLM",
+        {
+            "model_type": "deepseek_v3",
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 64,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+        },
+    ),
+}
+
+# Refused so far. On a CPU, vLLM 0.32 runs none of them as these tests compare: gated delta nets
+# want bfloat16 (ops/cpu/gdn_attention.py, line 158); short convolutions answered otherwise alone
+# than in a batch, before any move; Mamba 2 is as its comment says.
+STATEFUL: dict[str, Family] = {
     # Mamba 2 beside attention. Without prefix caching: with it, vLLM 0.32 keeps states from within
     # a prompt, and fails on a CPU, whose kernel returns none (mamba_mixer2.py, line 880).
     "Granite 4": Family(
@@ -166,27 +193,6 @@ FAMILIES: dict[str, Family] = {
             "chunk_size": 64,
             "expand": 2,
             "conv_kernel": 4,
-        },
-    ),
-    # One vector a token instead of keys and values, and experts.
-    "DeepSeek-V3": Family(
-        "DeepseekV3ForCausalLM",
-        {
-            "model_type": "deepseek_v3",
-            "num_hidden_layers": 3,
-            "num_key_value_heads": 4,
-            "q_lora_rank": 64,
-            "kv_lora_rank": 64,
-            "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 32,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 2,
-            "n_group": 2,
-            "topk_group": 1,
-            "moe_intermediate_size": 64,
-            "first_k_dense_replace": 1,
-            "n_shared_experts": 1,
         },
     ),
 }
