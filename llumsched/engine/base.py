@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Of a request without its KV; what is large in it are images and other inputs, as tensors.
+MAX_STATE_NUM_BYTES = 256 << 20
+
 
 class Refusal(StrEnum):
     """Why a request cannot move: few and fixed, fit for a metric's label."""
@@ -111,11 +114,13 @@ class FinalState(msgspec.Struct, frozen=True, kw_only=True):
 
     ``output_token_ids`` are all of them; ``num_computed_tokens`` of prompt and output have KV.
     ``generator_state`` is the state of the request's own random generator, if it has a seed.
+    ``draft_statistics`` counts its speculative tokens, where the engine reports them by request.
     """
 
     output_token_ids: list[int]
     num_computed_tokens: int
     generator_state: bytes | None
+    draft_statistics: bytes | None = None
 
 
 # ---- what the ports answer ------------------------------------------------------------------

@@ -18,7 +18,8 @@ class Compatibility(msgspec.Struct, frozen=True, kw_only=True):
     """One instance, as far as its KV and its requests are another's to take over.
 
     ``kv_layout`` names the order of a block's bytes in memory and the sizes of its pages;
-    ``kv_spec`` is what vLLM says a block holds.
+    ``kv_spec`` is what vLLM says a block holds; ``drafter`` names whose KV it holds beside the
+    model's.
     """
 
     protocol: int
@@ -37,6 +38,7 @@ class Compatibility(msgspec.Struct, frozen=True, kw_only=True):
     pipeline_parallel: int
     model_runner: int
     lora: bool
+    drafter: str = ""
 
 
 def fingerprint_of(compatibility: Compatibility) -> str:

@@ -27,7 +27,14 @@ from llumsched.core.migration.destination.record import ReservationOptions
 from llumsched.core.migration.messages import ToDestination, ToSource
 from llumsched.core.migration.source.record import MigrationOptions
 from llumsched.core.transfer_options import TransferOptions
-from llumsched.engine.base import CannotMigrate, KVAccess, MigrationEngine, Refusal, StepAhead
+from llumsched.engine.base import (
+    MAX_STATE_NUM_BYTES,
+    CannotMigrate,
+    KVAccess,
+    MigrationEngine,
+    Refusal,
+    StepAhead,
+)
 from llumsched.engine.compatibility import differences
 from llumsched.engine.transfer.registry import accepted
 from llumsched.engine.transfer.shared_ring import SendRing
@@ -106,7 +113,9 @@ class Migrator:
         # A source may connect again before it shows here that its old connection is gone.
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         # A part of a stage, or the state of a request.
-        max_num_bytes = max(self._slot_num_bytes(port.kv), MAX_CONTROL_NUM_BYTES)
+        max_num_bytes = max(
+            self._slot_num_bytes(port.kv), MAX_STATE_NUM_BYTES + MAX_CONTROL_NUM_BYTES
+        )
         self.gate = Gate(self._context, keys, [(self._router, max_num_bytes)], instance_id)
         self._router.bind(f"tcp://{host}:*")
         self.endpoint: str = self._router.get_string(zmq.LAST_ENDPOINT)

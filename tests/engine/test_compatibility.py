@@ -56,6 +56,7 @@ def test_a_pool_is_alike() -> None:
         ("pipeline_parallel", 2),
         ("model_runner", 2),
         ("lora", True),
+        ("drafter", "eagle head"),
     ],
 )
 def test_a_pool_in_which_one_differs_is_refused(field: str, value: Any) -> None:

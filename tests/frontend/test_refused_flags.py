@@ -23,7 +23,6 @@ READ_BY_NAME = {
 }
 # A value of each flag that is refused.
 VALUES = {
-    "data_parallel_size": ["2"],
     "data_parallel_rank": ["0"],
     "data_parallel_start_rank": ["0"],
     "data_parallel_size_local": ["1"],
@@ -76,7 +75,7 @@ def test_whatever_is_for_several_ranks_or_machines_is_refused() -> None:
         for name in names_of_vllm()
         if name.startswith(("data_parallel_", "dp_supervisor", "numa_bind", "node_rank", "nnodes"))
     }
-    assert of_launchers <= {entry.name for entry in REFUSED}
+    assert of_launchers - {"data_parallel_size"} <= {entry.name for entry in REFUSED}
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in REFUSED])
@@ -88,6 +87,25 @@ def test_a_flag_that_would_not_be_honoured_is_refused(name: str) -> None:
         parse(["m/m", entry.flag, *VALUES.get(name, [])])
     assert str(refused.value).startswith(("--", "Error: --")), refused.value
     assert entry.flag in str(refused.value)
+
+
+@pytest.mark.parametrize("more", [[], ["--instances=3"]])
+def test_data_parallel_ranks_are_instances(more: list[str]) -> None:
+    args, options = parse(["m/m", "--data-parallel-size=3", *more])
+    assert options.num_instances == 3
+    assert args.data_parallel_size == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("--enable-expert-parallel", "take every step together"),
+        ("--instances=4", "leave one of them out"),
+    ],
+)
+def test_data_parallel_ranks_that_are_no_instances(more: str, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        parse(["m/m", "--data-parallel-size=3", more])
 
 
 def test_values_that_are_the_default_are_taken() -> None:

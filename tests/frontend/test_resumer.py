@@ -251,7 +251,7 @@ def test_what_cannot_go_on_ends_with_the_reason(world: World, words: str) -> Non
     run(scenario)
 
 
-def test_a_multimodal_request_starts_again_only_from_its_beginning() -> None:
+def test_an_input_without_data_starts_again_only_from_its_beginning() -> None:
     feature = MultiModalFeatureSpec(data=None, modality="image", identifier="i", mm_position=None)  # type: ignore[arg-type]
 
     async def scenario() -> None:
@@ -261,7 +261,7 @@ def test_a_multimodal_request_starts_again_only_from_its_beginning() -> None:
         for world in (begun, waiting):
             world.lose(0)
         await settle()
-        assert "multimodal" in begun.given_up[0]
+        assert "image" in begun.given_up[0]
         assert waiting.added == [1]
         parts, _ = waiting.routes.pass_on(1, [Output("r1", [5])])
         assert [o.new_token_ids for part in parts for o in part.outputs] == [[5]]

@@ -300,6 +300,7 @@ LEFT_OUT: dict[type[msgspec.Struct], dict[str, object]] = {
         "output_token_ids": test_outputs_of_the_scheduler,
         "num_computed_tokens": test_computed_tokens,
         "generator_state": test_generator_at_all,
+        "draft_statistics": "of speculative decoding",
     },
     RequestState: {
         "request": test_prompt,
@@ -307,6 +308,7 @@ LEFT_OUT: dict[type[msgspec.Struct], dict[str, object]] = {
         "num_preemptions": test_preemptions,
         "placement_number": test_moves,
         "has_kv": test_whether_it_has_kv,
+        "step_time_s": "how much room to reserve",
     },
     EngineCoreRequest: {
         "request_id": "the name of what moves",
@@ -322,7 +324,7 @@ LEFT_OUT: dict[type[msgspec.Struct], dict[str, object]] = {
         "trace_headers": test_what_orders_and_routes_a_request,
         "session_id": test_what_orders_and_routes_a_request,
         "kv_hints": test_what_orders_and_routes_a_request,
-        "mm_features": "refused",
+        "mm_features": "of models that take images",
         "pooling_params": "refused",
         "prompt_embeds": "refused",
         "prompt_is_token_ids": "refused: it goes with prompt embeddings",

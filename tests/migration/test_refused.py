@@ -7,6 +7,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -19,6 +20,8 @@ from llumsched.engine.vllm.migration import exports
 from llumsched.engine.vllm.migration.state import why_not_migratable
 from tests.migration.cases import params
 from tests.migration.pool import Pool
+
+_WITHOUT_DATA = SimpleNamespace(data=None)
 
 
 def running(pool: Pool, name: str = "r", num_tokens: int = 60) -> tuple[str, Request]:
@@ -34,9 +37,8 @@ def running(pool: Pool, name: str = "r", num_tokens: int = 60) -> tuple[str, Req
     [
         (Refusal.STREAMING_INPUT, lambda r: setattr(r, "resumable", True), "streaming-input"),
         (Refusal.POOLING, lambda r: setattr(r, "pooling_params", object()), "pooling"),
-        (Refusal.MULTIMODAL, lambda r: setattr(r, "mm_features", [object()]), "multimodal"),
+        (Refusal.MULTIMODAL, lambda r: setattr(r, "mm_features", [_WITHOUT_DATA]), "image"),
         (Refusal.PROMPT_EMBEDS, lambda r: setattr(r, "prompt_embeds", object()), "embeddings"),
-        (Refusal.KV_CONNECTOR, lambda r: setattr(r, "kv_transfer_params", {}), "KV connector"),
     ],
 )
 def test_a_kind_that_cannot_move(

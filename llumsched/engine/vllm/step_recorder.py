@@ -53,7 +53,8 @@ class StepRecorder:
                 continue
             # Already counts what this step computes.
             after: int = request.num_computed_tokens
-            if request.num_output_tokens > 0 and num_tokens == 1:
+            num_drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
+            if request.num_output_tokens > 0 and num_tokens == 1 + num_drafts:
                 contexts.append(after)
             else:
                 num_prefill_tokens += num_tokens

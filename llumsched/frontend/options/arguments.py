@@ -16,7 +16,7 @@ from vllm.config.logging import LoggingConfig
 from llumsched.config import DEFAULT_POLICY, KEYS, Config, build_bundle, load
 from llumsched.engine.vllm.compat import CLI_ARGS, accepted, first_of
 from llumsched.frontend.options.parser import ServeParser
-from llumsched.frontend.options.refused_flags import refusal
+from llumsched.frontend.options.refused_flags import refusal, take_data_parallel_size
 from llumsched.logs import FORMAT_FLAG, FORMATS, LogOptions
 
 make_arg_parser = first_of(CLI_ARGS, "make_arg_parser")
@@ -238,6 +238,9 @@ def _logs(args: argparse.Namespace) -> LogOptions:
 
 
 def _refuse_what_cannot_work(args: argparse.Namespace, parser: ServeParser) -> None:
+    refused = take_data_parallel_size(args, parser)
+    if refused is not None:
+        raise UsageError(refused)
     if args.instances < 0:
         raise UsageError(f"--instances {args.instances}: a number of instances is needed.")
     if args.frontends < 1:

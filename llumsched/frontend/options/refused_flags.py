@@ -42,7 +42,6 @@ REFUSED: tuple[Refused, ...] = (
     *(
         Refused(name, INDEPENDENT)
         for name in (
-            "data_parallel_size",
             "data_parallel_rank",
             "data_parallel_start_rank",
             "data_parallel_size_local",
@@ -81,6 +80,31 @@ REFUSED: tuple[Refused, ...] = (
     Refused("mm_tensor_ipc", ONE_ENGINE, lambda way: way == "torch_shm"),
     Refused("mm_processor_cache_type", ONE_ENGINE, lambda kind: kind == "shm"),
 )
+
+
+def take_data_parallel_size(
+    args: argparse.Namespace, parser: argparse.ArgumentParser
+) -> str | None:
+    """``--data-parallel-size N`` as ``--instances N``; why not, in a sentence, or ``None``.
+
+    Ranks that share no experts are engines that know nothing of one another, as instances are.
+    """
+    size: int = args.data_parallel_size
+    if size == parser.get_default("data_parallel_size"):
+        return None
+    if args.enable_expert_parallel:
+        return (
+            "--data-parallel-size with --enable-expert-parallel is not supported: such ranks take "
+            "every step together, and instances none; give each instance its experts by "
+            "--tensor-parallel-size, and say --instances N."
+        )
+    if args.instances not in (parser.get_default("instances"), size):
+        return (
+            f"--data-parallel-size {size} means as many instances, and there is "
+            f"--instances {args.instances}; leave one of them out."
+        )
+    args.instances, args.data_parallel_size = size, parser.get_default("data_parallel_size")
+    return None
 
 
 def refusal(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str | None:

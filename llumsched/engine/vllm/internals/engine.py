@@ -116,6 +116,9 @@ ENGINE_INTERNALS: tuple[Internal, ...] = (
             ("deferred_frees", "empty the prefix cache"),
             ("sched_step_seq", "know the steps in flight"),
             ("processed_step_seq", "know the steps in flight"),
+            ("num_spec_tokens", "pad nothing that resumes with drafts"),
+            ("dynamic_sd_lookup", "pad nothing that resumes with drafts"),
+            ("num_lookahead_tokens", "reserve what a drafter writes ahead"),
         )
     ),
     Internal(_SCHEDULER, "max_model_len", "reserve no more than that", on_instances=True),
@@ -266,6 +269,8 @@ ENGINE_INTERNALS: tuple[Internal, ...] = (
             "num_prompt_tokens",
             "output_token_ids",
             "kv_hints",
+            "spec_token_ids",
+            "spec_decode_metrics",
         )
     ),
     Internal("vllm.v1.request:RequestStatus", "PREEMPTED", "tell an arrival"),

@@ -38,8 +38,10 @@ from llumsched.engine.base import (
     SuspendedRequest,
 )
 from llumsched.engine.vllm.core import LlumschedEngineCore
+from llumsched.engine.vllm.migration.connectors import look_up, why_connector_keeps, why_no_kv
 from llumsched.engine.vllm.migration.groups import PinnedBlocks
 from llumsched.engine.vllm.migration.port import EngineAdapter
+from llumsched.engine.vllm.migration.speculation import draft_statistics
 from llumsched.engine.vllm.migration.state import (
     capture_request,
     read_generator_state,
@@ -105,7 +107,7 @@ class SourceAdapter(EngineAdapter):
             for request in self._scheduler.running
             if request.num_output_tokens > 0
             and request.request_id not in self._exports
-            and why_not_migratable(request) is None
+            and self._why_not(request) is None
             and not self._is_computed_again(request)
             and not self._rests_now(request, now_s)
         ]
@@ -189,16 +191,25 @@ class SourceAdapter(EngineAdapter):
         if self.refusal is not None:
             raise CannotMigrate(self.refusal, Refusal.UNSUPPORTED_ENGINE)
         request = self._scheduler.requests.get(request_id)
-        if request is None:
+        # A connector may hold a finished one until its blocks are sent or stored.
+        if request is None or request.is_finished():
             raise CannotMigrate(
                 "the request has finished or is not on this instance", Refusal.NOT_HERE
             )
         if request_id in self._exports:
             raise CannotMigrate("the request is being migrated already", Refusal.BEING_MIGRATED)
-        refused = why_not_migratable(request)
+        refused = self._why_not(request)
         if refused is not None:
             raise refused
         return request
+
+    def _why_not(self, request: Request) -> CannotMigrate | None:
+        reason = why_connector_keeps(self._scheduler, request)
+        if reason is None and request.num_computed_tokens > 0:
+            reason = why_no_kv(self._scheduler)
+        if reason is not None:
+            return CannotMigrate(reason, Refusal.KV_CONNECTOR)
+        return why_not_migratable(request)
 
     def await_output(self, request_id: str, num_tokens: int) -> Future[None]:
         """Resolves when the request has so many output tokens, or is gone."""
@@ -233,6 +244,7 @@ class SourceAdapter(EngineAdapter):
                 future.set_exception(CannotMigrate("the request is not running any more"))
                 return future
             self._scheduler.running.remove(request)
+            request.spec_token_ids = []  # guesses at what comes next; others are made for each step
             self.places.keep(request_id)
             if self._scheduler.use_v2_model_runner:
                 self._scheduler.reset_preempted_req_ids.add(request_id)
@@ -267,13 +279,14 @@ class SourceAdapter(EngineAdapter):
         settling, self._rolled_back = self._rolled_back, []
         for request in settling:
             request_id = request.request_id
-            if self._scheduler.requests.get(request_id) is not request:
+            if self._scheduler.requests.get(request_id) is not request or request.is_finished():
                 self.places.give_back(request_id)
             elif request.num_in_flight_tokens > 0:
                 self._rolled_back.append(request)
             else:
                 self._scheduler.prev_step_scheduled_req_ids.discard(request_id)
                 request.status = RequestStatus.PREEMPTED
+                look_up(self._scheduler, request)
                 self._scheduler.kv_holding_waiting.add_request(request)
                 self.places.give_back(request_id)
 
@@ -322,7 +335,7 @@ class SourceAdapter(EngineAdapter):
 
     def _why_lost(self, export: _Export) -> str | None:
         request = export.request
-        if self._scheduler.requests.get(request.request_id) is not request:
+        if self._scheduler.requests.get(request.request_id) is not request or request.is_finished():
             return "finished"
         if request.num_preemptions != export.num_preemptions:
             # What was copied may now lie beyond what is computed.
@@ -349,6 +362,7 @@ class SourceAdapter(EngineAdapter):
                     output_token_ids=list(request.output_token_ids),
                     num_computed_tokens=request.num_computed_tokens,
                     generator_state=generator_state,
+                    draft_statistics=draft_statistics(request),
                 ),
                 blocks=self._copyable(export),
                 suspended_at_s=time.perf_counter(),

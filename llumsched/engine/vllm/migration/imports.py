@@ -33,8 +33,10 @@ from llumsched.engine.base import (
 )
 from llumsched.engine.vllm.compat import rejects_new_requests, takes
 from llumsched.engine.vllm.core import LlumschedEngineCore
+from llumsched.engine.vllm.migration.connectors import blocks_being_read, look_up, why_no_kv
 from llumsched.engine.vllm.migration.groups import ArrivingBlocks
 from llumsched.engine.vllm.migration.port import Arrival, EngineAdapter
+from llumsched.engine.vllm.migration.speculation import restore_draft_statistics
 from llumsched.engine.vllm.migration.state import (
     decode_request,
     install_request,
@@ -82,6 +84,9 @@ class DestinationAdapter(EngineAdapter):
             self._check_pause()
         if state.has_kv:
             self._check_place(core_request)
+            connector = why_no_kv(self._scheduler)
+            if connector is not None:
+                raise CannotMigrate(connector, Refusal.KV_CONNECTOR)
         request_id = core_request.request_id
         if request_id in self._scheduler.requests or request_id in self._imports:
             raise CannotMigrate(
@@ -154,11 +159,27 @@ class DestinationAdapter(EngineAdapter):
             raise CannotMigrate(
                 "this version of vLLM zeroes the blocks of arrivals", Refusal.UNSUPPORTED_ENGINE
             )
-        return self._blocks.hold(
+        num_cached_blocks = self._blocks.hold(
             request,
             self._scheduler.max_model_len,
             num_more_tokens=self._num_tokens_until_hand_over(request, token_s),
         )
+        try:
+            self._check_readers(request)
+        except CannotMigrate:
+            self._kv_manager.free(request)
+            raise
+        return num_cached_blocks
+
+    def _check_readers(self, request: Request) -> None:
+        """Raise if a connector still reads a block that is about to be filled."""
+        held = self._kv_manager.get_blocks(request.request_id).blocks
+        filled = {block.block_id for group in held for block in group if block.block_hash is None}
+        if not blocks_being_read(self._scheduler).isdisjoint(filled):
+            raise CannotMigrate(
+                "a KV connector of the destination still reads the blocks that are free",
+                Refusal.NO_ROOM,
+            )
 
     def _num_tokens_until_hand_over(self, request: Request, token_s: float) -> int:
         """Tokens that the request puts out at its source before it is suspended: many, where a step
@@ -180,6 +201,7 @@ class DestinationAdapter(EngineAdapter):
             raise CannotMigrate("the reservation is gone")
         self._check_frees()
         self._blocks.grow(imported.request, num_tokens)
+        self._check_readers(imported.request)
         return self._blocks.block_ids(imported.request)
 
     def commit(self, request_id: str, final: FinalState) -> None:
@@ -199,6 +221,9 @@ class DestinationAdapter(EngineAdapter):
         self._arrivals[request] = Arrival(imported.placement_number, time.monotonic())
         self._announce(request, imported.placement_number)
         self._engine.add_request(request)
+        restore_draft_statistics(request, final.draft_statistics)
+        if imported.has_kv:
+            look_up(self._scheduler, request)
         self.places.give_back(request_id)
         self._reasoning_ended_at_arrival[request] = imported.core_request.reasoning_ended
         request.events.clear()  # it was queued once already, as the frontend knows

@@ -27,6 +27,8 @@ from collections.abc import Iterable, Sequence
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from llumsched.engine.vllm.migration.speculation import Padding
+
 
 class BatchPlaces:
     """Places of one scheduler's batch; on the engine's loop thread only."""
@@ -37,6 +39,7 @@ class BatchPlaces:
         self._kept: set[str] = set()
         self._threshold: int | None = None
         self._resuming: list[Request] = []
+        self._padding = Padding(scheduler)
 
     # ---- places -----------------------------------------------------------------------------
 
@@ -78,6 +81,7 @@ class BatchPlaces:
         """Leave a token of the step for each request that resumes in it."""
         if not self._scheduler.kv_holding_waiting:
             return
+        self._padding.switch_off()
         scheduler, config = self._scheduler, self._scheduler.scheduler_config
         self._resuming = self._find_resuming()
         num_places = scheduler.max_num_active_reqs - len(scheduler.running)
@@ -101,6 +105,7 @@ class BatchPlaces:
 
     def after_step(self) -> None:
         """Let prompts be as long as before, and those that resumed run ahead of them."""
+        self._padding.restore()
         if self._threshold is not None:
             config = self._scheduler.scheduler_config
             config.long_prefill_token_threshold, self._threshold = self._threshold, None

@@ -21,6 +21,7 @@ from llumsched.engine.vllm.migration.frees import DeferredFrees
 from llumsched.engine.vllm.migration.groups import cache_groups, num_blocks_of
 from llumsched.engine.vllm.migration.kv import open_blocks, open_shard
 from llumsched.engine.vllm.migration.places import BatchPlaces
+from llumsched.engine.vllm.migration.speculation import drafter_of
 from llumsched.engine.vllm.migration.state import why_engine_cannot_migrate
 
 
@@ -103,6 +104,7 @@ class EngineAdapter:
                 pipeline_parallel=parallel.pipeline_parallel_size,
                 model_runner=2 if config.use_v2_model_runner else 1,
                 lora=config.lora_config is not None,
+                drafter=drafter_of(config),
             )
         )
 

@@ -21,12 +21,12 @@ import msgspec
 import torch
 from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.serial_utils import MsgpackEncoder
 
 from llumsched.engine.base import CannotMigrate, FinalState, RequestState
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.migration import MigrationAdapter
-from llumsched.engine.vllm.migration.state import decode_request
+from llumsched.engine.vllm.migration.speculation import num_draws_of_a_step
+from llumsched.engine.vllm.migration.state import decode_request, encode_request
 
 # How often a migration that brings the request here as well is asked to end.
 MAX_ATTEMPTS = 5
@@ -36,8 +36,8 @@ def why_not_resumable(request: EngineCoreRequest) -> str | None:
     """Reason in a request why no other instance can go on with its outputs, or ``None``."""
     if request.pooling_params is not None:
         return "pooling requests have no outputs to go on from"
-    if request.mm_features:
-        return "multimodal inputs are cached by the instance that received them"
+    if any(feature.data is None for feature in request.mm_features or ()):
+        return "an image or other input of it is only in a cache of the instance that is gone"
     if request.prompt_embeds is not None:
         return "prompt embeddings are not kept"
     if request.resumable:
@@ -55,11 +55,8 @@ def state_to_resume(
         sampling = sampling.clone()
         sampling.prompt_logprobs = None
     carried = msgspec.structs.replace(request, sampling_params=sampling)
-    frames = MsgpackEncoder().encode(carried)
-    if len(frames) != 1 or not isinstance(frames[0], bytes):
-        raise ValueError(f"Request {request.request_id} carries tensors, which are not kept.")
     return RequestState(
-        request=frames[0],
+        request=encode_request(carried),
         output_token_ids=output_token_ids,
         num_preemptions=0,
         placement_number=placement_number,
@@ -177,6 +174,7 @@ def generator_state_after(worker: Any, sampling: SamplingParams, num_draws: int)
         return None
     generator = torch.Generator(device=worker.model_runner.device)
     generator.manual_seed(cast(int, sampling.seed))
+    num_draws *= num_draws_of_a_step(worker.vllm_config)
     _draw(worker.model_runner, generator, num_draws)
     return bytes(generator.get_state().numpy())
 
@@ -192,10 +190,11 @@ def make_rewindable(worker: Any, request_id: str) -> None:
     if cached is None or cached.generator is None:
         return
     runner = worker.model_runner
+    num_draws = num_draws_of_a_step(worker.vllm_config)
     cached.generator = RewindableGenerator(
         cached.generator,
         seed=cached.sampling_params.seed,
-        draw=lambda generator: _draw(runner, generator, len(cached.output_token_ids)),
+        draw=lambda generator: _draw(runner, generator, num_draws * len(cached.output_token_ids)),
     )
 
 

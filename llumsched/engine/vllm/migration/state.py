@@ -9,6 +9,7 @@ is the outcome of the tokens, and is made again from them (``replay_grammar``).
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -20,8 +21,15 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from llumsched.engine.base import CannotMigrate, FinalState, Refusal, RequestState
+from llumsched.engine.base import (
+    MAX_STATE_NUM_BYTES,
+    CannotMigrate,
+    FinalState,
+    Refusal,
+    RequestState,
+)
 from llumsched.engine.vllm.migration.groups import why_groups_cannot_move
+from llumsched.engine.vllm.migration.speculation import why_drafter_cannot_migrate
 
 
 def why_engine_cannot_migrate(
@@ -35,10 +43,9 @@ def why_engine_cannot_migrate(
         return "the tokens of a block are spread over workers (decode context parallelism)"
     if parallel.world_size > 1 and parallel.distributed_executor_backend != "mp":
         return "the instance's workers may be on other hosts; --distributed-executor-backend mp"
-    if vllm_config.speculative_config is not None:
-        return "speculative decoding is on"
-    if vllm_config.kv_transfer_config is not None:
-        return "a KV connector is configured"
+    drafter = why_drafter_cannot_migrate(vllm_config)
+    if drafter is not None:
+        return drafter
     if vllm_config.model_config.enable_sleep_mode:
         return "the KV cache of a sleeping instance is not there to be copied (--enable-sleep-mode)"
     if vllm_config.model_config.is_diffusion:
@@ -59,16 +66,12 @@ def why_not_migratable(request: Request) -> CannotMigrate | None:
         return CannotMigrate(
             "a streaming-input session stays where it began", Refusal.STREAMING_INPUT
         )
-    if request.mm_features:
+    if any(feature.data is None for feature in request.mm_features):
         return CannotMigrate(
-            "multimodal inputs are cached by the instance that received them", Refusal.MULTIMODAL
+            "an image or other input of it is only in a cache of its engine", Refusal.MULTIMODAL
         )
     if request.prompt_embeds is not None:
         return CannotMigrate("prompt embeddings are not carried", Refusal.PROMPT_EMBEDS)
-    if request.kv_transfer_params is not None or request.ec_transfer_params is not None:
-        return CannotMigrate(
-            "the request takes part in a KV connector transfer", Refusal.KV_CONNECTOR
-        )
     return None
 
 
@@ -91,7 +94,7 @@ def capture_request(
     core_request = EngineCoreRequest(
         request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
-        mm_features=None,
+        mm_features=request.mm_features or None,
         sampling_params=request.sampling_params,
         pooling_params=None,
         arrival_time=request.arrival_time,
@@ -108,17 +111,33 @@ def capture_request(
         ),
         kv_hints=request.kv_hints,
     )
-    frames = MsgpackEncoder().encode(core_request)
-    if len(frames) != 1 or not isinstance(frames[0], bytes):
-        raise ValueError(f"Request {request.request_id} carries tensors, which do not migrate.")
+    encoded = encode_request(core_request)
+    if len(encoded) > MAX_STATE_NUM_BYTES:
+        raise CannotMigrate(
+            f"its images and other inputs are of {len(encoded) >> 20} MiB, and "
+            f"{MAX_STATE_NUM_BYTES >> 20} MiB is the most that moves",
+            Refusal.MULTIMODAL,
+        )
     return RequestState(
-        request=frames[0],
+        request=encoded,
         output_token_ids=list(request.output_token_ids),
         num_preemptions=request.num_preemptions,
         placement_number=placement_number,
         has_kv=has_kv,
         step_time_s=step_time_s,
     )
+
+
+def encode_request(core_request: EngineCoreRequest) -> bytes:
+    """Encode by vLLM's encoder, without pickle; tensors of images and other inputs in line.
+
+    Raises:
+        ValueError: if a tensor is not in this process' memory.
+    """
+    frames = MsgpackEncoder(size_threshold=sys.maxsize).encode(core_request)
+    if len(frames) != 1 or not isinstance(frames[0], bytes):
+        raise ValueError(f"Request {core_request.request_id} carries tensors of a device.")
+    return frames[0]
 
 
 def decode_request(state: RequestState) -> EngineCoreRequest:
@@ -200,7 +219,7 @@ def install_request(
     cached = runner.requests[core_request.request_id] = CachedRequestState(
         req_id=core_request.request_id,
         prompt_token_ids=core_request.prompt_token_ids,
-        mm_features=[],
+        mm_features=core_request.mm_features or [],
         sampling_params=core_request.sampling_params,
         pooling_params=None,
         generator=generator,
