@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hmac
 import json
 import math
@@ -12,6 +11,7 @@ from http import HTTPStatus
 from typing import Any
 
 import aiohttp
+import msgspec
 from aiohttp import web
 
 from llumsched.core.types import PriorityClass
@@ -184,6 +184,6 @@ def _server(server: PlainServer, view: Any, now_s: float) -> dict[str, Any]:
         "last_failure": server.last_failure,
         "freeness": freeness,
         "report_age_s": None if server.reported_s is None else now_s - server.reported_s,
-        "load": None if load is None else dataclasses.asdict(load),
+        "load": None if load is None else msgspec.to_builtins(load),
         "cannot_migrate": "",
     }

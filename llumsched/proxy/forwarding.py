@@ -8,7 +8,6 @@ API has it, any other answer with a closed connection.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import time
@@ -18,6 +17,7 @@ from http import HTTPStatus
 from typing import Any
 
 import aiohttp
+import msgspec
 from aiohttp import web
 
 from llumsched.core.actions import DispatchRequest, Rejection
@@ -306,4 +306,4 @@ def _scheduled(request: web.Request, facts: RequestFacts, now_s: float) -> Sched
 def _with_id(scheduled: SchedulingRequest, number_of_try: int) -> SchedulingRequest:
     """A name that no other try has, also where a client names its requests twice alike."""
     name = f"{scheduled.request_id}#{number_of_try}-{uuid.uuid4().hex[:8]}"
-    return dataclasses.replace(scheduled, request_id=name)
+    return msgspec.structs.replace(scheduled, request_id=name)
