@@ -167,12 +167,11 @@ setup(
         "parquet": [PYARROW],
         # Client and model conversion of `make demo`.
         "demo": ["accelerate>=1.10", "gguf>=0.17", "openai>=2"],
+        # Helm's own code (250 MB) and Kubernetes' schemas, to check the chart with.
+        "charts": ["helm-python-sdk==0.2.2", "kubernetes-validate>=1.31"],
         "dev": [
-            # Helm's own code, to render the chart.
-            "helm-python-sdk==0.2.2",
             "hypothesis>=6.130",
             "import-linter>=2.5",
-            "kubernetes-validate>=1.31",
             "mkdocs-material>=9.6,<10",
             "mypy>=1.18",
             "pillow>=10",
