@@ -47,6 +47,9 @@ INSTALLED := $(VENV)/.installed-$(EXTRA)
 OTHER_INSTALLED := $(filter-out $(INSTALLED),$(wildcard $(VENV)/.installed-*))
 export LLUMSCHED_CACHE_DIR ?= $(CURDIR)/.cache
 export VLLM_NO_USAGE_STATS ?= 1
+# Where nothing is to be written beside a module, every process compiles torch and vLLM anew: half a
+# minute of a core each.
+unexport PYTHONDONTWRITEBYTECODE
 ifeq ($(MODEL),smollm2)
 # It comes from the package index: nothing waits for a model hub that may be out of reach.
 export HF_HUB_OFFLINE ?= 1
