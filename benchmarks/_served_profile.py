@@ -10,7 +10,6 @@ for which the requests that it joins wait.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import statistics
 import time
@@ -18,6 +17,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import aiohttp
+import msgspec
 import numpy as np
 
 from benchmarks._migration_client import Moves
@@ -130,7 +130,7 @@ def undisturbed(step: MeasuredStep, machine: MachineSharing) -> MeasuredStep:
     """The step as it would be with nothing to do for the other instance, which did the same."""
     did_prompts = step.num_prefill_tokens > 0
     slowdown = machine.prompts_by_prompts if did_prompts else machine.decodes_by_decodes
-    return dataclasses.replace(step, seconds=step.seconds / (1 + slowdown))
+    return msgspec.structs.replace(step, seconds=step.seconds / (1 + slowdown))
 
 
 async def measure_copies(server: Server, *, num_rounds: int) -> CopyCoefficients:

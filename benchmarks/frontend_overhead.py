@@ -1,4 +1,4 @@
-"""What llumsched costs over plain vLLM on a request's way, in processor time, and when idle.
+"""Overhead of llumsched over plain vLLM: on a request's way, in processor time, and when idle.
 
 All servers run at once with the same model and flags: plain vLLM, and pools of two instances with
 one frontend and with two. One at a time is loaded, and they take turns, so a machine that slows

@@ -55,7 +55,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert all(f"    {name} " in printed for name in cli.COMMANDS)
+    listed = {line.split()[0] for line in printed.splitlines() if line.startswith("    ")}
+    assert listed >= set(cli.COMMANDS)
 
 
 def test_no_command_prints_the_help_and_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
