@@ -1,222 +1,159 @@
-"""Overhead of llumsched over plain vLLM: on a request's way, in processor time, and when idle.
+"""Cost of llumsched over plain vLLM: one instance of each, side by side, in alternation.
 
-All servers run at once with the same model and flags: plain vLLM, and pools of two instances with
-one frontend and with two. One at a time is loaded, and they take turns, so a machine that slows
-down slows all.
-
-The *way* of a request is the time to its first token less what the engine says that it has queued
-and computed it (vLLM's own metrics): from the client to the engine and back. So a long step of the
-engine is no part of it. *Processor time a token* is that of the frontends, or of vLLM's server,
-with all their threads, while 32 greedy answers stream (prompts of 32 tokens, EOS ignored); its
-ratio is taken within a round. *Idle* is a pool that serves nothing. Ray's own processes, and Ray's
-and gloo's threads in ours, are counted apart; so is what vLLM's engine does by itself. Quick runs
-leave the pool with two frontends out.
+Both servers run at once with the same model and flags; only one is loaded at a time, and they
+take turns, so a machine that slows down slows both. Each round sends the same greedy requests
+(prompts of about 32 tokens, 64 output tokens, EOS ignored) at a fixed concurrency and records
+every token's arrival at the client. Prompts are short, so that the time to the first token is
+not drowned in that of the prompt. Ratios are taken within a round, llumsched over vLLM, and their
+median over the rounds is reported; at concurrency 1 a round is one request to each.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import statistics
 import sys
 import time
-import urllib.request
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prometheus_client.parser import text_string_to_metric_families
+import aiohttp
 
-from benchmarks import _cpu
 from benchmarks._report import Figure, Report, Table, main
-from benchmarks._servers import ENGINE_FLAGS, Server, llumsched, plain_vllm
-from benchmarks._streams import Stream, clients, prompt_of, read
+from benchmarks._servers import Server, llumsched, plain_vllm
 
 BENCHMARK = "Overhead of the frontend"
 
-PLAIN = "plain vLLM"
-ONE = "llumsched, 1 frontend"
-TWO = "llumsched, 2 frontends"
-NUM_STREAMS = 32
-NUM_PROMPT_TOKENS = 32
-METRICS_TIMEOUT_S = 10.0
-METRICS_INTERVAL_S = 0.05
-ENGINE_TIMES = ("vllm:request_queue_time_seconds", "vllm:request_prefill_time_seconds")
-FLAGS = (*ENGINE_FLAGS[: ENGINE_FLAGS.index("--kv-cache-memory-bytes") + 1], str(1 << 28))
+# Concurrency -> rounds. The lower it is, the fewer figures a round gives.
+NUM_ROUNDS = {1: 15, 8: 9, 32: 5}
+NUM_QUICK_ROUNDS = 2
+NUM_OUTPUT_TOKENS = 64
+WORDS = "the scheduler moves a running request to another instance while it keeps decoding "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """How much is measured. Requests of ``num_ways`` go one after the other, so many a server."""
+class Round:
+    """One server's answers to one round of requests."""
 
-    num_ways: int
-    num_rounds: int
-    num_tokens: int
-    idle_s: float
-
-
-FULL = Size(num_ways=40, num_rounds=5, num_tokens=64, idle_s=60.0)
-QUICK = Size(num_ways=5, num_rounds=1, num_tokens=16, idle_s=5.0)
+    throughput: float
+    """Output tokens a second."""
+    ttfts_s: Sequence[float]
+    itls_s: Sequence[float]
 
 
 def run(quick: bool) -> Report:
-    size = QUICK if quick else FULL
-    making = {PLAIN: plain_vllm(FLAGS), ONE: llumsched(2, FLAGS)}
-    if not quick:
-        making[TWO] = llumsched(2, (*FLAGS, "--frontends", "2"))
-    with ExitStack() as stack, ThreadPoolExecutor(len(making)) as booting:
-        servers = dict(zip(making, booting.map(stack.enter_context, making.values()), strict=True))
-        measured = asyncio.run(_measure(servers, size))
-    return _report(measured, size)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """By server: the way of a request, in seconds, the processor time of its frontends for a token,
-    a round each, and what each part has used of a core when idle."""
-
-    ways_s: Mapping[str, Sequence[float]]
-    token_s: Mapping[str, Sequence[float]]
-    idle: Mapping[str, Counter[str]]
-
-
-async def _measure(servers: Mapping[str, Server], size: Size) -> Measured:
-    numbers = itertools.count()
-    ways_s: dict[str, list[float]] = defaultdict(list)
-    token_s: dict[str, list[float]] = defaultdict(list)
-    for server in servers.values():  # warm-up, not measured
-        await _stream(server, numbers, 8, 8)
-    before = {name: _cpu.used_s(server.pid) for name, server in servers.items()}
-    started_s = time.monotonic()
-    await asyncio.sleep(size.idle_s)
-    after = {name: _cpu.used_s(server.pid) for name, server in servers.items()}
-    elapsed_s = time.monotonic() - started_s
-    idle = {
-        name: Counter({part: s / elapsed_s for part, s in (after[name] - before[name]).items()})
-        for name in servers
-    }
-    for index in range(size.num_ways):
-        for name in _turn(servers, index):
-            ways_s[name].append(await _way(servers[name], numbers))
-    for index in range(size.num_rounds):
-        for name in _turn(servers, index):
-            begun = _cpu.used_s(servers[name].pid)[_cpu.FRONTENDS]
-            await _stream(servers[name], numbers, NUM_STREAMS, size.num_tokens)
-            used_s = _cpu.used_s(servers[name].pid)[_cpu.FRONTENDS] - begun
-            token_s[name].append(used_s / (NUM_STREAMS * size.num_tokens))
-    return Measured(ways_s=ways_s, token_s=token_s, idle=idle)
-
-
-def _turn(servers: Mapping[str, Server], index: int) -> list[str]:
-    """Turn about, so that no server always comes first."""
-    names = list(servers)
-    return names if index % 2 == 0 else names[::-1]
-
-
-async def _stream(
-    server: Server, numbers: itertools.count[int], num_streams: int, num_tokens: int
-) -> list[Stream]:
-    streams = [Stream() for _ in range(num_streams)]
-    async with clients() as session:
-        await asyncio.gather(
-            *(
-                read(session, server, prompt_of(next(numbers), NUM_PROMPT_TOKENS), s, num_tokens)
-                for s in streams
-            )
-        )
-    return streams
-
-
-async def _way(server: Server, numbers: itertools.count[int]) -> float:
-    """Seconds from the client to the engine and back with the first token."""
-    in_engine_s, num_requests = await asyncio.to_thread(_in_engine, server)
-    (stream,) = await _stream(server, numbers, 1, 2)
-    deadline_s = time.monotonic() + METRICS_TIMEOUT_S
-    # The server counts a request when its last token has been sent.
-    while (now := await asyncio.to_thread(_in_engine, server))[1] == num_requests:
-        if time.monotonic() > deadline_s:
-            raise TimeoutError(f"{server.url}/metrics does not count a request that has ended")
-        await asyncio.sleep(METRICS_INTERVAL_S)
-    return stream.times_s[0] - stream.asked_s - (now[0] - in_engine_s)
-
-
-def _in_engine(server: Server) -> tuple[float, float]:
-    """Seconds that all requests so far have queued and computed before their first token, and
-    their number; of all engines."""
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=METRICS_TIMEOUT_S) as answer:
-        page = answer.read().decode()
-    found: Counter[str] = Counter()
-    for family in text_string_to_metric_families(page):
-        for sample in family.samples:
-            found[sample.name] += sample.value
-    seconds = sum(found[f"{name}_sum"] for name in ENGINE_TIMES)
-    return seconds, found[f"{ENGINE_TIMES[-1]}_count"]
-
-
-def _report(measured: Measured, size: Size) -> Report:
+    num_rounds = dict.fromkeys(NUM_ROUNDS, NUM_QUICK_ROUNDS) if quick else NUM_ROUNDS
+    with plain_vllm() as vllm, llumsched(instances=1) as ours:
+        rounds = asyncio.run(_alternate({"vllm": vllm, "llumsched": ours}, num_rounds))
     figures = []
-    plain_way_s = statistics.median(measured.ways_s[PLAIN])
-    for name in measured.ways_s:
-        if name != PLAIN:
-            added_s = statistics.median(measured.ways_s[name]) - plain_way_s
-            figures.append(
-                Figure(
-                    name=f"{name}: added to the way of a request",
-                    value=1000 * added_s,
-                    unit="ms",
-                    at_most=4,
-                )
-            )
-    for name, per_token_s in measured.token_s.items():
-        if name != PLAIN:
-            pairs = zip(per_token_s, measured.token_s[PLAIN], strict=True)
-            figures.append(
-                Figure(
-                    name=f"{name}: processor time a token, ratio to plain vLLM",
-                    value=statistics.median(ours / plain for ours, plain in pairs),
-                    unit="",
-                    at_most=1.2,
-                )
-            )
-    ours = sum(measured.idle[ONE][part] for part in _cpu.OURS)
-    figures.append(
-        Figure(
-            name="idle pool of two, without Ray and gloo",
-            value=100 * ours,
-            unit="% of a core",
-            at_most=2,
+    rows = []
+    for concurrency in NUM_ROUNDS:
+        plain = rounds["vllm", concurrency]
+        routed = rounds["llumsched", concurrency]
+        pairs = list(zip(routed, plain, strict=True))
+        throughput = statistics.median(a.throughput / b.throughput for a, b in pairs)
+        itl = statistics.median(
+            statistics.median(a.itls_s) / statistics.median(b.itls_s) for a, b in pairs
         )
-    )
-    rays = measured.idle[ONE][_cpu.RAY] + measured.idle[ONE][_cpu.RAY_WITHIN]
-    figures.append(Figure(name="idle pool of two, Ray", value=100 * rays, unit="% of a core"))
-    parts = [*_cpu.OURS, _cpu.ENGINE, _cpu.GLOO, _cpu.RAY_WITHIN, _cpu.RAY]
+        added_ms = 1000 * statistics.median(
+            statistics.median(a.ttfts_s) - statistics.median(b.ttfts_s) for a, b in pairs
+        )
+        at = f"at concurrency {concurrency}"
+        figures += [
+            Figure(
+                name=f"output-token throughput, ratio {at}",
+                value=throughput,
+                unit="",
+                at_least=0.97,
+            ),
+            Figure(name=f"median ITL, ratio {at}", value=itl, unit="", at_most=1.03),
+            Figure(name=f"median added TTFT {at}", value=added_ms, unit="ms", at_most=3),
+        ]
+        for name, done in (("plain vLLM", plain), ("llumsched", routed)):
+            rows.append(
+                (
+                    str(concurrency),
+                    str(num_rounds[concurrency]),
+                    name,
+                    statistics.median(r.throughput for r in done),
+                    1000 * statistics.median(t for r in done for t in r.itls_s),
+                    1000 * statistics.median(t for r in done for t in r.ttfts_s),
+                )
+            )
     return Report(
         figures=figures,
         tables=[
             Table(
-                title="Medians",
-                columns=("server", "way of a request, ms", "processor time a token, us"),
-                rows=[
-                    (
-                        name,
-                        1000 * statistics.median(measured.ways_s[name]),
-                        1e6 * statistics.median(measured.token_s[name]),
-                    )
-                    for name in measured.ways_s
-                ],
-            ),
-            Table(
-                title=f"Idle for {size.idle_s:.0f} s, % of a core",
-                columns=("server", *parts),
-                rows=[
-                    (name, *(100 * used[part] for part in parts))
-                    for name, used in measured.idle.items()
-                ],
-            ),
+                title="Medians over the rounds",
+                columns=("concurrency", "rounds", "server", "tokens/s", "ITL, ms", "TTFT, ms"),
+                rows=rows,
+            )
         ],
     )
+
+
+async def _alternate(
+    servers: dict[str, Server], num_rounds: dict[int, int]
+) -> dict[tuple[str, int], list[Round]]:
+    rounds: dict[tuple[str, int], list[Round]] = {
+        (name, concurrency): [] for name in servers for concurrency in num_rounds
+    }
+    timeout = aiohttp.ClientTimeout(total=300)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        for server in servers.values():  # warm-up, not measured
+            await _round(session, server, 8, salt="warm-up")
+        for concurrency, num in num_rounds.items():
+            for index in range(num):
+                # Turn about, so that neither server always comes first.
+                names = list(servers) if index % 2 == 0 else list(reversed(servers))
+                for name in names:
+                    done = await _round(session, servers[name], concurrency, salt=f"{index}")
+                    rounds[name, concurrency].append(done)
+            print(f"{num} rounds at concurrency {concurrency} done", file=sys.stderr, flush=True)
+    return rounds
+
+
+async def _round(
+    session: aiohttp.ClientSession, server: Server, concurrency: int, *, salt: str
+) -> Round:
+    started_s = time.perf_counter()
+
+    async def request(number: int) -> list[float]:
+        # The number comes first: no request finds another's prefix in the cache.
+        prompt = f"{salt} {concurrency} {number} " + WORDS * 2
+        return await _stream(session, server, prompt)
+
+    streams = await asyncio.gather(*(request(number) for number in range(concurrency)))
+    elapsed_s = time.perf_counter() - started_s
+    return Round(
+        throughput=concurrency * NUM_OUTPUT_TOKENS / elapsed_s,
+        ttfts_s=[times[1] - times[0] for times in streams],
+        itls_s=[b - a for times in streams for a, b in itertools.pairwise(times[1:])],
+    )
+
+
+async def _stream(session: aiohttp.ClientSession, server: Server, prompt: str) -> list[float]:
+    """Times of the start and of every token, in seconds."""
+    body = {
+        "model": server.model,
+        "prompt": prompt,
+        "max_tokens": NUM_OUTPUT_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    times = [time.perf_counter()]
+    async with session.post(f"{server.url}/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.content:
+            if line.startswith(b"data: {") and json.loads(line[6:])["choices"]:
+                times.append(time.perf_counter())
+    if len(times) < NUM_OUTPUT_TOKENS // 2:
+        raise RuntimeError(f"{server.url}: {len(times) - 1} chunks for {NUM_OUTPUT_TOKENS} tokens")
+    return times
 
 
 if __name__ == "__main__":
