@@ -43,7 +43,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
 
 # Distributions that not every command needs: a missing one is a matter of installation, not a bug.
 _EXTRA_OF = {"aiohttp": "proxy", "rich": "top", "shtab": "completion", "textual": "top"}
-_OPTIONAL = frozenset({"msgspec", "psutil", "ray", "torch", "uvloop", "vllm", "zmq", *_EXTRA_OF})
+_OPTIONAL = frozenset({"psutil", "ray", "torch", "uvloop", "vllm", "zmq", *_EXTRA_OF})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

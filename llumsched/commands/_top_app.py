@@ -263,11 +263,12 @@ class TopApp(App[None]):
         self.instances.id = "instances"
         self.requests = Sortable(REQUEST_COLUMNS, sorted_by=3, reverse=True)
         self.requests.id = "requests"
+        self.summary = Static("waiting for the server", id="summary")
         self.log_of_events = RichLog(id="events", max_lines=1000)
         self.log_of_events.can_focus = False
 
     def compose(self) -> ComposeResult:
-        yield Static("waiting for the server", id="summary")
+        yield self.summary
         yield self.instances
         yield self.requests
         yield self.log_of_events
@@ -291,7 +292,7 @@ class TopApp(App[None]):
 
     def show_frame(self, frame: Frame) -> None:
         """Draw a frame, and tell what has happened since the last."""
-        self.query_one("#summary", Static).update(summary(frame, self._before))
+        self.summary.update(summary(frame, self._before))
         self.instances.show_rows(frame["instances"])
         self.requests.show_rows(frame["requests"])
         for event in events(frame, self._before):

@@ -30,7 +30,7 @@ import sys
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"ray", "torch", "vllm", "zmq", "msgspec", "psutil"}:
+        if name.partition(".")[0] in {"ray", "torch", "vllm", "zmq", "psutil"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocked())

@@ -261,7 +261,7 @@ def test_reasons_not_to_migrate() -> None:
     with pytest.raises(CannotMigrate, match="of this id"):
         destination.reserve(small)
     with pytest.raises(CannotMigrate, match="ran out"):
-        destination.grow("r", 3)
+        destination.grow("r", 1000)
     destination.cancel("r")
     with pytest.raises(CannotMigrate, match="gone"):
         destination.grow("r", 3)
