@@ -295,7 +295,8 @@ def copy_blocks_that_are_being_written(patch: pytest.MonkeyPatch) -> None:
     def pin_too_much(self: FakeEngine, request_id: str) -> Any:
         export = self._exports[request_id]
         if self._lives(export):
-            self._pin(export, export.request.num_computed_tokens // self.block_size)
+            export.num_tokens = export.request.num_computed_tokens
+            self._pin(export, export.num_tokens // self.block_size)
         return self._copyable(export)
 
     patch.setattr(FakeEngine, "pin_copyable", pin_too_much)
