@@ -105,7 +105,6 @@ def test_a_key_of_a_file_that_is_no_flag_is_named_with_its_file(tmp_path: Path) 
         (["--max-instances=-1"], "max_instances"),
         (["--frontends=0"], "at least 1 frontend"),
         (["--policy=freenes"], "freenes"),
-        (["--data-parallel-size=2"], "--data-parallel-size is not supported; --instances N"),
         (["--pipeline-parallel-size=2"], "--pipeline-parallel-size is not supported"),
         (["--headless"], "--headless is not supported"),
         (["--api-server-count=2"], "--frontends K"),

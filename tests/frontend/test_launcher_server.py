@@ -70,7 +70,10 @@ class Member:
 
     def follow(self) -> None:
         client = SimpleNamespace(
-            routes=self.routes, labels=self.labels, tell_of_breaks=self._tell_of_breaks
+            routes=self.routes,
+            labels=self.labels,
+            tell_of_breaks=self._tell_of_breaks,
+            roster_changed=lambda: None,
         )
         departures = SimpleNamespace(gone=self._gone)
         self.supervision.follow(
