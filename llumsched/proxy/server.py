@@ -181,8 +181,10 @@ class PlainServer:
                 self.sent[request_id].is_reported = True
         num_blocks = self._num_blocks(load)
         self.prefixes.max_blocks = num_blocks
-        pending = [sent.num_prompt_tokens for sent in self.sent.values() if not sent.has_begun]
-        num_running = len(self.sent) if load is None else load.num_running
+        # The scheduler itself counts those that it has not been told of.
+        known = [sent for sent in self.sent.values() if sent.is_reported]
+        pending = [sent.num_prompt_tokens for sent in known if not sent.has_begun]
+        num_running = len(known) if load is None else load.num_running
         num_waiting = 0 if load is None else load.num_waiting
         # Those that wait are among those whose answer has not begun; the youngest, most likely.
         waiting = pending[len(pending) - min(num_waiting, len(pending)) :]
@@ -209,6 +211,7 @@ class PlainServer:
         return sum(
             num_blocks_for(sent.num_prompt_tokens + sent.num_output_tokens, BLOCK_SIZE)
             for sent in self.sent.values()
+            if sent.is_reported
         )
 
     def _num_blocks(self, load: ServerLoad | None) -> int:

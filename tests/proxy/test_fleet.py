@@ -44,7 +44,10 @@ def test_a_drained_server_ends_its_answers_and_is_forgotten() -> None:
 def test_a_server_is_added_while_others_serve() -> None:
     async def run() -> None:
         first, second = FakeServer(), FakeServer()
-        async with proxied(first) as proxy, TestServer(second.app()) as http:
+        async with (
+            proxied(first, config="policy: round_robin") as proxy,
+            TestServer(second.app()) as http,
+        ):
             second.http = http
             added = await proxy.client.post("/llumsched/backends", json={"url": second.url})
             assert added.status == 202
@@ -61,7 +64,7 @@ def test_a_server_is_added_while_others_serve() -> None:
 def test_a_server_that_was_away_serves_again() -> None:
     async def run() -> None:
         server, other = FakeServer(), FakeServer()
-        async with proxied(server, other) as proxy:
+        async with proxied(server, other, config="policy: round_robin") as proxy:
             server.health = 500
             seen = proxy.fleet.servers[server.server_id]
             await until(lambda: not seen.is_there)

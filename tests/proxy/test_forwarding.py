@@ -50,13 +50,13 @@ def test_requests_go_where_fewest_are() -> None:
 def test_a_server_that_is_gone_fails_no_request_that_has_not_begun() -> None:
     async def run() -> None:
         gone, other = FakeServer(), FakeServer()
-        async with proxied(gone, other) as proxy:
+        async with proxied(gone, other, config="policy: round_robin") as proxy:
             await gone.die()
             for _ in range(6):
                 answer = await proxy.ask()
                 assert answer.status == 200
                 assert await answer.read() == other.whole()
-            assert not proxy.fleet.servers[gone.server_id].is_there
+            await until(lambda: not proxy.fleet.servers[gone.server_id].is_there)
 
     asyncio.run(run())
 
