@@ -42,7 +42,7 @@ class RequestColumns:
     """The requests of one instance; row i of every column is `requests[i]`."""
 
     requests: tuple[SchedulingRequest, ...]
-    """What the scheduler knows of each: id, prompt, class, client, prefix hashes, deadlines."""
+    """Facts that the scheduler knows: id, prompt, class, client, prefix hashes, deadlines."""
     num_prompt_tokens: Floats
     """Tokens of the prompt."""
     num_output_tokens: Floats

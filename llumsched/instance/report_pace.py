@@ -53,7 +53,7 @@ class ReportPace:
         )
 
     def stepped(self) -> bool:
-        """Whether the step that has just ended is to be reported, whatever it changed."""
+        """True if the step that has just ended is to be reported, whatever it changed."""
         return self._is_idle
 
     def migrates(self) -> None:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +43,14 @@ def main(argv: Sequence[str]) -> int:
     except (BackendError, ConfigError) as error:
         parser.error(str(error))
     logs.set_up("llumsched", logs.options_of(argv))
-    asyncio.run(_serve(arguments, backends, config))
+    try:
+        asyncio.run(_serve(arguments, backends, config))
+    except OSError as error:
+        sys.stderr.write(
+            f"llumsched serve: cannot listen at {arguments.host}:{arguments.port}:"
+            f" {error.strerror}; name another --port\n"
+        )
+        return 1
     return 0
 
 

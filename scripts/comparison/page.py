@@ -196,7 +196,7 @@ def _best(
 
 
 def _is_within(figure: Figure, own: Spread, best: Spread) -> bool:
-    """Whether the seeds' ranges of the two overlap, or all but: by one percent."""
+    """True if the seeds' ranges of the two overlap, or all but: by one percent."""
     if figure.best is max:
         return own.greatest >= best.least * (1 - EQUAL_TO)
     return own.least <= best.greatest * (1 + EQUAL_TO)

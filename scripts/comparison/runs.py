@@ -39,7 +39,7 @@ POLICIES = (
 """The default, the others that move requests, and routers that do not."""
 STATIONARY = ("dynamo", "llm_d", "maps", "infaas", "least_requests")
 LARGER_POLICIES = ("adaptive", "late_binding", "llumnix", "star", "dynamo", "llm_d")
-"""Those that larger pools are simulated with."""
+"""Policies that larger pools are simulated with."""
 DELAYS_S = (0.001, 0.01, 0.1, 0.3, 1.0)
 # Capacity: the rate at which this policy keeps this share of the requests within their bounds.
 RATED_POLICY = "least_requests"

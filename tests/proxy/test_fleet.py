@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_a_server_that_was_away_serves_again() -> None:
 
 
 def test_the_list_is_read_again_when_its_file_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
         monkeypatch.setattr(serve, "RELOAD_INTERVAL_S", 0.01)
@@ -91,7 +92,7 @@ def test_the_list_is_read_again_when_its_file_changes(
             reloading = asyncio.create_task(serve._reload(path, proxy.fleet))
             await asyncio.sleep(0)
             path.write_text("backends: nonsense\n", encoding="utf-8")
-            await asyncio.sleep(0.05)
+            await until(lambda: "not read again" in caplog.text)
             assert list(proxy.fleet.servers) == [first.server_id]
             path.write_text(f"backends: ['{second.url}', ]\n", encoding="utf-8")
             await until(lambda: list(proxy.fleet.servers) == [second.server_id])
@@ -186,3 +187,13 @@ def test_serve_says_a_mistake_in_one_line(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         serve.main(["--backend", "nowhere"])
     assert "whole address" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        argv = ["--backend=http://127.0.0.1:9", "--host=127.0.0.1", f"--port={port}"]
+        assert serve.main(argv) == 1
+    shown = capsys.readouterr()
+    assert f"cannot listen at 127.0.0.1:{port}" in shown.err
+    assert "Traceback" not in shown.out + shown.err

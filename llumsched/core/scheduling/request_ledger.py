@@ -73,7 +73,7 @@ class Ledger:
         self.requests: dict[str, RequestRecord] = {}
         self._by_instance: dict[str, dict[str, RequestRecord]] = {}
         self.planned: dict[str, RequestRecord] = {}
-        """Those with a planned hand-over that has not begun."""
+        """Requests with a planned hand-over that has not begun."""
 
     def open(self, request: SchedulingRequest, now: float) -> RequestRecord:
         """Start to keep a request."""

@@ -41,7 +41,7 @@ def refuse_what_has_no_answer(params: StructuredOutputsParams | None) -> None:
 
 
 def leads_nowhere(grammar: str) -> bool:
-    """Whether no answer is possible by a grammar that xgrammar has printed.
+    """True if no answer is possible by a grammar that xgrammar has printed.
 
     A rule is stuck that cannot begin without itself, and so is one that needs a stuck rule. One
     that goes on for ever is not: such an answer ends with the tokens that were asked for.

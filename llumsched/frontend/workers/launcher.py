@@ -256,7 +256,7 @@ class _Reporter:
 
 
 def _in_whole_seconds(berth: InstanceSlotStatus) -> InstanceSlotStatus:
-    """So that it does not change all the time."""
+    """Rounded, a time does not change at every look."""
     if berth.retry_in_s is None:
         return berth
     return replace(berth, retry_in_s=float(math.ceil(berth.retry_in_s)))

@@ -45,7 +45,7 @@ OTHERS_TIMEOUT_S = 5.0
 
 
 def end_this_process() -> None:
-    """As if it had been told to."""
+    """End this process as a signal to it would."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
