@@ -2,8 +2,9 @@
 
 Invariant: when ``end`` returns, no process that the server started is left, whatever happened to
 the server, and the answer says which had to be killed. They are found by the folder of Ray's in
-their environment, which children inherit, so that even one whose parent is gone is found; nothing
-else on the machine is ever signalled.
+their environment, which children inherit, so that even one whose parent is gone is found. A process
+that names itself may overwrite its environment, as vLLM's own do: such are found as children of
+those, and remembered. Nothing else on the machine is ever signalled.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class ServerProcess:
         # logs and sockets go with it. Short, because a socket's path may not be long.
         self._ray_folder = tempfile.mkdtemp(prefix="llumsched-", dir="/tmp")
         self._process: subprocess.Popen[bytes] | None = None
+        self._seen: set[psutil.Process] = set()
 
     def start(self, command: Sequence[str], *, cwd: Path | None = None, **environment: str) -> None:
         """Start it, with ``environment`` on top of this process's own."""
@@ -102,13 +104,15 @@ class ServerProcess:
 
     def processes(self) -> dict[int, str]:
         """Every process that it has started and that is alive now, itself too, with its name."""
-        found = {}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                if (
-                    process.environ().get("RAY_TMPDIR") == self._ray_folder
-                    and process.status() != psutil.STATUS_ZOMBIE
-                ):
+                if process.environ().get("RAY_TMPDIR") == self._ray_folder:
+                    self._seen |= {process, *process.children(recursive=True)}
+        found = {}
+        for process in self._seen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                # `is_running` tells a process from another that was given its id.
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
                     found[process.pid] = process.name()
         return found
 

@@ -126,8 +126,12 @@ def test_of_a_log_the_errors_are_shown(make_server: Callable[[str], Server]) -> 
     server.close()
 
 
+@pytest.mark.parametrize("environment", ["dict(os.environ)", "{}"], ids=["", "without_environment"])
 def test_a_child_that_left_the_family_and_hears_nothing_is_ended_too(
-    make_server: Callable[[str], Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_server: Callable[[str], Server],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: str,
 ) -> None:
     monkeypatch.setattr(server_process, "END_TIMEOUT_S", 0.5)
     deaf = (
@@ -137,7 +141,8 @@ def test_a_child_that_left_the_family_and_hears_nothing_is_ended_too(
         "time.sleep(60)"
     )
     server = make_server(
-        f"subprocess.Popen([sys.executable, '-c', {deaf!r}], start_new_session=True)\n"
+        f"subprocess.Popen([sys.executable, '-c', {deaf!r}], start_new_session=True,"
+        f" env={environment})\n"
         "time.sleep(60)"
     )
 

@@ -7,6 +7,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -269,7 +270,17 @@ def test_a_destination_that_hangs_holds_up_its_own_migrations_only(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It reads none of the parts that were sent to it, and all slots are on their way to it."""
-    pool.configure(options=HURRIED, transfer=TransferOptions(staging_slots=1, staging_slot_mb=0.1))
+    # In less time than this another move may not end on a busy machine.
+    unhurried = replace(
+        HURRIED,
+        reserve_timeout_s=2.0,
+        stage_timeout_s=2.0,
+        suspend_timeout_s=2.0,
+        final_stage_timeout_s=2.0,
+    )
+    pool.configure(
+        options=unhurried, transfer=TransferOptions(staging_slots=1, staging_slot_mb=0.1)
+    )
     sequence_id = start(pool)
     hung, store = pool.instances[1].migrator, Migrator._store
 

@@ -12,6 +12,8 @@ from benchmarks import _report, fidelity, run_all
 from benchmarks._report import Figure, Report, Table, main, markdown
 from scripts.pages import number
 
+CHECKOUT = Path(__file__).parents[2]
+
 
 def make_figure(
     value: float, *, at_most: float | None = None, at_least: float | None = None
@@ -118,6 +120,7 @@ def make_package(folder: Path) -> None:
     """A folder that is the `benchmarks` of whoever runs beside it, whatever PYTHONPATH names."""
     folder.mkdir()
     (folder / "__init__.py").touch()
+    (folder.parent / "scripts").symlink_to(CHECKOUT / "scripts")
 
 
 def test_a_run_reports_missed_goals_and_fails_only_for_a_failed_benchmark(
