@@ -104,10 +104,16 @@ class ServerProcess:
 
     def processes(self) -> dict[int, str]:
         """Every process that it has started and that is alive now, itself too, with its name."""
+        known = {process.pid for process in self._seen if process.is_running()}
+        # In the order of their ids, so that nearly always a parent comes before its children.
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                if process.environ().get("RAY_TMPDIR") == self._ray_folder:
-                    self._seen |= {process, *process.children(recursive=True)}
+                if (
+                    process.ppid() in known
+                    or process.environ().get("RAY_TMPDIR") == self._ray_folder
+                ):
+                    known.add(process.pid)
+                    self._seen.add(process)
         found = {}
         for process in self._seen:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -62,14 +62,20 @@ def llumsched_server(model: str, log_folder: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="package")
-def plain(llumsched_server: Server, model: str, log_folder: Path) -> PlainAnswers:
-    """What plain vLLM says to every case. Its server boots beside llumsched's, and ends here."""
+def plain_server(llumsched_server: Server, model: str, log_folder: Path) -> Iterator[Server]:
+    """``vllm serve`` as it is. It boots beside llumsched's, and stays for the proxy."""
     server = plain_vllm(model, log_folder)
     try:
         server.await_health()
-        return PlainAnswers(Client(server.url, model))
+        yield server
     finally:
         server.end()
+
+
+@pytest.fixture(scope="package")
+def plain(plain_server: Server, model: str) -> PlainAnswers:
+    """What plain vLLM says to every case."""
+    return PlainAnswers(Client(plain_server.url, model))
 
 
 @pytest.fixture(scope="package")

@@ -1,4 +1,4 @@
-"""Two plain vLLM servers behind the proxy: one dies in the middle of answers, one comes, one goes.
+"""Two plain vLLM servers behind the proxy: one comes, one goes, one dies in the middle of answers.
 
 An answer that has begun at the server that dies ends with an error event; nothing else fails.
 """
@@ -21,32 +21,31 @@ NUM_STREAMS = 6
 
 
 @pytest.fixture(scope="module")
-def plain_servers(model: str, log_folder: Path) -> Iterator[list[Server]]:
-    """Two at first; tests may end them and start others."""
-    servers: list[Server] = []
-    try:
-        for number in range(2):
-            # One after another: each measures the memory that is free.
-            servers.append(plain_vllm(model, log_folder, name=f"plain-{number}"))
-            servers[-1].await_health()
-        yield servers
-    finally:
-        for server in servers:
-            server.end()
-
-
-@pytest.fixture(scope="module")
-def proxy(plain_servers: list[Server], log_folder: Path) -> Iterator[Server]:
-    flags = [f"--backend={server.url}" for server in plain_servers]
-    arguments = ["llumsched", "serve", *flags, "--policy=round_robin", "--host=127.0.0.1"]
+def proxy(plain_server: Server, log_folder: Path) -> Iterator[Server]:
+    backend = f"--backend={plain_server.url}"
+    arguments = ["llumsched", "serve", backend, "--policy=round_robin", "--host=127.0.0.1"]
     server = Server("proxy", arguments, log_folder)
     try:
-        await_serving(server, plain_servers)
+        await_serving(server, plain_server)
         yield server
     finally:
         ending = server.end()
-    assert not ending.left
     assert ending.status == 0
+
+
+@pytest.fixture(scope="module")
+def other(plain_server: Server, model: str, log_folder: Path) -> Iterator[Server]:
+    """A second plain server, which the proxy does not know of."""
+    server = plain_vllm(model, log_folder, name="other")
+    try:
+        server.await_health()
+        yield server
+    finally:
+        server.end()
+
+
+def id_of(server: Server) -> str:
+    return server.url.removeprefix("http://")
 
 
 def instances(proxy: Server) -> dict[str, dict[str, Any]]:
@@ -58,27 +57,45 @@ def instances(proxy: Server) -> dict[str, dict[str, Any]]:
     return {instance["instance_id"]: instance for instance in answer["instances"]}
 
 
-def await_serving(proxy: Server, servers: list[Server]) -> None:
-    ids = [server.url.removeprefix("http://") for server in servers]
+def await_serving(proxy: Server, *servers: Server) -> None:
+    ids = [id_of(server) for server in servers]
     proxy.await_that(
         lambda: all(instances(proxy).get(i, {}).get("state") == "serving" for i in ids),
         "the proxy has found the servers",
     )
 
 
-def test_an_answer_is_the_servers_own(
-    proxy: Server, plain_servers: list[Server], model: str
-) -> None:
-    direct, through = Client(plain_servers[0].url, model), Client(proxy.url, model)
+def add(proxy: Server, server: Server) -> None:
+    answer = httpx.post(f"{proxy.url}/llumsched/backends", json={"url": server.url})
+    assert answer.status_code == 202
+    await_serving(proxy, server)
+
+
+def answers(proxy: Server, model: str, number: int) -> None:
+    """Each of so many short questions is answered."""
+    client = Client(proxy.url, model)
+    for _ in range(number):
+        answer = client.post("/v1/completions", {**QUESTION, "model": model, "max_tokens": 2})
+        assert answer.status == 200, answer
+
+
+def test_an_answer_is_the_servers_own(proxy: Server, plain_server: Server, model: str) -> None:
+    direct, through = Client(plain_server.url, model), Client(proxy.url, model)
     body = {**QUESTION, "max_tokens": 16}
     assert through.whole("/v1/completions", body) == direct.whole("/v1/completions", body)
     assert {i["engine"] for i in instances(proxy).values()} == {"vLLM"}
 
 
-def test_one_is_killed_one_is_added_one_is_drained(
-    proxy: Server, plain_servers: list[Server], model: str, log_folder: Path
+def test_one_is_added_one_is_drained_one_is_killed(
+    proxy: Server, plain_server: Server, other: Server, model: str
 ) -> None:
-    victim, survivor = plain_servers
+    add(proxy, other)
+    leaving = id_of(plain_server)
+    httpx.post(f"{proxy.url}/llumsched/instances/{leaving}/drain").raise_for_status()
+    proxy.await_that(lambda: leaving not in instances(proxy), "the drained server has left")
+    answers(proxy, model, 2)
+    add(proxy, plain_server)
+
     body = {**QUESTION, "model": model, "stream": True, "max_tokens": 200, "ignore_eos": True}
     ends: dict[int, str] = {}
     homes: dict[int, str] = {}
@@ -99,30 +116,13 @@ def test_one_is_killed_one_is_added_one_is_drained(
         thread.start()
     for _ in threads:
         assert begun.acquire(timeout=60)
-    victim.kill()
-    client = Client(proxy.url, model)
-    for _ in range(8):
-        answer = client.post("/v1/completions", {**QUESTION, "model": model, "max_tokens": 2})
-        assert answer.status == 200, answer
+    other.kill()
+    answers(proxy, model, 8)
     for thread in threads:
         thread.join(timeout=120)
         assert not thread.is_alive()
-    lost = victim.url.removeprefix("http://")
+    lost = id_of(other)
+    assert set(homes.values()) == {lost, id_of(plain_server)}
     for number, end in ends.items():
+        assert (end == "data: [DONE]") == (homes[number] != lost), (homes[number], end)
         assert ("error" in end) == (homes[number] == lost), (homes[number], end)
-        assert end == "data: [DONE]" or homes[number] == lost
-    assert lost in homes.values()
-
-    victim.end()
-    third = plain_vllm(model, log_folder, name="plain-2")
-    plain_servers.append(third)
-    third.await_health()
-    added = httpx.post(f"{proxy.url}/llumsched/backends", json={"url": third.url})
-    assert added.status_code == 202
-    await_serving(proxy, [third, survivor])
-
-    leaving = survivor.url.removeprefix("http://")
-    httpx.post(f"{proxy.url}/llumsched/instances/{leaving}/drain").raise_for_status()
-    proxy.await_that(lambda: leaving not in instances(proxy), "the drained server has left")
-    answer = client.post("/v1/completions", {**QUESTION, "model": model, "max_tokens": 2})
-    assert answer.status == 200
