@@ -3,13 +3,16 @@
     python -m scripts.screenshots FOLDER
 
 The pool is made up (``tests.frontend.live_incident``), the page and the browser are real: Chromium
-is found on the path. Pictures: an instance crowded, one being drained, one gone; desktop and phone.
+is found on the path. Pictures: an instance crowded, requests leaving it, one instance drained, one
+killed, one request's account; desktop and phone. The incident goes on by steps, the page's clock
+with it, so the pictures are the same on a slow machine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import io
 import shutil
 import sys
@@ -24,9 +27,14 @@ from playwright.async_api import Browser, Page, async_playwright
 from tests.frontend.live_incident import Incident, app_of
 
 # Seconds into the incident -> what the picture shows.
-MOMENTS = {6.5: "crowded", 14.0: "drained", 20.5: "gone"}
+MOMENTS = {7.0: "crowded", 10.0: "moving", 13.5: "drained", 19.0: "gone"}
 DESKTOP, PHONE = {"width": 1280, "height": 760}, {"width": 390, "height": 844}
-ANIMATED_FROM_S, NUM_FRAMES, FRAME_S = 8.0, 36, 0.09
+# What the page has seen when the incident begins, and how far its frames are apart then and later.
+BEFORE_S, COARSE_S, STEP_S = 60.0, 1.5, 0.5
+NIGHT = datetime.datetime(2026, 1, 1, 3, 0, tzinfo=datetime.UTC)
+ANIMATED_S, FRAMES_A_STEP, ANIMATION_SIZE = (7.0, 11.0), 5, (820, 423)
+ANIMATED: Any = {"x": 0, "y": 0, "width": 1280, "height": 660}
+NUM_COLOURS = 160
 CHROMIUM_FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -72,47 +80,82 @@ async def browser() -> AsyncIterator[Browser]:
             await found.close()
 
 
-async def opened(chromium: Browser, url: str, viewport: Any, scheme: Any = "dark") -> Page:
-    """The page, once it shows the pool."""
+async def opened(
+    chromium: Browser,
+    url: str,
+    viewport: Any,
+    scheme: Any = "dark",
+    stepped: Incident | None = None,
+) -> Page:
+    """The page, once it shows the pool; with a clock that goes only by hand if the pool does."""
     page = await chromium.new_page(viewport=viewport, color_scheme=scheme)
+    if stepped:
+        await page.clock.install(time=NIGHT)
     await page.goto(url)
+    while stepped and not await page.locator(".inst canvas").count():
+        stepped.step(stepped.seconds())  # a frame that is made before it listens is not for it
+        await asyncio.sleep(0.1)
     await page.wait_for_selector(".inst canvas")
+    if stepped:
+        await page.clock.pause_at(NIGHT + datetime.timedelta(minutes=1))
     return page
 
 
 async def pictures(folder: Path) -> None:
     """Write them all."""
-    incident = Incident(6, 90)
+    incident = Incident(6, 128, is_stepped=True, from_s=-BEFORE_S)
     async with served(incident) as url, browser() as chromium:
-        desktop = await opened(chromium, url, DESKTOP)
-        phone = await opened(chromium, url, PHONE, "light")
+        pages = {}
+        for suffix, viewport, scheme in (("", DESKTOP, "dark"), ("-phone", PHONE, "light")):
+            pages[suffix] = await opened(chromium, url, viewport, scheme, incident)
+        desktop = pages[""]
         frames: list[Image.Image] = []
-        for moment_s, name in MOMENTS.items():
-            if moment_s > ANIMATED_FROM_S and not frames:
-                await asyncio.sleep(max(0.0, ANIMATED_FROM_S - incident.seconds()))
-                frames = await _filmed(desktop)
-            await asyncio.sleep(max(0.0, moment_s - incident.seconds()))
-            for page, suffix in ((desktop, ""), (phone, "-phone")):
-                picture = Image.open(io.BytesIO(await page.screenshot())).convert("RGB")
-                picture.quantize(128).save(folder / f"{name}{suffix}.png", optimize=True)
+        for now_s in _moments():
+            incident.step(now_s)
+            for page in pages.values():
+                await page.wait_for_function("(s) => state.frame.at_s >= s", arg=now_s, polling=20)
+            is_animated = ANIMATED_S[0] <= now_s < ANIMATED_S[1]
+            if now_s in MOMENTS:
+                # Those that fly are on their way.
+                await asyncio.gather(*(page.clock.run_for(300) for page in pages.values()))
+                for suffix, page in pages.items():
+                    await _save(page, folder / f"{MOMENTS[now_s]}{suffix}.png")
+            for _ in range(FRAMES_A_STEP if is_animated else 1):
+                ticks = int(1000 * STEP_S / (FRAMES_A_STEP if is_animated else 1))
+                await asyncio.gather(*(page.clock.run_for(ticks) for page in pages.values()))
+                if is_animated:
+                    picture = Image.open(io.BytesIO(await desktop.screenshot(clip=ANIMATED)))
+                    frames.append(_reduced(picture.convert("RGB").resize(ANIMATION_SIZE)))
+        await desktop.evaluate("choose({ request: state.frame.requests.find((r) => r.moves).id })")
+        await desktop.wait_for_function("state.told", polling=20)
+        await _save(desktop, folder / "request.png")
         frames[0].save(
             folder / "migrations.gif",
             save_all=True,
             append_images=frames[1:],
-            duration=int(1000 * FRAME_S),
+            duration=int(1000 * STEP_S / FRAMES_A_STEP),
             loop=0,
             optimize=True,
         )
 
 
-async def _filmed(page: Page) -> list[Image.Image]:
-    frames = []
-    for _ in range(NUM_FRAMES):
-        picture = Image.open(io.BytesIO(await page.screenshot()))
-        small = picture.convert("RGB").resize((800, 475))
-        frames.append(small.quantize(64))
-        await asyncio.sleep(FRAME_S / 3)
-    return frames
+def _moments() -> list[float]:
+    coarse = [-BEFORE_S + k * COARSE_S for k in range(1, int(BEFORE_S / COARSE_S) + 1)]
+    return coarse + [k * STEP_S for k in range(1, int(max(MOMENTS) / STEP_S) + 1)]
+
+
+async def _save(page: Page, path: Path) -> None:
+    picture = Image.open(io.BytesIO(await page.screenshot())).convert("RGB")
+    _reduced(picture).save(path, optimize=True)
+
+
+def _reduced(picture: Image.Image) -> Image.Image:
+    """The picture in few colours: half are those it has most of, half are far from each other."""
+    palette = Image.new("P", (1, 1))
+    ways = (Image.Quantize.MEDIANCUT, Image.Quantize.MAXCOVERAGE)
+    halves = [picture.quantize(NUM_COLOURS // 2, way).getpalette() or [] for way in ways]
+    palette.putpalette([value for half in halves for value in half[: 3 * (NUM_COLOURS // 2)]])
+    return picture.quantize(palette=palette, dither=Image.Dither.NONE)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def feed_of(incident: Incident, **changes: Any) -> LiveFeed:
 
 
 def test_a_frame_has_every_instance_and_request() -> None:
-    frames = asyncio.run(first_frames(feed_of(Incident(3, 10)), 2))
+    frames = asyncio.run(first_frames(feed_of(Incident(3, 10, from_s=6.0)), 2))
     assert [i["id"] for i in frames[1]["instances"]] == ["instance-0", "instance-1", "instance-2"]
     assert len(frames[1]["requests"]) == 10
     assert {r["instance"] for r in frames[1]["requests"]} <= {
@@ -146,24 +147,49 @@ def test_in_a_browser_an_incident_is_seen_and_nothing_is_wider_than_the_window()
     from scripts.screenshots import PHONE, browser, opened, served
 
     async def play() -> None:
-        incident = Incident(6, 90)
-        incident.started_s -= 5.0  # instance-1 is crowded
-        async with asyncio.timeout(6 * TIMEOUT_S), served(incident) as url, browser() as chromium:
+        incident = Incident(6, 128, is_stepped=True)
+        async with asyncio.timeout(12 * TIMEOUT_S), served(incident) as url, browser() as chromium:
             errors: list[str] = []
-            page = await opened(chromium, url, PHONE)
+            page = await opened(chromium, url, PHONE, stepped=incident)
             page.on("pageerror", lambda error: errors.append(str(error)))
-            await page.wait_for_selector(".inst.hot")
-            verdict = await page.text_content("#verdict")
-            assert verdict is not None
-            assert "instance-1 is hot" in verdict
-            await page.wait_for_function(
-                "document.querySelector('#events').textContent.includes(' moved: ')"
-            )
+
+            async def shown_at(until_s: float) -> list[str]:
+                """What the three answers say then."""
+                now_s = incident.seconds()
+                while now_s < until_s:
+                    now_s += 0.5
+                    incident.step(now_s)
+                    await page.wait_for_function(
+                        "(s) => state.frame.at_s >= s", arg=now_s, polling=20
+                    )
+                return list(await page.locator(".answer").all_inner_texts())
+
+            hot, waiting, _ = await shown_at(7.0)
+            assert "instance-1 is hot" in hot
+            assert "on instance-1: the next one needs" in waiting
+            assert "3 held by the scheduler" in waiting
+            assert await page.locator(".inst.hot").count() == 1
+            _, _, moved = await shown_at(9.0)
+            assert re.search(r"\d+ from instance-1 to \d others", moved)
+            hot, waiting, _ = await shown_at(14.0)
+            assert re.search("instance-2 is being drained: [0-9]+ to go", hot)
+            assert "None waits" in waiting
+            _, _, moved = await shown_at(19.0)
+            assert "resumed" in moved
+            events = await page.text_content("#events") or ""
+            assert "instance-3 is gone" in events
+            assert " moved: instance-1 → " in events
             await page.click(".inst .head button")
             assert await page.is_visible("#detail")
             assert await page.text_content("#detail h2 span") == "instance-0"
             await page.keyboard.press("Escape")
             assert not await page.is_visible("#detail")
+            await page.evaluate("choose({ request: state.frame.requests.find((r) => r.moves).id })")
+            await page.wait_for_function("state.told", polling=20)
+            account = await page.inner_text("#detail ol")
+            assert "placed instance-" in account
+            assert "(freeness)" in account
+            assert "moved instance-" in account
             width = await page.evaluate("document.documentElement.scrollWidth")
             assert width <= PHONE["width"]
             assert not errors

@@ -212,6 +212,7 @@ def _instance(instance: InstanceDescription) -> dict[str, Any]:
         "reserved": load.num_reserved_blocks if load else 0,
         "running": load.num_running if load else 0,
         "waiting": load.num_waiting if load else 0,
+        "head_blocks": load.head_of_line_blocks if load else 0,
         "step_s": load.step_time_s if load else 0.0,
     }
 
@@ -232,11 +233,11 @@ def _request(request: RequestStatus) -> dict[str, Any]:
 
 def _page() -> str:
     folder = files("llumsched.frontend.http") / "live_page"
-    page, style, script = (
+    page, style, *scripts = (
         (folder / name).read_text(encoding="utf-8")
-        for name in ("page.html", "style.css", "script.js")
+        for name in ("page.html", "style.css", "script.js", "paint.js", "start.js")
     )
-    return page.replace("/*STYLE*/", style).replace("/*SCRIPT*/", script)
+    return page.replace("/*STYLE*/", style).replace("/*SCRIPT*/", "".join(scripts))
 
 
 PAGE = _page()

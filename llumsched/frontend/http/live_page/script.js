@@ -1,10 +1,10 @@
 "use strict";
 // One picture of a pool from a stream of frames: GET live sends one about once a second.
 const $ = (id) => document.getElementById(id);
-const KEPT_S = 600, HOT = 0.9, DENSE_ABOVE = 24, FLIGHT_MS = 1100, MAX_FLIGHTS = 60, MAX_MOVES_TOLD = 40;
+const KEPT_S = 600, HOT = 0.9, DENSE_ABOVE = 24, RECENT_S = 30, UNEVEN = 0.3, GONE_MS = 8000, LANDED_MS = 1500;
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 const state = { frame: null, rows: new Map(), where: new Map(), paths: new Map(), chosen: null,
-  history: [], flights: [], bounds: null, said: "", gone: new Map() };
+  history: [], flights: [], moves: [], told: null, said: "", gone: new Map() };
 let key = sessionStorage.getItem("llumsched-key") || "";
 
 // ---- talking to the server ---------------------------------------------------------------------
@@ -68,38 +68,48 @@ function take(frame) {
   remember(frame);
   drawTiles(frame);
   drawPool(frame);
-  drawVerdict(frame);
+  drawAnswers(frame);
+  drawChart(frame);
   drawDetail();
 }
 function follow(before, frame) {
-  let moved = 0;
+  const ways = new Map(), flying = [];
   for (const r of frame.requests) {
     const path = state.paths.get(r.id) || [];
     const last = path[path.length - 1];
-    if (r.instance && (!last || last.instance !== r.instance)) {
-      path.push({ instance: r.instance, after: r.outputs, at: frame.wall_s });
-      state.paths.set(r.id, path);
-      if (last && ++moved <= MAX_MOVES_TOLD) { fly(r, last.instance, r.instance);
-        event(`${short(r.external_id)} moved: ${last.instance} → ${r.instance}, after ${r.outputs} tokens`); }
-    }
+    if (!r.instance || (last && last.instance === r.instance)) continue;
+    path.push({ instance: r.instance, after: r.outputs, resumptions: r.resumptions, landed: performance.now() });
+    state.paths.set(r.id, path);
+    if (!last) continue;
+    const how = r.resumptions > last.resumptions ? "resumed" : "moved", way = `${how}\n${last.instance}`;
+    if (!ways.has(way)) ways.set(way, []);
+    ways.get(way).push(r);
+    flying.push([r, last.instance, r.instance]);
   }
-  if (moved > MAX_MOVES_TOLD) event(`${moved - MAX_MOVES_TOLD} more moved`);
+  for (const [way, requests] of ways) {
+    const [how, from] = way.split("\n"), n = requests.length, one = requests[0], to = [...new Set(requests.map((r) => r.instance))].sort();
+    state.moves.push({ at: frame.at_s, how, from, to, n });
+    event(n === 1 ? `${short(one.external_id)} ${how}: ${from} → ${to[0]}, after ${one.outputs} tokens` : `${n} ${how}: ${from} → ${list(to, 5)}`, how === "resumed" ? "warn" : "move");
+  }
+  while (state.moves.length && state.moves[0].at < frame.at_s - KEPT_S) state.moves.shift();
+  flying.slice(0, MAX_FLIGHTS).forEach((f) => fly(...f));
   for (const id of state.paths.keys()) if (!frame.byId.has(id)) state.paths.delete(id);
   if (!before) return;
   const was = new Map(before.instances.map((i) => [i.id, i])), is = new Map(frame.instances.map((i) => [i.id, i]));
   for (const [id, i] of is) {
-    if (!was.has(id)) event(`${id} came`);
+    if (!was.has(id)) event(`${id} came`, "good");
     else if (was.get(id).state !== i.state) event(`${id} is ${i.state}`, i.state === "draining" ? "warn" : "");
   }
   for (const id of was.keys()) if (!is.has(id)) { event(`${id} is gone`, "bad"); state.gone.set(id, Date.now()); }
 }
 function remember(frame) {
-  const uses = frame.instances.map((i) => (i.total ? (i.total - i.free) / i.total : 0));
+  const serving = frame.instances.filter((i) => i.state !== "draining"), uses = serving.map(use);
   const before = state.history[state.history.length - 1];
   const dt = before ? Math.max(0.2, frame.at_s - before.at) : 1;
   const tokens = frame.num_tokens_passed, done = frame.num_finished;
   const point = { at: frame.at_s, tokens, done,
     tps: before ? Math.max(0, tokens - before.tokens) / dt : 0, rps: before ? Math.max(0, done - before.done) / dt : 0,
+    uses: new Map(frame.instances.map((i) => [i.id, use(i)])), sorted: [...uses].sort((a, b) => a - b), running: sum(frame.instances, "running"),
     use: uses.length ? uses.reduce((a, b) => a + b, 0) / uses.length : 0,
     spread: uses.length ? Math.max(...uses) - Math.min(...uses) : 0,
     waiting: sum(frame.instances, "waiting") + sum(Object.values(frame.queued)),
@@ -112,7 +122,7 @@ const short = (id) => (id.length > 18 ? `${id.slice(0, 8)}…${id.slice(-6)}` : 
 function span(s) { return s < 90 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 60)} min` : `${(s / 3600).toFixed(1)} h`; }
 function event(text, kind) {
   const li = document.createElement("li"), time = document.createElement("time");
-  time.textContent = new Date().toLocaleTimeString();
+  time.textContent = new Date().toLocaleTimeString([], { hourCycle: "h23" });
   li.append(time, text);
   if (kind) li.className = kind;
   $("events").prepend(li);
@@ -124,9 +134,8 @@ function smooth(name, n = 5) { const h = state.history.slice(-n); return h.lengt
 const ms = (s) => (s == null ? "–" : s < 1 ? `${Math.round(1000 * s)} ms` : `${s.toFixed(s < 10 ? 2 : 1)} s`);
 function drawTiles(frame) {
   const now = state.history[state.history.length - 1], held = sum(Object.values(frame.queued));
-  const running = sum(frame.instances, "running");
   const tiles = [
-    ["Tokens/s", Math.round(smooth("tps")), "", "tps"], ["Running", running, "", null],
+    ["Tokens/s", Math.round(smooth("tps")), "", "tps"], ["Running", now.running, "", "running"],
     ["Waiting", now.waiting, held ? `${held} held` : "", "waiting"],
     ["TTFT P50", ms(now.p50), "", "p50"], ["TTFT P99", ms(now.p99), "", "p99"],
     ["KV in use", `${Math.round(100 * now.use)} %`, "", "use"],
@@ -137,7 +146,7 @@ function drawTiles(frame) {
   while (box.children.length < tiles.length) {
     const div = document.createElement("div");
     div.className = "tile";
-    div.innerHTML = '<span></span><strong></strong><svg preserveAspectRatio="none" aria-hidden="true"><polyline/></svg>';
+    div.innerHTML = '<span></span><strong></strong><svg preserveAspectRatio="none" aria-hidden="true"><polygon/><polyline/></svg>';
     box.append(div);
   }
   tiles.forEach(([name, value, note, series], i) => {
@@ -148,7 +157,7 @@ function drawTiles(frame) {
     if (note) { const s = document.createElement("small"); s.textContent = note; strong.append(s); }
     spark(tile.querySelector("svg"), series);
   });
-  $("wanted").textContent = frame.instances.length;
+  set($("wanted"), "textContent", frame.instances.length);
 }
 function rate(name) {
   const h = state.history;
@@ -157,169 +166,93 @@ function rate(name) {
   return `${Math.max(0, last[name] - from[name])} a minute`;
 }
 function spark(svg, name) {
-  const line = svg.firstElementChild;
-  if (!name) { line.setAttribute("points", ""); return; }
+  const [area, line] = svg.children;
   const step = Math.max(1, Math.floor(state.history.length / 120));
   const points = state.history.filter((_, i) => i % step === 0).map((p) => [p.at, name === "moves" ? p.moves - state.history[0].moves : p[name] || 0]);
   const end = points[points.length - 1][0], top = Math.max(1e-9, ...points.map((p) => p[1]));
   svg.setAttribute("viewBox", "0 0 100 22");
-  const start = Math.min(points[0][0], end - 30);
-  line.setAttribute("points", points.map(([t, v]) => `${(100 * (t - start)) / Math.max(1, end - start)},${20.5 - (19 * v) / top}`).join(" "));
+  const start = Math.min(points[0][0], end - 30), x = (t) => ((100 * (t - start)) / Math.max(1, end - start)).toFixed(1);
+  const drawn = points.map(([t, v]) => `${x(t)},${(20.5 - (19 * v) / top).toFixed(1)}`).join(" ");
+  line.setAttribute("points", drawn);
+  area.setAttribute("points", `${x(points[0][0])},22 ${drawn} 100,22`);
 }
-function drawVerdict(frame) {
-  const p = $("verdict"), hot = frame.instances.filter(isHot), held = sum(Object.values(frame.queued));
-  const draining = frame.instances.filter((i) => i.state === "draining");
-  const stuck = frame.instances.filter((i) => i.cannot_migrate);
-  let [text, kind] = ["Balanced: every instance has room.", "good"];
-  if (!frame.instances.length) [text, kind] = ["No instance serves.", "bad"];
-  else if (hot.length && hot.length === frame.instances.length) [text, kind] = ["Every instance is full: moving cannot help; more instances would.", "bad"];
-  else if (hot.length) [text, kind] = [`${hot.map((i) => i.id).slice(0, 3).join(", ")}${hot.length > 3 ? ` and ${hot.length - 3} more` : ""} ${hot.length > 1 ? "are" : "is"} hot: ${Math.round(100 * use(hot[0]))} % of KV in use${hot[0].waiting ? `, ${hot[0].waiting} waiting` : ""}.`, "bad"];
-  else if (draining.length) [text, kind] = [`${draining.map((i) => i.id).join(", ")} ${draining.length > 1 ? "are" : "is"} being drained.`, "warn"];
-  if (held) [text, kind] = [`${text} ${held} request${held > 1 ? "s are" : " is"} held by the scheduler.`, "bad"];
-  if (stuck.length) text += ` Nothing can move from ${stuck[0].id}: ${stuck[0].cannot_migrate}`;
-  if (p.textContent !== text) p.textContent = text;
-  p.className = kind;
+
+// ---- the three answers -------------------------------------------------------------------------
+const percent = (share) => `${Math.round(100 * share)} %`;
+const list = (ids, most = 3) => ids.slice(0, most).join(", ") + (ids.length > most ? ` and ${ids.length - most} more` : "");
+function answer(id, kind, said, why) {
+  const box = $(id), [, line, reason] = box.children;
+  set(box, "className", `answer ${kind}`);
+  set(line, "textContent", said);
+  set(reason, "textContent", why);
+}
+function drawAnswers(frame) {
+  const { instances } = frame, serving = instances.filter((i) => i.state !== "draining"), draining = instances.filter((i) => i.state === "draining");
+  const ordered = [...serving].sort((a, b) => use(b) - use(a)), [fullest, freest] = [ordered[0], ordered[ordered.length - 1]];
+  whereHot(ordered.filter(isHot), ordered, draining);
+  whyWaits(frame, instances.filter((i) => i.waiting).sort((a, b) => b.waiting - a.waiting), fullest, freest);
+  whatMoved(frame, instances.find((i) => i.cannot_migrate));
+}
+function whereHot(hot, ordered, draining) {
+  const leaving = draining.map((i) => `${i.id} is being drained: ${i.running ? `${i.running} to go` : "it is empty"}.`).join(" ");
+  if (!ordered.length) return answer("hot", "bad", "No instance serves.", leaving);
+  const [fullest, freest] = [ordered[0], ordered[ordered.length - 1]];
+  if (hot.length && hot.length === ordered.length)
+    return answer("hot", "bad", hot.length > 1 ? "Every instance is full" : `${hot[0].id} is full, and alone`, `Moving cannot help; more instances would. ${leaving}`);
+  if (hot.length)
+    return answer("hot", "bad", `${list(hot.map((i) => i.id), 2)} ${hot.length > 1 ? "are" : "is"} hot`,
+      `${percent(use(hot[0]))} of its KV cache is in use; ${freest.id} has ${percent(1 - use(freest))} free. ${leaving}`);
+  if (leaving) return answer("hot", "warn", `${list(draining.map((i) => i.id), 2)} ${draining.length > 1 ? "are" : "is"} leaving`, leaving);
+  const uneven = use(fullest) - use(freest) > UNEVEN;
+  return answer("hot", uneven ? "" : "good", uneven ? "Nowhere, but uneven" : "Nowhere: balanced", ordered.length > 1 ? `KV in use: from ${percent(use(freest))} on ${freest.id} to ${percent(use(fullest))} on ${fullest.id}.` : `${percent(use(fullest))} of the KV cache is in use.`);
+}
+function whyWaits(frame, waiting, fullest, freest) {
+  const held = sum(Object.values(frame.queued)), there = sum(waiting, "waiting"), all = held + there, why = [];
+  if (!all) return answer("waiting", "good", "None waits", frame.ttft_p50_s == null ? "" : `Half of the requests had their first token within ${ms(frame.ttft_p50_s)}.`);
+  if (there) {
+    const i = waiting[0], n = i.waiting;
+    why.push(`${n} on ${i.id}: ${i.head_blocks > i.free ? `the next one needs ${i.head_blocks} KV blocks, ${i.free} are free` : use(i) >= HOT ? "its KV cache is full" : "its batch is full"}${waiting.length > 1 ? `; ${there - n} on ${waiting.length > 2 ? `${waiting.length - 1} others` : waiting[1].id}` : ""}.`);
+  }
+  if (held) why.push(`${held} held by the scheduler, ${fullest && freest && use(freest) >= HOT ? "as no instance has room" : "until an instance is to take it"}.`);
+  answer("waiting", "bad", `${all} ${all > 1 ? "wait" : "waits"}`, why.join(" "));
+}
+function whatMoved(frame, stuck) {
+  const recent = state.moves.filter((m) => m.at > frame.at_s - RECENT_S), by = new Map();
+  for (const m of recent) { const w = by.get(m.from) || { n: 0, to: new Set() }; w.n += m.n; m.to.forEach((id) => w.to.add(id)); by.set(m.from, w); }
+  const most = [...by].sort((a, b) => b[1].n - a[1].n), count = (how) => sum(recent.filter((m) => m.how === how), "n");
+  const [moved, resumed] = [count("moved"), count("resumed")];
+  const why = most.slice(0, 3).map(([from, { n, to }]) => `${n} from ${from} to ${to.size > 1 ? `${to.size} others` : [...to][0]}`).join(", ") + (most.length > 3 ? `, and from ${most.length - 3} more` : "");
+  const cannot = stuck ? ` Nothing can move from ${stuck.id}: ${stuck.cannot_migrate}` : "";
+  if (resumed) return answer("moved", "warn", `${moved ? `${moved} moved, ` : ""}${resumed} resumed`, `${why}.${cannot}`);
+  if (moved) return answer("moved", "move", `${moved} moved in ${RECENT_S} s`, `${why}.${cannot}`);
+  return answer("moved", stuck ? "warn" : "", "Nothing lately", cannot.trim() || (frame.migrations.committed ? `${frame.migrations.committed} since the scheduler started.` : "No request has moved yet."));
 }
 const use = (i) => (i.total ? (i.total - i.free - i.reserved) / i.total : 0);
 const isHot = (i) => i.state !== "draining" && (use(i) >= HOT || i.waiting > 2);
 
-// ---- instances ---------------------------------------------------------------------------------
-function row(id) {
-  let found = state.rows.get(id);
-  if (found) return found;
-  const div = document.createElement("div");
-  div.className = "inst";
-  div.innerHTML = '<div class="head"><button type="button"></button><span class="state"></span><span class="right"></span></div><canvas role="img"></canvas>';
-  const button = div.querySelector("button"), canvas = div.querySelector("canvas");
-  button.textContent = id;
-  button.addEventListener("click", () => choose({ instance: id }));
-  canvas.addEventListener("click", (e) => { const hit = at(found, e); choose(hit ? { request: hit.id } : { instance: id }); });
-  canvas.addEventListener("pointermove", (e) => tip(e, at(found, e)));
-  canvas.addEventListener("pointerleave", () => ($("tip").hidden = true));
-  found = { id, div, canvas, state: div.querySelector(".state"), right: div.querySelector(".right"), segments: [] };
-  state.rows.set(id, found);
-  return found;
-}
-function drawPool(frame) {
-  const pool = $("pool");
-  pool.classList.toggle("dense", frame.instances.length > DENSE_ABOVE);
-  const ids = new Set(frame.instances.map((i) => i.id));
-  for (const [id, r] of state.rows) {
-    if (ids.has(id)) continue;
-    r.div.className = "inst gone";
-    if (Date.now() - (state.gone.get(id) || 0) > 6000) { r.div.remove(); state.rows.delete(id); state.gone.delete(id); }
-  }
-  // First all that is written, then all that is measured, then all that is painted: a measure after
-  // a write lays the whole page out, and two hundred of them a frame are seconds.
-  for (const instance of frame.instances) {
-    const r = row(instance.id);
-    if (!r.div.isConnected) pool.append(r.div);
-    const hot = isHot(instance);
-    set(r.div, "className", `inst ${hot ? "hot" : ""} ${instance.state}`);
-    set(r.state, "className", `state ${hot ? "" : instance.state}`);
-    set(r.state, "textContent", hot ? "hot" : instance.state);
-    set(r.right, "textContent", `${instance.running} running${instance.waiting ? ` · ${instance.waiting} waiting` : ""} · ${Math.round(100 * use(instance))} % · ${instance.step_s ? `${Math.round(1000 * instance.step_s)} ms a step` : "idle"}`);
-    const label = `${instance.id}: ${instance.state}, ${Math.round(100 * use(instance))} % of KV in use, ${instance.running} running, ${instance.waiting} waiting`;
-    if (r.label !== label) r.canvas.setAttribute("aria-label", (r.label = label));
-  }
-  for (const r of state.rows.values()) measure(r);
-  const style = getComputedStyle(document.documentElement), [l, s, text] = ["--seg-l", "--seg-s", "--text"].map((name) => style.getPropertyValue(name));
-  for (const instance of frame.instances) bar(row(instance.id), instance, frame.byInstance.get(instance.id) || [], frame.block_size, { l, s, text });
-}
-function set(node, name, value) { if (node[name] !== value) node[name] = value; }
-function measure(r) {
-  const box = r.canvas.getBoundingClientRect();
-  r.box = { left: box.left + scrollX, top: box.top + scrollY, width: box.width, height: box.height };
-}
-function bar(r, instance, requests, blockSize, { l, s, text }) {
-  const scale = devicePixelRatio || 1;
-  const width = Math.max(40, r.box.width), height = Math.max(8, r.box.height);
-  if (r.canvas.width !== Math.round(width * scale)) r.canvas.width = Math.round(width * scale);
-  if (r.canvas.height !== Math.round(height * scale)) r.canvas.height = Math.round(height * scale);
-  const g = r.canvas.getContext("2d");
-  g.setTransform(scale, 0, 0, scale, 0, 0);
-  g.clearRect(0, 0, width, height);
-  r.segments = [];
-  const total = instance.total || 1, used = Math.max(0, instance.total - instance.free - instance.reserved);
-  const wants = requests.map((q) => Math.max(1, Math.ceil((q.prompt + q.outputs) / blockSize)));
-  const sumWants = wants.reduce((a, b) => a + b, 0) || 1;
-  // What a request is known to hold is an estimate; what the instance reports is not.
-  const each = Math.min(1, used / sumWants) || 0;
-  let x = 0;
-  requests.forEach((q, i) => {
-    const w = (wants[i] * (each || 0.2) * width) / total;
-    g.fillStyle = `hsl(${hue(q.id)} ${s} ${l})`;
-    g.globalAlpha = q.outputs ? 1 : 0.45;
-    g.fillRect(x, 0, Math.max(0.6, w - 0.8), height);
-    if (q.high) { g.strokeStyle = text; g.lineWidth = 2; g.strokeRect(x + 1, 1, Math.max(1, w - 2.8), height - 2); }
-    if (state.chosen?.request === q.id) { g.fillStyle = text; g.fillRect(x, height - 3, Math.max(1, w - 0.8), 3); }
-    g.globalAlpha = 1;
-    r.segments.push({ from: x, to: x + w, request: q });
-    x += w;
-  });
-  const usedTo = (used * width) / total;
-  if (usedTo > x + 1) { g.fillStyle = text; g.globalAlpha = 0.12; g.fillRect(x, 0, usedTo - x, height); g.globalAlpha = 1; }
-  if (instance.reserved) {
-    const from = Math.max(x, usedTo), to = from + (instance.reserved * width) / total;
-    g.save(); g.beginPath(); g.rect(from, 0, to - from, height); g.clip();
-    g.strokeStyle = text; g.globalAlpha = 0.5; g.lineWidth = 1;
-    for (let at = from - height; at < to; at += 5) { g.beginPath(); g.moveTo(at, height); g.lineTo(at + height, 0); g.stroke(); }
-    g.restore();
-  }
-}
-function hue(id) { let h = 2166136261; for (let i = 0; i < id.length; i++) h = Math.imul(h ^ id.charCodeAt(i), 16777619); return (h >>> 0) % 360; }
-function at(r, e) {
-  const x = e.clientX - r.canvas.getBoundingClientRect().left;
-  return r.segments.find((s) => x >= s.from && x < s.to)?.request;
-}
-function tip(e, q) {
-  const box = $("tip");
-  box.hidden = !q;
-  if (!q) return;
-  box.textContent = `${short(q.external_id)} · ${q.prompt} + ${q.outputs} tokens${q.moves ? ` · moved ${q.moves}×` : ""}`;
-  box.style.left = `${Math.min(e.clientX + 12, innerWidth - 240)}px`;
-  box.style.top = `${e.clientY + 14}px`;
-}
-
-// ---- migrations in flight ----------------------------------------------------------------------
-function place(id, request) {
-  const r = state.rows.get(id);
-  if (!r || !r.div.isConnected) return null;
-  const box = r.box, s = r.segments.find((x) => x.request.id === request);
-  return box && { x: box.left - scrollX + (s ? (s.from + s.to) / 2 : box.width * 0.7), y: box.top - scrollY + box.height / 2 };
-}
-function fly(q, from, to) {
-  if (calm.matches || state.flights.length >= MAX_FLIGHTS) return;
-  const start = place(from, q.id);
-  if (start) requestAnimationFrame(() => { const end = place(to, q.id);
-    if (end) { state.flights.push({ start, end, born: performance.now(), hue: hue(q.id) }); if (state.flights.length === 1) animate(); } });
-}
-function animate() {
-  const canvas = $("flights"), scale = devicePixelRatio || 1;
-  canvas.width = innerWidth * scale; canvas.height = innerHeight * scale;
-  const g = canvas.getContext("2d"), now = performance.now();
-  g.setTransform(scale, 0, 0, scale, 0, 0);
-  g.clearRect(0, 0, innerWidth, innerHeight);
-  state.flights = state.flights.filter((f) => now - f.born < FLIGHT_MS);
-  for (const f of state.flights) {
-    const t = (now - f.born) / FLIGHT_MS, lift = Math.min(120, Math.hypot(f.end.x - f.start.x, f.end.y - f.start.y) / 3);
-    const mid = { x: (f.start.x + f.end.x) / 2 + lift / 2, y: (f.start.y + f.end.y) / 2 - lift / 2 };
-    for (let k = 0; k < 14; k++) {
-      const u = ease(Math.max(0, t - k * 0.022)), v = 1 - u;
-      const x = v * v * f.start.x + 2 * v * u * mid.x + u * u * f.end.x, y = v * v * f.start.y + 2 * v * u * mid.y + u * u * f.end.y;
-      g.globalAlpha = (1 - k / 14) * (t > 0.9 ? (1 - t) * 10 : 1);
-      g.fillStyle = `hsl(${f.hue} 75% 58%)`;
-      g.beginPath(); g.arc(x, y, Math.max(1, 7 - k * 0.42), 0, 7); g.fill();
-    }
-  }
-  g.globalAlpha = 1;
-  if (state.flights.length) requestAnimationFrame(animate);
-  else g.clearRect(0, 0, innerWidth, innerHeight);
-}
-const ease = (t) => (t < 0.5 ? 2 * t * t : 1 - (-2 * t + 2) ** 2 / 2);
-
 // ---- one request, one instance -----------------------------------------------------------------
-function choose(what) { state.chosen = what; state.said = ""; state.built = ""; drawDetail(); if (state.frame) drawPool(state.frame); }
+function choose(what) {
+  Object.assign(state, { chosen: what, said: "", built: "", told: null });
+  drawDetail();
+  if (state.frame) drawPool(state.frame);
+  if (what?.request) account(what.request);
+}
+// The scheduler's own account of a request: where it was sent and why, each of its moves.
+async function account(id) {
+  for (; state.chosen?.request === id; await new Promise((done) => setTimeout(done, 2000))) {
+    const answer = await fetch(`requests/${encodeURIComponent(id)}/trace`, { headers: headers() }).catch(() => null);
+    if (!answer?.ok || state.chosen?.request !== id) return;
+    const told = await answer.json();
+    state.told = Object.values(told.requests)[0] || null;
+    drawDetail();
+  }
+}
+function steps(path) {
+  if (!state.told) return path.map((p) => [p.instance, `from token ${p.after}`]);
+  const first = state.told[0]?.at_s;
+  return state.told.map((s) => [`+${(s.at_s - first).toFixed(s.at_s - first < 10 ? 2 : 0)} s ${s.kind}${s.instance_id ? ` ${s.instance_id}` : ""}`,
+    `${s.text}${s.candidates.length > 1 ? ` · ${s.candidates.slice(0, 3).map((c) => `${c.instance_id}: ${c.score == null ? `${c.num_free_blocks} free` : +c.score.toPrecision(3)}`).join(", ")}${s.scored_by ? ` (${s.scored_by})` : ""}` : ""}`]);
+}
 function drawDetail() {
   const box = $("detail"), frame = state.frame, chosen = state.chosen;
   if (!chosen || !frame) { box.hidden = true; return; }
@@ -346,7 +279,7 @@ function drawDetail() {
   }
   const dl = box.querySelector("dl");
   dl.replaceChildren(...rows.flatMap(([name, value]) => { const dt = document.createElement("dt"), dd = document.createElement("dd"); dt.textContent = name; dd.textContent = value; return [dt, dd]; }));
-  box.querySelector("ol").replaceChildren(...path.map((p) => { const li = document.createElement("li"); li.textContent = `${p.instance}, from token ${p.after}`; return li; }));
+  box.querySelector("ol").replaceChildren(...steps(path).map(([what, why]) => { const li = document.createElement("li"), b = document.createElement("b"); b.textContent = what; li.append(b, why ? ` ${why}` : ""); return li; }));
   box.querySelector(".said").textContent = state.said;
 }
 function actions(box, q, i, frame) {
@@ -374,9 +307,9 @@ const themes = { dark: "light", light: "dark" };
 $("theme").addEventListener("click", () => {
   const now = document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
   document.documentElement.dataset.theme = localStorage.theme = themes[now];
-  if (state.frame) drawPool(state.frame);
+  if (state.frame) { drawPool(state.frame); drawChart(state.frame); }
 });
 if (localStorage.theme) document.documentElement.dataset.theme = localStorage.theme;
+addEventListener("scroll", () => { if (state.frame) requestAnimationFrame(() => drawPool(state.frame)); }, { passive: true });
 addEventListener("keydown", (e) => { if (e.key === "Escape") choose(null); });
-addEventListener("resize", () => state.frame && drawPool(state.frame));
-listen();
+addEventListener("resize", () => { if (state.frame) { drawPool(state.frame); drawChart(state.frame); } });
