@@ -78,9 +78,38 @@ def test_every_version_of_the_window_has_been_read() -> None:
     assert {minor_of(version) for version in fingerprinted_versions()} >= set(WINDOW)
 
 
+def test_every_version_of_the_window_has_been_read_whole() -> None:
+    """A list that has grown since leaves bodies of the other versions unread."""
+    here = fingerprint(Sources(installed_folder())).keys()
+    for version in fingerprinted_versions():
+        later = {
+            internal.label
+            for internal in INTERNALS
+            if internal.since in WINDOW
+            and WINDOW.index(internal.since) > WINDOW.index(minor_of(version))
+        }
+        unread = sorted(here - read_fingerprint(version).keys() - later)
+        assert unread == [], f"make vllm-diff VERSION={version}"
+
+
 def test_each_internal_is_listed_once() -> None:
     labels = [internal.label for internal in INTERNALS]
     assert len(labels) == len(set(labels))
+
+
+def test_all_that_is_used_of_scheduler_blocks_and_requests_is_listed() -> None:
+    listed = {internal.name for internal in INTERNALS}
+    objects = {"scheduler", "kv_manager", "kv_cache_manager", "block_pool", "request"}
+    unlisted = {
+        f"{path.name}: {owner}.{node.attr}"
+        for path in Path(version_check.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.Attribute)
+        and (owner := getattr(node.value, "attr", getattr(node.value, "id", "")))
+        and owner.removeprefix("_") in objects
+        and node.attr not in listed
+    }
+    assert unlisted == set()
 
 
 @pytest.mark.parametrize(

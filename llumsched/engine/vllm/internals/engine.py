@@ -119,6 +119,9 @@ ENGINE_INTERNALS: tuple[Internal, ...] = (
             ("num_spec_tokens", "pad nothing that resumes with drafts"),
             ("dynamic_sd_lookup", "pad nothing that resumes with drafts"),
             ("num_lookahead_tokens", "reserve what a drafter writes ahead"),
+            ("max_num_running_reqs", "pad nothing that resumes with drafts"),
+            ("connector", "tell it of arrivals"),
+            ("ec_connector", "keep what it holds in place"),
         )
     ),
     Internal(_SCHEDULER, "max_model_len", "reserve no more than that", on_instances=True),
@@ -148,6 +151,7 @@ ENGINE_INTERNALS: tuple[Internal, ...] = (
     ),
     Internal(_KV, "cache_blocks", "publish the arrived prefix", ("request", "num_computed_tokens")),
     Internal(_KV, "get_block_ids", "find blocks", ("request_id",)),
+    Internal(_KV, "get_blocks", "find blocks that a connector reads", ("request_id",)),
     Internal(_KV, "create_kv_cache_blocks", "reserve blocks", ("blocks",)),
     Internal(_KV, "remove_skipped_blocks", "leave a window's past behind", ("request_id",)),
     Internal(_KV, "coordinator", "find the blocks of each group", on_instances=True),
@@ -170,6 +174,7 @@ ENGINE_INTERNALS: tuple[Internal, ...] = (
     Internal(_POOL, "free_blocks", "unpin blocks", ("ordered_blocks",)),
     Internal(_POOL, "get_num_free_blocks", "report load"),
     Internal(_POOL, "num_gpu_blocks", "report load", on_instances=True),
+    Internal(_POOL, "null_block", "leave out what a window has left behind", on_instances=True),
     Internal(_POOL, "cached_block_hash_to_block", "list cached prefixes", on_instances=True),
     Internal(
         "vllm.v1.core.block_pool:BlockHashToBlockMap",
@@ -271,6 +276,10 @@ ENGINE_INTERNALS: tuple[Internal, ...] = (
             "kv_hints",
             "spec_token_ids",
             "spec_decode_metrics",
+            "request_id",
+            "num_output_tokens",
+            "num_tokens_with_spec",
+            "is_finished",
         )
     ),
     Internal("vllm.v1.request:RequestStatus", "PREEMPTED", "tell an arrival"),
