@@ -147,7 +147,11 @@ def answer_of(prompt: Sequence[int], num_tokens: int) -> list[int]:
 
 
 class Engine:
-    """A scheduler, its runner, and the port of migrations. At most ``num_in_flight`` steps are."""
+    """A scheduler, its runner, and the port of migrations. At most ``num_in_flight`` steps are.
+
+    While ``holds_prompts`` the scheduler is told to compute none, as engine cores tell it between
+    the steps of ``--prefill-schedule-interval``.
+    """
 
     def __init__(self, config: VllmConfig, *, num_in_flight: int = 1) -> None:
         config.scheduler_config.async_scheduling = num_in_flight > 1
@@ -181,6 +185,7 @@ class Engine:
         self.answers: dict[str, list[int]] = {}
         self.step_time_s, self.ahead = 0.0, StepAhead()
         self.last: SchedulerOutput | None = None
+        self.holds_prompts = False
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(EngineAdapter, "_open_kv_cache", lambda _: None)
             self.port = MigrationAdapter(self)  # type: ignore[arg-type]
@@ -240,7 +245,7 @@ class Engine:
             observer()
         scheduled: dict[str, int] = {}
         if self.scheduler.has_requests():
-            self.last = self.scheduler.schedule()
+            self.last = self.scheduler.schedule(self.holds_prompts)
             scheduled = dict(self.last.num_scheduled_tokens)
             self._steps.append((self.last, self.runner.run(self.last)))
         if len(self._steps) >= self._num_in_flight or (self._steps and not scheduled):

@@ -185,6 +185,21 @@ def test_rolled_back_after_another_adapter_was_admitted(
     assert engine.answers["b"] == answer_of(OTHER, 12)
 
 
+def test_what_waits_for_its_adapter_holds_no_slot(make: MakeEngine) -> None:
+    """Others fill the batch meanwhile; to runner V2 it is not there."""
+    engine = make(**LORA)
+    engine.submit("a", PROMPT, 30, adapter(1))
+    for name in ("b", "c"):
+        engine.submit(name, OTHER, 12, adapter(2))
+    engine.until("a", 2)
+    with suspended("a", engine):
+        engine.step()
+        assert set(engine.step()) == {"b"}
+    assert set(engine.step()) == {"b", "c"}
+    engine.finish()
+    assert engine.answers["a"] == answer_of(PROMPT, 30)
+
+
 def test_no_room_for_the_adapter(make: MakeEngine) -> None:
     here, there = make(**LORA), make(**LORA)
     here.submit("a", PROMPT, 30, adapter(1))
@@ -336,6 +351,33 @@ def test_what_is_rolled_back_among_prompts_is_in_the_next_step(
         assert engine.step()["a"] == 1
     engine.finish()
     assert engine.answers["a"] == answer_of(PROMPT, 30)
+
+
+@ASYNC
+def test_arrivals_do_not_wait_for_the_turn_of_prompts(make: MakeEngine, num_in_flight: int) -> None:
+    """vLLM 0.33 holds prompts back for ``--prefill-schedule-interval`` steps by itself, those
+    before it only where their engine core says so: what has its KV is no prompt."""
+    here = make(num_in_flight, max_num_seqs=8)
+    there = full_of_prompts(make, num_in_flight, prefill_schedule_interval=1000)
+    for name, engine in (("a", here), ("b", there)):
+        engine.submit(name, [*PROMPT, ord(name)], 60)
+    here.until("a", 2)
+    there.until("b", 2)
+    for number in range(4, 6):
+        there.submit(f"p{number}", [number * 200 + i for i in range(190)], 2)
+    there.holds_prompts = True
+    assert there.step() == {"b": 1}
+    move("a", here, there)
+    for _ in range(3):
+        assert there.step() == {"a": 1, "b": 1}
+    with suspended("a", there):
+        for _ in range(3):
+            assert there.step() == {"b": 1}
+    for _ in range(3):
+        assert there.step() == {"a": 1, "b": 1}
+    there.holds_prompts = False
+    there.finish()
+    assert there.answers["a"] == answer_of([*PROMPT, ord("a")], 60)
 
 
 @given(

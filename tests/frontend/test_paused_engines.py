@@ -7,13 +7,38 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.v1.engine import EngineCoreRequest, FinishReason
+from vllm.v1 import engine as messages
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from llumsched.frontend.routing.client import RoutingEngineClient
 from llumsched.frontend.routing.engine_labels import EngineLabels
 from llumsched.frontend.routing.resumer import Resumer
 from llumsched.frontend.routing.routes import Routes
 from tests.builders import engine_request
+
+
+def received(instance: int, *, retryable: bool, tokens: Any) -> Any:
+    """Outputs as an engine sends them: ``tokens``, or the error of a paused one.
+
+    vLLM before 0.33 has no such error; there the message is one of 0.33's shape.
+    """
+    fields = {"code": "engine_paused", "message": "Generation is paused.", "retryable": retryable}
+    reason = None if tokens else FinishReason.ERROR
+    output: Any = EngineCoreOutput("r1", list(tokens), finish_reason=reason)
+    if hasattr(messages, "RequestError"):
+        output.error = None if tokens else messages.RequestError(**fields)
+        sent = EngineCoreOutputs(engine_index=instance, outputs=[output])
+        return MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(sent))
+    output = SimpleNamespace(
+        request_id="r1",
+        new_token_ids=list(tokens),
+        finish_reason=reason,
+        error=None if tokens else SimpleNamespace(**fields),
+    )
+    return SimpleNamespace(
+        engine_index=instance, utility_output=None, outputs=[output], scheduler_stats=None
+    )
 
 
 class World:
@@ -46,17 +71,7 @@ class World:
 
     async def hears(self, instance: int, *, retryable: bool = True, tokens: Any = ()) -> Any:
         """The outputs that are passed on of an instance's; all are errors, but for tokens."""
-        error = SimpleNamespace(code="engine_paused", retryable=retryable)
-        output = SimpleNamespace(
-            request_id="r1",
-            new_token_ids=list(tokens),
-            finish_reason=None if tokens else FinishReason.ERROR,
-            error=None if tokens else error,
-        )
-        message = SimpleNamespace(
-            engine_index=instance, utility_output=None, outputs=[output], scheduler_stats=None
-        )
-        self.client._take_in(message)
+        self.client._take_in(received(instance, retryable=retryable, tokens=tokens))
         await asyncio.sleep(0)
         found = []
         while not self.client.outputs_queue.empty():

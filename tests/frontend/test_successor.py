@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 import zmq
 from prometheus_client import CollectorRegistry
@@ -61,9 +62,12 @@ class Roster:
 
 
 class Engine:
-    """The two sockets of vLLM's engine core, opened as it opens them."""
+    """The two sockets of vLLM's engine core, opened as it opens them.
 
-    def __init__(self, ports: FrontendPorts) -> None:
+    ``ready`` is what it says of itself; vLLM takes nothing for an engine with nothing to say.
+    """
+
+    def __init__(self, ports: FrontendPorts, ready: bytes = b"") -> None:
         addresses = ports.addresses()
         self._context = zmq.Context()
         module: Any = engine_core_module
@@ -77,7 +81,7 @@ class Engine:
         self.output: zmq.Socket[bytes] = module.make_zmq_socket(
             self._context, addresses.outputs[PLACE], zmq.PUSH, linger=0
         )
-        self.input.send(b"")  # vLLM takes an empty payload for an engine with nothing to say
+        self.input.send(ready)
         self._heard: queue.SimpleQueue[tuple[EngineCoreRequestType, Any]] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -123,7 +127,11 @@ def ports(monkeypatch: pytest.MonkeyPatch) -> Iterator[FrontendPorts]:
 async def frontend(ports: FrontendPorts, placer: Placer) -> AsyncIterator[RoutingEngineClient]:
     """Nothing of it is left afterwards, as of a process that has ended."""
     sockets = FrontendSockets(HOST, KEYS, 1 << 20, ports.of(PLACE))
-    config = SimpleNamespace(cache_config=SimpleNamespace())
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(num_gpu_blocks=None, block_size=16),
+        model_config=SimpleNamespace(max_model_len=4096),
+        parallel_config=SimpleNamespace(_coord_store_port=None),
+    )
     client = RoutingEngineClient(
         cast(VllmConfig, config),
         sockets=sockets,
@@ -148,9 +156,11 @@ def tokens(request_id: str, *token_ids: int) -> EngineCoreOutputs:
     return EngineCoreOutputs(outputs=[output])
 
 
-def play(ports: FrontendPorts, scenario: Callable[[Engine], Awaitable[None]]) -> None:
+def play(
+    ports: FrontendPorts, scenario: Callable[[Engine], Awaitable[None]], ready: bytes = b""
+) -> None:
     async def playing() -> None:
-        engine = Engine(ports)
+        engine = Engine(ports, ready)
         try:
             await scenario(engine)
         finally:
@@ -170,6 +180,49 @@ def test_instances_are_known_to_it_though_they_came_before(ports: FrontendPorts)
                 assert heard.client_index == PLACE
 
     play(ports, scenario)
+
+
+# What an engine of vLLM 0.33 says when it is up; those before it say less.
+READY = {
+    "max_model_len": 2048,
+    "num_gpu_blocks": 100,
+    "block_size": 64,
+    "dp_stats_address": None,
+    "dtype": "torch.bfloat16",
+    "vllm_version": "0.33.0",
+    "world_size": 1,
+    "data_parallel_size": 1,
+    "tensor_parallel_size": 1,
+    "pipeline_parallel_size": 1,
+    "decode_context_parallel_size": 1,
+    "data_parallel_rank": 0,
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 8192,
+    "instance_id": "i",
+    "supports_lora": False,
+    "max_loras": 0,
+    "effective_attention_block_size": 64,
+    "coord_store_port": 0,
+    "coordinator_input_address": "ipc://input",
+    "coordinator_output_address": "ipc://output",
+}
+
+
+def test_what_an_engine_says_of_itself_is_taken_in(ports: FrontendPorts) -> None:
+    """The size of its blocks, which it chooses when the model is loaded, and its coordinator."""
+
+    async def scenario(engine: Engine) -> None:
+        async with frontend(ports, Placer()) as client:
+            await client.add_request_async(engine_request("r"))
+            await engine.hear()
+            cache = client.vllm_config.cache_config
+            assert (cache.block_size, cache.num_gpu_blocks) == (64, 100)
+            assert client.vllm_config.model_config.max_model_len == 2048
+            # vLLM before 0.33 does not look at them.
+            assert client.coordinator_input_address in (None, "ipc://input")
+            assert client.coordinator_output_address in (None, "ipc://output")
+
+    play(ports, scenario, ready=msgspec.msgpack.encode(READY))
 
 
 def test_what_was_meant_for_the_one_before_is_not_taken_in(ports: FrontendPorts) -> None:

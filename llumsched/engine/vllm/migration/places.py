@@ -15,6 +15,9 @@ The scheduler is left to do the rest, on either model runner. To put the request
 ones at once would skip its check of adapters, and runner V2 has no state of it yet; to lower the
 token budget would leave no token for it either.
 
+Where vLLM holds prompts back for some steps (``prefill_schedule_interval``), what resumes passes:
+one token is all that it lacks, so to the scheduler it is no prompt.
+
 Invariant: running requests, those that resume and the places kept are no more than the batch holds.
 What this does not know: blocks, and what a migration is. An adapter's place is not kept: a request
 rolled back after others have taken the last one waits for its turn, as any preempted request does.
