@@ -34,7 +34,7 @@ FAST := not engine and not ray and not chaos and not slow
 ON_V2 := tests/migration/test_exact.py::test_alone_in_a_circle tests/migration/test_next_step.py
 # How long the soak lasts.
 SOAK_S ?= 600
-# Which vLLM `make vllm-diff` looks at, what with (the version before), and more: DIFF_ARGS=--show.
+# Which vLLM `make vllm-diff` and `make vllm-parts` look at, what with (the version before), and more: DIFF_ARGS=--show.
 VERSION ?=
 BASE ?=
 DIFF_ARGS ?=
@@ -56,7 +56,8 @@ export HF_HUB_OFFLINE ?= 1
 endif
 
 .PHONY: help install model demo gpu-check gpu-demo serve test test-fast test-v2 check format \
-	format-check lint types contracts bench soak lines vllm-diff docs docs-site hooks clean distclean
+	format-check lint types contracts bench soak lines vllm-diff vllm-parts docs docs-site hooks \
+	clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -147,6 +148,10 @@ lines: ## count lines of Python, and of code, a folder
 vllm-diff: $(INSTALLED) ## what has moved in vLLM VERSION, and its fingerprint (BASE=... to compare with)
 	@[[ -n "$(VERSION)" ]] || { echo "name a release of vLLM: make vllm-diff VERSION=0.33.0"; exit 1; }
 	$(PY) -m scripts.vllm_diff "$(VERSION)" $(if $(BASE),--base "$(BASE)") $(DIFF_ARGS)
+
+vllm-parts: $(INSTALLED) ## test what of vLLM VERSION is Python alone, without installing it
+	@[[ -n "$(VERSION)" ]] || { echo "name a release of vLLM: make vllm-parts VERSION=0.33.0"; exit 1; }
+	$(PY) -m scripts.vllm_parts "$(VERSION)" -- $(PYTEST_ARGS)
 
 docs: $(INSTALLED) ## write again the parts of docs/ that come from the code
 	$(PY) -m scripts.generate_docs

@@ -30,6 +30,7 @@ from vllm.v1.request import Request, RequestStatus
 from llumsched.core.migration.groups import order_of
 from llumsched.core.migration.messages import CopyBlocks
 from llumsched.engine.base import NO_BLOCK, CannotMigrate
+from llumsched.engine.vllm.compat import installed_version, minor_of
 from llumsched.engine.vllm.migration.groups import (
     ArrivingBlocks,
     PinnedBlocks,
@@ -191,6 +192,8 @@ class Cache:
 @pytest.fixture(params=CACHES)
 def caches(request: pytest.FixtureRequest) -> Iterator[tuple[Cache, Cache]]:
     specs, has_prefix_cache = CACHES[request.param]
+    if request.param == "full, state, all" and minor_of(installed_version()) == "0.33":
+        pytest.skip("vLLM 0.33 has no such cache")
     made = tuple(Cache(specs, has_prefix_cache=has_prefix_cache) for _ in range(2))
     source, destination = made
     num_free = source.num_free
