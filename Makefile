@@ -113,7 +113,7 @@ test-fast: $(INSTALLED) ## run the tests that start no engine and no Ray: under 
 
 test-v2: $(INSTALLED) ## moves are exact on vLLM's model runner V2 too, by Triton's interpreter: slow
 	@$(PY) -m scripts.prepare_model >/dev/null
-	LLUMSCHED_MODEL_RUNNER=2 $(PY) -m pytest -o faulthandler_timeout=0 $(ON_V2) $(PYTEST_ARGS)
+	LLUMSCHED_MODEL_RUNNER=2 $(PY) -m pytest -v -o faulthandler_timeout=0 $(ON_V2) $(PYTEST_ARGS)
 
 check: $(INSTALLED) ## format, lint, types, import contracts, tests
 	@$(MAKE) --no-print-directory --jobs=2 format-check lint types contracts test

@@ -47,15 +47,23 @@ def unmoved(engines: Pool, request: pytest.FixtureRequest) -> dict[str, Any]:
     cases = CASES
     if runner_v2.IS_ON:
         # A step takes long there.
-        named = _named_by_tests(request.session)
-        cases = {name: case for name, case in CASES.items() if name in named}
+        asked = _asked_for(request.session)
+        cases = {name: case for name, case in CASES.items() if name in asked}
     return answers_of(engines, cases)
 
 
-def _named_by_tests(session: pytest.Session) -> set[str]:
-    """Names that are parameters of the tests of this run."""
-    calls = [getattr(item, "callspec", None) for item in session.items]
-    return {str(call.params.get("name")) for call in calls if call is not None}
+def _asked_for(session: pytest.Session) -> set[str]:
+    """The cases that the tests of this run look up: one by their parameter, or any."""
+    asked: set[str] = set()
+    for item in session.items:
+        if "unmoved" not in getattr(item, "fixturenames", ()):
+            continue
+        call = getattr(item, "callspec", None)
+        name = call.params.get("name") if call is not None else None
+        if name is None:
+            return set(CASES)
+        asked.add(name)
+    return asked
 
 
 @pytest.fixture
