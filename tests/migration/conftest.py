@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from vllm.distributed import parallel_state
 from vllm.lora.request import LoRARequest
 
 from tests import runner_v2
@@ -82,6 +83,8 @@ def family_pool(
     """Two engines of a tiny model of one family."""
     family = FAMILIES[request.param]
     model = of_family(family, tmp_path_factory.mktemp("family"))
+    # Engines of a process share vLLM's groups; those of a model without experts have none for them.
+    parallel_state.destroy_model_parallel()
     with Pool(model, **family.flags) as pool:
         yield pool
 
