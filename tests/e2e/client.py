@@ -95,7 +95,8 @@ class Admin(Client):
     def at_rest(cls, url: str, model: str, api_key: str | None = None) -> Iterator[Admin]:
         """A client of a pool that is at rest, and must be so again at the end."""
         pool = cls(url, model, api_key)
-        pool.await_idle()
+        # The test before has waited for more.
+        pool.await_idle(num_reports=0)
         yield pool
         pool.await_idle()
         pool.close()
@@ -123,9 +124,9 @@ class Admin(Client):
             body["destination"] = destination
         return self.post("/llumsched/migrations", body)
 
-    def await_idle(self) -> None:
-        """Wait until no request is left anywhere and every block is free, and still is after
-        the next reports of each instance."""
+    def await_idle(self, num_reports: int = 1) -> None:
+        """Wait until no request is left anywhere and every block is free, and still is after so
+        many more reports of each instance. An idle instance reports once a second."""
         deadline_s = time.monotonic() + IDLE_TIMEOUT_S
         idle_since: dict[str, int] | None = None
         while True:
@@ -133,8 +134,7 @@ class Admin(Client):
             if not requests and all(map(is_idle, loads.values())):
                 sequences = {name: load["sequence"] for name, load in loads.items()}
                 idle_since = idle_since or sequences
-                # One report may have been under way; the one after it was not.
-                if all(sequences[name] >= idle_since[name] + 2 for name in sequences):
+                if all(sequences[name] >= idle_since[name] + num_reports for name in sequences):
                     return
             else:
                 idle_since = None

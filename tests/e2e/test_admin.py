@@ -100,6 +100,7 @@ def test_prompt_still_being_computed_moves(pool: Admin) -> None:
             )
         ):
             assert time.monotonic() < deadline_s
+            time.sleep(POLL_INTERVAL_S / 5)
         answer = pool.migrate(request["request_id"])
         assert answer.status == 200, answer
         found = collect(list(stream))
