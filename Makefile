@@ -158,6 +158,7 @@ docs: $(INSTALLED) ## write again the parts of docs/ that come from the code
 	$(PY) -m scripts.grafana_boards
 
 docs-site: $(INSTALLED) ## build the documentation as a site, in build/site; a dead link fails
+	@$(PY) -m scripts.docs_site
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 hooks: $(INSTALLED) ## run format, lint, types and contracts before every commit

@@ -170,6 +170,7 @@ setup(
         # Helm's own code (250 MB) and Kubernetes' schemas, to check the chart with.
         "charts": ["helm-python-sdk==0.2.2", "kubernetes-validate>=1.31"],
         "dev": [
+            "grafana-foundation-sdk",
             "hypothesis>=6.130",
             "import-linter>=2.5",
             "mkdocs-material>=9.6,<10",

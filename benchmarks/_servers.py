@@ -58,6 +58,19 @@ def frontend_of(server: Server) -> psutil.Process:
     return found
 
 
+def processor_time_s(server: Server) -> float:
+    """Processor time so far, in seconds, of a pool's processes that are ours: not of Ray's own."""
+    total_s = 0.0
+    launcher = psutil.Process(server.pid)
+    for process in (launcher, *launcher.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            is_actor = process.name().startswith(("ray::SchedulerActor", "ray::Instance"))
+            if is_actor or any("llumsched" in word for word in process.cmdline()[1:4]):
+                times = process.cpu_times()
+                total_s += times.user + times.system
+    return total_s
+
+
 @contextmanager
 def plain_vllm(flags: Sequence[str] = ENGINE_FLAGS) -> Iterator[Server]:
     """``vllm serve`` as it is, with its defaults but for ``flags``."""

@@ -50,6 +50,7 @@ def client(*, is_told: bool = True) -> TestClient:
             placed(second)
             yield "data: 0\n\n"
             first.num_moves = second.num_moves = 1
+            first.instance = 3
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream")
@@ -84,11 +85,17 @@ def test_an_answer_that_is_not_streamed_says_everything_in_its_head() -> None:
     }
 
 
-def test_a_stream_says_its_migrations_at_its_end() -> None:
+def test_a_stream_says_at_its_end_where_it_was_last_and_how_often_it_moved() -> None:
     answer = client().post("/stream")
     assert told(answer.headers)["x-llumsched-reason"] == "round-robin"
     assert "x-llumsched-migrations" not in answer.headers
-    assert answer.text == "data: 0\n\n: x-llumsched-migrations: 2\n\ndata: [DONE]\n\n"
+    assert told(answer.headers)["x-llumsched-instance"] == "instance-0,instance-2"
+    assert answer.text == (
+        "data: 0\n\n"
+        ": x-llumsched-instance: instance-0,instance-3\n"
+        ": x-llumsched-migrations: 2\n\n"
+        "data: [DONE]\n\n"
+    )
 
 
 def test_every_instance_of_a_request_of_several_sequences_is_named() -> None:

@@ -138,6 +138,31 @@ def test_kubernetes_takes_the_pods_and_the_other_parts_of_the_ray_cluster() -> N
             validate(manifest)
 
 
+# Of KubeRay's types of version v1; each field that is named here is of this kind.
+RAY_CLUSTER = {"headGroupSpec": dict, "workerGroupSpecs": list}
+HEAD_GROUP = {"rayStartParams": dict, "template": dict}
+WORKER_GROUP = {
+    "groupName": str,
+    "replicas": int,
+    "minReplicas": int,
+    "maxReplicas": int,
+    **HEAD_GROUP,
+}
+
+
+def test_the_ray_cluster_has_the_fields_of_kuberay_s_types() -> None:
+    """Its definition cannot be had from a package index, so its fields are named here."""
+    cluster, _ = documents("kuberay.yaml")
+    assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
+    head, workers = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
+    parts = [(cluster["spec"], RAY_CLUSTER), (head, HEAD_GROUP)]
+    for found, fields in (*parts, *((group, WORKER_GROUP) for group in workers)):
+        assert found.keys() == fields.keys()
+        assert all(type(found[name]) is kind for name, kind in fields.items())
+    for group in (head, *workers):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     text = (CONFIGS / "systemd" / "llumsched.service").read_text()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import docs_site
 from scripts.docs_site import without_outside_links
 from tests.wheels import ROOT
 
@@ -65,6 +66,11 @@ def test_every_page_is_in_the_navigation_and_nothing_is_fetched_from_elsewhere(s
         name = page.relative_to(ROOT / "docs").with_suffix(".html").as_posix()
         assert f'href="{name}"' in home or name == "index.html", name
     assert not re.findall(r'(?:<script|<link)[^>]*(?:src|href)="https?:', home)
+    # The theme fetches what draws diagrams only where a page has one and Mermaid is not there.
+    assert docs_site.MERMAID.exists() == (site / docs_site.ON_THE_SITE).exists()
+    for page in site.rglob("*.html"):
+        has_diagram = 'class="mermaid"' in page.read_text(encoding="utf-8")
+        assert docs_site.MERMAID.exists() or not has_diagram, page
 
 
 def test_the_readme_is_two_screens() -> None:

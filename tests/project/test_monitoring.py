@@ -97,6 +97,31 @@ def test_the_boards_are_those_of_the_script() -> None:
     assert files == set(grafana_boards.BOARDS)
 
 
+def lost(given: Any, kept: Any, where: str = "") -> Iterator[str]:
+    """What of a value is not in its copy, or is another there."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        for key, value in given.items():
+            if key in kept:
+                yield from lost(value, kept[key], f"{where}.{key}")
+            else:
+                yield f"{where}.{key}"
+    elif isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
+        for number, (value, copy) in enumerate(zip(given, kept, strict=True)):
+            yield from lost(value, copy, f"{where}[{number}]")
+    elif given != kept:
+        yield f"{where}: {given!r}, not {kept!r}"
+
+
+@pytest.mark.parametrize("name", grafana_boards.BOARDS)
+def test_grafana_s_own_model_of_a_board_loses_nothing_of_it(name: str) -> None:
+    """By the types that Grafana generates from its schema: a key that it does not know is lost."""
+    models = pytest.importorskip("grafana_foundation_sdk.models.dashboard")
+    encoder = pytest.importorskip("grafana_foundation_sdk.cog.encoder")
+    board = json.loads((grafana_boards.FOLDER / f"{name}.json").read_text())
+    read = models.Dashboard.from_json(board)
+    assert list(lost(board, json.loads(encoder.JSONEncoder().encode(read)))) == []
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="Prometheus is not installed")
 @pytest.mark.parametrize(
     "command", [("check", "rules", str(ALERTS)), ("check", "config", str(SCRAPE))]

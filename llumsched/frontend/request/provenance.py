@@ -5,8 +5,9 @@
     x-llumsched-reason      freeness=12.3
     x-llumsched-migrations  2                          of an answer that is not streamed
 
-A streamed answer's head goes out before its first token, so the number of migrations comes at its
-end, as a comment of the event stream before ``[DONE]``, which clients skip.
+A streamed answer's head goes out before its first token, so the instances where it ended and the
+number of migrations come at its end, as a comment of the event stream before ``[DONE]``, which
+clients skip. A stream of another form, which ends without ``[DONE]``, has no comment.
 
 This module is told of placements by whoever makes them; it does not know when an answer is sent.
 """
@@ -59,9 +60,7 @@ class Provenance:
         """
         if not self._routes:
             return
-        instances = {route.instance for route in self._routes} - {None}
-        names = ",".join(instance_name(i) for i in sorted(i for i in instances if i is not None))
-        yield INSTANCE, names.encode()
+        yield INSTANCE, self._instances
         yield POLICY, _header(policy)
         yield REASON, _header(self._reason)
         if is_complete:
@@ -71,8 +70,14 @@ class Provenance:
         """The end of an event stream, with what is known only now; any other part as it is."""
         if not self._routes or not body.endswith(DONE):
             return body
-        said = b": %s: %d\n\n" % (MIGRATIONS, self._num_moves)
-        return body.removesuffix(DONE) + said + DONE
+        where = b": %s: %s\n" % (INSTANCE, self._instances)
+        moved = b": %s: %d\n\n" % (MIGRATIONS, self._num_moves)
+        return body.removesuffix(DONE) + where + moved + DONE
+
+    @property
+    def _instances(self) -> bytes:
+        known = {route.instance for route in self._routes if route.instance is not None}
+        return ",".join(instance_name(instance) for instance in sorted(known)).encode()
 
     @property
     def _num_moves(self) -> int:
