@@ -39,7 +39,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """What draws the diagrams is a file of the site."""
+    """Make a file of the site of the script that draws the diagrams."""
     from mkdocs.structure.files import File
 
     if MERMAID.exists():

@@ -139,9 +139,9 @@ def test_kubernetes_takes_the_pods_and_the_other_parts_of_the_ray_cluster() -> N
 
 
 # Of KubeRay's types of version v1; each field that is named here is of this kind.
-RAY_CLUSTER = {"headGroupSpec": dict, "workerGroupSpecs": list}
-HEAD_GROUP = {"rayStartParams": dict, "template": dict}
-WORKER_GROUP = {
+RAY_CLUSTER: dict[str, type] = {"headGroupSpec": dict, "workerGroupSpecs": list}
+HEAD_GROUP: dict[str, type] = {"rayStartParams": dict, "template": dict}
+WORKER_GROUP: dict[str, type] = {
     "groupName": str,
     "replicas": int,
     "minReplicas": int,
@@ -155,8 +155,12 @@ def test_the_ray_cluster_has_the_fields_of_kuberay_s_types() -> None:
     cluster, _ = documents("kuberay.yaml")
     assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
     head, workers = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
-    parts = [(cluster["spec"], RAY_CLUSTER), (head, HEAD_GROUP)]
-    for found, fields in (*parts, *((group, WORKER_GROUP) for group in workers)):
+    parts: list[tuple[dict[str, Any], dict[str, type]]] = [
+        (cluster["spec"], RAY_CLUSTER),
+        (head, HEAD_GROUP),
+        *((group, WORKER_GROUP) for group in workers),
+    ]
+    for found, fields in parts:
         assert found.keys() == fields.keys()
         assert all(type(found[name]) is kind for name, kind in fields.items())
     for group in (head, *workers):
