@@ -17,10 +17,10 @@ and the nearest valid name. A `Config` holds no policies: `build_bundle` makes n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -31,6 +31,7 @@ from llumsched.core.params import ParamError, check_param, params_of
 from llumsched.core.policy import PolicyBundle
 from llumsched.core.transfer_options import TransferOptions
 
+_T = TypeVar("_T")
 DEFAULT_POLICY = "adaptive"
 NO_POLICY = "none"
 KEYS = ("policy", "seed", "params", "parts", "scheduler", "migration", "transfer")
@@ -130,25 +131,39 @@ class _Reader:
         self._source = source
 
     def config(self, root: yaml.Node) -> Config:
+        """The configuration; the error names the first mistake of each section."""
         entries = {e.key: e for e in self._entries(root, "the configuration", KEYS)}
-        policy = self._policy(entries.get("policy"))
-        seed = self._seed(entries.get("seed"))
-        parts = dict(self._parts(entries.get("parts"), policy))
-        scheduler = self._options(entries.get("scheduler"), SchedulerOptions)
-        migration = self._options(entries.get("migration"), MigrationOptions)
-        transfer = self._options(entries.get("transfer"), TransferOptions)
+        mistakes: list[ConfigError] = []
+
+        def section(read: Callable[[], _T], instead: _T) -> _T:
+            try:
+                return read()
+            except ConfigError as error:
+                mistakes.append(error)
+                return instead
+
+        policy = section(lambda: self._policy(entries.get("policy")), "")
         shared: dict[str, _Entry] = {}
         if "params" in entries:
             shared = {e.key: e for e in self._entries(entries["params"].node, "params")}
         config = Config(
             policy=policy,
-            seed=seed,
+            seed=section(lambda: self._seed(entries.get("seed")), 0),
             params={name: self._value(entry.node) for name, entry in shared.items()},
-            parts=parts,
-            scheduler=scheduler,
-            migration=migration,
-            transfer=transfer,
+            # What a part may say depends on the policy.
+            parts=section(lambda: dict(self._parts(entries.get("parts"), policy)), {})
+            if policy
+            else {},
+            scheduler=section(
+                lambda: self._options(entries.get("scheduler"), SchedulerOptions), {}
+            ),
+            migration=section(
+                lambda: self._options(entries.get("migration"), MigrationOptions), {}
+            ),
+            transfer=section(lambda: self._options(entries.get("transfer"), TransferOptions), {}),
         )
+        if mistakes:
+            raise ConfigError("\n".join(map(str, mistakes)))
         self._build(config, root, {name: entry.node for name, entry in shared.items()})
         return config
 

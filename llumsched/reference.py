@@ -21,7 +21,6 @@ def yaml_of(config: Config) -> str:
     """The whole configuration in force, each parameter with its doc and range above it."""
     bundle = build_bundle(config)
     policy = plugins.find(config.policy)
-    names = {id(p.target): p.name for p in plugins.installed()}
     lines = [
         *_comment(policy.doc, 0),
         "# Every key at the value in force; a file needs only what it changes.",
@@ -35,7 +34,7 @@ def yaml_of(config: Config) -> str:
             lines.append(f"  {kind}: {NO_POLICY}")
             continue
         cls = type(part)
-        name = names.get(id(cls), f"{cls.__module__}:{cls.__qualname__}")
+        name = _name_of(cls)
         lines.append(f"  {kind}:")
         lines += _comment(_doc(name), 4)
         lines.append(f"    name: {_scalar(name)}")
@@ -56,6 +55,8 @@ def text_of(policy: plugins.Policy) -> str:
     """One policy with its parameters, for a terminal."""
     lines = [f"{policy.name}  ({policy.kind}, from {policy.source})"]
     lines += textwrap.wrap(policy.doc, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    if policy.kind == "bundle":
+        lines.append(f"      parts: {_parts_of(policy.name)}")
     for param in policy.params:
         allowed = param.spec.range_text()
         default = "(required)" if param.is_required else f"= {_scalar(param.default)}"
@@ -65,6 +66,23 @@ def text_of(policy: plugins.Policy) -> str:
             param.spec.doc, WIDTH, initial_indent=" " * 10, subsequent_indent=" " * 10
         )
     return "\n".join(lines)
+
+
+def _parts_of(name: str) -> str:
+    """The kinds of parts that a bundle has, each with its policy."""
+    bundle = plugins.bundle_of(name)
+    parts = {kind: getattr(bundle, kind) for kind in plugins.KINDS}
+    return ", ".join(
+        f"{kind} {_name_of(type(part))}" for kind, part in parts.items() if part is not None
+    )
+
+
+def _name_of(cls: type) -> str:
+    """How a configuration file names the class of a part."""
+    for policy in plugins.installed():
+        if policy.target is cls:
+            return policy.name
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _doc(name: str) -> str:

@@ -67,14 +67,21 @@ def grid(scenario: Scenario, axes: Mapping[str, Sequence[Any]], num_seeds: int) 
     return points
 
 
-def simulate_point(point: Point, slo: Slo) -> Row:
-    """Simulate one point."""
+def simulate_point(point: Point, slo: Slo, hour_price: float | None = None) -> Row:
+    """Simulate one point; ``hour_price`` is that of an instance's hour."""
     scenario = point.scenario
     # Fragmentation is computed from the time line.
     options = scenario.options(point.seed, record_timeline=True)
     trace = scenario.trace(point.seed)
     result = simulate(trace, options)
-    run = reduce_run(result, label=scenario.policy, seed=point.seed, slo=slo, draw=False)
+    run = reduce_run(
+        result,
+        label=scenario.policy,
+        seed=point.seed,
+        slo=slo,
+        draw=False,
+        hour_price=hour_price,
+    )
     return Row(
         point=point,
         figures=run.figures(),
@@ -88,6 +95,7 @@ def sweep(
     points: Sequence[Point],
     slo: Slo,
     *,
+    hour_price: float | None = None,
     num_processes: int,
     progress: Callable[[int], None] | None = None,
     stop: Callable[[], bool] | None = None,
@@ -111,7 +119,9 @@ def sweep(
     with ProcessPoolExecutor(num_processes, initializer=_ignore_interrupts) as pool:
         try:
             for indices in (iter(list(first_of.values())), others()):
-                futures = {pool.submit(simulate_point, points[i], slo): i for i in indices}
+                futures = {
+                    pool.submit(simulate_point, points[i], slo, hour_price): i for i in indices
+                }
                 if not _collect(futures, rows, progress, stop):
                     break
         finally:

@@ -150,4 +150,11 @@ def _run(
         scenario.options(seed, record_timeline=True),
         stop=lambda: interrupt.is_set,
     )
-    return reduce_run(result, label=label, seed=seed, slo=slo_of(args), draw=False)
+    return reduce_run(
+        result,
+        label=label,
+        seed=seed,
+        slo=slo_of(args),
+        draw=False,
+        hour_price=args.hour_price,
+    )

@@ -89,6 +89,16 @@ def slo_of(args: argparse.Namespace) -> Slo:
     return Slo(ttft_s=args.slo_ttft_s, tpot_s=args.slo_tpot_s, e2e_s=args.slo_e2e_s)
 
 
+def add_price(parser: argparse.ArgumentParser) -> None:
+    """What an instance costs."""
+    parser.add_argument(
+        "--hour-price",
+        type=float,
+        metavar="P",
+        help="price of an instance's hour in any currency, for the cost of a million output tokens",
+    )
+
+
 def scenario_of(args: argparse.Namespace) -> Scenario:
     """The scenario that the options describe."""
     given = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}

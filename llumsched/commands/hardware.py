@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import math
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llumsched.commands import CommandError
 from llumsched.core.params import ParamError
+from llumsched.simulator.engines.cost import StepCost, copy_ps
 from llumsched.simulator.hardware.model_shape import ShapeError, read_shape
 from llumsched.simulator.hardware.rescale import Other, rescale
-from llumsched.simulator.hardware.spec import HardwareError, available, load_hardware
+from llumsched.simulator.hardware.spec import (
+    Hardware,
+    HardwareError,
+    available,
+    load_hardware,
+)
 from llumsched.simulator.hardware.yaml_text import hardware_text
+from llumsched.simulator.kernel import PS_PER_S
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+# What times are shown of: tokens of a prompt, tokens of context of each request, requests.
+_PROMPT = 1024
+_CONTEXT = 1024
+_BATCHES = (1, 32)
 _ROW = "{:24} {:24} {:>7}  {}"
 
 
@@ -23,13 +36,14 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     """Add this command's parser."""
     parser = subparsers.add_parser(
         "hardware",
-        help="list the modelled hardware, or scale it to another model",
+        help="list the modelled hardware, show one, or scale it to another model",
         description=(
-            "List the hardware files that ship. With BASE and --model-config, write one for another"
-            " model on the same accelerator: the times of BASE scaled by parameters, bytes of KV"
-            " (multi-head, grouped-query or latent attention) and attention heads. It is an"
-            " estimate, and says so; a mixture of experts, and a model so small that the host"
-            " decides, are refused. 'llumsched profile' measures."
+            "List the hardware files that ship, or show what one says. With BASE and"
+            " --model-config, write one for another model on the same accelerator: the times of"
+            " BASE scaled by parameters, bytes of KV (multi-head, grouped-query or latent"
+            " attention) and attention heads. It is an estimate, and says so; a mixture of"
+            " experts, and a model so small that the host decides, are refused. 'llumsched profile'"
+            " measures."
         ),
     )
     parser.add_argument("base", nargs="?", metavar="BASE", help="a name of the list, or a file")
@@ -57,7 +71,10 @@ def run(args: argparse.Namespace) -> int:
     """List, or write the file."""
     try:
         if args.model_config is None:
-            _list((args.base,) if args.base else available())
+            if args.base is None:
+                _list(available())
+            else:
+                _show(load_hardware(args.base))
         else:
             _write(args)
     except (HardwareError, ShapeError, ParamError) as error:
@@ -70,6 +87,52 @@ def _list(names: tuple[str, ...]) -> None:
     print(_ROW.format("NAME", "MODEL", "BLOCKS", "ACCELERATOR"))
     for found in every:
         print(_ROW.format(found.name, found.model, found.kv.num_blocks, found.accelerator))
+
+
+def _show(hardware: Hardware) -> None:
+    """What a planner asks of one file."""
+    kv, measured = hardware.kv, hardware.measured
+    error = (
+        "" if math.isnan(hardware.fit_error) else f"; the fit is off by {hardware.fit_error:.1%}"
+    )
+    costs = StepCost(hardware.step, _PROMPT)
+    prompt = costs.step(
+        num_prefill_tokens=_PROMPT, twice_prefill_pairs=_PROMPT**2, num_decodes=0, num_kv_tokens=0
+    )
+    rows = {
+        "model": hardware.model,
+        "accelerator": hardware.accelerator,
+        "source": " ".join(hardware.source.split()) + error,
+        "KV cache": f"{kv.num_blocks:,} blocks of {kv.block_size}, {hardware.num_kv_tokens:,}"
+        f" tokens, {hardware.num_kv_tokens * kv.bytes_per_token / 2**30:.1f} GiB",
+        f"a prompt of {_PROMPT:,}": f"{1e3 * prompt / PS_PER_S:.1f} ms",
+        **{
+            f"a step of {num} decodes": f"{1e3 * _decode_s(costs, num):.1f} ms, each with"
+            f" {_CONTEXT:,} tokens of context"
+            for num in _BATCHES
+        },
+        "to copy its KV": f"{1e3 * copy_ps(hardware.copy, _CONTEXT) / PS_PER_S:.1f} ms for"
+        f" {_CONTEXT:,} tokens",
+        "to boot": f"{hardware.boot_s:g} s",
+        "measured up to": f"{measured.batch_tokens:,} tokens and {measured.requests:,} requests in"
+        f" a step, {measured.kv_tokens:,} tokens of context",
+        **({"notes": " ".join(hardware.notes)} if hardware.notes else {}),
+    }
+    width = max(map(len, rows))
+    print(hardware.name)
+    for name, text in rows.items():
+        margin = f"  {name.ljust(width)}  "
+        print(textwrap.fill(text, 100, initial_indent=margin, subsequent_indent=" " * len(margin)))
+
+
+def _decode_s(costs: StepCost, num_decodes: int) -> float:
+    step = costs.step(
+        num_prefill_tokens=0,
+        twice_prefill_pairs=0,
+        num_decodes=num_decodes,
+        num_kv_tokens=num_decodes * _CONTEXT,
+    )
+    return step / PS_PER_S
 
 
 def _write(args: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from llumsched.commands._find import (
 )
 from llumsched.commands._scenario import (
     FIELDS,
+    add_price,
     add_scenario,
     add_slo,
     said_in_one_line,
@@ -67,6 +68,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         "--seeds", type=int, default=1, metavar="K", help="runs with seeds 0 to K-1 (default: 1)"
     )
     add_slo(parser)
+    add_price(parser)
     add_find(parser)
     add_failures(parser)
     output = parser.add_argument_group("results")
@@ -203,7 +205,14 @@ def _run_all(
                     stop=lambda: interrupt.is_set,
                 )
                 done.runs.append(
-                    reduce_run(result, label=label, seed=seed, slo=slo_of(args), draw=seed == 0)
+                    reduce_run(
+                        result,
+                        label=label,
+                        seed=seed,
+                        slo=slo_of(args),
+                        draw=seed == 0,
+                        hour_price=args.hour_price,
+                    )
                 )
                 if args.out is not None:
                     _write_run(args, label, seed, result)

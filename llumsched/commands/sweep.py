@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from llumsched import __version__
 from llumsched.commands import CommandError
 from llumsched.commands._failures import add_failures, status_of_failures
 from llumsched.commands._scenario import (
     FIELDS,
     SHORT,
+    add_price,
     add_scenario,
     add_slo,
     said_in_one_line,
@@ -25,7 +27,8 @@ from llumsched.commands._scenario import (
 )
 from llumsched.commands.simulate import INTERRUPTED, Interrupt
 from llumsched.plugins import unknown_name
-from llumsched.simulator.results.comparison import COLUMNS, Spread, numbers
+from llumsched.simulator.results.comparison import COLUMNS, FigureColumn, Spread, numbers
+from llumsched.simulator.results.sweep_report import write_sweep_report
 from llumsched.simulator.sweep import Row, grid, sweep, write_rows
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 
 _SHOWN = (
     *("ttft_mean", "ttft_p99", "tpot_mean", "tpot_p99", "gap_p99", "e2e_p99"),
-    *("slo", "goodput", "mean_instances"),
+    *("slo", "goodput", "mean_instances", "token_hours", "token_cost"),
 )
 
 
@@ -62,8 +65,15 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         "--jobs", type=int, metavar="N", help="processes (default: one a core that may be used)"
     )
     add_slo(parser)
+    add_price(parser)
     add_failures(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every row there, as CSV")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write a page with charts there: the figures over one option, a line for the others",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -93,13 +103,16 @@ def run(args: argparse.Namespace) -> int:
                 sweep(
                     points,
                     slo_of(args),
+                    hour_price=args.hour_price,
                     num_processes=args.jobs or len(os.sched_getaffinity(0)),
                     progress=progress,
                     stop=lambda: interrupt.is_set,
                 )
             )
-        print(_table(list(axes), rows))
-        _say_failures(list(axes), rows)
+        columns = _columns(rows)
+        print(_table(list(axes), rows, columns))
+        failures = _failures(list(axes), rows)
+        print("".join(f"{line}\n" for line in failures), end="")
         settled = sum(not row.seed_matters for row in rows)
         if settled and args.seeds > 1:
             print(
@@ -109,6 +122,9 @@ def run(args: argparse.Namespace) -> int:
         if args.out is not None:
             write_rows(rows, args.out)
             print(f"\nwritten: {args.out}, {len(rows)} of {len(points)} runs")
+        if args.report is not None and rows:
+            _write_report(args, rows, columns, failures)
+            print(f"\nwritten: {args.report}")
     if interrupt.is_set:
         print(f"interrupted: {len(rows)} of {len(points)} runs are done", file=sys.stderr)
         return INTERRUPTED
@@ -152,7 +168,37 @@ def _boolean(name: str, word: str) -> bool:
         raise CommandError(f"--grid {name}: true or false, not {word!r}") from None
 
 
-def _say_failures(axes: Sequence[str], rows: Sequence[Row]) -> None:
+def _write_report(
+    args: argparse.Namespace,
+    rows: Sequence[Row],
+    columns: Sequence[FigureColumn],
+    failures: Sequence[str],
+) -> None:
+    scenario = scenario_of(args)
+    axes = rows[0].point.values
+    write_sweep_report(
+        args.report,
+        rows,
+        columns,
+        title=f"{scenario.traffic}: sweep of {', '.join(axes).replace('_', ' ')}",
+        subtitle=f"simulated by llumsched {__version__}",
+        settings={
+            "traffic": scenario.traffic,
+            **{
+                name.replace("_", " "): str(getattr(scenario, name))
+                for name, described in FIELDS.items()
+                if name not in axes
+                and (
+                    name in ("hardware", "instances", "policy", "engine")
+                    or getattr(scenario, name) != described.default
+                )
+            },
+        },
+        remarks=failures,
+    )
+
+
+def _failures(axes: Sequence[str], rows: Sequence[Row]) -> list[str]:
     """Which points are not what they are called, and why."""
     said: dict[str, int] = {}
     for row in rows:
@@ -160,18 +206,23 @@ def _say_failures(axes: Sequence[str], rows: Sequence[Row]) -> None:
         for failure in row.policy_failures:
             text = f"{point}: {failure.sentence()}"
             said[text] = said.get(text, 0) + failure.count
-    for text, count in said.items():
-        print(f"{text} ({count:,} times; the scheduler decided by itself)")
+    return [
+        f"{text} ({count:,} times; the scheduler decided by itself)" for text, count in said.items()
+    ]
 
 
-def _table(axes: Sequence[str], rows: Sequence[Row]) -> str:
-    """A line a point: the mean of each figure over its seeds."""
-    columns = [
+def _columns(rows: Sequence[Row]) -> list[FigureColumn]:
+    """The figures that are shown: those that any row has."""
+    return [
         column
         for column in COLUMNS
         if column.key in _SHOWN
         and any(r.figures[column.key] == r.figures[column.key] for r in rows)
     ]
+
+
+def _table(axes: Sequence[str], rows: Sequence[Row], columns: Sequence[FigureColumn]) -> str:
+    """A line a point: the mean of each figure over its seeds."""
     header = [*axes, *(f"{c.label} ({c.unit})" if c.unit else c.label for c in columns)]
     by_point: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:

@@ -81,6 +81,9 @@ COLUMNS: Sequence[FigureColumn] = (
     _column("kv_usage", "KV use", "%", lambda s: s.kv_usage, better="neither", scale=100),
     _column("fragmentation", "fragmentation", "%", lambda s: s.fragmentation, scale=100),
     _column("mean_instances", "mean instances", "", lambda s: s.mean_instances),
+    _column("token_hours", "hours / 1M tokens", "",
+            lambda s: s.instance_hours_per_mtoken),
+    _column("token_cost", "cost / 1M tokens", "", lambda s: s.cost_per_mtoken),
     _column("policy_failures", "policy failures", "", lambda s: s.num_policy_failures or math.nan,
             better="neither"),
 )  # fmt: skip
@@ -135,14 +138,24 @@ class Run:
 
 
 def reduce_run(
-    result: SimulationResult, *, label: str, seed: int, slo: Slo | None, draw: bool
+    result: SimulationResult,
+    *,
+    label: str,
+    seed: int,
+    slo: Slo | None,
+    draw: bool,
+    hour_price: float | None = None,
 ) -> Run:
-    """The figures of a result, and its time line if it is to be drawn."""
+    """The figures of a result, and its time line if it is to be drawn.
+
+    Args:
+        hour_price: the price of an instance's hour, in any currency.
+    """
     times = latencies(result)
     return Run(
         label=label,
         seed=seed,
-        summary=summarise(result, slo),
+        summary=summarise(result, slo, hour_price=hour_price),
         samples=Samples(ttft_s=times.ttft_s, tpot_s=times.tpot_s, e2e_s=times.e2e_s),
         warnings=result.warnings,
         policy_failures=result.policy_failures,

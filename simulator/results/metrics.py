@@ -15,7 +15,8 @@ Definitions are those of `vllm bench serve`, so that the numbers can be laid bes
 Beyond it: the prefix hit rate is the share of prompt tokens that the cache held when their request
 was first scheduled (vLLM's `cached_tokens`); preemption loss is what recomputation cost a request,
 over all requests; fragmentation is the share of all KV blocks that were free while some instance
-had a request waiting, averaged over time (`occupancy`); instance-seconds count from launch to end.
+had a request waiting, averaged over time (`occupancy`); instance-seconds count from launch to end,
+and those of all instances are shared by the output tokens of the requests that finished.
 
 Only finished requests enter the latencies. This module reads a result and changes nothing.
 """
@@ -152,6 +153,10 @@ class Summary:
     """Decisions that the scheduler made by itself, since a policy raised or answered nonsense."""
     instance_seconds: float
     mean_instances: float
+    instance_hours_per_mtoken: float
+    """Hours of instances for a million output tokens; NaN where nothing finished."""
+    cost_per_mtoken: float
+    """What these hours cost, in the currency of the price; NaN without one."""
 
 
 def latencies(result: SimulationResult) -> Latencies:
@@ -176,8 +181,10 @@ def latencies(result: SimulationResult) -> Latencies:
     )
 
 
-def summarise(result: SimulationResult, slo: Slo | None = None) -> Summary:
-    """The summary of a result, whole or cut short."""
+def summarise(
+    result: SimulationResult, slo: Slo | None = None, *, hour_price: float | None = None
+) -> Summary:
+    """The summary of a result, whole or cut short; ``hour_price`` is that of an instance's hour."""
     trace, times = result.trace, latencies(result)
     is_finished = result.status == RequestStatus.FINISHED
     duration_s = result.makespan_s
@@ -188,6 +195,7 @@ def summarise(result: SimulationResult, slo: Slo | None = None) -> Summary:
     last_arrival_s = float(trace.arrival_s[has_arrived][-1]) if has_arrived.any() else 0.0
     filled = occupancy(result, last_arrival_s)
     seconds = instance_seconds(result)
+    hours_per_mtoken = _ratio(seconds / 3600, num_outputs / 1e6)
     downtimes = [m.downtime_s for m in result.migrations if m.outcome == COMMITTED]
 
     def count(status: RequestStatus) -> int:
@@ -222,6 +230,8 @@ def summarise(result: SimulationResult, slo: Slo | None = None) -> Summary:
         num_policy_failures=sum(failure.count for failure in result.policy_failures),
         instance_seconds=seconds,
         mean_instances=_ratio(seconds, result.end_s),
+        instance_hours_per_mtoken=hours_per_mtoken,
+        cost_per_mtoken=math.nan if hour_price is None else hour_price * hours_per_mtoken,
     )
 
 

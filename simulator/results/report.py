@@ -1,6 +1,6 @@
 """The HTML report: one file, to open without a network and to hand on.
 
-The page is `report_page/`: markup, style and script. They are put into one file with the figures as
+Markup, style and scripts are in `report_page/`. They are put into one file with the figures as
 JSON, and the script draws them. Nothing is fetched from anywhere.
 """
 
@@ -43,16 +43,26 @@ def write_report(
 ) -> None:
     """Write the page for these runs; `settings` are shown as they are, in their order, and the
     remarks above everything else."""
-    page = _part("page.html")
-    content = json.dumps(
-        report_data(runs, subtitle=subtitle, settings=settings, notes=notes, remarks=remarks),
-        allow_nan=False,
-        separators=(",", ":"),
+    write_page(
+        path,
+        "page.html",
+        "script.js",
+        title=title,
+        data=report_data(runs, subtitle=subtitle, settings=settings, notes=notes, remarks=remarks),
     )
+
+
+def write_page(
+    path: Path, markup: str, script: str, *, title: str, data: Mapping[str, Any]
+) -> None:
+    """Put the parts of a page into one file: markup and script by their names in `report_page/`,
+    and the data that the script draws, without NaN."""
+    page = _part(markup)
+    content = json.dumps(data, allow_nan=False, separators=(",", ":"))
     for name, text in (
         ("TITLE", html.escape(title)),
         ("STYLE", _part("style.css")),
-        ("SCRIPT", _part("script.js")),
+        ("SCRIPT", f"{_part('common.js')}\n\n{_part(script)}"),
         # A closing tag inside a string would end the element that holds the JSON.
         ("DATA", content.replace("<", "\\u003c")),
     ):
@@ -91,7 +101,7 @@ def report_data(
             for column in shown_columns(table)
         ],
         "table": {
-            label: {key: _spread(spread) for key, spread in row.items()}
+            label: {key: spread_data(spread) for key, spread in row.items()}
             for label, row in table.items()
         },
         "cdfs": [_cdf(grouped, *curve) for curve in _CURVES],
@@ -115,7 +125,9 @@ def _cdf(
     return {"label": label, "unit": unit, "curves": curves}
 
 
-def _spread(spread: Spread) -> dict[str, float | None]:
+def spread_data(spread: Spread) -> dict[str, float | None]:
+    """A spread as the pages have it: null where there is no value."""
+
     def plain(value: float) -> float | None:
         return value if math.isfinite(value) else None
 

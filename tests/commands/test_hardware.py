@@ -27,6 +27,16 @@ def test_what_ships_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a10-llama-30b" in out
 
 
+def test_one_is_shown_with_its_times_and_where_they_are_from(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["hardware", "h100-llama-3.1-8b"]) == 0
+    out = capsys.readouterr().out
+    for said in ("27,793 blocks of 16", "aiconfigurator", "a step of 32 decodes", "measured up to"):
+        assert said in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
 def test_another_model_is_simulated_on_scaled_hardware(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llumsched.cli import main
 from llumsched.config import Config, ConfigError, PartConfig, build_bundle, load, loads
 from llumsched.core.options import SchedulerOptions
 from llumsched.policies import BUILT_IN
@@ -139,6 +140,35 @@ def test_a_mistake_is_named_with_its_line_and_the_fix(text: str, message: str) -
     with pytest.raises(ConfigError) as error:
         loads(text, "f.yaml")
     assert str(error.value).startswith(message)
+
+
+def test_the_first_mistake_of_each_section_is_named() -> None:
+    with pytest.raises(ConfigError) as raised:
+        loads(
+            "seed: x\nscheduler: {migration_interval: 1}\ntransfer: {transport: udp}\n", "my.yaml"
+        )
+    lines = str(raised.value).splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["my.yaml:1", "my.yaml:2", "my.yaml:3"]
+
+
+def test_a_policy_that_there_is_not_says_nothing_of_its_parts() -> None:
+    with pytest.raises(ConfigError) as raised:
+        loads("policy: latancy\nparts: {dispatch: {queue: whole}}\n", "my.yaml")
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_several_files_are_checked_each_for_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, wrong, other = (tmp_path / name for name in ("a.yaml", "b.yaml", "c.yaml"))
+    right.write_text("policy: latency\n")
+    wrong.write_text("polcy: latency\n")
+    other.write_text("policy: round_robin\n")
+    assert main(["config", "check", str(right), str(wrong), str(other)]) == 1
+    shown = capsys.readouterr()
+    assert "a.yaml: ok, policy 'latency'" in shown.out
+    assert "c.yaml: ok, policy 'round_robin'" in shown.out
+    assert "b.yaml:1" in shown.err
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

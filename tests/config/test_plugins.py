@@ -13,6 +13,7 @@ import pytest
 from llumsched import plugins
 from llumsched.commands import policies as policies_command
 from llumsched.policies import BUILT_IN
+from llumsched.reference import text_of
 
 GOOD = '''
 """Test policies."""
@@ -135,3 +136,10 @@ def test_what_cannot_be_used_says_why(module: str, name: str, message: str) -> N
     with pytest.raises(plugins.PluginError) as error:
         plugins.bundle_of(name)
     assert message in str(error.value)
+
+
+def test_a_bundle_says_which_parts_it_has() -> None:
+    lines = [line.strip() for line in text_of(plugins.find("latency")).splitlines()]
+    (parts,) = (line for line in lines if line.startswith("parts: "))
+    assert "dispatch freeness" in parts
+    assert "migration " in parts

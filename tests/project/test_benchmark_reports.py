@@ -116,6 +116,13 @@ def test_the_pages_are_written_from_the_reports_that_are_kept(tmp_path: Path) ->
     assert not (tmp_path / "benchmarks" / "two.md").exists()
 
 
+def test_what_clients_see_comes_before_the_microseconds_of_decisions() -> None:
+    overview = (CHECKOUT / "docs" / "benchmarks.md").read_text()
+    known = {benchmark.name for benchmark in run_all.discover(CHECKOUT / "benchmarks")}
+    assert set(run_all.FIRST) <= known
+    assert overview.index("(benchmarks/migration.md)") < overview.index("(benchmarks/decisions.md)")
+
+
 def make_package(folder: Path) -> None:
     """A folder that is the `benchmarks` of whoever runs beside it, whatever PYTHONPATH names."""
     folder.mkdir()

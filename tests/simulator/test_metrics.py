@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llumsched.simulator.results.metrics import Distribution, Slo, latencies, reasons, summarise
-from llumsched.simulator.results.records import Timeline
+from llumsched.simulator.results.records import RequestStatus, Timeline
 from llumsched.simulator.traces.trace import make_trace
 from tests.simulator.results import NAN, make_result
 
@@ -61,6 +61,16 @@ def test_instances_are_paid_for_from_launch_to_end() -> None:
     summary = summarise(make_result())
     assert summary.instance_seconds == pytest.approx(5.0 + 3.0)
     assert summary.mean_instances == pytest.approx(8.0 / 5.0)
+
+
+def test_a_token_costs_the_hours_of_all_instances() -> None:
+    result = make_result()
+    is_finished = result.status == RequestStatus.FINISHED
+    num_tokens = int(result.num_output_tokens[is_finished].sum())
+    summary = summarise(result, hour_price=3.0)
+    assert summary.instance_hours_per_mtoken == pytest.approx(8.0 / 3600 / num_tokens * 1e6)
+    assert summary.cost_per_mtoken == pytest.approx(3.0 * summary.instance_hours_per_mtoken)
+    assert math.isnan(summarise(result).cost_per_mtoken)
 
 
 def test_fragmentation_is_what_is_free_while_a_request_waits() -> None:
