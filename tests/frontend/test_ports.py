@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 import pytest
 
+from llumsched.frontend import server
+from llumsched.frontend.options.arguments import parse
 from llumsched.frontend.routing.sockets import FrontendSockets
 from llumsched.frontend.workers.ports import FrontendPorts
 from llumsched.wire.keys import PoolKeys
@@ -32,3 +35,35 @@ def test_nobody_else_gets_them_meanwhile() -> None:
             other.bind((HOST, port))
     with socket.socket() as other:
         other.bind((HOST, port))
+
+
+def port_in_time_wait() -> int:
+    """A port of which one connection, ended by its server, is still in the state TIME_WAIT."""
+    with socket.create_server((HOST, 0)) as listener:
+        port: int = listener.getsockname()[1]
+        with socket.create_connection((HOST, port)) as client:
+            accepted, _ = listener.accept()
+            # Whoever closes first has the connection in that state.
+            accepted.close()
+            assert client.recv(1) == b""
+    with socket.socket() as plain, pytest.raises(OSError, match="in use") as raised:
+        plain.bind((HOST, port))
+    assert raised.value.errno == errno.EADDRINUSE
+    return port
+
+
+def test_a_server_starts_again_while_connections_of_the_last_one_are_in_time_wait() -> None:
+    port = port_in_time_wait()
+    args, _ = parse(["some/model", f"--port={port}"])
+    address, listening = server._bind(args)
+    with listening:
+        listening.listen()
+        assert address == f"http://{HOST}:{port}"
+
+
+def test_so_does_a_frontend_behind_it() -> None:
+    port, other = port_in_time_wait(), port_in_time_wait()
+    sockets = FrontendSockets(HOST, PoolKeys.generate(), 1 << 20, (port, other))
+    found = sockets.addresses()
+    sockets.close()
+    assert [*found.inputs, *found.outputs] == [f"tcp://{HOST}:{port}", f"tcp://{HOST}:{other}"]
