@@ -90,7 +90,7 @@ def slo_of(args: argparse.Namespace) -> Slo:
 
 
 def add_price(parser: argparse.ArgumentParser) -> None:
-    """What an instance costs."""
+    """Add the price of an instance."""
     parser.add_argument(
         "--hour-price",
         type=float,

@@ -90,7 +90,7 @@ def _list(names: tuple[str, ...]) -> None:
 
 
 def _show(hardware: Hardware) -> None:
-    """What a planner asks of one file."""
+    """Print the content of one file, with the times that a planner asks for."""
     kv, measured = hardware.kv, hardware.measured
     error = (
         "" if math.isnan(hardware.fit_error) else f"; the fit is off by {hardware.fit_error:.1%}"

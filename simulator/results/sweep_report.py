@@ -55,7 +55,7 @@ def write_sweep_report(
 
 
 def sweep_data(rows: Sequence[Row], columns: Sequence[FigureColumn]) -> dict[str, Any]:
-    """What the page's script draws: the option along the axis, the lines, and the points."""
+    """Data that the page's script draws: the option along the axis, the lines, and the points."""
     by_point: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         by_point.setdefault(tuple(row.point.values.values()), []).append(row)
