@@ -11,9 +11,9 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).parent
 
 # The releases of vLLM that the engine adapters are written for, on CPU and on GPU alike
-# (``WINDOW`` in llumsched/engine/vllm/compat.py). Each pins the torch that it was built with.
+# (``WINDOW`` in llumsched/engine/vllm/compat.py). Each pins the torch that it was built with, so
+# none is named here: beside a range pip first fetches the newest torch, a CUDA build, for CPU too.
 VLLM = ">=0.31,<0.34"
-TORCH = ">=2.13,<2.15"
 
 # What serving needs besides: the runtime, and its way of talking.
 SERVING = [
@@ -21,7 +21,6 @@ SERVING = [
     "psutil>=6",
     "pyzmq>=26",
     "ray[default]>=2.60,<3",
-    f"torch{TORCH}",
 ]
 # Those that the fast tests have been run with.
 PYTHONS = ("3.11", "3.12", "3.13")

@@ -31,7 +31,7 @@ from tests.e2e.collector import Collector
 BENCHMARK = "Cost of metrics, tracing and the live page"
 
 CONCURRENCY = 16
-NUM_ROUNDS = 15
+NUM_ROUNDS = 9
 NUM_QUICK_ROUNDS = 3
 NUM_OUTPUT_TOKENS = 64
 NUM_TOKENS = CONCURRENCY * NUM_OUTPUT_TOKENS
