@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, cast
 
+import zmq
 from vllm.config import VllmConfig
 from vllm.v1.engine import (
     EngineCoreOutput,
@@ -39,7 +40,7 @@ from llumsched.frontend.routing.request_metrics import FrontendMetrics
 from llumsched.frontend.routing.resumer import Resumer
 from llumsched.frontend.routing.routes import Arrival, Finished, Passed, Route, Routes
 from llumsched.frontend.routing.scheduler_client import Withdrawn
-from llumsched.frontend.routing.sockets import FrontendSockets
+from llumsched.frontend.routing.sockets import FrontendSockets, LoopSocket
 from llumsched.wire.names import instance_name
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class RoutingEngineClient(ConnectedInstances):
         ready_timeout_s: float = 60.0,
         metrics: FrontendMetrics | None = None,
     ) -> None:
+        self._receiver: LoopSocket | None = None
         self._metrics = metrics if metrics is not None else FrontendMetrics()
         self.routes = Routes(observer=self._metrics)
         self._placer = placer
@@ -105,6 +107,11 @@ class RoutingEngineClient(ConnectedInstances):
             self._ensure_output_queue_task()
         except RuntimeError:
             pass  # started by the first request
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        if self._receiver is not None:
+            self._receiver.stop()
+        super().shutdown(timeout)
 
     # ---- requests -------------------------------------------------------------------------
 
@@ -206,27 +213,31 @@ class RoutingEngineClient(ConnectedInstances):
     def _ensure_output_queue_task(self) -> None:
         if self.resources.output_queue_task is not None:
             return
-        socket = self._output_socket
-        decoder, queue, resources = self.decoder, self.outputs_queue, self.resources
+        decoder, queue = self.decoder, self.outputs_queue
         self_ref = weakref.ref(self)
 
-        async def receive_outputs() -> None:
+        def take_in(frames: list[zmq.Frame]) -> None:
+            client = self_ref()
+            if client is None:
+                return
             try:
-                while True:
-                    frames = await socket.recv_multipart(copy=False)
-                    outputs = decoder.decode(frames)
-                    client = self_ref()
-                    if client is None:
-                        return
-                    client._outputs.heard(outputs.engine_index, frames[0])
-                    client._take_in(outputs)
-                    del client
-            except asyncio.CancelledError:
-                raise
+                outputs = decoder.decode(frames)
+                client._outputs.heard(outputs.engine_index, frames[0])
+                client._take_in(outputs)
             except Exception as error:
+                receiver.stop()
                 queue.put_nowait(error)
 
-        resources.output_queue_task = asyncio.create_task(
+        receiver = self._receiver = LoopSocket(zmq.Socket.shadow(self._output_socket), take_in)
+
+        async def receive_outputs() -> None:
+            receiver.start()
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                receiver.stop()
+
+        self.resources.output_queue_task = asyncio.create_task(
             receive_outputs(), name="EngineCoreOutputQueueTask"
         )
         self._spawn(self._receive_ready())

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import zmq
-import zmq.asyncio
 from vllm.v1.engine import EngineCoreRequest
 
 from llumsched.core.types import SchedulingRequest, priority_class
 from llumsched.engine.vllm.predicted_length import predict
 from llumsched.frontend.request.hints import SchedulingHints, current
 from llumsched.frontend.request.rejection import Rejected, reasoned
+from llumsched.frontend.routing.sockets import LoopSocket
 from llumsched.logs import FailureLog
 from llumsched.wire.control import (
     Accepted,
@@ -54,6 +54,9 @@ from llumsched.wire.keys import PoolKeys
 from llumsched.wire.names import instance_name
 
 logger = logging.getLogger(__name__)
+
+# Kept for a scheduler that reads nothing; while it is away each waiting request asks every second.
+MAX_UNSENT_MESSAGES = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,12 +134,13 @@ class SchedulerClient:
         self._probing: asyncio.Task[bool] | None = None
         self._failures = FailureLog(logger)
         self._call_ids = itertools.count(1)
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set_hwm(MAX_UNSENT_MESSAGES)
         keys.connect_with(self._socket)
         self._socket.connect(endpoint)
-        self._receiving = asyncio.create_task(self._receive())
-        self._sending: set[asyncio.Task[None]] = set()
+        self._link = LoopSocket(self._socket, self._take_in)
+        self._link.start()
         self._registering = asyncio.create_task(self._register())
 
     def supervise_with(self, supervisor: InstanceLauncher) -> None:
@@ -171,7 +175,7 @@ class SchedulerClient:
             heard_s = loop.time()
             while True:
                 asked_s = loop.time()
-                await self._socket.send(encode(asked))
+                self._send(asked)
                 await asyncio.wait({future}, timeout=self._patience.placement_s)
                 is_alive = future.done() or self._heard_s > asked_s or await self._is_alive()
                 if future.done():
@@ -192,7 +196,7 @@ class SchedulerClient:
                     )
                     reasoned("the scheduler is silent; fewest requests of this frontend")
                     # One that is only late has it where it would have placed it, or holds it.
-                    self._post(
+                    self._send(
                         SentElsewhere(request=described, instance_id=instance_name(instance))
                     )
                     return instance
@@ -209,7 +213,7 @@ class SchedulerClient:
 
     def sent_elsewhere(self, request: EngineCoreRequest, instance: int) -> None:
         """Tell the scheduler that a request went to an instance that the frontend has chosen."""
-        self._post(
+        self._send(
             SentElsewhere(
                 request=for_scheduling(request, current()), instance_id=instance_name(instance)
             )
@@ -223,7 +227,7 @@ class SchedulerClient:
             # The scheduler does not answer for what it has forgotten.
             placement.set_exception(Withdrawn(request_id))
             placement.exception()  # nobody may be left to hear of it
-        self._post(
+        self._send(
             RequestEnded(
                 request_id=request_id, aborted=aborted, num_output_tokens=num_output_tokens
             )
@@ -268,7 +272,7 @@ class SchedulerClient:
 
     def launch_refused(self, launch_id: str, reason: str) -> None:
         """Tell the scheduler that an instance it ordered will not come."""
-        self._post(LaunchRefused(launch_id=launch_id, reason=reason))
+        self._send(LaunchRefused(launch_id=launch_id, reason=reason))
 
     async def describe(self, timeout_s: float) -> ClusterDescription:
         call_id = next(self._call_ids)
@@ -285,12 +289,10 @@ class SchedulerClient:
         return answer
 
     def close(self) -> None:
-        self._receiving.cancel()
+        self._link.stop()
         self._registering.cancel()
         if self._probing is not None:
             self._probing.cancel()
-        for task in list(self._sending):
-            task.cancel()
         self._socket.close(linger=0)
         self._context.term()
 
@@ -315,12 +317,12 @@ class SchedulerClient:
             self._given_once[call_id] = future
         try:
             async with asyncio.timeout(timeout_s):
-                await self._socket.send(encode(message))
+                self._send(message)
                 while ask_again:
                     done, _ = await asyncio.wait({future}, timeout=self._patience.ask_again_s)
                     if done:
                         break
-                    await self._socket.send(encode(message))
+                    self._send(message)
                 return await future
         except TimeoutError:
             raise SchedulerUnavailable(
@@ -332,25 +334,24 @@ class SchedulerClient:
 
     async def _register(self) -> None:
         while True:
-            await self._socket.send(
-                encode(
-                    RegisterFrontend(
-                        frontend_id=self._frontend_id,
-                        supervises=self._supervisor is not None,
-                        num_replacing=self._supervisor.num_replacing if self._supervisor else 0,
-                        draining=tuple(sorted(self._draining)),
-                    )
+            self._send(
+                RegisterFrontend(
+                    frontend_id=self._frontend_id,
+                    supervises=self._supervisor is not None,
+                    num_replacing=self._supervisor.num_replacing if self._supervisor else 0,
+                    draining=tuple(sorted(self._draining)),
                 )
             )
             await asyncio.sleep(self._patience.register_interval_s)
 
-    def _post(self, message: Message) -> None:
-        async def send() -> None:
-            await self._socket.send(encode(message))
-
-        task = asyncio.ensure_future(send())
-        self._sending.add(task)
-        task.add_done_callback(self._sending.discard)
+    def _send(self, message: Message) -> None:
+        if self._socket.closed:
+            return  # the frontend ends
+        try:
+            self._link.send(encode(message))
+        except zmq.Again:
+            # As what is sent while a scheduler dies; of what matters it learns in other ways.
+            self._failures.warned("unsent", "The global scheduler reads nothing; a message is lost")
 
     def _welcomed(self, scheduler_id: str) -> None:
         if self._scheduler_id not in (None, scheduler_id):
@@ -361,30 +362,29 @@ class SchedulerClient:
                     )
         self._scheduler_id = scheduler_id
 
-    async def _receive(self) -> None:
-        while True:
-            message = decode_control(await self._socket.recv())
-            self._heard_s = asyncio.get_running_loop().time()
-            match message:
-                case Placed():
-                    placement = self._placements.get(message.request_id)
-                    if placement is not None and not placement.done():
-                        placement.set_result(message)
-                case MigrateAnswer() | ClusterDescription() | Accepted() | RequestTraced():
-                    call = self._calls.get(message.call_id)
-                    if call is not None and not call.done():
-                        call.set_result(message)
-                case OrderLaunch() if self._supervisor is not None:
-                    self._supervisor.launch(message.launch_id)
-                case OrderReplacement() if self._supervisor is not None:
-                    self._supervisor.replace(message.instance_id)
-                case OrderTermination() if self._supervisor is not None:
-                    self._supervisor.terminate(message.instance_id)
-                case Welcomed():
-                    self._welcomed(message.scheduler_id)
-                case _:
-                    kind = type(message).__name__
-                    self._failures.warned(kind, "Dropped an unexpected %s", kind)
+    def _take_in(self, frames: list[zmq.Frame]) -> None:
+        message = decode_control(frames[-1].buffer)
+        self._heard_s = asyncio.get_running_loop().time()
+        match message:
+            case Placed():
+                placement = self._placements.get(message.request_id)
+                if placement is not None and not placement.done():
+                    placement.set_result(message)
+            case MigrateAnswer() | ClusterDescription() | Accepted() | RequestTraced():
+                call = self._calls.get(message.call_id)
+                if call is not None and not call.done():
+                    call.set_result(message)
+            case OrderLaunch() if self._supervisor is not None:
+                self._supervisor.launch(message.launch_id)
+            case OrderReplacement() if self._supervisor is not None:
+                self._supervisor.replace(message.instance_id)
+            case OrderTermination() if self._supervisor is not None:
+                self._supervisor.terminate(message.instance_id)
+            case Welcomed():
+                self._welcomed(message.scheduler_id)
+            case _:
+                kind = type(message).__name__
+                self._failures.warned(kind, "Dropped an unexpected %s", kind)
 
 
 def for_scheduling(

@@ -1,6 +1,11 @@
-"""The two sockets by which a frontend and its instances talk, as vLLM's engine core expects it."""
+"""The sockets of a frontend: two to its instances, as vLLM's engine core expects it, and how a
+socket is served by the loop."""
 
 from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -13,6 +18,74 @@ from llumsched.wire.keys import MAX_CONTROL_NUM_BYTES, Gate, PoolKeys
 LOGPROB_NUM_BYTES = 8
 # What an instance says of itself when it connects.
 MAX_READY_NUM_BYTES = 1 << 20
+# Taken in at a time; then it is others' turn.
+MAX_MESSAGES_AT_ONCE = 64
+
+
+class LoopSocket:
+    """A socket on the running loop that needs neither a future nor a task for a message.
+
+    ``zmq.asyncio`` makes a future for each message and wakes a task with it, which costs more than
+    to take the message in. Here whatever has come is handed on in one go, as soon as the loop hears
+    of it. Nobody else may receive from the socket, nor send while this does.
+
+    Args:
+        socket: a plain one, or the shadow of an asynchronous one that is not used otherwise.
+        take_in: called with the frames of every message, in order. After an error of its own the
+            next message follows all the same.
+    """
+
+    def __init__(
+        self, socket: zmq.Socket[bytes], take_in: Callable[[list[zmq.Frame]], None]
+    ) -> None:
+        self._socket = socket
+        self._take_in = take_in
+        self._descriptor: int = socket.getsockopt(zmq.FD)  # type: ignore[assignment]
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Take in messages on the running loop from now on, those first that are there already."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._descriptor, self.read)
+        self._read_soon()
+
+    def stop(self) -> None:
+        """Take in nothing more; safe to call twice. Call before the socket is closed."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.remove_reader(self._descriptor)
+
+    def send(self, payload: bytes) -> None:
+        """Send a message.
+
+        Raises:
+            zmq.Again: as many as the socket may keep wait to be sent.
+        """
+        self._socket.send(payload, zmq.NOBLOCK)
+        # The descriptor tells of a change once, and to send may have used that up.
+        events: Any = self._socket.getsockopt(zmq.EVENTS)
+        if events & zmq.POLLIN:
+            self._read_soon()
+
+    def read(self) -> None:
+        """Take in what has come, without waiting until the loop hears of it."""
+        for _ in range(MAX_MESSAGES_AT_ONCE):
+            if self._loop is None:
+                return
+            try:
+                frames: Any = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            try:
+                self._take_in(frames)
+            except BaseException:
+                self._read_soon()
+                raise
+        self._read_soon()
+
+    def _read_soon(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon(self.read)
 
 
 class FrontendSockets:
