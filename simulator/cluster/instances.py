@@ -21,9 +21,16 @@ class Instances:
     """Engine models by index and by id."""
 
     def __init__(
-        self, options: SimulationOptions, kernel: Kernel, host: EngineHost, *, has_hashes: bool
+        self,
+        options: SimulationOptions,
+        kernel: Kernel,
+        host: EngineHost,
+        *,
+        has_hashes: bool,
+        measures_steps: bool,
     ) -> None:
         self._options = options
+        self._measures_steps = measures_steps
         self._kernel = kernel
         self._host = host
         hardware = options.hardware
@@ -80,6 +87,7 @@ class Instances:
             watermark_blocks=self._watermark_blocks,
             cache=PrefixCache() if self.has_caches else None,
             step_by_step=options.step_by_step,
+            measures_steps=self._measures_steps,
         )
         self.engines.append(engine)
         self.by_id[engine.instance_id] = engine

@@ -40,7 +40,6 @@ class Reports:
         timeline: TimelineRecorder | None,
         tells_blocks: bool,
         tells_victim: bool,
-        tells_steps: bool,
         tells_progress: bool,
     ) -> None:
         self._interval = to_ps(options.report_interval_s)
@@ -51,7 +50,6 @@ class Reports:
         self._timeline = timeline
         self._tells_blocks = tells_blocks
         self._tells_victim = tells_victim
-        self._tells_steps = tells_steps
         self._tells_progress = tells_progress
         self.due: deque[tuple[int, Engine]] = deque()
         """When which instance reports; an entry that is not the engine's `report_due` is void."""
@@ -101,7 +99,6 @@ class Reports:
             now,
             num_in,
             num_out,
-            tells_step=self._tells_steps,
             tells_progress=self._tells_progress,
         )
         if self._timeline is not None:
@@ -123,7 +120,6 @@ def read_load(
     num_migrations_in: int,
     num_migrations_out: int,
     *,
-    tells_step: bool,
     tells_progress: bool = False,
 ) -> InstanceLoad:
     """The report; what came and ended since the last one is told in it, once. A step is measured
@@ -159,7 +155,7 @@ def read_load(
         num_prefill_tokens_pending=prefill_tokens,
         num_prefill_pairs_pending=prefill_pairs,
         step_time_s=step_ps / PS_PER_S,
-        step=engine.take_step(now) if tells_step else None,
+        step=engine.take_step(now) if engine.measures_steps else None,
         num_running_by_class=(
             ((0, num_running - num_high), (1, num_high)) if num_high else ((0, num_running),)
         ),

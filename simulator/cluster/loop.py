@@ -69,7 +69,11 @@ class Cluster:
         self._kernel = Kernel()
         self._columns = Columns(trace, self._kernel)
         self._instances = Instances(
-            options, self._kernel, self, has_hashes=trace.prefix_hashes is not None
+            options,
+            self._kernel,
+            self,
+            has_hashes=trace.prefix_hashes is not None,
+            measures_steps=port.scheduler.options.learn_costs or options.decision_log is not None,
         )
         self._tells_blocks = (
             port.scheduler.options.prefix_index_blocks > 0 and self._instances.has_caches
@@ -101,7 +105,6 @@ class Cluster:
             timeline=self._timeline,
             tells_blocks=self._tells_blocks,
             tells_victim=port.bundle.migration is not None,
-            tells_steps=port.scheduler.options.learn_costs or options.decision_log is not None,
             tells_progress=port.scheduler.options.follow_requests,
         )
 

@@ -52,6 +52,7 @@ class Engine(Segment, ABC):
         watermark_blocks: int,
         cache: PrefixCache | None,
         step_by_step: bool,
+        measures_steps: bool = False,
     ) -> None:
         super().__init__(index, kernel, block_size, has_skew=costs.decodes.skew_token > 0)
         self.instance_id = instance_id
@@ -64,6 +65,8 @@ class Engine(Segment, ABC):
         self.watermark_blocks = watermark_blocks
         self.cache = cache
         self.step_by_step = step_by_step
+        self.measures_steps = measures_steps
+        """True if a report is to tell of a step with its batch."""
         self.is_alive = True
         self.machine: Machine | None = None
         """Set where others compute on the same machine, and slow this one down."""

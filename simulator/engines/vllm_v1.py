@@ -144,14 +144,15 @@ class EngineV1(Engine):
                 duration += self._decode_series(cost)[0] - cost.base[b]
             if num_tokens > self.most_tokens:
                 self.most_tokens = num_tokens
-            self.begun_prompt_step = MeasuredStep(
-                num_prefill_tokens=num_tokens - b,
-                num_pairs=twice_pairs // 2,
-                num_decodes=b,
-                num_kv_tokens=b * self.progress + self.offset_sum,
-                num_skew_tokens=0,
-                seconds=duration / PS_PER_S,
-            )
+            if self.measures_steps:
+                self.begun_prompt_step = MeasuredStep(
+                    num_prefill_tokens=num_tokens - b,
+                    num_pairs=twice_pairs // 2,
+                    num_decodes=b,
+                    num_kv_tokens=b * self.progress + self.offset_sum,
+                    num_skew_tokens=0,
+                    seconds=duration / PS_PER_S,
+                )
             self._begin(now, duration, 0, 1, b > 0)
         elif b:
             first, increment = self._decode_series(costs.decodes)

@@ -298,10 +298,9 @@ class Dispatcher:
                 return chosen
             placement = chosen
             limit = self._options.max_waiting_per_instance if not record.redispatch_reason else 0
-            row = cluster.rows[placement.instance_id]
-            if limit and not _has_room_to_wait(cluster, row, limit):
+            if limit and self._num_waiting(placement.instance_id) >= limit:
                 able = _able_to_take(request, cluster, candidates, limit)
-                if not able[row]:
+                if not able[cluster.rows[placement.instance_id]]:
                     placement = _least_loaded(cluster, able)
                 if placement is None:
                     return Hold(reason=f"{limit} requests wait at every instance")
@@ -365,6 +364,11 @@ class Dispatcher:
         out.append(policy_failed(policy, problem))
         return _least_loaded(cluster, candidates)
 
+    def _num_waiting(self, instance_id: str) -> int:
+        """Requests that wait there, if all does that was sent since the report."""
+        instance = self._cluster.records[instance_id]
+        return instance.load.num_waiting + instance.num_sent
+
     def _blind(self, record: RequestRecord) -> Placement | None:
         """With no instance reporting there is nothing to compare: take turns."""
         request = record.request
@@ -375,7 +379,7 @@ class Dispatcher:
             if instance.state is InstanceState.SERVING
             and request.num_prompt_blocks(instance.spec.block_size)
             <= instance.load.num_total_blocks
-            and (not limit or instance.load.num_waiting + instance.num_sent < limit)
+            and (not limit or self._num_waiting(instance_id) < limit)
         )
         if not able:
             return None
@@ -421,12 +425,6 @@ def _problem(
     else:
         why = f"is {view.state.value if view.is_fresh else 'stale'}"
     return f"chose instance {placement.instance_id!r}, which {why}"
-
-
-def _has_room_to_wait(cluster: ClusterSnapshot, row: int, limit: int) -> bool:
-    """True if fewer than `limit` wait there, even if all does that was sent since the report."""
-    c = cluster.columns
-    return c.num_waiting.item(row) + c.num_unreported.item(row) < limit
 
 
 def _able_to_take(

@@ -209,7 +209,8 @@ class Ledger:
         """Forget a request that ended."""
         self.unplace(record)
         del self.requests[record.request.request_id]
-        self.planned.pop(record.request.request_id, None)
+        if record.hand_over_to is not None:
+            self.planned.pop(record.request.request_id, None)
 
     def state(self) -> list[dict[str, Any]]:
         """Every live request, for a checkpoint."""
