@@ -324,7 +324,7 @@ def test_a_dead_destination_gives_the_request_back(state: MigrationState) -> Non
     event = PeerLost(migration_id=MIGRATION_ID, reason="killed", is_dead=True)
     migration, commands = advance(make_migration(state), event)
     assert migration.abort_reason is AbortReason.PEER_LOST
-    assert commands == (ResumeRequest(**IDS, may_have_decoded=True),)
+    assert commands == (ResumeRequest(**IDS),)
 
 
 # The client's abort.

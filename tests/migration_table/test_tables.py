@@ -160,7 +160,6 @@ def test_every_state_reaches_an_end(end: End) -> None:
 
 BEFORE_COMMIT = frozenset({rules.RESERVING, rules.COPYING, rules.SUSPENDING})
 SUSPENDED = frozenset({rules.SUSPENDING, rules.COMMITTING, rules.RESOLVING})
-RESUMING = frozenset({rules.resume_request, rules.resume_after_death})
 
 
 def _aborting_rules() -> Iterator[tuple[Any, Any, Any]]:
@@ -172,7 +171,7 @@ def _aborting_rules() -> Iterator[tuple[Any, Any, Any]]:
 
 def test_an_abort_leaves_no_request_suspended() -> None:
     for state, event_type, rule in _aborting_rules():
-        endings = [c for c in rule.do if c in RESUMING or c is rules.release_request]
+        endings = [c for c in rule.do if c is rules.resume_request or c is rules.release_request]
         if state in SUSPENDED and event_type is not FinishedAtSource:
             assert len(endings) == 1, (state, event_type)
 

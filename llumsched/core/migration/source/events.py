@@ -95,11 +95,9 @@ class ReleaseRequest(LocalCommand):
 class ResumeRequest(LocalCommand):
     """Let the source schedule the request again; nothing if it is not suspended.
 
-    `may_have_decoded`: the destination died with the commit's fate unknown, so the client may have
-    tokens from it. The frontend drops, by position, the tokens that the source now repeats.
+    After the death of a destination with the commit's fate unknown, the client may have tokens from
+    it. The frontend drops, by position, the tokens that the source then repeats.
     """
-
-    may_have_decoded: bool = False
 
 
 SourceCommand = ToDestination | LocalCommand

@@ -136,12 +136,6 @@ def resume_request(migration: Migration) -> SourceCommand:
     return ResumeRequest(migration_id=migration.migration_id, request_id=migration.request_id)
 
 
-def resume_after_death(migration: Migration) -> SourceCommand:
-    return ResumeRequest(
-        migration_id=migration.migration_id, request_id=migration.request_id, may_have_decoded=True
-    )
-
-
 def abort_at_destination(migration: Migration) -> SourceCommand:
     return AbortAtDestination(migration_id=migration.migration_id, request_id=migration.request_id)
 
@@ -186,7 +180,7 @@ _ACKNOWLEDGED = (
 )
 _DEAD = (
     _abort(AbortReason.REQUEST_ABORTED, release_request, when=dead_and_abort_requested),
-    _abort(AbortReason.PEER_LOST, resume_after_death, when=destination_is_dead),
+    _abort(AbortReason.PEER_LOST, resume_request, when=destination_is_dead),
 )
 
 _RULES: dict[tuple[MigrationState, type[SourceEvent]], tuple[SourceRule, ...]] = {
