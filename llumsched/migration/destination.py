@@ -84,6 +84,7 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
         forget: called when nothing of the migration need be known any more.
         answer_after_s: for how long an answer is held back that nobody waits for.
         step_ahead: when the engine's next boundary between two steps comes.
+        next_token_within_s: for how long the answer to a commit waits for the next token.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
         forget: Callable[[str], None],
         answer_after_s: Callable[[], float],
         step_ahead: Callable[[], StepAhead],
+        next_token_within_s: float,
     ) -> None:
         super().__init__(machine, migration_id, call)
         self._port = port
@@ -104,6 +106,7 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
         self._forget = forget
         self._answer_after_s = answer_after_s
         self._step_ahead = step_ahead
+        self._next_token_within_s = next_token_within_s
         self._reply: Reply | None = None
         self._reserve: ReserveBlocks | None = None
         self._final = b""
@@ -360,7 +363,8 @@ class IncomingMigration(MigrationHost[Reservation, DestinationEvent, Destination
             return
         self._is_allocated = False  # the blocks are the request's own now
         self._block_ids = ()
-        await asyncio.wait([asyncio.wrap_future(next_token)], timeout=NEXT_TOKEN_WITHIN_S)
+        within_s = self._next_token_within_s
+        await asyncio.wait([asyncio.wrap_future(next_token)], timeout=within_s)
         self.post(RequestAdmitted(migration_id=self.migration_id))
 
     def _answer(self, message: ToSource) -> None:
@@ -390,6 +394,7 @@ class IncomingMigrations:
         step_time_s: Callable[[], float],
         step_ahead: Callable[[], StepAhead],
         options: ReservationOptions,
+        next_token_within_s: float = NEXT_TOKEN_WITHIN_S,
     ) -> None:
         self._port = port
         self._call = call
@@ -397,6 +402,7 @@ class IncomingMigrations:
         self._step_time_s = step_time_s
         self._step_ahead = step_ahead
         self._options = options
+        self._next_token_within_s = next_token_within_s
         self._arriving: dict[str, IncomingMigration] = {}
 
     def __iter__(self) -> Iterator[IncomingMigration]:
@@ -476,6 +482,7 @@ class IncomingMigrations:
                 forget=self._forget,
                 answer_after_s=self.answer_after_s,
                 step_ahead=self._step_ahead,
+                next_token_within_s=self._next_token_within_s,
             )
         return arriving
 

@@ -37,7 +37,7 @@ PATIENCE_S = 60.0
 class Destination:
     """Migrations into an engine that has room for one request, and notes what is asked of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, **limits: float) -> None:
         self.cancelled: list[str] = []
         self.step_time_s = 0.0
         self.step_ahead = StepAhead()
@@ -56,6 +56,7 @@ class Destination:
             step_time_s=lambda: self.step_time_s,
             step_ahead=lambda: self.step_ahead,
             options=ReservationOptions(),
+            **limits,
         )
 
     async def reply(self, answer: ToSource) -> None:
@@ -103,9 +104,9 @@ def _at_once(function: Callable[[], Any]) -> Future[Any]:
     return future
 
 
-def run(scenario: Callable[[Destination], Awaitable[None]]) -> None:
+def run(scenario: Callable[[Destination], Awaitable[None]], **limits: float) -> None:
     async def with_a_destination() -> None:
-        destination = Destination()
+        destination = Destination(**limits)
         await destination.reserve()
         await scenario(destination)
 
@@ -115,13 +116,16 @@ def run(scenario: Callable[[Destination], Awaitable[None]]) -> None:
 def test_a_stage_is_stored_when_all_of_it_is_written() -> None:
     async def scenario(destination: Destination) -> None:
         written, go_on = [], asyncio.Event()
+        begun = asyncio.Semaphore(0)
 
         async def write(block_ids: list[int]) -> None:
+            begun.release()
             await go_on.wait()
             written.extend(block_ids)
 
         parts = [destination.store(first, write) for first in (2, 0, 1, 0)]
-        await asyncio.sleep(0)
+        for _ in BLOCK_IDS:
+            await begun.acquire()
         assert destination.answers.empty()
         go_on.set()
         await asyncio.gather(*parts)
@@ -183,11 +187,13 @@ def test_what_cannot_be_written_ends_the_migration() -> None:
     run(scenario)
 
 
-def committing(monkeypatch: pytest.MonkeyPatch, scenario: Callable[..., Awaitable[None]]) -> None:
+def committing(
+    monkeypatch: pytest.MonkeyPatch, scenario: Callable[..., Awaitable[None]], **limits: float
+) -> None:
     """A request is taken over; the scenario gets the future of its next token, and the clock."""
-    monkeypatch.setattr(executor, "MAX_ANSWER_AFTER_S", 0.0)
 
     async def with_a_commit(destination: Destination) -> None:
+        destination.step_time_s = 1e-6
         next_token: Future[None] = Future()
         clock = [5.0]
         monkeypatch.setattr(executor, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
@@ -205,7 +211,7 @@ def committing(monkeypatch: pytest.MonkeyPatch, scenario: Callable[..., Awaitabl
         assert awaited == [("r", 3)]
         await scenario(destination, next_token, clock)
 
-    run(with_a_commit)
+    run(with_a_commit, **limits)
 
 
 def test_the_answer_to_a_commit_says_when_the_next_token_came(
@@ -228,12 +234,10 @@ def test_the_answer_to_a_commit_says_when_the_next_token_came(
 def test_the_answer_to_a_commit_does_not_wait_long_for_the_next_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(executor, "NEXT_TOKEN_WITHIN_S", 0.0)
-
     async def scenario(destination: Destination, *_: Any) -> None:
         assert await destination.answer() == CommitAcknowledged(migration_id="m", held_back_s=0.0)
 
-    committing(monkeypatch, scenario)
+    committing(monkeypatch, scenario, next_token_within_s=0.0)
 
 
 def test_an_answer_is_held_back_for_a_step() -> None:
