@@ -1,17 +1,17 @@
-"""Load of one instance: what it reports, and freeness derived from it.
+"""Load of one instance: what it is, and what it reports.
 
-Virtual usage and freeness are Algorithm 1 of Llumnix (OSDI '24), in KV blocks:
+Virtual usage and freeness follow from reports, and from what was sent since, by Algorithm 1 of
+Llumnix (OSDI '24), in KV blocks; `scheduling.cluster_state` keeps both as columns:
 
     V(request) = queuing:  head of the line -> its demand;  behind the head -> 0
                  running:  physical usage + headroom[priority] / requests of that priority
                  fake request of a draining instance -> infinity
     freeness   = (M - sum of V) / B          decode steps until full; +inf when empty
 
-Invariant: the functions are pure; what has not been reported yet is handed in (`Unreported`).
-This module does not know where reports come from, or when one is stale.
+Invariant: a report is a value. This module does not know where reports come from, or when one is
+stale.
 """
 
-import math
 from dataclasses import dataclass
 
 import msgspec
@@ -81,22 +81,6 @@ class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unreported:
-    """Work the scheduler has sent to an instance and the instance has not reported yet.
-
-    It counts as running: an instance that was chosen is expected to admit the request, and a
-    burst must see the load it creates itself.
-    """
-
-    num_requests: int = 0
-    num_blocks: int = 0
-    num_high: int = 0
-
-
-NOTHING_UNREPORTED = Unreported()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Headroom:
     """Blocks kept clear for requests of high execution priority (Llumnix, section 4.4).
 
@@ -112,44 +96,3 @@ class Headroom:
         if priority < PriorityClass.HIGH:
             return 0.0
         return max(0.0, num_total_blocks * (1.0 - self.target_load))
-
-
-def virtual_usage(
-    load: InstanceLoad,
-    *,
-    headroom: Headroom,
-    draining: bool = False,
-    unreported: Unreported = NOTHING_UNREPORTED,
-) -> float:
-    """Sum of the virtual usages of an instance's requests, in blocks."""
-    if draining:
-        return math.inf
-    usage = float(load.num_used_blocks + unreported.num_blocks)
-    if load.num_waiting:
-        usage += load.head_of_line_blocks
-    num_high = unreported.num_high
-    for priority, num_running in load.num_running_by_class:
-        if priority >= PriorityClass.HIGH:
-            num_high += num_running
-    if num_high:
-        # Each of the n requests gets headroom / n: together they claim the headroom once.
-        usage += headroom.blocks(PriorityClass.HIGH, load.num_total_blocks)
-    return usage
-
-
-def freeness(
-    load: InstanceLoad,
-    *,
-    headroom: Headroom,
-    draining: bool = False,
-    unreported: Unreported = NOTHING_UNREPORTED,
-) -> float:
-    """Decode steps until the instance is full; may be negative; +inf when empty, -inf draining."""
-    if draining:
-        return -math.inf
-    # What is arriving holds blocks already, so it counts as running.
-    batch_size = load.num_running + load.num_migrations_in + unreported.num_requests
-    usage = virtual_usage(load, headroom=headroom, unreported=unreported)
-    if not batch_size and not load.num_waiting and not usage:
-        return math.inf
-    return (load.num_total_blocks - usage) / max(1, batch_size)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from llumsched.core.load import Headroom, Unreported, freeness
+from llumsched.core.load import Headroom
 from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.core.types import InstanceState, PriorityClass
+from tests.core.freeness import Unreported, freeness
 
 
 def check_invariants(scheduler: GlobalScheduler) -> None:

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llumsched.core.load import Headroom, InstanceLoad, Unreported, freeness, virtual_usage
+from llumsched.core.load import Headroom, InstanceLoad
 from llumsched.core.types import PriorityClass
 from tests.core.builders import TOTAL_BLOCKS, make_load
+from tests.core.freeness import Unreported, freeness, virtual_usage
 
 NO_HEADROOM = Headroom(target_load=1.0)
 

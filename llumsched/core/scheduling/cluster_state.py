@@ -370,7 +370,7 @@ class Cluster:
         self._publish_usage(record, row)
 
     def _publish_usage(self, record: InstanceRecord, row: int) -> None:
-        # `load.freeness` written out on plain numbers: this runs at every dispatch and report.
+        # Algorithm 1 on plain numbers (see `core.load`): this runs at every dispatch and report.
         load = record.load
         cells = self._cells
         num_sent = record.num_sent
