@@ -16,6 +16,8 @@ MARKS: dict[str, tuple[str, ...]] = {
     "tests/migration/test_rate_limit.py": (),
     "tests/contract": ("engine",),
     "tests/project/test_gpu_check.py": ("slow",),
+    "tests/config/test_writing_a_policy.py": ("slow",),
+    "tests/frontend/test_clients_left_out.py": ("slow",),
 }
 """Folder or file -> marks; what is nearest to a test counts."""
 

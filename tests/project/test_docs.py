@@ -59,6 +59,7 @@ def test_every_command_on_a_page_is_one(command: str) -> None:
     cli._parser(chosen=name, module=module).parse_args([name, *arguments])
 
 
+@pytest.mark.slow
 def test_the_first_simulation_shows_what_migration_is_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,7 @@ def test_a_size_looked_up_is_that_of_the_victim_the_policy_chooses(
         simulate(trace, options)
 
 
+@pytest.mark.slow
 @given(clusters())
 @SOME
 def test_the_same_seed_gives_the_same_bytes(case: tuple[Trace, SimulationOptions]) -> None:
@@ -71,6 +72,7 @@ def test_the_same_seed_gives_the_same_bytes(case: tuple[Trace, SimulationOptions
     assert_same(one, other)
 
 
+@pytest.mark.slow
 @given(clusters())
 @SOME
 def test_a_recorded_simulation_replays_identically(case: tuple[Trace, SimulationOptions]) -> None:

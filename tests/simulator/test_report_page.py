@@ -53,6 +53,7 @@ def in_a_browser() -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not in_a_browser(), reason="needs playwright, and Chromium on the path")
 @pytest.mark.parametrize("num_policies", [2, 10])
 def test_in_a_browser_nothing_is_wider_than_the_window_and_headers_stand_above_numbers(
