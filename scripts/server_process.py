@@ -122,12 +122,7 @@ class ServerProcess:
                     found[process.pid] = process.name()
         return found
 
-    def end(
-        self,
-        signal_number: signal.Signals = signal.SIGTERM,
-        times: int = 1,
-        timeout_s: float = END_TIMEOUT_S,
-    ) -> Ending:
+    def end(self, signal_number: signal.Signals = signal.SIGTERM, times: int = 1) -> Ending:
         """Tell the server, and it alone, to end; kill what has not. Safe to call twice."""
         started_s = time.monotonic()
         seen = self.processes()
@@ -135,7 +130,7 @@ class ServerProcess:
             if self._process is not None and self.is_running:
                 self._process.send_signal(signal_number)
                 time.sleep(POLL_INTERVAL_S)
-        self._await_gone(timeout_s)
+        self._await_gone(END_TIMEOUT_S)
         took_s = time.monotonic() - started_s
         killed = self.kill()
         self._await_gone(KILL_TIMEOUT_S)

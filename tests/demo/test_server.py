@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import server_process
 from scripts.demo import server as module
 from scripts.demo.server import Server, ServerFailed
 from scripts.server_process import Ending
@@ -127,8 +128,12 @@ def test_of_a_log_the_errors_are_shown(make_server: Callable[[str], Server]) -> 
 
 @pytest.mark.parametrize("environment", ["dict(os.environ)", "{}"], ids=["", "without_environment"])
 def test_a_child_that_left_the_family_and_hears_nothing_is_ended_too(
-    make_server: Callable[[str], Server], tmp_path: Path, environment: str
+    make_server: Callable[[str], Server],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: str,
 ) -> None:
+    monkeypatch.setattr(server_process, "END_TIMEOUT_S", 0.5)
     deaf = (
         "import os, signal, time\n"
         "[signal.signal(s, signal.SIG_IGN) for s in (signal.SIGTERM, signal.SIGINT)]\n"
@@ -144,7 +149,7 @@ def test_a_child_that_left_the_family_and_hears_nothing_is_ended_too(
     async def run() -> tuple[int, Ending]:
         server.serve()
         pid = int(await asyncio.to_thread(wait_for, tmp_path / "pid"))
-        return pid, await asyncio.to_thread(server.end, timeout_s=0.5)
+        return pid, await asyncio.to_thread(server.end)
 
     pid, ending = asyncio.run(run())
     server.close()
