@@ -88,11 +88,12 @@ def test_long_prompt_moves_in_stages_and_its_cached_blocks_stay(pool: Admin) -> 
 
 
 def test_moved_again_and_again(pool: Admin) -> None:
-    path, body = COMPLETIONS, completion(max_tokens=120, temperature=0.9, seed=21)
-    mover = Mover(pool, tuple(range(5, 90, 15)))
+    num_moves = 30
+    path, body = COMPLETIONS, completion(max_tokens=8 * num_moves, temperature=0.9, seed=21)
+    mover = Mover(pool, tuple(range(2, 2 + num_moves)))
     found = pool.whole(path, body, on_chunk=mover)
     reports = mover.reports
-    assert len(reports) == 6
+    assert len(reports) == num_moves
     for before, after in itertools.pairwise(reports):
         assert before["destination"] == after["source"]
     expected = pool.whole(path, body)
