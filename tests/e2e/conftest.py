@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts.prepare_model import prepare_model
 from tests.e2e.client import Admin, Client
 from tests.e2e.plain import PlainAnswers
 from tests.e2e.servers import API_KEY, RUNNING, Server, llumsched, plain_vllm
+from tests.models import fewer_layers
 
 LOG_TAIL_NUM_CHARACTERS = 6000
 
@@ -41,8 +41,9 @@ def servers_end_with_the_tests() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def model() -> str:
-    return prepare_model()
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Steps that are quick beside what else these tests wait for."""
+    return fewer_layers(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
