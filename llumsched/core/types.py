@@ -29,8 +29,12 @@ class InstanceRole(StrEnum):
 
 
 class PriorityClass(IntEnum):
-    """Scheduling and execution priorities; a higher class goes first."""
+    """Scheduling and execution priorities; a higher class goes first.
 
+    Bulk work that nobody waits for is `LOW`: the last to be dispatched and the first to be moved.
+    """
+
+    LOW = -1
     NORMAL = 0
     HIGH = 1
 
@@ -50,7 +54,9 @@ class PriorityClass(IntEnum):
 
 def priority_class(vllm_priority: int) -> PriorityClass:
     """The class of vLLM's `priority` field, where a *lower* number is served earlier."""
-    return PriorityClass.HIGH if vllm_priority < 0 else PriorityClass.NORMAL
+    if vllm_priority < 0:
+        return PriorityClass.HIGH
+    return PriorityClass.LOW if vllm_priority else PriorityClass.NORMAL
 
 
 def vllm_priority(priority: PriorityClass) -> int:

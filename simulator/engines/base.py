@@ -373,8 +373,7 @@ class Engine(Segment, ABC):
     def _end(self, request: LiveRequest, now: int) -> None:
         """End a request whose last token has come."""
         del self.running[request]
-        if request.execution_priority:
-            self.num_high_running -= 1
+        self.num_high_running -= request.execution_priority > 0
         self.free(request)
         request.phase = ENDED
         self.may_have_changed = True

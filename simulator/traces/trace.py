@@ -244,10 +244,10 @@ def make_trace(
         num_prompt_tokens=prompts,
         num_output_tokens=column("num_output_tokens", num_output_tokens, 1),
         scheduling_priority=column(
-            "scheduling_priority", scheduling_priority, 0, PriorityClass.NORMAL
+            "scheduling_priority", scheduling_priority, PriorityClass.LOW
         ),
         execution_priority=column(
-            "execution_priority", execution_priority, 0, PriorityClass.NORMAL
+            "execution_priority", execution_priority, PriorityClass.LOW
         ),
         client_ids=clients,
         prefix_hashes=hashes,

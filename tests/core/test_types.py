@@ -10,17 +10,23 @@ from llumsched.core.types import (
     SchedulingRequest,
     num_blocks_for,
     priority_class,
+    vllm_priority,
 )
 
 
-@pytest.mark.parametrize(("given", "expected"), [(-1, 1), (-100, 1), (0, 0), (5, 0)])
+@pytest.mark.parametrize(("given", "expected"), [(-1, 1), (-100, 1), (0, 0), (5, -1)])
 def test_a_lower_number_is_a_higher_priority_as_in_vllm(given: int, expected: int) -> None:
     assert priority_class(given) == expected
 
 
+@pytest.mark.parametrize("priority", PriorityClass)
+def test_a_class_is_still_the_same_once_vllm_has_had_it(priority: PriorityClass) -> None:
+    assert priority_class(vllm_priority(priority)) is priority
+
+
 def test_a_header_names_the_class() -> None:
     assert PriorityClass.parse(" High ") is PriorityClass.HIGH
-    with pytest.raises(ValueError, match="unknown priority 'urgent'; there are: normal, high"):
+    with pytest.raises(ValueError, match="unknown priority 'urgent'; there are: low, normal, high"):
         PriorityClass.parse("urgent")
 
 

@@ -55,7 +55,7 @@ def test_priority_by_header(pool_apart: Admin) -> None:
 def test_a_priority_that_there_is_not(pool_apart: Admin) -> None:
     answer = ask(pool_apart, 4, x_request_priority="urgent")
     assert answer.status == 400
-    assert "normal, high" in answer.body["error"]["message"]
+    assert "low, normal, high" in answer.body["error"]["message"]
 
 
 def test_lengths_are_predicted_from_those_before(pool_apart: Admin, server_apart: Server) -> None:

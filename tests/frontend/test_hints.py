@@ -69,7 +69,7 @@ def test_one_key_is_not_many_clients() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("x_request_priority", "urgent", "X-Request-Priority: .*'urgent'.*normal, high"),
+        ("x_request_priority", "urgent", "X-Request-Priority: .*'urgent'.*low, normal, high"),
         ("x_slo_ttft_ms", "soon", "X-SLO-TTFT-Ms: 'soon' is not a positive number"),
         ("x_slo_tpot_ms", "-1", "X-SLO-TPOT-Ms: '-1' is not a positive number"),
         ("x_slo_tpot_ms", "inf", "X-SLO-TPOT-Ms: 'inf'"),
@@ -140,4 +140,4 @@ def test_a_bad_header_is_a_clear_400() -> None:
     assert response.status_code == 400
     error = response.json()["error"]
     assert error["type"] == "BadRequestError"
-    assert "there are: normal, high" in error["message"]
+    assert "there are: low, normal, high" in error["message"]

@@ -104,7 +104,7 @@ def families(
         not_moved.add_metric((cause,), count)
     yield not_moved
     family = metrics.QUEUED_REQUESTS.gauge_family()
-    for priority_class, num_queued in {"normal": 0, "high": 0, **cluster.queued}.items():
+    for priority_class, num_queued in {"low": 0, "normal": 0, "high": 0, **cluster.queued}.items():
         family.add_metric((priority_class,), num_queued)
     yield family
     yield from _instances(cluster, labels)

@@ -2,7 +2,7 @@
 
 | header | value | means |
 |---|---|---|
-| `X-Request-Priority` | `high`, `normal` | its class, whatever `priority` in the body says |
+| `X-Request-Priority` | `high`, `normal`, `low` | its class, whatever `priority` in the body says |
 | `X-SLO-TTFT-Ms` | milliseconds | the client wants its first token within this |
 | `X-SLO-TPOT-Ms` | milliseconds | the client wants further tokens this far apart |
 | `X-Client-Id` | any text | whose request it is; else the API key's digest |
