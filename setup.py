@@ -27,12 +27,14 @@ PYTHONS = ("3.11", "3.12", "3.13")
 TEXTUAL = "textual>=6"
 SHTAB = "shtab>=1.7"
 PYARROW = "pyarrow>=18"
+BATCH = ["aiohttp>=3.14", "apscheduler>=3.11,<4", "sqlalchemy>=2.0.36", "tzdata>=2025.1"]
 
 # The links llumsched/policies and llumsched/simulator make both folders part of the package.
 # Listing the packages by hand keeps each file in the wheel once: find_packages() would also find
 # the two folders at the top level.
 PACKAGES = [
     "llumsched",
+    "llumsched.batch",
     "llumsched.commands",
     "llumsched.core",
     "llumsched.core.migration",
@@ -52,6 +54,7 @@ PACKAGES = [
     "llumsched.frontend.routing",
     "llumsched.frontend.workers",
     "llumsched.instance",
+    "llumsched.jobs",
     "llumsched.migration",
     "llumsched.policies",
     "llumsched.pool",
@@ -155,6 +158,10 @@ setup(
         "gpu": [*SERVING, f"vllm{VLLM}"],
         # `llumsched serve --backend URL`, which needs no vLLM.
         "proxy": ["aiohttp>=3.10"],
+        # `llumsched batch` and scheduled jobs.
+        "batch": BATCH,
+        # PostgreSQL in the place of SQLite.
+        "postgresql": [*BATCH, "psycopg[binary]>=3.2"],
         # `llumsched top` and `llumsched completion`.
         "top": [TEXTUAL],
         "completion": [SHTAB],
@@ -170,6 +177,7 @@ setup(
         "charts": ["helm-python-sdk==0.2.2", "kubernetes-validate>=1.31"],
         "dev": [
             "grafana-foundation-sdk",
+            *BATCH,
             "hypothesis>=6.130",
             "import-linter>=2.5",
             "mkdocs-material>=9.6,<10",

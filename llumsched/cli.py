@@ -29,6 +29,8 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "drain": "empty an instance and end it; its requests go on elsewhere",
         "scale": "start or drain instances until there are N",
         "restart": "replace every instance in turn while the pool serves",
+        "batch": "serve files and batches of requests, and do them in idle room of an endpoint",
+        "jobs": "list scheduled jobs and their history; pause, resume, or run one now",
         "policies": "list the scheduling policies that are installed, with their parameters",
         "simulate": "simulate a trace under one policy or several, on modelled hardware",
         "sweep": "simulate a grid of settings over all cores",
@@ -42,7 +44,14 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
 """Every subcommand, in the order of the help, with its one line of help."""
 
 # Distributions that not every command needs: a missing one is a matter of installation, not a bug.
-_EXTRA_OF = {"aiohttp": "proxy", "rich": "top", "shtab": "completion", "textual": "top"}
+_EXTRA_OF = {
+    "aiohttp": "proxy",
+    "apscheduler": "batch",
+    "rich": "top",
+    "shtab": "completion",
+    "sqlalchemy": "batch",
+    "textual": "top",
+}
 _OPTIONAL = frozenset({"psutil", "ray", "torch", "uvloop", "vllm", "zmq", *_EXTRA_OF})
 
 

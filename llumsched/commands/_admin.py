@@ -62,11 +62,11 @@ class AdminClient:
 
     def instances(self) -> dict[str, Any]:
         """``GET /llumsched/instances``: the policy, every instance, and migrations by outcome."""
-        return self._call("/llumsched/instances", timeout_s=STATUS_TIMEOUT_S)
+        return self.call("/llumsched/instances", timeout_s=STATUS_TIMEOUT_S)
 
     def requests(self) -> list[dict[str, Any]]:
         """``GET /llumsched/requests``: every unfinished request and the instance it is on."""
-        found: list[dict[str, Any]] = self._call("/llumsched/requests", timeout_s=STATUS_TIMEOUT_S)[
+        found: list[dict[str, Any]] = self.call("/llumsched/requests", timeout_s=STATUS_TIMEOUT_S)[
             "requests"
         ]
         return found
@@ -74,7 +74,7 @@ class AdminClient:
     def trace(self, request_id: str) -> dict[str, Any]:
         """``GET /llumsched/requests/ID/trace``: what became of a request, step by step."""
         path = f"/llumsched/requests/{urllib.parse.quote(request_id, safe='')}/trace"
-        return self._call(path, timeout_s=STATUS_TIMEOUT_S)
+        return self.call(path, timeout_s=STATUS_TIMEOUT_S)
 
     def live(self) -> Iterator[dict[str, Any]]:
         """``GET /llumsched/live``: frames of the pool, one a second, until the server ends."""
@@ -92,7 +92,7 @@ class AdminClient:
     def migrate(self, request_id: str, destination: str | None = None) -> dict[str, Any]:
         """``POST /llumsched/migrations``: move a request; how it went, once it has moved."""
         body = {"request_id": request_id, "destination": destination}
-        return self._call("/llumsched/migrations", body=body, timeout_s=MIGRATE_TIMEOUT_S)
+        return self.call("/llumsched/migrations", body=body, timeout_s=MIGRATE_TIMEOUT_S)
 
     def drain(
         self, instance_id: str, *, deadline_s: float | None = None, replace: bool = False
@@ -100,16 +100,17 @@ class AdminClient:
         """``POST /llumsched/instances/ID/drain``: begin to empty an instance and end it."""
         path = f"/llumsched/instances/{urllib.parse.quote(instance_id, safe='')}/drain"
         body = {"deadline_s": deadline_s, "replace": replace}
-        return self._call(path, body=body, timeout_s=STATUS_TIMEOUT_S)
+        return self.call(path, body=body, timeout_s=STATUS_TIMEOUT_S)
 
     def scale(self, num_instances: int) -> dict[str, Any]:
         """``POST /llumsched/scale``: begin to have this many instances."""
         body = {"num_instances": num_instances}
-        return self._call("/llumsched/scale", body=body, timeout_s=STATUS_TIMEOUT_S)
+        return self.call("/llumsched/scale", body=body, timeout_s=STATUS_TIMEOUT_S)
 
-    def _call(
+    def call(
         self, path: str, *, timeout_s: float, body: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
+        """The answer of a path to GET, or to POST where there is a body."""
         with self._open(path, timeout_s=timeout_s, body=body) as response:
             text = self._read(response.read, timeout_s)
         try:

@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
+from llumsched.batch.pass_on import PATHS, BatchServer, BatchServerAway, passed_on
 from llumsched.core.types import PriorityClass
 from llumsched.proxy.backends import BackendError, parse_backend
 from llumsched.proxy.fleet import Fleet
@@ -32,8 +33,14 @@ def make_app(
     *,
     api_keys: Sequence[str] = (),
     admin_api: bool = True,
+    batch_url: str | None = None,
 ) -> web.Application:
-    """The application. `api_keys` are those that clients must have one of, if there are any."""
+    """The application.
+
+    Args:
+        api_keys: those that clients must have one of, if there are any.
+        batch_url: where files and batches are served, if they are.
+    """
     metrics = ProxyMetrics(fleet)
     forwarder = Forwarder(fleet, session, metrics, tells_provenance=admin_api)
     app = web.Application(
@@ -58,10 +65,41 @@ def make_app(
     app.router.add_get("/health", health)
     app.router.add_get("/v1/models", models)
     app.router.add_get("/metrics", exposition)
+    if batch_url is not None:
+        _pass_batches_on(app, batch_url)
     app.router.add_post("/v1/{path:.+}", forwarder.handle)
     if admin_api:
         _add_admin(app, fleet)
     return app
+
+
+def _pass_batches_on(app: web.Application, url: str) -> None:
+    server = BatchServer(url)
+
+    async def pass_on(request: web.Request) -> web.StreamResponse:
+        body = request.content.iter_any() if request.can_read_body else None
+        path = request.rel_url.raw_path_qs
+        try:
+            async with server.ask(request.method, path, request.headers, body) as upstream:
+                answer = web.StreamResponse(
+                    status=upstream.status, headers=passed_on(upstream.headers)
+                )
+                await answer.prepare(request)
+                async for chunk in upstream.content.iter_any():
+                    await answer.write(chunk)
+                await answer.write_eof()
+                return answer
+        except BatchServerAway as error:
+            return error_response(error.status, str(error))
+
+    async def close(app: web.Application) -> None:
+        await server.close()
+
+    for path in PATHS:
+        for method in ("GET", "POST", "DELETE"):
+            app.router.add_route(method, path, pass_on)
+            app.router.add_route(method, f"{path}/{{rest:.+}}", pass_on)
+    app.on_cleanup.append(close)
 
 
 def _authorization(api_keys: tuple[str, ...]) -> Any:

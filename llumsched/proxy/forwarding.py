@@ -137,7 +137,9 @@ class Forwarder:
         self, pool: ModelPool, server: PlainServer, scheduled: SchedulingRequest
     ) -> Iterator[Sent]:
         """While this lasts the request counts as one of the server's."""
-        sent = Sent(num_prompt_tokens=scheduled.num_prompt_tokens)
+        sent = Sent(
+            num_prompt_tokens=scheduled.num_prompt_tokens, priority=scheduled.execution_priority
+        )
         server.sent[scheduled.request_id] = sent
         is_whole = False
         try:

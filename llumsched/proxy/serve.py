@@ -86,6 +86,11 @@ def _parser() -> Parser:
         help="paths under /llumsched, and headers that name an answer's server",
     )
     parser.add_argument(
+        "--batch-url",
+        metavar="URL",
+        help="pass /v1/files and /v1/batches on to 'llumsched batch' there",
+    )
+    parser.add_argument(
         logs.FORMAT_FLAG, choices=logs.FORMATS, default="text", help="default: %(default)s"
     )
     return parser
@@ -128,7 +133,13 @@ async def _serve(
         fleet = Fleet(config, probes)
         for backend in backends:
             fleet.add(backend)
-        app = make_app(fleet, session, api_keys=arguments.api_key, admin_api=arguments.admin_api)
+        app = make_app(
+            fleet,
+            session,
+            api_keys=arguments.api_key,
+            admin_api=arguments.admin_api,
+            batch_url=arguments.batch_url,
+        )
         # A client that leaves ends the work for it.
         runner = web.AppRunner(
             app,

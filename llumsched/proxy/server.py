@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 import urllib.parse
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import aiohttp
 
 from llumsched.core.load import InstanceLoad, InstanceSpec
-from llumsched.core.types import num_blocks_for
+from llumsched.core.types import PriorityClass, num_blocks_for
 from llumsched.logs import FailureLog
 from llumsched.proxy.backends import Backend
 from llumsched.proxy.breaker import CircuitBreaker
@@ -39,6 +40,7 @@ class Sent:
     """A request on its way or at the server."""
 
     num_prompt_tokens: int
+    priority: int = PriorityClass.NORMAL
     is_reported: bool = False
     has_begun: bool = False
     num_output_tokens: int = 0
@@ -185,6 +187,9 @@ class PlainServer:
         known = [sent for sent in self.sent.values() if sent.is_reported]
         pending = [sent.num_prompt_tokens for sent in known if not sent.has_begun]
         num_running = len(known) if load is None else load.num_running
+        by_class = Counter(sent.priority for sent in known)
+        # The rest has come by other ways.
+        by_class[PriorityClass.NORMAL] += max(0, num_running - len(known))
         num_waiting = 0 if load is None else load.num_waiting
         # Those that wait are among those whose answer has not begun; the youngest, most likely.
         waiting = pending[len(pending) - min(num_waiting, len(pending)) :]
@@ -195,6 +200,7 @@ class PlainServer:
             num_free_blocks=max(0, num_blocks - self._num_used_blocks(load, num_blocks)),
             num_running=num_running,
             num_waiting=num_waiting,
+            num_running_by_class=tuple(sorted((+by_class).items())),
             head_of_line_blocks=num_blocks_for(waiting[0], BLOCK_SIZE) if waiting else 0,
             num_waiting_blocks=sum(num_blocks_for(tokens, BLOCK_SIZE) for tokens in waiting),
             num_waiting_tokens=sum(waiting),

@@ -243,12 +243,8 @@ def make_trace(
         arrival_s=arrivals[order],
         num_prompt_tokens=prompts,
         num_output_tokens=column("num_output_tokens", num_output_tokens, 1),
-        scheduling_priority=column(
-            "scheduling_priority", scheduling_priority, PriorityClass.LOW
-        ),
-        execution_priority=column(
-            "execution_priority", execution_priority, PriorityClass.LOW
-        ),
+        scheduling_priority=column("scheduling_priority", scheduling_priority, PriorityClass.LOW),
+        execution_priority=column("execution_priority", execution_priority, PriorityClass.LOW),
         client_ids=clients,
         prefix_hashes=hashes,
         hash_block_size=hash_block_size,

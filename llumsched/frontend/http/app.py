@@ -18,6 +18,7 @@ from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
 from llumsched.engine.vllm.compat import accepted
 from llumsched.frontend.http.api_keys import guard, num_keys
+from llumsched.frontend.http.batches import batch_router
 from llumsched.frontend.http.errors import ErrorShapeMiddleware
 from llumsched.frontend.http.exposition import expose
 from llumsched.frontend.options.arguments import is_local
@@ -64,6 +65,8 @@ async def serve_app(
     ]
     app = build_app(args, supported_tasks, engine.model_config)
     expose(app, engine.engine_core.labels, registry)
+    if args.batch_url is not None:
+        app.include_router(batch_router(args.batch_url))
     if admin is not None:
         app.include_router(admin)
         tell_provenance(app, policy)

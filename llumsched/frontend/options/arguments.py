@@ -156,6 +156,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         "With --api-key these paths want the key as well.",
     )
     group.add_argument(
+        "--batch-url",
+        metavar="URL",
+        help="Pass /v1/files and /v1/batches on to `llumsched batch` there. Default: not served.",
+    )
+    group.add_argument(
         "--decision-log",
         metavar="FOLDER",
         help="Keep every event and decision of the scheduler there, for `llumsched replay`; the "
