@@ -231,7 +231,7 @@ def maintain(database: Database, now: float) -> None:
 
 
 def ended_of(database: Database, batch_ids: Collection[str]) -> set[str]:
-    """Those of these batches of which nothing more is to be sent."""
+    """Batches, of those named, of which nothing more is to be sent."""
     query = sa.select(batches.c.batch_id).where(
         batches.c.batch_id.in_(batch_ids), batches.c.status == Status.IN_PROGRESS
     )

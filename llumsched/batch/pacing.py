@@ -19,7 +19,7 @@ FAR_FROM_FULL = 0.7
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """What an endpoint's scheduler says of all its serving instances together."""
+    """Load of all serving instances together, as the endpoint's scheduler tells it."""
 
     num_instances: int
     num_others: int

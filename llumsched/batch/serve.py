@@ -25,7 +25,7 @@ SHUTDOWN_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """What the process is started with."""
+    """Settings of the process."""
 
     endpoint_url: str
     endpoint_key: str | None = None

@@ -25,7 +25,7 @@ class Status(StrEnum):
 
 
 class Event(StrEnum):
-    """What can happen to a batch."""
+    """Events in the life of a batch."""
 
     CANCEL = "cancel"
     DEADLINE = "deadline"

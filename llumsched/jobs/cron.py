@@ -20,7 +20,7 @@ class CronError(ValueError):
 
 @lru_cache(maxsize=1024)
 def cron_trigger(expression: str, zone: ZoneInfo) -> CronTrigger:
-    """What knows the times of an expression of six fields, or of five without seconds.
+    """Trigger of an expression of six fields, or of five without seconds.
 
     Raises:
         CronError: the expression is none.

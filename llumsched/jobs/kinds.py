@@ -1,4 +1,4 @@
-"""What a run does: an HTTP request, another number of instances, or a batch.
+"""Kinds of job: an HTTP request, another number of instances, or a batch.
 
 A run returns what its log says at its end, and raises `RunFailed` with the reason if it failed.
 One whose process died is begun again, so an HTTP request may be sent twice; a batch is not made

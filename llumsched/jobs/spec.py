@@ -1,4 +1,4 @@
-"""What a job is, as YAML or the API says it.
+"""Jobs as YAML or the API says them.
 
 Invariant: a `Job` that `parse` or `load` has let through can be run: it has one kind and one way to
 be due, its times can be read, and no job waits for itself, directly or through others.
@@ -109,7 +109,7 @@ class Job(_Strict, frozen=True, kw_only=True):
 
     @property
     def kind(self) -> HttpRequest | Scale | SubmitBatch:
-        """What is to be done."""
+        """Work of the job."""
         found = self.http or self.scale or self.batch
         assert found is not None
         return found
