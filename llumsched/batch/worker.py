@@ -122,9 +122,9 @@ class Worker:
                 return
             self._away_backoff_s = 0.0
             self._tells_room = room is not None
-            if room is None:
-                self._ask_room_at = now + ASK_AGAIN_S
-            else:
+            # Ends of lines wake this far more often than the room changes.
+            self._ask_room_at = now + (ASK_AGAIN_S if room is None else 0.8 * LOOK_INTERVAL_S)
+            if room is not None:
                 self.pace.observe(room, len(self._in_flight), is_late=self._is_late)
         free = min(self.pace.limit - len(self._in_flight), MOST_AT_ONCE)
         if free > 0:
@@ -150,6 +150,9 @@ class Worker:
         self._results.put_nowait((line.batch_id, result))
 
     def _go_away(self, reason: str) -> None:
+        if self._clock() < self._away_until:
+            # All that was in flight fails at once, and counts once.
+            return
         self._failures.warned("away", "the endpoint is away, lines wait: %s", reason)
         most = self._options.most_backoff_s
         self._away_backoff_s = min(
