@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-from aiohttp import BodyPartReader, MultipartReader, web
+from aiohttp import BodyPartReader, web
 
 from llumsched.batch import files, store
 from llumsched.batch.database import Database
@@ -127,19 +127,20 @@ class _Api:
         purpose = None
         try:
             async for part in reader:
-                if isinstance(part, MultipartReader):
+                if not isinstance(part, BodyPartReader):
                     raise web.HTTPBadRequest(text="A form within a form is not read.")
                 if part.name == "file":
                     if upload is not None:
                         raise web.HTTPBadRequest(text="Send one file at a time.")
-                    upload = await self._call(
+                    begun: files.Upload = await self._call(
                         files.Upload,
                         request[OWNER],
                         part.filename or "batch.jsonl",
                         self._clock(),
                         self._most_lines,
                     )
-                    await self._take(part, upload)
+                    upload = begun
+                    await self._take(part, begun)
                 elif part.name == "purpose":
                     purpose = await _field(part)
                     _check_purpose(purpose)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 from collections.abc import Callable, Sequence
@@ -79,7 +78,8 @@ async def serve(options: ServeOptions, make_parts: Sequence[MakePart] = ()) -> N
     tasks: list[asyncio.Task[None]] = []
     try:
         await web.TCPSite(runner, options.host, options.port).start()
-        tasks += [asyncio.create_task(each.run()) for each in (*parts, worker)]
+        tasks += [asyncio.create_task(part.run()) for part in parts]
+        tasks.append(asyncio.create_task(worker.run()))
         where = database.engine.url.render_as_string(hide_password=True)
         logger.info(
             "batches at http://%s:%d for %s, in %s",
@@ -92,12 +92,13 @@ async def serve(options: ServeOptions, make_parts: Sequence[MakePart] = ()) -> N
     finally:
         for task in tasks:
             task.cancel()
-        for task in tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
         await runner.cleanup()
         await endpoint.close()
         database.close()
+    for error in ended:
+        if isinstance(error, Exception):
+            raise error
 
 
 async def _health(request: web.Request) -> web.Response:
