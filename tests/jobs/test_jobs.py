@@ -246,7 +246,7 @@ def test_each_kind_of_job_does_its_work(tmp_path: Path, monkeypatch: pytest.Monk
         fake = FakeEndpoint()
         async with batching(fake, tmp_path) as process:
             url = f"{process.endpoint.url}/v1/completions"
-            told = {"name": "told", "after": ["night"], "shards": ["x"]}
+            told: dict[str, Any] = {"name": "told", "after": ["night"], "shards": ["x"]}
             told["http"] = {"url": url, "body": json.dumps(body)}
             lost = {"name": "lost", "after": ["night"], "http": {"url": f"{url}/none"}}
             found = check_all(map(parse, [*specs, told, lost]))
