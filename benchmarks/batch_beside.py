@@ -95,7 +95,7 @@ def run(quick: bool) -> Report:
             at_most=0.0,
         ),
     ]
-    rows = [
+    rows: list[tuple[str | float, ...]] = [
         (
             phase.name,
             phase.lasted_s,
