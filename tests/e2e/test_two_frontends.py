@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def test_who_waits_is_served_by_priority(pool: Admin) -> None:
         waiting = [("low", 5)] * 2 + [("normal", 0)] * 2 + [("high", -1)] * 2
         asked: list[Callable[[], None]] = []
         for name, priority in waiting:
-            asked.append(lambda name=name, priority=priority: ask(name, priority))
+            asked.append(partial(ask, name, priority))
         all_wait = _all_known(pool, len(leave) + len(waiting))
 
         def one_place_on_each() -> None:
