@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import socket
-from collections.abc import Callable, MutableSequence
+from collections.abc import Awaitable, Callable, MutableSequence
 from typing import Any
 
 import vllm.envs as envs
@@ -16,6 +16,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import serve_http
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
+from llumsched.batch.pass_on import BatchServer
 from llumsched.engine.vllm.compat import accepted
 from llumsched.frontend.http.api_keys import guard, num_keys
 from llumsched.frontend.http.batches import batch_router
@@ -65,8 +66,9 @@ async def serve_app(
     ]
     app = build_app(args, supported_tasks, engine.model_config)
     expose(app, engine.engine_core.labels, registry)
-    if args.batch_url is not None:
-        app.include_router(batch_router(args.batch_url))
+    batch_server = None if args.batch_url is None else BatchServer(args.batch_url)
+    if batch_server is not None:
+        app.include_router(batch_router(batch_server))
     if admin is not None:
         app.include_router(admin)
         tell_provenance(app, policy)
@@ -88,7 +90,7 @@ async def serve_app(
     log_config = get_uvicorn_log_config(args)
     uvicorn_options: dict[str, Any] = {} if log_config is None else {"log_config": log_config}
     begins()
-    return await serve_http(
+    closing = await serve_http(
         app,
         sock=sock,
         enable_ssl_refresh=args.enable_ssl_refresh,
@@ -108,3 +110,9 @@ async def serve_app(
         h11_max_header_count=args.h11_max_header_count,
         **uvicorn_options,
     )
+    return closing if batch_server is None else _closed(closing, batch_server)
+
+
+async def _closed(closing: Awaitable[None], batch_server: BatchServer) -> None:
+    await closing
+    await batch_server.close()

@@ -13,9 +13,8 @@ from llumsched.batch.pass_on import PATHS, BatchServer, BatchServerAway, passed_
 METHODS = ["GET", "POST", "DELETE"]
 
 
-def batch_router(url: str) -> APIRouter:
-    """The routes. `url` is that of the batch process."""
-    server = BatchServer(url)
+def batch_router(server: BatchServer) -> APIRouter:
+    """The routes to the batch process. Who made `server` closes it."""
     router = APIRouter(tags=["batches"])
 
     async def pass_on(request: Request) -> Response:
