@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -51,14 +52,14 @@ def algorithm_1(requests: list[Request], *, m: int, headroom: dict[int, float]) 
 def load_of(requests: list[Request]) -> InstanceLoad:
     running = [r for r in requests if not r.is_queuing]
     waiting = [r for r in requests if r.is_queuing]
-    num_high = sum(r.priority == PriorityClass.HIGH for r in running)
+    by_class = Counter(r.priority for r in running)
     return make_load(
         num_used_blocks=sum(r.num_blocks for r in running),
         num_running=len(running),
         num_waiting=len(waiting),
         head_of_line_blocks=waiting[0].num_blocks if waiting else 0,
         num_waiting_blocks=sum(r.num_blocks for r in waiting),
-        num_running_by_class=((0, len(running) - num_high), (1, num_high)),
+        num_running_by_class=tuple(sorted(by_class.items())),
     )
 
 
@@ -77,7 +78,11 @@ def test_freeness_equals_algorithm_1(
     expected = algorithm_1(
         running + queue + fake,
         m=TOTAL_BLOCKS,
-        headroom={PriorityClass.NORMAL: 0.0, PriorityClass.HIGH: TOTAL_BLOCKS * (1 - target_load)},
+        headroom={
+            PriorityClass.LOW: 0.0,
+            PriorityClass.NORMAL: 0.0,
+            PriorityClass.HIGH: TOTAL_BLOCKS * (1 - target_load),
+        },
     )
     got = freeness(
         load_of(running + queue), headroom=Headroom(target_load=target_load), draining=draining

@@ -108,7 +108,7 @@ def check_pip(arguments: list[str]) -> None:
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     for extras in re.findall(r"\[([a-z,]+)\]", " ".join(arguments)):
         for extra in extras.split(","):
-            assert re.search(rf'^        "{extra}": \[', setup, re.MULTILINE), extra
+            assert re.search(rf'^        "{extra}": ', setup, re.MULTILINE), extra
 
 
 def check_pytest(arguments: list[str]) -> None:
