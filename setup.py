@@ -22,7 +22,7 @@ SERVING = [
     "pyzmq>=26",
     "ray[default]>=2.60,<3",
 ]
-# Those that the fast tests have been run with.
+# Those that the tests without engines have been run with: vLLM for CPU comes for the first.
 PYTHONS = ("3.11", "3.12", "3.13")
 TEXTUAL = "textual>=6"
 SHTAB = "shtab>=1.7"
