@@ -1,4 +1,4 @@
-"""A pool of two frontends: KV events of each instance, and schemas that have no answer."""
+"""A pool of two frontends: KV events of each instance, schemas without an answer, adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import zmq
 
 from scripts.server_process import free_port
 from tests.e2e.cases import CHAT, COMPLETIONS, QUESTION, completion
-from tests.e2e.client import Admin, in_parallel
+from tests.e2e.client import Admin, Whole, differences, in_parallel
+from tests.e2e.moving import Mover
 from tests.e2e.servers import Server, llumsched
 from tests.migration.adapters import RANK, make_adapter
 
@@ -108,3 +109,22 @@ def test_a_schema_that_is_only_itself_is_a_400_and_engines_go_on(
         assert answer.body["error"]["message"]
     assert pool.whole(COMPLETIONS, completion(max_tokens=4)).text
     assert [b["pid"] for b in pool.get("/llumsched/instances").body["berths"]] == before
+
+
+def test_moves_of_requests_with_an_adapter_under_load(pool: Admin) -> None:
+    """All move there and back past each other.
+
+    None goes without the adapter: in a batch with others vLLM 0.32 on a CPU applies it to all.
+    """
+    bodies = [completion(model=ADAPTER, temperature=0.9, seed=seed) for seed in range(6)]
+    alone = [pool.whole(COMPLETIONS, body) for body in bodies]
+    movers = [Mover(pool, (2, 12)) for _ in bodies]
+    found: dict[int, Whole] = {}
+
+    def ask(index: int) -> None:
+        found[index] = pool.whole(COMPLETIONS, bodies[index], on_chunk=movers[index])
+
+    in_parallel(*(lambda i=i: ask(i) for i in range(len(bodies))))
+    for index, expected in enumerate(alone):
+        assert not differences(found[index].as_dict(), expected.as_dict()), bodies[index]
+    assert any(a.status == 200 for mover in movers for a in mover.answers)
