@@ -46,7 +46,7 @@ class Row:
     policy_failures: tuple[Failure, ...]
     is_complete: bool
     seed_matters: bool
-    """Whether another seed would be another run."""
+    """True if another seed would be another run."""
 
 
 def grid(scenario: Scenario, axes: Mapping[str, Sequence[Any]], num_seeds: int) -> list[Point]:

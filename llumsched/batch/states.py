@@ -29,7 +29,7 @@ class Event(StrEnum):
 
     CANCEL = "cancel"
     DEADLINE = "deadline"
-    """Its completion window is over."""
+    """The completion window of the batch is over."""
     ALL_ENDED = "all_ended"
     """Every line has its outcome."""
     NONE_IN_FLIGHT = "none_in_flight"

@@ -20,6 +20,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
+from llumsched.batch.pass_on import passed_on
 from llumsched.core.actions import DispatchRequest, Rejection
 from llumsched.core.types import PriorityClass, SchedulingRequest, priority_class
 from llumsched.proxy.fleet import Fleet
@@ -43,22 +44,6 @@ STATUS = {
     Rejection.CLIENT_LIMIT: HTTPStatus.TOO_MANY_REQUESTS,
     Rejection.TOO_LONG: HTTPStatus.BAD_REQUEST,
 }
-# Of one connection, not of the message (RFC 9110, section 7.6.1), and what is set anew.
-_NOT_PASSED_ON = frozenset(
-    {
-        "connection",
-        "content-length",
-        "expect",
-        "host",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
 
 
 class _Failed(Exception):
@@ -163,11 +148,7 @@ class Forwarder:
         sent: Sent,
         begun_s: float,
     ) -> web.StreamResponse:
-        headers = {
-            name: value
-            for name, value in request.headers.items()
-            if name.lower() not in _NOT_PASSED_ON
-        }
+        headers = passed_on(request.headers)
         headers.update(server.headers)
         url = f"{server.backend.url}{request.rel_url}"
         try:
@@ -247,9 +228,7 @@ class Forwarder:
     def _answer_headers(
         self, upstream: Mapping[str, str], pool: ModelPool, placed: DispatchRequest
     ) -> dict[str, str]:
-        headers = {
-            name: value for name, value in upstream.items() if name.lower() not in _NOT_PASSED_ON
-        }
+        headers = passed_on(upstream)
         if self._tells_provenance:
             headers["x-llumsched-instance"] = placed.instance_id
             headers["x-llumsched-policy"] = pool.policy

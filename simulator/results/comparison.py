@@ -87,7 +87,7 @@ COLUMNS: Sequence[FigureColumn] = (
     _column("policy_failures", "policy failures", "", lambda s: s.num_policy_failures or math.nan,
             better="neither"),
 )  # fmt: skip
-"""What the tables show, in their order."""
+"""Columns of the tables, in their order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +128,7 @@ class Run:
     policy_failures: tuple[Failure, ...]
     is_complete: bool
     seed_matters: bool = True
-    """Whether the scheduler drew anything."""
+    """True if the scheduler drew a random number."""
     timeline: Mapping[str, Any] | None = None
     """The time line as the report draws it, of the runs that are to be drawn."""
 

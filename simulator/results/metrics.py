@@ -156,7 +156,7 @@ class Summary:
     instance_hours_per_mtoken: float
     """Hours of instances for a million output tokens; NaN where nothing finished."""
     cost_per_mtoken: float
-    """What these hours cost, in the currency of the price; NaN without one."""
+    """Cost of these hours, in the currency of the price; NaN without one."""
 
 
 def latencies(result: SimulationResult) -> Latencies:

@@ -95,7 +95,7 @@ class Process:
     endpoint: Endpoint
     client: TestClient[Any, Any]
     now: float = 1_000_000.0
-    """What its clock shows."""
+    """Time on the clock of the batch process, in seconds."""
 
     async def upload(self, content: bytes, status: int = 200, **headers: str) -> Any:
         """The answer to an upload."""

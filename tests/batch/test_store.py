@@ -109,7 +109,7 @@ class Batches(RuleBasedStateMachine):
 
     @rule(worker=st.sampled_from(WORKERS))
     def die(self, worker: str) -> None:
-        """What it held is answered by nobody, or by itself much later."""
+        """A worker dies: nobody answers for its lines, or the worker itself much later."""
         self.held[worker] = self.held[worker][:1]
 
     @rule(worker=st.sampled_from(WORKERS))

@@ -1,4 +1,4 @@
-"""What holds of a scheduler after every event, whatever happened."""
+"""Invariants of a scheduler after every event, whatever happened."""
 
 from __future__ import annotations
 

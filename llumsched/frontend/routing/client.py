@@ -219,6 +219,7 @@ class RoutingEngineClient(ConnectedInstances):
         def take_in(frames: list[zmq.Frame]) -> None:
             client = self_ref()
             if client is None:
+                receiver.stop()
                 return
             try:
                 outputs = decoder.decode(frames)
