@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import urllib.parse
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -52,3 +53,17 @@ def nearest(name: str, flags: Iterable[str]) -> str | None:
     if len(longer) == 1:
         return longer[0]
     return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+
+
+def server_url(text: str) -> str:
+    """The address of a server, without the end that all its paths share; a type of `argparse`.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no address.
+    """
+    parts = urllib.parse.urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise argparse.ArgumentTypeError(
+            f"{text}: give the whole address, such as http://127.0.0.1:8000"
+        )
+    return text.rstrip("/").removesuffix("/v1")

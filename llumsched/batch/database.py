@@ -131,7 +131,13 @@ class Database:
             DatabaseError: nothing can be reached there.
         """
         name, _, rest = url.partition("://")
-        self.is_sqlite = name.partition("+")[0] == "sqlite"
+        kind = name.partition("+")[0]
+        if kind not in ("sqlite", *_DRIVER_OF):
+            raise DatabaseError(
+                f"{url}: give SQLite's or PostgreSQL's URL, such as {DEFAULT_URL} or"
+                " postgresql://host/name"
+            )
+        self.is_sqlite = kind == "sqlite"
         try:
             self.engine = sa.create_engine(f"{_DRIVER_OF.get(name, name)}://{rest}")
         except ModuleNotFoundError as error:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from llumsched.commands import CommandError
+from llumsched.flags import server_url
 
 T = TypeVar("T")
 
@@ -49,9 +50,10 @@ class AdminClient:
 
     def __init__(self, url: str = DEFAULT_URL, api_key: str | None = None) -> None:
         self._api_key = api_key or os.environ.get(API_KEY_VARIABLE)
-        self.url = url.rstrip("/").removesuffix("/v1")
-        if urllib.parse.urlsplit(self.url).scheme not in ("http", "https"):
-            raise CommandError(f"--url {url}: give the whole address, such as {DEFAULT_URL}")
+        try:
+            self.url = server_url(url)
+        except argparse.ArgumentTypeError as error:
+            raise CommandError(f"--url {error}") from None
         # A proxy for the way out to the internet does not lead to a server on loopback.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from llumsched import logs
 from llumsched.commands import CommandError
 from llumsched.commands._admin import API_KEY_VARIABLE, add_server
+from llumsched.flags import server_url
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -118,12 +119,16 @@ def run(args: argparse.Namespace) -> int:
     if not args.client_key and args.host not in LOOPBACK:
         raise CommandError(f"--host {args.host} is open to others: give --client-key as well")
     try:
+        url = server_url(args.url)
+    except argparse.ArgumentTypeError as error:
+        raise CommandError(f"--url {error}") from None
+    try:
         jobs = None if args.jobs is None else load(args.jobs)
     except SpecError as error:
         raise CommandError(str(error)) from error
     logs.set_up("batch", logs.LogOptions(format=args.log_format))
     options = ServeOptions(
-        endpoint_url=args.url,
+        endpoint_url=url,
         endpoint_key=args.api_key or os.environ.get(API_KEY_VARIABLE),
         host=args.host,
         port=args.port,

@@ -230,7 +230,9 @@ def load(path: Path) -> dict[str, Job]:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise SpecError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise SpecError(f"{path}: {error}") from None
     if not isinstance(content, Mapping) or not isinstance(content.get("jobs"), list):
         raise SpecError(f"{path}: it must have a list 'jobs'")

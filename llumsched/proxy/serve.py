@@ -15,7 +15,7 @@ from aiohttp import web
 
 from llumsched import __version__, logs
 from llumsched.config import Config, ConfigError, load, loads
-from llumsched.flags import Parser
+from llumsched.flags import Parser, server_url
 from llumsched.proxy.app import make_app
 from llumsched.proxy.backends import (
     SYNTAX,
@@ -87,6 +87,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--batch-url",
+        type=server_url,
         metavar="URL",
         help="pass /v1/files and /v1/batches on to 'llumsched batch' there",
     )

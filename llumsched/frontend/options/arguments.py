@@ -15,6 +15,7 @@ from vllm.config.logging import LoggingConfig
 
 from llumsched.config import DEFAULT_POLICY, KEYS, Config, build_bundle, load
 from llumsched.engine.vllm.compat import CLI_ARGS, accepted, first_of
+from llumsched.flags import server_url
 from llumsched.frontend.options.parser import ServeParser
 from llumsched.frontend.options.refused_flags import refusal, take_data_parallel_size
 from llumsched.logs import FORMAT_FLAG, FORMATS, LogOptions
@@ -157,6 +158,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
     )
     group.add_argument(
         "--batch-url",
+        type=server_url,
         metavar="URL",
         help="Pass /v1/files and /v1/batches on to `llumsched batch` there. Default: not served.",
     )
