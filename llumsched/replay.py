@@ -117,11 +117,13 @@ def replay(
 
 
 def _compared(actions: tuple[Action, ...], other: Config | None) -> tuple[object, ...]:
-    """The part that has to be equal: everything, or with another policy all but the reasons."""
+    """The part that has to be equal: everything, or with another policy all but what is said."""
     if other is None:
         return actions
     return tuple(
-        action if isinstance(action, PolicyFailed) else encode(action) | {"reason": ""}
+        action
+        if isinstance(action, PolicyFailed)
+        else encode(action) | {"reason": "", "allowance": None}
         for action in actions
     )
 

@@ -9,15 +9,16 @@ tokens is admitted when the bucket is full, and leaves it in debt. At most `max_
 remembered, the one longest unseen going first.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from llumsched.core.params import param
-from llumsched.core.policy import ADMIT, Reject, Verdict
+from llumsched.core.policy import Admit, Reject, Verdict
 from llumsched.core.snapshot import ClusterSnapshot
-from llumsched.core.types import SchedulingRequest
+from llumsched.core.types import Allowance, Budget, SchedulingRequest
 
 MINUTE_S = 60.0
 MOST_JUDGED = 100_000
@@ -47,10 +48,10 @@ class Quota:
     _charged: OrderedDict[str, None] = field(default_factory=OrderedDict, init=False)
 
     def admit(self, request: SchedulingRequest, cluster: ClusterSnapshot) -> Verdict:
-        if request.request_id in self._charged:
-            return ADMIT
         client = request.client_id or ANONYMOUS
         buckets = self._filled(client, cluster.now)
+        if request.request_id in self._charged:
+            return Admit(allowance=self._allowance(buckets))
         num_tokens = request.num_prompt_tokens + (request.max_output_tokens or 0)
         shortages = (
             ("requests", self.requests_per_minute, buckets.num_requests, 1),
@@ -63,13 +64,20 @@ class Quota:
                     reason=f"the client's quota of {limit:,} {what} a minute is used up",
                     retry_after_s=missing * MINUTE_S / limit,
                     is_client_limit=True,
+                    allowance=self._allowance(buckets),
                 )
         buckets.num_requests -= 1
         buckets.num_tokens -= num_tokens
         self._charged[request.request_id] = None
         if len(self._charged) > MOST_JUDGED:
             self._charged.popitem(last=False)
-        return ADMIT
+        return Admit(allowance=self._allowance(buckets))
+
+    def _allowance(self, buckets: _Buckets) -> Allowance:
+        return Allowance(
+            requests=_budget(self.requests_per_minute, buckets.num_requests),
+            tokens=_budget(self.tokens_per_minute, buckets.num_tokens),
+        )
 
     def _filled(self, client: str, now_s: float) -> _Buckets:
         """The buckets of a client as they are by now."""
@@ -101,3 +109,14 @@ class Quota:
         for client, num_requests, num_tokens, at_s in state["clients"]:
             self._clients[client] = _Buckets(num_requests, num_tokens, at_s)
         self._charged.update(dict.fromkeys(state["charged"]))
+
+
+def _budget(limit: int, available: float) -> Budget | None:
+    """A bucket as its client is told of it; None without a limit."""
+    if not limit:
+        return None
+    return Budget(
+        limit=limit,
+        remaining=max(0, math.floor(available)),
+        reset_s=(limit - available) * MINUTE_S / limit,
+    )

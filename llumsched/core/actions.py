@@ -9,7 +9,7 @@ from enum import StrEnum
 
 import msgspec
 
-from llumsched.core.types import InstanceRole
+from llumsched.core.types import Allowance, InstanceRole
 
 
 class DispatchRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,6 +23,7 @@ class DispatchRequest(msgspec.Struct, frozen=True, kw_only=True):
     instance_id: str
     reason: str
     predicted_output_tokens: int | None = None
+    allowance: Allowance | None = None
 
 
 class Rejection(StrEnum):
@@ -41,6 +42,7 @@ class RejectRequest:
     reason: str
     retry_after_s: float | None = None
     rejection: Rejection = Rejection.OVERLOADED
+    allowance: Allowance | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ import msgspec
 
 from llumsched.core.options import SchedulerOptions
 from llumsched.core.snapshot import ClusterSnapshot
-from llumsched.core.types import InstanceRole, SchedulingRequest, Scores
+from llumsched.core.types import Allowance, InstanceRole, SchedulingRequest, Scores
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +89,9 @@ class MigrationPolicy(Protocol):
 class Admit:
     """The request may be dispatched now."""
 
+    allowance: Allowance | None = None
+    """What its client may still ask for, where it has a quota."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hold:
@@ -106,6 +109,8 @@ class Reject:
     retry_after_s: float | None = None
     is_client_limit: bool = False
     """True if its client's own share is used up (status 429), and not the pool's room (503)."""
+    allowance: Allowance | None = None
+    """What its client may still ask for, where it has a quota."""
 
 
 Verdict = Admit | Hold | Reject

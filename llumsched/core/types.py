@@ -108,6 +108,33 @@ class SchedulingRequest(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, predicted_output_tokens=num_output_tokens)
 
 
+class Budget(msgspec.Struct, frozen=True, kw_only=True):
+    """A client's limit of one kind, and what is left of it."""
+
+    limit: int
+    """A minute's whole share."""
+    remaining: int
+    """The most that it may use at once now."""
+    reset_s: float
+    """Seconds until all of `limit` is there again, if nothing is used."""
+
+
+class Allowance(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """The quota of a request's client once the request is counted; None where there is no limit.
+
+    Said for the client, and no part of a decision: it equals anything.
+    """
+
+    requests: Budget | None = None
+    tokens: Budget | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+
 class Scores:
     """By what a dispatch policy compared instances: a number for each, which nobody changes.
 

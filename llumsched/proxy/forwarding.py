@@ -22,12 +22,13 @@ from aiohttp import web
 
 from llumsched.batch.pass_on import passed_on
 from llumsched.core.actions import DispatchRequest, Rejection
-from llumsched.core.types import PriorityClass, SchedulingRequest, priority_class
+from llumsched.core.types import Allowance, PriorityClass, SchedulingRequest, priority_class
 from llumsched.proxy.fleet import Fleet
 from llumsched.proxy.metrics import ProxyMetrics
 from llumsched.proxy.pool import ModelPool, TurnedAway
 from llumsched.proxy.prompts import MalformedRequest, RequestFacts, facts_of
 from llumsched.proxy.server import PlainServer, Sent
+from llumsched.rate_limits import rate_limit_headers
 
 logger = logging.getLogger(__name__)
 
@@ -89,13 +90,16 @@ class Forwarder:
             return error_response(HTTPStatus.NOT_FOUND, message)
         begun_s = time.monotonic()
         scheduled = _scheduled(request, facts, begun_s)
+        allowance: Allowance | None = None
         for number_of_try in range(1, MOST_TRIES + 1):
             scheduled_try = _with_id(scheduled, number_of_try)
             try:
-                placed = await pool.place(scheduled_try)
+                placed = await pool.place(scheduled_try, is_admitted=number_of_try > 1)
             except TurnedAway as rejection:
                 self._metrics.turned_away()
                 return _rejection(rejection)
+            if number_of_try == 1:
+                allowance = placed.allowance
             server = self._fleet.servers.get(placed.instance_id)
             if server is None:
                 pool.aborted(scheduled_try.request_id)
@@ -103,7 +107,7 @@ class Forwarder:
             try:
                 with self._sent(pool, server, scheduled_try) as sent:
                     return await self._forward(
-                        request, body, facts, pool, server, placed, sent, begun_s
+                        request, body, facts, pool, server, placed, allowance, sent, begun_s
                     )
             except _Failed as failure:
                 self._metrics.failed(server.server_id, "before the first byte")
@@ -145,6 +149,7 @@ class Forwarder:
         pool: ModelPool,
         server: PlainServer,
         placed: DispatchRequest,
+        allowance: Allowance | None,
         sent: Sent,
         begun_s: float,
     ) -> web.StreamResponse:
@@ -155,7 +160,7 @@ class Forwarder:
             async with self._session.request(
                 request.method, url, data=body, headers=headers, allow_redirects=False
             ) as upstream:
-                answer_headers = self._answer_headers(upstream.headers, pool, placed)
+                answer_headers = self._answer_headers(upstream.headers, pool, placed, allowance)
                 if upstream.status in RETRIED:
                     content = await upstream.read()
                     server.failed(f"answers {upstream.status}")
@@ -226,9 +231,15 @@ class Forwarder:
             raise _ServerLost from error
 
     def _answer_headers(
-        self, upstream: Mapping[str, str], pool: ModelPool, placed: DispatchRequest
+        self,
+        upstream: Mapping[str, str],
+        pool: ModelPool,
+        placed: DispatchRequest,
+        allowance: Allowance | None,
     ) -> dict[str, str]:
         headers = passed_on(upstream)
+        if allowance is not None:
+            headers.update(rate_limit_headers(allowance))
         if self._tells_provenance:
             headers["x-llumsched-instance"] = placed.instance_id
             headers["x-llumsched-policy"] = pool.policy
@@ -263,7 +274,10 @@ def _rejection(rejection: TurnedAway) -> web.Response:
     wait_s = rejection.retry_after_s
     if wait_s is None and status is not HTTPStatus.BAD_REQUEST:
         wait_s = 1.0
-    return error_response(status, f"No server can take the request: {rejection}.", wait_s)
+    answer = error_response(status, f"No server can take the request: {rejection}.", wait_s)
+    if rejection.allowance is not None:
+        answer.headers.update(rate_limit_headers(rejection.allowance))
+    return answer
 
 
 def _scheduled(request: web.Request, facts: RequestFacts, now_s: float) -> SchedulingRequest:

@@ -55,6 +55,7 @@ class TurnedAway(Exception):
         super().__init__(action.reason)
         self.rejection: Rejection = action.rejection
         self.retry_after_s = action.retry_after_s
+        self.allowance = action.allowance
 
 
 class ModelPool:
@@ -82,8 +83,13 @@ class ModelPool:
         self._failures = FailureLog(logger)
         self.server_ids: set[str] = set()
 
-    async def place(self, request: SchedulingRequest) -> DispatchRequest:
+    async def place(
+        self, request: SchedulingRequest, *, is_admitted: bool = False
+    ) -> DispatchRequest:
         """The server for a request, when there is one.
+
+        Args:
+            is_admitted: another try of a request that was; it is not judged, nor charged, again.
 
         Raises:
             TurnedAway: the scheduler rejects it.
@@ -91,7 +97,7 @@ class ModelPool:
         future: asyncio.Future[DispatchRequest] = asyncio.get_running_loop().create_future()
         self._waiting[request.request_id] = future
         try:
-            self._handle(RequestArrived(request=request))
+            self._handle(RequestArrived(request=request, has_begun=is_admitted))
             return await future
         except asyncio.CancelledError:
             self.aborted(request.request_id)

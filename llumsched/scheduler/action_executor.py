@@ -90,6 +90,7 @@ class ActionExecutor:
                         engine_index=self._instances[action.instance_id].engine_index,
                         reason=action.reason,
                         predicted_output_tokens=action.predicted_output_tokens,
+                        allowance=action.allowance,
                     )
                 )
             case RejectRequest():
@@ -100,6 +101,7 @@ class ActionExecutor:
                         reason=action.reason,
                         retry_after_s=action.retry_after_s,
                         rejection=action.rejection,
+                        allowance=action.allowance,
                     )
                 )
             case StartMigration():

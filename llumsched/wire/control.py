@@ -15,7 +15,7 @@ import msgspec
 from llumsched.core.actions import Rejection
 from llumsched.core.events import Event, KvBlocksRemoved, KvBlocksStored, KvCacheCleared
 from llumsched.core.load import InstanceLoad, InstanceSpec
-from llumsched.core.types import SchedulingRequest
+from llumsched.core.types import Allowance, SchedulingRequest
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -204,6 +204,7 @@ class Placed(Message, frozen=True, kw_only=True):
     predicted_output_tokens: int | None = None
     retry_after_s: float | None = None
     rejection: Rejection = Rejection.OVERLOADED
+    allowance: Allowance | None = None
 
 
 class SentElsewhere(Message, frozen=True, kw_only=True):

@@ -14,10 +14,11 @@ import zmq
 import zmq.asyncio
 from vllm.v1.engine import EngineCoreRequest
 
-from llumsched.core.types import SchedulingRequest
+from llumsched.core.types import Allowance, Budget, SchedulingRequest
 from llumsched.engine.vllm.predicted_length import predicted_output_tokens
 from llumsched.frontend.request.hints import SchedulingHints, hinted
 from llumsched.frontend.request.rejection import Rejected
+from llumsched.frontend.routing import scheduler_client
 from llumsched.frontend.routing.scheduler_client import (
     Patience,
     SchedulerClient,
@@ -226,6 +227,29 @@ def test_a_rejection_says_why_and_when_to_come_again() -> None:
         assert error.value.http_status == 503
 
     run(answer, scenario)
+
+
+def test_what_is_left_of_a_quota_reaches_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowance = Allowance(requests=Budget(limit=60, remaining=59, reset_s=1.0))
+    told: list[Allowance] = []
+    monkeypatch.setattr(scheduler_client, "allowed", told.append)
+
+    def answer(message: Message) -> Message | None:
+        if isinstance(message, PlaceRequest):
+            return Placed(
+                request_id="r1",
+                instance_id="instance-1",
+                engine_index=1,
+                reason="",
+                allowance=allowance,
+            )
+        return None
+
+    async def scenario(link: SchedulerClient) -> None:
+        assert await link.place(engine_request()) == 1
+
+    run(answer, scenario)
+    assert [t.requests for t in told] == [allowance.requests]
 
 
 def test_a_silent_scheduler_does_not_stop_serving() -> None:

@@ -15,12 +15,15 @@ from starlette.types import Message
 from vllm.exceptions import VLLMValidationError
 
 from llumsched.core.actions import Rejection
+from llumsched.core.types import Allowance, Budget
 from llumsched.frontend.request.rejection import (
     Rejected,
     RetryAfterMiddleware,
+    allowed,
     placed,
     turned_away,
 )
+from llumsched.rate_limits import duration
 
 
 def answer(status: int, retry_after_s: float | None, headers: dict[str, str]) -> Response:
@@ -197,3 +200,40 @@ def test_a_client_that_leaves_before_leaves_nothing_behind() -> None:
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_rejected_too", [False, True])
+def test_a_stream_tells_what_is_left_of_its_client_s_quota(is_rejected_too: bool) -> None:
+    async def place() -> None:
+        allowed(Allowance(requests=Budget(limit=60, remaining=0, reset_s=59.5)))
+        await (is_rejected() if is_rejected_too else is_placed())
+
+    response = TestClient(served(lambda: as_vllm_streams(place))).post("/")
+    assert (response.status_code == 200) is not is_rejected_too
+    told = {k: v for k, v in response.headers.items() if k.startswith("x-ratelimit")}
+    assert told == {
+        "x-ratelimit-limit-requests": "60",
+        "x-ratelimit-remaining-requests": "0",
+        "x-ratelimit-reset-requests": "1m0s",
+    }
+
+
+def test_a_whole_answer_tells_it_too() -> None:
+    async def endpoint(_: Request) -> Response:
+        allowed(Allowance(tokens=Budget(limit=1000, remaining=7, reset_s=0.12)))
+        return JSONResponse({})
+
+    app = RetryAfterMiddleware(Starlette(routes=[Route("/", endpoint)]))
+    headers = TestClient(app).get("/").headers
+    assert headers["x-ratelimit-remaining-tokens"] == "7"
+    assert headers["x-ratelimit-reset-tokens"] == "120ms"
+    assert "x-ratelimit-limit-requests" not in headers
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (-1.0, "0s"), (0.0171, "18ms"), (1, "1s"), (59.1, "1m0s"), (360, "6m0s")],
+)
+def test_durations_are_written_as_openai_does(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+    assert duration(3600) == "1h0m0s"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llumsched.config import build_bundle, loads
 from llumsched.core.actions import DispatchRequest, Rejection, RejectRequest
+from llumsched.core.codec import decode_action, encode
 from llumsched.core.policy import ADMIT, Reject
 from llumsched.core.types import SchedulingRequest
 from llumsched.policies.quota import Quota
@@ -91,6 +93,48 @@ def test_no_minute_has_more_than_twice_the_quota_and_no_second_judgement_counts(
             assert 0 < verdict.retry_after_s <= 60.0 / limit + 1e-6
         recent = [at_s for at_s in admitted_s if at_s > now_s - 60.0]
         assert len(recent) <= 2 * limit
+
+
+def test_the_answer_tells_what_is_left() -> None:
+    d = driver(requests_per_minute=3, tokens_per_minute=600)
+    told = [
+        ask(d, str(number), num_prompt_tokens=100, max_output_tokens=20).allowance
+        for number in range(4)
+    ]
+    assert [(a.requests.limit, a.requests.remaining) for a in told] == [
+        *((3, 2), (3, 1), (3, 0)),
+        (3, 0),
+    ]
+    assert [(a.tokens.limit, a.tokens.remaining) for a in told] == [
+        *((600, 480), (600, 360), (600, 240)),
+        (600, 240),
+    ]
+    assert [a.requests.reset_s for a in told] == pytest.approx([20, 40, 60, 60])
+    assert told[-1].tokens.reset_s == pytest.approx(36)
+
+
+def test_what_is_unlimited_is_not_told() -> None:
+    allowance = ask(
+        driver(requests_per_minute=0, tokens_per_minute=50), "1", num_prompt_tokens=80
+    ).allowance
+    assert allowance.requests is None
+    assert allowance.tokens.remaining == 0
+    assert allowance.tokens.reset_s > 60, "a prompt longer than a minute's tokens leaves a debt"
+    (plain,) = make_driver(build_bundle(loads("policy: round_robin")), ONE).arrive("r")
+    assert isinstance(plain, DispatchRequest)
+    assert plain.allowance is None
+
+
+def test_what_is_told_is_no_part_of_a_decision() -> None:
+    """A log of a release that did not tell it replays alike."""
+    told = ask(driver(requests_per_minute=3), "1")
+    assert told.allowance is not None
+    assert told == msgspec.structs.replace(told, allowance=None)
+    decoded = decode_action(encode(told))
+    assert isinstance(decoded, DispatchRequest)
+    assert decoded.allowance is not None
+    assert decoded.allowance.requests is not None
+    assert decoded.allowance.requests.remaining == 2
 
 
 def test_memory_goes_into_checkpoints() -> None:

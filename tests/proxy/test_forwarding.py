@@ -161,6 +161,42 @@ def test_a_request_that_no_server_takes_in_time_is_told_when_to_come_back() -> N
     asyncio.run(run())
 
 
+QUOTA = """
+policy: round_robin
+parts: {admission: {name: quota, requests_per_minute: 2}}
+"""
+
+
+def test_answers_tell_what_is_left_of_a_quota() -> None:
+    async def run() -> None:
+        server = FakeServer()
+        async with proxied(server, config=QUOTA) as proxy:
+            answers = [await proxy.ask(headers={"X-Client-Id": "c"}) for _ in range(3)]
+            assert [answer.status for answer in answers] == [200, 200, 429]
+            told = [answer.headers["x-ratelimit-remaining-requests"] for answer in answers]
+            assert told == ["1", "0", "0"]
+            assert {answer.headers["x-ratelimit-limit-requests"] for answer in answers} == {"2"}
+            assert "Retry-After" in answers[2].headers
+            assert "x-ratelimit-limit-tokens" not in answers[0].headers
+            other = await proxy.ask(headers={"X-Client-Id": "d"})
+            assert other.headers["x-ratelimit-remaining-requests"] == "1"
+
+    asyncio.run(run())
+
+
+def test_a_request_that_is_tried_again_is_charged_once() -> None:
+    async def run() -> None:
+        sick, other = FakeServer(status=503), FakeServer()
+        async with proxied(sick, other, config=QUOTA) as proxy:
+            for number in range(4):
+                answer = await proxy.ask(headers={"X-Client-Id": str(number)})
+                assert answer.status == 200
+                assert answer.headers["x-ratelimit-remaining-requests"] == "1"
+            assert sick.bodies
+
+    asyncio.run(run())
+
+
 def test_prompts_go_where_their_beginning_was_computed() -> None:
     async def run() -> None:
         servers = [FakeServer() for _ in range(3)]

@@ -29,7 +29,7 @@ from llumsched.core.scheduling.dispatch_queue import DispatchQueue
 from llumsched.core.scheduling.fairness import FairTurns
 from llumsched.core.scheduling.request_ledger import Ledger, RequestRecord
 from llumsched.core.snapshot import BoolColumn, ClusterSnapshot
-from llumsched.core.types import InstanceState, SchedulingRequest, Scores
+from llumsched.core.types import Allowance, InstanceState, SchedulingRequest, Scores
 
 OVERLOAD_RETRY_S = 1.0
 LOST = "its instance was lost; "
@@ -242,6 +242,7 @@ class Dispatcher:
         retry_after_s: float | None,
         out: list[Action],
         rejection: Rejection = Rejection.OVERLOADED,
+        allowance: Allowance | None = None,
     ) -> None:
         if record.is_held:
             self._queue.remove(record)
@@ -252,6 +253,7 @@ class Dispatcher:
                 reason=reason,
                 retry_after_s=retry_after_s,
                 rejection=rejection,
+                allowance=allowance,
             )
         )
 
@@ -263,6 +265,7 @@ class Dispatcher:
         request = record.request
         candidates = cluster.candidates(request)
         placement: Placement | None
+        allowance: Allowance | None = None
         if candidates is not None and not np.count_nonzero(candidates):
             if cluster.instance_ids and cluster.cannot_ever_hold(request):
                 too_long = (
@@ -287,10 +290,18 @@ class Dispatcher:
                     kind = (
                         Rejection.CLIENT_LIMIT if verdict.is_client_limit else Rejection.OVERLOADED
                     )
-                    self._reject(record, verdict.reason, verdict.retry_after_s, out, kind)
+                    self._reject(
+                        record,
+                        verdict.reason,
+                        verdict.retry_after_s,
+                        out,
+                        kind,
+                        verdict.allowance,
+                    )
                     return None
                 if isinstance(verdict, Hold):
                     return verdict
+                allowance = verdict.allowance
             chosen = self._choose(request, cluster, candidates, out)
             if chosen is None:
                 return Hold(reason="the dispatch policy holds it")
@@ -321,6 +332,7 @@ class Dispatcher:
                 instance_id=placement.instance_id,
                 reason=prefix + placement.reason,
                 predicted_output_tokens=request.predicted_output_tokens,
+                allowance=allowance,
             )
         )
         return None

@@ -1,8 +1,9 @@
 """Requests that are turned away, and when their client should come back.
 
-A rejection is vLLM's own kind of error, so it has OpenAI's shape; this adds the ``Retry-After``
-header, which vLLM's handlers have no place for. The middleware and whoever rejects meet in a
-context variable, for a server may turn a request away deep inside vLLM's own code.
+A rejection is vLLM's own kind of error, so it has OpenAI's shape; this adds headers that vLLM's
+handlers have no place for: ``Retry-After``, and what is left of the client's quota where it has
+one. The middleware and whoever rejects meet in a context variable, for a server may turn a request
+away deep inside vLLM's own code.
 
 vLLM begins a streamed answer before its engine has seen the request, so a rejection would be an
 event in a stream of status 200, which no client tries again and no proxy counts; so would be a
@@ -26,7 +27,9 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.exceptions import GracefulHTTPError
 
 from llumsched.core.actions import Rejection
+from llumsched.core.types import Allowance
 from llumsched.frontend.request.provenance import Placed, Provenance
+from llumsched.rate_limits import rate_limit_headers
 
 DEFAULT_RETRY_AFTER_S = 1.0
 
@@ -85,6 +88,13 @@ def reasoned(reason: str) -> None:
         answering.provenance.reasoned(reason)
 
 
+def allowed(allowance: Allowance) -> None:
+    """The client of the request that this is called for may still ask for so much."""
+    answering = _answering.get()
+    if answering is not None:
+        answering.allowance = allowance
+
+
 def tell_provenance(app: FastAPI, policy: str) -> None:
     """Have answers say in headers where they come from; ``policy`` is the bundle in force."""
     app.state.llumsched_policy = policy
@@ -116,6 +126,7 @@ class _Answering:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.settled = asyncio.Event()
         self.provenance = Provenance()
+        self.allowance: Allowance | None = None
         self._policy: str | None = _policy_told(scope)
         self._is_stream = False
         self._scope, self._receive, self._send = scope, receive, send
@@ -140,7 +151,7 @@ class _Answering:
                 self._held = message
                 self._releasing = asyncio.create_task(self._release_when_settled())
                 return
-            self._add_header(message)
+            self._add_limits(message)
             self._add_provenance(message)
         elif self._releasing is not None:
             if not self._releasing.done():
@@ -166,17 +177,18 @@ class _Answering:
             if held is None:
                 return
             if self._rejection is None:
+                self._add_limits(held)
                 self._add_provenance(held)
                 await self._send(held)
                 return
             self._is_replaced = True
             error = create_error_response(self._rejection)
             response = JSONResponse(error.model_dump(), error.error.code)
-            await response(self._scope, self._receive, self._send_with_header)
+            await response(self._scope, self._receive, self._send_with_limits)
 
-    async def _send_with_header(self, message: Message) -> None:
+    async def _send_with_limits(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._add_header(message)
+            self._add_limits(message)
         await self._send(message)
 
     def _add_provenance(self, message: Message) -> None:
@@ -184,10 +196,15 @@ class _Answering:
             told = self.provenance.headers(self._policy, is_complete=not self._is_stream)
             message["headers"] = [*message.get("headers", ()), *told]
 
-    def _add_header(self, message: Message) -> None:
+    def _add_limits(self, message: Message) -> None:
+        """The rest of the client's quota, and when one that is turned away should come back."""
+        headers = list(message.get("headers", ()))
+        if self.allowance is not None:
+            told = rate_limit_headers(self.allowance)
+            headers += [(name.encode(), value.encode()) for name, value in told.items()]
+            message["headers"] = headers
         if message["status"] not in _TURNED_AWAY:
             return
-        headers = list(message.get("headers", ()))
         if all(name.lower() != b"retry-after" for name, _ in headers):
             seconds = math.ceil(max(self._retry_after_s, default=DEFAULT_RETRY_AFTER_S))
             message["headers"] = [*headers, (b"retry-after", str(seconds).encode())]

@@ -23,7 +23,7 @@ from vllm.v1.engine import EngineCoreRequest
 from llumsched.core.types import SchedulingRequest, priority_class
 from llumsched.engine.vllm.predicted_length import predict
 from llumsched.frontend.request.hints import SchedulingHints, current
-from llumsched.frontend.request.rejection import Rejected, reasoned
+from llumsched.frontend.request.rejection import Rejected, allowed, reasoned
 from llumsched.frontend.routing.sockets import LoopSocket
 from llumsched.logs import FailureLog
 from llumsched.wire.control import (
@@ -204,6 +204,8 @@ class SchedulerClient:
                     raise Rejected("the global scheduler is silent, and no instance is up", None)
         finally:
             self._placements.pop(request.request_id, None)
+        if placed.allowance is not None:
+            allowed(placed.allowance)
         if placed.instance_id is None or placed.engine_index is None:
             raise Rejected(placed.reason, placed.retry_after_s, placed.rejection)
         reasoned(placed.reason)
