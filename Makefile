@@ -30,6 +30,8 @@ GPU_CHECK_ARGS ?=
 PYTEST_ARGS ?=
 # What `make test-fast` runs; the marks are given by folder, in tests/conftest.py.
 FAST := not engine and not ray and not chaos and not slow
+# What `make test` runs by itself, the others beside it.
+SERVERS := ray or chaos
 # What `make test-v2` runs.
 ON_V2 := tests/migration/test_exact.py::test_alone_in_a_circle tests/migration/test_next_step.py
 # How long the soak lasts.
@@ -97,16 +99,16 @@ serve: $(INSTALLED) ## serve MODEL on INSTANCES instances (and SERVE_ARGS)
 	model="$$($(PY) -m scripts.prepare_model "$(MODEL)")" && \
 		exec $(PY) -m llumsched serve "$$model" --instances $(INSTANCES) $(SERVE_ARGS)
 
-# Engines and clusters are often waited for: what starts none runs in the meantime, out of the way.
-test: $(INSTALLED) ## run every test: those without engines beside the others
+# Servers are often waited for: what starts none runs in the meantime, out of the way.
+test: $(INSTALLED) ## run every test: those without a server beside the others
 	@$(PY) -m scripts.prepare_model >/dev/null
 	@mkdir -p build
-	@echo "tests that start no engine run meanwhile: build/test-fast.log"
-	@nice -n 5 $(PY) -m pytest -m "$(FAST)" $(PYTEST_ARGS) >build/test-fast.log 2>&1 & fast=$$!; \
-		trap 'kill $$fast 2>/dev/null || true' EXIT; status=0; \
-		$(PY) -m pytest -m "not ($(FAST))" $(PYTEST_ARGS) || status=$$?; \
-		fast_status=0; wait $$fast || fast_status=$$?; cat build/test-fast.log; \
-		for s in $$status $$fast_status; do [[ $$s == 0 || $$s == 5 ]] || exit $$s; done
+	@echo "tests that start no server run meanwhile: build/test-beside.log"
+	@nice -n 5 $(PY) -m pytest -m "not ($(SERVERS))" $(PYTEST_ARGS) >build/test-beside.log 2>&1 & beside=$$!; \
+		trap 'kill $$beside 2>/dev/null || true' EXIT; status=0; \
+		$(PY) -m pytest -m "$(SERVERS)" $(PYTEST_ARGS) || status=$$?; \
+		beside_status=0; wait $$beside || beside_status=$$?; cat build/test-beside.log; \
+		for s in $$status $$beside_status; do [[ $$s == 0 || $$s == 5 ]] || exit $$s; done
 
 test-fast: $(INSTALLED) ## run the tests that start no engine and no Ray: under two minutes on two cores
 	$(PY) -m pytest -m "$(FAST)" $(PYTEST_ARGS)
