@@ -187,6 +187,7 @@ setup(
             "pre-commit>=4",
             PYARROW,
             "pytest>=8.4",
+            "pytest-xdist>=3.8",
             "ruff>=0.14",
             "schemathesis>=4.32,<5",
             "setuptools>=77",

@@ -16,6 +16,7 @@ MARKS: dict[str, tuple[str, ...]] = {
     "tests/migration/test_rate_limit.py": (),
     "tests/contract": ("engine",),
     "tests/project/test_gpu_check.py": ("slow",),
+    "tests/project/test_packaging.py": ("slow",),
     "tests/config/test_writing_a_policy.py": ("slow",),
     "tests/frontend/test_clients_left_out.py": ("slow",),
 }

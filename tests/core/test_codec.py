@@ -26,6 +26,7 @@ def values(draw: st.DrawFn) -> object:
     return draw(st.from_type(kind))
 
 
+@pytest.mark.slow
 @given(values())
 def test_a_round_trip_through_json_changes_nothing(value: object) -> None:
     assert decode(json.loads(json.dumps(encode(value), allow_nan=False))) == value

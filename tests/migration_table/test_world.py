@@ -70,6 +70,7 @@ def test_hypothesis_finds_no_violation(seed: int, acts: bytes) -> None:
     World(seed).run(acts)
 
 
+@pytest.mark.slow
 def test_random_worlds_end_well() -> None:
     taken: Counter[tuple[Any, Any, int]] = Counter()
     with pytest.MonkeyPatch.context() as patch:
@@ -79,6 +80,7 @@ def test_random_worlds_end_well() -> None:
         assert {rule for rule in _all_rules() if not taken[rule]} - RARE == UNREACHABLE
 
 
+@pytest.mark.slow
 def test_worlds_of_several_groups_end_well() -> None:
     """Engines with a window and a state beside the blocks of all tokens."""
     _run_grouped(range(NUM_RUNS))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -188,6 +189,7 @@ def test_cached_prefix(driver: Driver, request: SchedulingRequest) -> None:
     assert chosen(driver, policy, request) == expected
 
 
+@pytest.mark.slow
 @given(drivers(), requests)
 def test_global_prompt_tree(driver: Driver, request: SchedulingRequest) -> None:
     policy = GlobalPromptTree()

@@ -187,6 +187,7 @@ def test_fidelity_says_which_data_it_needs(
     assert "it needs the public runs, in DATA/traces/measured" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_hangs_is_interrupted_and_cleans_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

