@@ -34,15 +34,23 @@ def make_app(
     api_keys: Sequence[str] = (),
     admin_api: bool = True,
     batch_url: str | None = None,
+    continues_streams: bool = False,
 ) -> web.Application:
     """The application.
 
     Args:
         api_keys: those that clients must have one of, if there are any.
         batch_url: where files and batches are served, if they are.
+        continues_streams: a stream whose server is lost goes on from the text delivered.
     """
     metrics = ProxyMetrics(fleet)
-    forwarder = Forwarder(fleet, session, metrics, tells_provenance=admin_api)
+    forwarder = Forwarder(
+        fleet,
+        session,
+        metrics,
+        tells_provenance=admin_api,
+        continues_streams=continues_streams,
+    )
     app = web.Application(
         client_max_size=MOST_BODY_BYTES, middlewares=[_authorization(tuple(api_keys))]
     )

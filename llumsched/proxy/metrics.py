@@ -36,6 +36,12 @@ class ProxyMetrics:
             "Requests that the scheduler turned away.",
             registry=self._registry,
         )
+        self._continued = Counter(
+            "llumsched_proxy_continuations",
+            "Streams of another server, lost in the middle, that this one brought to their end.",
+            ["server"],
+            registry=self._registry,
+        )
         self._registry.register(_ServerCollector(fleet))
 
     def first_byte(self, server_id: str, seconds: float) -> None:
@@ -49,6 +55,10 @@ class ProxyMetrics:
     def turned_away(self) -> None:
         """The scheduler rejected a request."""
         self._turned_away.inc()
+
+    def continued(self, server_id: str) -> None:
+        """A server gave the rest of another's answer."""
+        self._continued.labels(server_id).inc()
 
     def page(self) -> bytes:
         """All of it in Prometheus' text format."""

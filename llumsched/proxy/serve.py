@@ -92,6 +92,12 @@ def _parser() -> Parser:
         help="pass /v1/files and /v1/batches on to 'llumsched batch' there",
     )
     parser.add_argument(
+        "--continue-streams",
+        action="store_true",
+        help="ask another server for the rest of a stream whose server is lost, from the text"
+        " delivered; the text may differ from what the lost server would have said",
+    )
+    parser.add_argument(
         logs.FORMAT_FLAG, choices=logs.FORMATS, default="text", help="default: %(default)s"
     )
     return parser
@@ -140,6 +146,7 @@ async def _serve(
             api_keys=arguments.api_key,
             admin_api=arguments.admin_api,
             batch_url=arguments.batch_url,
+            continues_streams=arguments.continue_streams,
         )
         # A client that leaves ends the work for it.
         runner = web.AppRunner(
