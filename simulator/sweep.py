@@ -44,6 +44,8 @@ class Row:
     point: Point
     figures: Mapping[str, float]
     policy_failures: tuple[Failure, ...]
+    warnings: tuple[str, ...]
+    """Why the figures may not be believed as they stand."""
     is_complete: bool
     seed_matters: bool
     """True if another seed would be another run."""
@@ -86,6 +88,7 @@ def simulate_point(point: Point, slo: Slo, hour_price: float | None = None) -> R
         point=point,
         figures=run.figures(),
         policy_failures=run.policy_failures,
+        warnings=tuple(run.warnings),
         is_complete=run.is_complete,
         seed_matters=run.seed_matters or not scenario.trace(point.seed + 1).is_same(trace),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
@@ -19,6 +20,8 @@ from llumsched.simulator.simulation import simulate
 
 KINDS = ("instances", "rate")
 DEFAULT_ATTAINMENT = 0.99
+# Of the time that a request takes on average: for how long requests must arrive to be believed.
+FEWEST_TURNS = 10
 
 
 class Stop(Protocol):
@@ -37,11 +40,14 @@ class Sized:
     shares: Mapping[float, float]
     """Size tried -> share of requests that kept the objective."""
     runs: list[Run]
+    rate_rps: float
+    """Requests a second at the size that was found; NaN where none was."""
 
     def sentence(self, attainment: float) -> str:
         """The answer in words."""
-        unit = "instances" if self.kind == "instances" else "requests/s"
         best, beyond = self.found.best, self.found.next_worse
+        size = beyond if best is None else best
+        unit = "requests/s" if self.kind == "rate" else "instance" + "s" * (size != 1)
         if best is None:
             assert beyond is not None
             return (
@@ -49,7 +55,27 @@ class Sized:
                 f" {self.shares[beyond]:.1%} of the requests, {attainment:.1%} is asked for"
             )
         edge = f"; {beyond:g} keep {self.shares[beyond]:.1%}" if beyond is not None else ""
-        return f"{self.label}: {best:g} {unit} keep it for {self.shares[best]:.1%}{edge}"
+        keep = "keeps" if unit == "instance" else "keep"
+        return f"{self.label}: {best:g} {unit} {keep} it for {self.shares[best]:.1%}{edge}"
+
+    def brevity(self) -> str | None:
+        """The warning that a run at this size is over before the pool is in its stride, or `None`.
+
+        Requests that have not ended load the pool that the next ones meet. Where few have ended
+        when the last one arrives, the bounds are kept by a pool that was still filling up.
+        """
+        if not self.runs:
+            return None
+        summary = self.runs[0].summary
+        arriving_s = summary.num_requests / self.rate_rps
+        taken_s = summary.e2e_s.mean
+        if not arriving_s < FEWEST_TURNS * taken_s:
+            return None
+        return (
+            f"{self.label}: SHORT RUN: {summary.num_requests:,} requests arrive within"
+            f" {arriving_s:.1f} s and take {taken_s:.1f} s each: a pool that goes on may keep less;"
+            " give more --requests"
+        )
 
 
 def add_find(parser: argparse.ArgumentParser) -> None:
@@ -133,12 +159,14 @@ def _find(
         if not start_rps > 0:
             raise CommandError("--find rate: all requests arrive at once: say a --rate to begin at")
         found = highest_rate(keeps, start_rps)
+    is_rate = args.find == "rate"
     return Sized(
         label=label,
         kind=args.find,
         found=found,
         shares=shares,
         runs=tried.get(found.best, []) if found.best is not None else [],
+        rate_rps=(found.best or math.nan) if is_rate else scenario.trace(0).rate_rps,
     )
 
 

@@ -130,8 +130,13 @@ def _run_search(args: argparse.Namespace, scenarios: Mapping[str, Scenario]) -> 
     runs = [run for answer in sized for run in answer.runs]
     if runs:
         print(f"{text_table(runs)}\n")
+    notes = [f"note: {note}" for note in next(iter(scenarios.values())).trace(0).notes]
+    print("".join(f"{line}\n" for line in [*remarks(runs), *notes]))
     for answer in sized:
         print(answer.sentence(attainment_of(args)))
+    short = [text for answer in sized if (text := answer.brevity()) is not None]
+    for warning in [*warnings_of(runs), *short]:
+        print(f"warning: {warning}", file=sys.stderr)
     return status_of_failures(args, [failure for run in runs for failure in run.policy_failures])
 
 

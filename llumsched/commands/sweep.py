@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ _SHOWN = (
     *("ttft_mean", "ttft_p99", "tpot_mean", "tpot_p99", "gap_p99", "e2e_p99"),
     *("slo", "goodput", "mean_instances", "token_hours", "token_cost"),
 )
+_NUMBERS = re.compile(r"\d[\d.,]*")
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
@@ -113,6 +115,9 @@ def run(args: argparse.Namespace) -> int:
         print(_table(list(axes), rows, columns))
         failures = _failures(list(axes), rows)
         print("".join(f"{line}\n" for line in failures), end="")
+        warnings = _warnings(list(axes), rows)
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
         settled = sum(not row.seed_matters for row in rows)
         if settled and args.seeds > 1:
             print(
@@ -123,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
             write_rows(rows, args.out)
             print(f"\nwritten: {args.out}, {len(rows)} of {len(points)} runs")
         if args.report is not None and rows:
-            _write_report(args, rows, columns, failures)
+            _write_report(args, rows, columns, [*failures, *warnings])
             print(f"\nwritten: {args.report}")
     if interrupt.is_set:
         print(f"interrupted: {len(rows)} of {len(points)} runs are done", file=sys.stderr)
@@ -172,7 +177,7 @@ def _write_report(
     args: argparse.Namespace,
     rows: Sequence[Row],
     columns: Sequence[FigureColumn],
-    failures: Sequence[str],
+    remarks: Sequence[str],
 ) -> None:
     scenario = scenario_of(args)
     axes = rows[0].point.values
@@ -194,7 +199,7 @@ def _write_report(
                 )
             },
         },
-        remarks=failures,
+        remarks=remarks,
     )
 
 
@@ -209,6 +214,25 @@ def _failures(axes: Sequence[str], rows: Sequence[Row]) -> list[str]:
     return [
         f"{text} ({count:,} times; the scheduler decided by itself)" for text, count in said.items()
     ]
+
+
+def _warnings(axes: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """Each warning once, whatever its numbers, with the points that it is about."""
+    first: dict[str, str] = {}
+    about: dict[str, dict[str, None]] = {}
+    for row in rows:
+        point = ", ".join(f"{axis}={row.point.values[axis]}" for axis in axes)
+        for text in row.warnings:
+            kind = _NUMBERS.sub("N", text)
+            first.setdefault(kind, text)
+            about.setdefault(kind, {})[point] = None
+    num_points = len({tuple(row.point.values.values()) for row in rows})
+    said = []
+    for kind, points in about.items():
+        others = f" and {len(points) - 1} more points" if len(points) > 1 else ""
+        where = "every point" if len(points) == num_points else f"{next(iter(points))}{others}"
+        said.append(f"{where}: {first[kind]}")
+    return said
 
 
 def _columns(rows: Sequence[Row]) -> list[FigureColumn]:

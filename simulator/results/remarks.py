@@ -66,6 +66,12 @@ def verdict(summary: Summary) -> str:
             f"full at times: one request in a hundred waits more than {number(wait.p99)} s for an"
             f" engine{use}"
         )
+    if summary.num_preemptions and summary.itl_max_s.p99 > _LONG_WAIT_S:
+        return (
+            f"full on some instance at times: {summary.num_preemptions:,} preemptions, and one"
+            f" request in a hundred stands still for more than {number(summary.itl_max_s.p99)} s in"
+            " the middle of its answer"
+        )
     if summary.kv_usage < _IDLE_KV_USAGE:
         return (
             f"nearly idle: the KV cache is {100 * summary.kv_usage:.1f} % full and nobody waits,"

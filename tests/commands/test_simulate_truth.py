@@ -227,6 +227,18 @@ def test_a_sweep_runs_one_seed_where_seeds_change_nothing(
     assert found == [("round_robin", "0"), ("random", "0"), ("random", "1")]
 
 
+def test_a_sweep_says_once_why_its_figures_may_not_be_believed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "sweep.html"
+    options = ["--grid", "policy=round_robin,latency", "--jobs", "1", "--report", str(page)]
+    assert cli.main(["sweep", *RECORDED, *options]) == 0
+    said = capsys.readouterr().err
+    assert said.count("NO HOST TIME") == 1
+    assert "warning: every point: NO HOST TIME: rtx4090-llama-3.1-8b has kernel times" in said
+    assert "NO HOST TIME" in page.read_text()
+
+
 @pytest.mark.parametrize("option", ["--rate", "--rate-rps"])
 def test_the_rate_has_a_short_name(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["simulate", "S-S", option, "30", "--requests", "20", "--quiet"]) == 0

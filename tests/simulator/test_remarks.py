@@ -54,3 +54,15 @@ def test_the_verdict_goes_by_who_waits_and_how_full_the_cache_is() -> None:
     assert verdict(make_run("a", timeline=empty, **at_once).summary).startswith("nearly idle")
     nothing = make_run("a", status=np.zeros(4, dtype=np.int64)).summary
     assert verdict(nothing) == "nothing finished"
+
+
+def test_a_pool_that_makes_answers_stand_still_is_not_called_neither_full_nor_idle() -> None:
+    """Nobody waits for an engine at first; those that are preempted wait in the middle."""
+    stalls = {
+        "scheduled_s": np.array([0.0, 1.0, NAN, 3.5]),
+        "itl_max_s": np.array([9.0, 12.0, NAN, NAN]),
+        "num_preemptions": np.array([3, 4, 0, 0]),
+    }
+    said = verdict(make_run("a", **stalls).summary)
+    assert said.startswith("full on some instance at times: 7 preemptions, and one request in a")
+    assert "stands still for more than 9.00 s" in said
