@@ -16,9 +16,11 @@ from aiohttp import web
 
 from llumsched.batch.pass_on import PATHS, BatchServer, BatchServerAway, passed_on
 from llumsched.core.types import PriorityClass
+from llumsched.proxy.adapters import Adapters
 from llumsched.proxy.backends import BackendError, parse_backend
+from llumsched.proxy.errors import error_response
 from llumsched.proxy.fleet import Fleet
-from llumsched.proxy.forwarding import Forwarder, error_response
+from llumsched.proxy.forwarding import Forwarder
 from llumsched.proxy.metrics import ProxyMetrics
 from llumsched.proxy.server import PlainServer
 
@@ -44,8 +46,10 @@ def make_app(
         continues_streams: a stream whose server is lost goes on from the text delivered.
     """
     metrics = ProxyMetrics(fleet)
+    adapters = Adapters(fleet, session)
     forwarder = Forwarder(
         fleet,
+        adapters,
         session,
         metrics,
         tells_provenance=admin_api,
@@ -60,10 +64,10 @@ def make_app(
         return web.Response(status=200 if is_well else 503)
 
     async def models(request: web.Request) -> web.Response:
+        served = {model for model, pool in fleet.pools.items() if pool.server_ids}
         entries = [
             {"id": model, "object": "model", "owned_by": "llumsched"}
-            for model, pool in sorted(fleet.pools.items())
-            if pool.server_ids
+            for model in sorted(served | adapters.names)
         ]
         return web.json_response({"object": "list", "data": entries})
 
@@ -75,6 +79,7 @@ def make_app(
     app.router.add_get("/metrics", exposition)
     if batch_url is not None:
         _pass_batches_on(app, batch_url)
+    adapters.add_routes(app.router)
     app.router.add_post("/v1/{path:.+}", forwarder.handle)
     if admin_api:
         _add_admin(app, fleet)

@@ -21,8 +21,8 @@ import yaml
 from llumsched import plugins
 from llumsched.core.types import InstanceRole
 
-FIELDS = ("url", "weight", "role", "api_key_env")
-SYNTAX = "URL[,weight=W][,role=mixed|prefill|decode][,api_key_env=NAME]"
+FIELDS = ("url", "weight", "role", "api_key_env", "max_adapters")
+SYNTAX = "URL[,weight=W][,role=mixed|prefill|decode][,api_key_env=NAME][,max_adapters=N]"
 
 
 class BackendError(ValueError):
@@ -39,6 +39,9 @@ class Backend:
     role: InstanceRole = InstanceRole.MIXED
     api_key_env: str | None = None
     """The environment variable with the key that this server wants instead of the client's."""
+
+    max_adapters: int = 0
+    """LoRA adapters that it may have; the one unused longest makes room. 0: no limit."""
 
     @property
     def api_key(self) -> str | None:
@@ -116,6 +119,7 @@ def _backend(fields: Any, where: str) -> Backend:
         weight=_weight(fields.get("weight", 1.0), where),
         role=_role(fields.get("role", InstanceRole.MIXED), where),
         api_key_env=None if key is None else str(key),
+        max_adapters=_number(fields.get("max_adapters", 0), where),
     )
 
 
@@ -127,6 +131,16 @@ def _weight(value: Any, where: str) -> float:
     if not 0 < weight < float("inf"):
         raise BackendError(f"{where}: weight must be a number above 0, not {value!r}")
     return weight
+
+
+def _number(value: Any, where: str) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = -1
+    if number < 0:
+        raise BackendError(f"{where}: max_adapters must be a number from 0, not {value!r}")
+    return number
 
 
 def _role(value: Any, where: str) -> InstanceRole:

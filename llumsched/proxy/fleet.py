@@ -69,7 +69,7 @@ class Fleet:
                 del named[server.backend.url]
             elif server.backend.url in named:
                 logger.warning(
-                    "%s: another weight, role or key counts once it has been taken out and back",
+                    "%s: other options count once it has been taken out and back",
                     server.server_id,
                 )
                 del named[server.backend.url]
@@ -80,6 +80,13 @@ class Fleet:
                 self.add(backend)
             except ValueError as error:
                 logger.warning("not added: %s", error)
+
+    def forget_model(self, model: str) -> None:
+        """Wait for no server of a model any more, unless there is one."""
+        pool = self.pools.get(model)
+        if pool is not None and not pool.server_ids and not pool.num_held_by_class:
+            pool.close()
+            del self.pools[model]
 
     async def close(self) -> None:
         """End all tasks and timers."""

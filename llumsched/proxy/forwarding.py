@@ -16,7 +16,6 @@ import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
 
 import aiohttp
 import msgspec
@@ -25,7 +24,9 @@ from aiohttp import web
 from llumsched.batch.pass_on import passed_on
 from llumsched.core.actions import DispatchRequest, Rejection
 from llumsched.core.types import Allowance, PriorityClass, SchedulingRequest, priority_class
+from llumsched.proxy.adapters import AdapterError, Adapters
 from llumsched.proxy.continuation import CONTINUES_CHAT, Delivery, delivery_of
+from llumsched.proxy.errors import error_body, error_response
 from llumsched.proxy.fleet import Fleet
 from llumsched.proxy.metrics import ProxyMetrics
 from llumsched.proxy.pool import ModelPool, TurnedAway
@@ -86,6 +87,7 @@ class _Call:
 class Forwarder:
     """Args:
     fleet: the servers.
+    adapters: those that are loaded at the servers when they are asked for.
     session: for requests; without a limit on connections and without decompression.
     metrics: what is counted.
     tells_provenance: answers name server, policy and reason in headers.
@@ -95,6 +97,7 @@ class Forwarder:
     def __init__(
         self,
         fleet: Fleet,
+        adapters: Adapters,
         session: aiohttp.ClientSession,
         metrics: ProxyMetrics,
         *,
@@ -102,6 +105,7 @@ class Forwarder:
         continues_streams: bool,
     ) -> None:
         self._fleet = fleet
+        self._adapters = adapters
         self._session = session
         self._metrics = metrics
         self._tells_provenance = tells_provenance
@@ -114,7 +118,10 @@ class Forwarder:
             facts = facts_of(body)
         except MalformedRequest as error:
             return error_response(HTTPStatus.BAD_REQUEST, str(error))
-        pool = self._pool(facts.model)
+        try:
+            pool = await self._pool(facts.model)
+        except AdapterError as error:
+            return error_response(error.status, str(error))
         if pool is None:
             known = ", ".join(sorted(self._fleet.pools)) or "none yet"
             message = f"The model '{facts.model}' is not served. There are: {known}."
@@ -145,9 +152,12 @@ class Forwarder:
             return last.answer
         return error_response(HTTPStatus.BAD_GATEWAY, f"No server answered: {last}.")
 
-    def _pool(self, model: str | None) -> ModelPool | None:
+    async def _pool(self, model: str | None) -> ModelPool | None:
         if model is None and len(self._fleet.pools) == 1:
             return next(iter(self._fleet.pools.values()))
+        pool = self._fleet.pools.get(model or "")
+        if pool is None or not pool.server_ids:
+            await self._adapters.ensure(model)
         return self._fleet.pools.get(model or "")
 
     def _delivery(self, request: web.Request, body: bytes, facts: RequestFacts) -> Delivery | None:
@@ -175,8 +185,11 @@ class Forwarder:
             call.pool.aborted(scheduled.request_id)
             raise _Failed(f"{placed.instance_id} has left")
         sent = Sent(
-            num_prompt_tokens=scheduled.num_prompt_tokens, priority=scheduled.execution_priority
+            num_prompt_tokens=scheduled.num_prompt_tokens,
+            priority=scheduled.execution_priority,
+            model=call.facts.model,
         )
+        server.used_s[call.facts.model or ""] = time.monotonic()
         server.sent[scheduled.request_id] = sent
         is_whole = False
         try:
@@ -239,7 +252,7 @@ class Forwarder:
             await answer.write(b"data: [DONE]\n\n")
             await answer.write_eof()
         elif call.facts.stream:
-            event = json.dumps(_error(HTTPStatus.BAD_GATEWAY, str(broken)))
+            event = json.dumps(error_body(HTTPStatus.BAD_GATEWAY, str(broken)))
             # An event that was cut off ends with the first empty line.
             await answer.write(f"\n\ndata: {event}\n\n".encode())
             await answer.write_eof()
@@ -345,24 +358,6 @@ class Forwarder:
             headers["x-llumsched-policy"] = call.pool.policy
             headers["x-llumsched-reason"] = placed.reason
         return headers
-
-
-def error_response(
-    status: HTTPStatus, message: str, retry_after_s: float | None = None
-) -> web.Response:
-    """An error as OpenAI's API has it."""
-    headers = {} if retry_after_s is None else {"Retry-After": str(max(1, round(retry_after_s)))}
-    return web.json_response(_error(status, message), status=status, headers=headers)
-
-
-def _error(status: HTTPStatus, message: str) -> dict[str, Any]:
-    kind = {
-        HTTPStatus.BAD_REQUEST: "BadRequestError",
-        HTTPStatus.UNAUTHORIZED: "AuthenticationError",
-        HTTPStatus.NOT_FOUND: "NotFoundError",
-        HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
-    }.get(status, "ServiceUnavailableError")
-    return {"error": {"message": message, "type": kind, "param": None, "code": int(status)}}
 
 
 def _rejection(rejection: TurnedAway) -> web.Response:

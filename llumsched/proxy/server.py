@@ -41,6 +41,7 @@ class Sent:
 
     num_prompt_tokens: int
     priority: int = PriorityClass.NORMAL
+    model: str | None = None
     is_reported: bool = False
     has_begun: bool = False
     num_output_tokens: int = 0
@@ -68,6 +69,10 @@ class PlainServer:
         self.backend = backend
         self.server_id = urllib.parse.urlsplit(backend.url).netloc
         self.models: tuple[str, ...] = ()
+        self.adapters: frozenset[str] = frozenset()
+        """Those of `models` that are adapters of another."""
+        self.used_s: dict[str, float] = {}
+        """When each model was asked for last."""
         self.is_there = False
         self.is_draining = False
         self.last_failure = ""
@@ -129,7 +134,7 @@ class PlainServer:
                 if status >= 500:
                     raise aiohttp.ClientError(f"/health answers {status}")
                 if not self.is_there or now_s - self._asked_models_s >= MODELS_INTERVAL_S:
-                    await self._ask_models(now_s)
+                    await self.ask_models()
                 status, page = await self._get("/metrics")
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             reason = str(error) or type(error).__name__
@@ -153,15 +158,22 @@ class PlainServer:
         async with self._session.get(url, headers=self.headers) as response:
             return response.status, await response.text(errors="replace")
 
-    async def _ask_models(self, now_s: float) -> None:
+    async def ask_models(self) -> None:
+        """Learn what it serves now.
+
+        Raises:
+            aiohttp.ClientError, OSError, ValueError: it does not say.
+        """
         url = f"{self.backend.url}/v1/models"
         async with self._session.get(url, headers=self.headers) as response:
             if response.status != 200:
                 raise aiohttp.ClientError(f"/v1/models answers {response.status}")
-            models = _models(await response.json(content_type=None))
+            entries = _entries(await response.json(content_type=None))
+        models = tuple(entries)
         if not models:
             raise ValueError("/v1/models names no model")
-        self._asked_models_s = now_s
+        self._asked_models_s = self._clock()
+        self.adapters = frozenset(name for name, entry in entries.items() if entry.get("parent"))
         if models != self.models:
             self.models = models
             if self.is_there:
@@ -226,10 +238,10 @@ class PlainServer:
         return max(1, round(self.backend.weight * DEFAULT_NUM_CACHE_TOKENS / BLOCK_SIZE))
 
 
-def _models(answer: Any) -> tuple[str, ...]:
-    """Names in an answer of `/v1/models`."""
+def _entries(answer: Any) -> dict[str, dict[str, Any]]:
+    """Models in an answer of `/v1/models`, by name."""
     entries = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(entries, list):
-        return ()
-    names = (entry.get("id") for entry in entries if isinstance(entry, dict))
-    return tuple(name for name in names if isinstance(name, str))
+        return {}
+    named = (entry for entry in entries if isinstance(entry, dict))
+    return {entry["id"]: entry for entry in named if isinstance(entry.get("id"), str)}
