@@ -114,6 +114,17 @@ class SchedulerOptions:
     prefix_index_blocks: int = param(
         0, "Bound of the index of cached prefix blocks; 0 keeps none.", at_least=0
     )
+    session_ttl_s: float = param(
+        600.0,
+        "For this long after its last turn a session is remembered, and its next turn goes to the "
+        "same instance, unless the policy knows by prefixes where its KV is. 0: not at all.",
+        at_least=0,
+    )
+    session_imbalance: int = param(
+        8,
+        "A session's instance is left for the policy's choice if it has so many requests more.",
+        at_least=0,
+    )
     max_queue_attempts: int = param(
         64,
         "Held requests tried again at one event; bounds the work an event can cause.",

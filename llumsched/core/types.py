@@ -89,6 +89,8 @@ class SchedulingRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Arrival on the clock of `cluster.now`."""
     client_id: str | None = None
     """Whose request it is, where that is known."""
+    session_id: str | None = None
+    """The conversation, of this client, that the request is a turn of, where that is known."""
     prefix_hashes: tuple[int, ...] = ()
     """Names of the full KV blocks of the prompt in order, each covering all blocks before it, as
     the engine computes them; empty where no prefix index is kept."""

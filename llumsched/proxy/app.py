@@ -54,6 +54,7 @@ def make_app(
         metrics,
         tells_provenance=admin_api,
         continues_streams=continues_streams,
+        key_names_client=len(api_keys) > 1,
     )
     app = web.Application(
         client_max_size=MOST_BODY_BYTES, middlewares=[_authorization(tuple(api_keys))]

@@ -23,7 +23,8 @@ from aiohttp import web
 
 from llumsched.batch.pass_on import passed_on
 from llumsched.core.actions import DispatchRequest, Rejection
-from llumsched.core.types import Allowance, PriorityClass, SchedulingRequest, priority_class
+from llumsched.core.types import Allowance, SchedulingRequest, priority_class
+from llumsched.hints import parse
 from llumsched.proxy.adapters import AdapterError, Adapters
 from llumsched.proxy.continuation import CONTINUES_CHAT, Delivery, delivery_of
 from llumsched.proxy.errors import error_body, error_response
@@ -92,6 +93,7 @@ class Forwarder:
     metrics: what is counted.
     tells_provenance: answers name server, policy and reason in headers.
     continues_streams: what is left of a stream whose server is lost is asked of another.
+    key_names_client: a request's API key says whose it is, whatever a header does.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Forwarder:
         *,
         tells_provenance: bool,
         continues_streams: bool,
+        key_names_client: bool,
     ) -> None:
         self._fleet = fleet
         self._adapters = adapters
@@ -110,6 +113,7 @@ class Forwarder:
         self._metrics = metrics
         self._tells_provenance = tells_provenance
         self._continues_streams = continues_streams
+        self._key_names_client = key_names_client
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """The answer to `POST /v1/...`."""
@@ -132,7 +136,7 @@ class Forwarder:
             body=body,
             facts=facts,
             pool=pool,
-            scheduled=_scheduled(request, facts, begun_s),
+            scheduled=_scheduled(request, facts, self._key_names_client, begun_s),
             begun_s=begun_s,
             delivery=self._delivery(request, body, facts),
         )
@@ -371,12 +375,17 @@ def _rejection(rejection: TurnedAway) -> web.Response:
     return answer
 
 
-def _scheduled(request: web.Request, facts: RequestFacts, now_s: float) -> SchedulingRequest:
-    named = request.headers.get("X-Request-Priority")
+def _scheduled(
+    request: web.Request, facts: RequestFacts, key_names_client: bool, now_s: float
+) -> SchedulingRequest:
     try:
-        priority = priority_class(facts.priority) if named is None else PriorityClass.parse(named)
+        hints = parse(
+            ((name.lower(), value) for name, value in request.raw_headers),
+            key_names_client=key_names_client,
+        )
     except ValueError as error:
-        raise web.HTTPBadRequest(text=f"X-Request-Priority: {error}") from None
+        raise web.HTTPBadRequest(text=str(error)) from None
+    priority = priority_class(facts.priority) if hints.priority is None else hints.priority
     return SchedulingRequest(
         request_id=request.headers.get("X-Request-Id") or uuid.uuid4().hex,
         num_prompt_tokens=facts.num_prompt_tokens,
@@ -384,8 +393,11 @@ def _scheduled(request: web.Request, facts: RequestFacts, now_s: float) -> Sched
         scheduling_priority=priority,
         execution_priority=priority,
         arrival_s=now_s,
-        client_id=request.headers.get("X-Client-Id") or facts.session_id,
+        client_id=hints.client_id,
+        session_id=hints.session_id or facts.session_id,
         prefix_hashes=facts.prefix_hashes,
+        ttft_slo_s=hints.ttft_slo_s,
+        tpot_slo_s=hints.tpot_slo_s,
     )
 
 

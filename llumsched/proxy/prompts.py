@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llumsched.hints import session_name
+
 BLOCK_SIZE = 16
 CHARACTERS_PER_TOKEN = 4
 _BLOCK_CHARACTERS = BLOCK_SIZE * CHARACTERS_PER_TOKEN
@@ -54,7 +56,9 @@ def facts_of(body: bytes) -> RequestFacts:
     limits = (content.get(name) for name in ("max_completion_tokens", "max_tokens"))
     limit = next((value for value in limits if isinstance(value, int) and value > 0), None)
     num_tokens, hashes = _prompt(content)
-    session = content.get("session_id") or content.get("user")
+    if content.get("previous_response_id") or content.get("conversation"):
+        # The beginning of the prompt is at the server that gave the response, and not here.
+        hashes = ()
     priority = content.get("priority")
     return RequestFacts(
         model=model,
@@ -62,9 +66,23 @@ def facts_of(body: bytes) -> RequestFacts:
         num_prompt_tokens=max(1, num_tokens),
         max_output_tokens=limit,
         prefix_hashes=hashes,
-        session_id=session if isinstance(session, str) else None,
+        session_id=session_name(_session(content)),
         priority=priority if isinstance(priority, int) else 0,
     )
+
+
+def _session(content: Mapping[str, Any]) -> str | None:
+    """The session that a body names, in one of the fields that OpenAI and others have for it."""
+    metadata, conversation = content.get("metadata"), content.get("conversation")
+    of = metadata if isinstance(metadata, Mapping) else {}
+    named = (
+        content.get("session_id"),
+        content.get("prompt_cache_key"),
+        conversation.get("id") if isinstance(conversation, Mapping) else conversation,
+        of.get("session_id"),
+        content.get("user"),
+    )
+    return next((name for name in named if isinstance(name, str) and name), None)
 
 
 def _prompt(content: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:

@@ -14,13 +14,11 @@ from hypothesis import strategies as st
 
 from llumsched.core.types import PriorityClass
 from llumsched.frontend.request.hints import (
-    NO_HINTS,
-    SchedulingHints,
     SchedulingHintsMiddleware,
     current,
     let_keys_name_clients,
-    parse,
 )
+from llumsched.hints import NO_HINTS, SESSION_NAMES, SchedulingHints, parse
 
 
 def headers(**values: str) -> list[tuple[bytes, bytes]]:
@@ -64,6 +62,15 @@ def test_one_key_is_not_many_clients() -> None:
     assert client("bEARER sk-1") == client("Bearer sk-1", x_client_id="another") == one
     assert client("Bearer sk-2") != one
     assert parse(headers(x_client_id="a"), key_names_client=True).client_id == "a", "it has no key"
+
+
+@pytest.mark.parametrize("name", [name.decode() for name in SESSION_NAMES])
+def test_a_session_is_named_as_agents_do_it(name: str) -> None:
+    assert parse([(name.encode(), b"abc")]).session_id == "abc"
+    both = [(name.encode(), b"theirs"), (b"x-session-id", b"ours")]
+    assert parse(both).session_id == "ours"
+    assert parse([(name.encode(), b"x" * 1000)]).session_id == "x" * 256
+    assert parse([(name.encode(), b" ")]).session_id is None
 
 
 @pytest.mark.parametrize(

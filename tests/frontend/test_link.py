@@ -16,7 +16,7 @@ from vllm.v1.engine import EngineCoreRequest
 
 from llumsched.core.types import Allowance, Budget, SchedulingRequest
 from llumsched.engine.vllm.predicted_length import predicted_output_tokens
-from llumsched.frontend.request.hints import SchedulingHints, hinted
+from llumsched.frontend.request.hints import hinted
 from llumsched.frontend.request.rejection import Rejected
 from llumsched.frontend.routing import scheduler_client
 from llumsched.frontend.routing.scheduler_client import (
@@ -25,6 +25,7 @@ from llumsched.frontend.routing.scheduler_client import (
     SchedulerUnavailable,
     Withdrawn,
 )
+from llumsched.hints import SchedulingHints
 from llumsched.wire.control import (
     Accepted,
     ClusterDescription,
@@ -136,7 +137,7 @@ def test_the_scheduler_hears_what_the_client_said_of_its_request() -> None:
             )
         return None
 
-    hints = SchedulingHints(ttft_slo_s=0.5, tpot_slo_s=0.05, client_id="tenant")
+    hints = SchedulingHints(ttft_slo_s=0.5, tpot_slo_s=0.05, client_id="tenant", session_id="s")
     asked = engine_request()
     own_args = {"theirs": 1}
     assert asked.sampling_params is not None
@@ -153,6 +154,7 @@ def test_the_scheduler_hears_what_the_client_said_of_its_request() -> None:
             num_prompt_tokens=3,
             max_output_tokens=5,
             client_id="tenant",
+            session_id="s",
             prefix_hashes=(7, 8),
             ttft_slo_s=0.5,
             tpot_slo_s=0.05,

@@ -16,10 +16,11 @@ from vllm.v1.engine import EngineCoreRequest
 from llumsched.engine.base import RequestState
 from llumsched.engine.placement_numbers import PLACEMENTS_PER_EPOCH
 from llumsched.engine.vllm.migration.state import decode_request
-from llumsched.frontend.request.hints import SchedulingHints, current, hinted
+from llumsched.frontend.request.hints import current, hinted
 from llumsched.frontend.request.rejection import Rejected
 from llumsched.frontend.routing.resumer import MAX_FRUITLESS_RESUMPTIONS, Resumer
 from llumsched.frontend.routing.routes import Arrival, Routes
+from llumsched.hints import SchedulingHints
 
 TIMEOUT_S = 10.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 
@@ -193,6 +194,81 @@ def test_a_request_that_is_tried_again_is_charged_once() -> None:
                 assert answer.status == 200
                 assert answer.headers["x-ratelimit-remaining-requests"] == "1"
             assert sick.bodies
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"headers": {"X-Session-Id": "one"}},
+        {"headers": {"session_id": "one"}},
+        {"prompt_cache_key": "one"},
+        {"session_id": "one"},
+        {"conversation": "one"},
+        {"conversation": {"id": "one"}},
+        {"metadata": {"session_id": "one"}},
+        {"user": "one"},
+    ],
+)
+def test_turns_of_a_session_go_to_the_same_server(named: dict[str, Any]) -> None:
+    async def run() -> None:
+        servers = [FakeServer() for _ in range(3)]
+        async with proxied(*servers, config="policy: round_robin") as proxy:
+            homes = set()
+            for number in range(4):
+                answer = await proxy.ask(f"turn {number}", **named)
+                await answer.read()
+                homes.add(answer.headers["x-llumsched-instance"])
+                await (await proxy.ask("another's")).read()
+            assert len(homes) == 1
+            assert sum(bool(server.bodies) for server in servers) == 3
+
+    asyncio.run(run())
+
+
+def test_a_conversation_that_a_server_keeps_goes_on_there_whatever_the_policy() -> None:
+    async def run() -> None:
+        servers = [FakeServer() for _ in range(2)]
+        async with proxied(*servers, config="policy: prefix_aware") as proxy:
+            text = "The same beginning of a prompt. " * 20
+            seen = set()
+            for number in range(4):
+                body = {
+                    "model": "model",
+                    "input": f"{number} {text}",
+                    "prompt_cache_key": "k",
+                    "previous_response_id": f"resp_{number}",
+                }
+                answer = await proxy.client.post("/v1/responses", json=body)
+                await answer.read()
+                seen.add(answer.headers["x-llumsched-instance"])
+            assert len(seen) == 1
+
+    asyncio.run(run())
+
+
+def test_with_several_keys_a_client_is_its_key_and_a_name_gets_it_no_more() -> None:
+    async def run() -> None:
+        async with proxied(FakeServer(), config=QUOTA, api_keys=["one", "two"]) as proxy:
+            statuses = []
+            for number in range(3):
+                named = {"Authorization": "Bearer one", "X-Client-Id": str(number)}
+                statuses.append((await proxy.ask(headers=named)).status)
+            assert statuses == [200, 200, 429]
+            other = await proxy.ask(headers={"Authorization": "Bearer two"})
+            assert other.status == 200
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("header", ["X-Request-Priority", "X-SLO-TTFT-Ms"])
+def test_a_hint_that_cannot_be_read_is_a_client_s_mistake(header: str) -> None:
+    async def run() -> None:
+        async with proxied(FakeServer()) as proxy:
+            answer = await proxy.ask(headers={header: "soon"})
+            assert answer.status == 400
+            assert header in (await answer.json())["error"]["message"]
 
     asyncio.run(run())
 

@@ -28,6 +28,7 @@ from llumsched.core.scheduling.cluster_state import Cluster, InstanceRecord
 from llumsched.core.scheduling.dispatch_queue import DispatchQueue
 from llumsched.core.scheduling.fairness import FairTurns
 from llumsched.core.scheduling.request_ledger import Ledger, RequestRecord
+from llumsched.core.scheduling.sessions import Sessions
 from llumsched.core.snapshot import BoolColumn, ClusterSnapshot
 from llumsched.core.types import Allowance, InstanceState, SchedulingRequest, Scores
 
@@ -48,12 +49,14 @@ class Dispatcher:
         cluster: Cluster,
         ledger: Ledger,
         queue: DispatchQueue,
+        sessions: Sessions,
     ) -> None:
         self._bundle = bundle
         self._options = options
         self._cluster = cluster
         self._ledger = ledger
         self._queue = queue
+        self._sessions = sessions
         self._turns = FairTurns() if options.fair_clients else None
         # Held requests are not tried again before this ...
         self._next_pass_s = 0.0
@@ -307,7 +310,7 @@ class Dispatcher:
                 return Hold(reason="the dispatch policy holds it")
             if isinstance(chosen, Hold):
                 return chosen
-            placement = chosen
+            placement = self._sessions.at_home(request, cluster, candidates, chosen)
             limit = self._options.max_waiting_per_instance if not record.redispatch_reason else 0
             if limit and self._num_waiting(placement.instance_id) >= limit:
                 able = _able_to_take(request, cluster, candidates, limit)

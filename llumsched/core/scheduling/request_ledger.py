@@ -13,6 +13,7 @@ from llumsched.core.codec import from_plain, to_plain
 from llumsched.core.load import InstanceLoad
 from llumsched.core.request_columns import RequestColumns, RequestProgress
 from llumsched.core.scheduling.cluster_state import Cluster, InstanceRecord
+from llumsched.core.scheduling.sessions import Sessions
 from llumsched.core.types import SchedulingRequest
 
 
@@ -67,8 +68,9 @@ class RequestRecord:
 class Ledger:
     """Live requests by id and by instance."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, sessions: Sessions) -> None:
         self._cluster = cluster
+        self._sessions = sessions
         self.next_sequence = 0
         self.requests: dict[str, RequestRecord] = {}
         self._by_instance: dict[str, dict[str, RequestRecord]] = {}
@@ -142,6 +144,7 @@ class Ledger:
         instance_id = instance.spec.instance_id
         record.instance_id = instance_id
         record.named_s = None
+        self._sessions.ran(request, instance_id, now)
         on_instance = self._by_instance.get(instance_id)
         if on_instance is None:
             on_instance = self._by_instance[instance_id] = {}

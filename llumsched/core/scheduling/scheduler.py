@@ -51,6 +51,7 @@ from llumsched.core.scheduling.prefix_index import PrefixIndex
 from llumsched.core.scheduling.rebalancer import Rebalancer
 from llumsched.core.scheduling.request_ledger import Ledger
 from llumsched.core.scheduling.scaler import Scaling
+from llumsched.core.scheduling.sessions import Sessions
 from llumsched.core.snapshot import ClusterSnapshot, PrefixHolders
 from llumsched.core.step_time import StepTimeModel
 from llumsched.core.types import SchedulingRequest, Scores
@@ -90,13 +91,15 @@ class GlobalScheduler:
             match_prefix=self._match_prefix,
             requests_on=self._requests_on,
         )
-        self._ledger = Ledger(self._cluster)
+        self._sessions = Sessions(options)
+        self._ledger = Ledger(self._cluster, self._sessions)
         self._dispatcher = Dispatcher(
             bundle=bundle,
             options=options,
             cluster=self._cluster,
             ledger=self._ledger,
             queue=self._queue,
+            sessions=self._sessions,
         )
         self._arbiter = MigrationArbiter(self._cluster, options)
         self._rebalancer = Rebalancer(
@@ -223,6 +226,7 @@ class GlobalScheduler:
             "migrations": self._arbiter.state(),
             "next_rebalance_s": self._rebalancer.next_s,
             "dispatcher": self._dispatcher.state(),
+            "sessions": self._sessions.state(),
             "scaling": self._scaling.state(),
             "num_replacing": self._cluster.num_replacing,
             "prefix_blocks": {} if self._prefix_index is None else self._prefix_index.state(),
@@ -250,6 +254,7 @@ class GlobalScheduler:
         if self._rebalancer.next_s is not None and state["next_rebalance_s"] is not None:
             self._rebalancer.next_s = state["next_rebalance_s"]
         self._dispatcher.restore(state["dispatcher"])
+        self._sessions.restore(state.get("sessions", ()))
         self._scaling.restore(state["scaling"])
         self._cluster.num_replacing = state.get("num_replacing", 0)
         if self._prefix_index is not None:
@@ -299,6 +304,8 @@ class GlobalScheduler:
             return
         instance_id = record.instance_id
         self._scaling.request_changed(now)
+        if instance_id is not None:
+            self._sessions.ran(record.request, instance_id, now)
         self._dispatcher.end(record, num_output_tokens, out)
         self._dispatcher.dispatch_held(now, out)
         if instance_id is not None:

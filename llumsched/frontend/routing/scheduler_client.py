@@ -22,9 +22,10 @@ from vllm.v1.engine import EngineCoreRequest
 
 from llumsched.core.types import SchedulingRequest, priority_class
 from llumsched.engine.vllm.predicted_length import predict
-from llumsched.frontend.request.hints import SchedulingHints, current
+from llumsched.frontend.request.hints import current
 from llumsched.frontend.request.rejection import Rejected, allowed, reasoned
 from llumsched.frontend.routing.sockets import LoopSocket
+from llumsched.hints import SchedulingHints
 from llumsched.logs import FailureLog
 from llumsched.wire.control import (
     Accepted,
@@ -406,6 +407,7 @@ def for_scheduling(
         scheduling_priority=priority,
         execution_priority=priority,
         client_id=hints.client_id,
+        session_id=hints.session_id,
         prefix_hashes=prefix_hashes,
         ttft_slo_s=hints.ttft_slo_s,
         tpot_slo_s=hints.tpot_slo_s,
