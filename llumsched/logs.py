@@ -168,3 +168,8 @@ class FailureLog:
     def warned(self, kind: Hashable, message: str, *args: object) -> None:
         """As ``failed``, for what is dropped and does no harm; without a traceback."""
         self._say(kind, message, args, level=logging.WARNING)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, which has an s unless there is one: ``1 block``, ``2 blocks``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

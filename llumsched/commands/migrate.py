@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llumsched.commands._admin import AdminClient, add_server
+from llumsched.logs import counted
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -59,12 +60,8 @@ def copied(report: Mapping[str, Any]) -> str:
     """Sentence on the part of a request's context that was copied, and how."""
     cached = report["num_cached_blocks"]
     return (
-        f"context of {report['num_tokens']} tokens: {report['num_blocks']} KV blocks"
-        f" ({report['num_bytes'] / 1e6:.1f} MB) copied in {_count(report['num_stages'], 'stage')}"
+        f"context of {report['num_tokens']} tokens: {counted(report['num_blocks'], 'KV block')}"
+        f" ({report['num_bytes'] / 1e6:.1f} MB) copied in {counted(report['num_stages'], 'stage')}"
         f" by {report['transport'].replace('_', ' ')}"
         + (f", {cached} already there" if cached else "")
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -28,7 +28,7 @@ from llumsched.core.events import (
     MigrationOutcome,
     ScaleRequested,
 )
-from llumsched.logs import FailureLog
+from llumsched.logs import FailureLog, counted
 from llumsched.policy_failures import traceback_of
 from llumsched.wire.control import MigrationStatistics, ReportMigration
 
@@ -177,7 +177,7 @@ class SchedulerLog:
 
 def _cost(statistics: MigrationStatistics) -> str:
     return (
-        f"{statistics.total_s:.3f} s in {statistics.num_stages} stages, suspended for"
-        f" {statistics.suspended_s:.3f} s, {statistics.num_blocks} blocks"
+        f"{statistics.total_s:.3f} s in {counted(statistics.num_stages, 'stage')}, suspended for"
+        f" {statistics.suspended_s:.3f} s, {counted(statistics.num_blocks, 'block')}"
         f" ({statistics.num_bytes / BYTES_PER_MB:.1f} MB) over {statistics.transport}"
     )

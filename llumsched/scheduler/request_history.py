@@ -27,6 +27,7 @@ from llumsched.core.events import (
 )
 from llumsched.core.load import InstanceLoad
 from llumsched.core.types import Scores
+from llumsched.logs import counted
 from llumsched.scheduler.migration_worth import MigrationWorth
 from llumsched.wire.control import Candidate, MigrationStatistics, ReportMigration, TraceStep
 
@@ -111,7 +112,8 @@ class RequestHistory:
         statistics = report.statistics
         if statistics is not None:
             text += (
-                f": {statistics.num_stages} stages, {statistics.num_blocks} blocks,"
+                f": {counted(statistics.num_stages, 'stage')},"
+                f" {counted(statistics.num_blocks, 'block')},"
                 f" {statistics.num_bytes} bytes over {statistics.transport},"
                 f" {1000 * statistics.total_s:.0f} ms,"
                 f" suspended for {1000 * statistics.suspended_s:.1f} ms"

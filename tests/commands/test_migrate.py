@@ -26,7 +26,8 @@ def test_without_a_destination_the_scheduler_chooses(capsys: pytest.CaptureFixtu
     with serving({PATH: (200, report)}) as stub:
         assert cli.main(["migrate", "chatcmpl-1", "--url", stub.url]) == 0
     assert stub.bodies == [{"request_id": "chatcmpl-1", "destination": None}]
-    assert "copied in 1 stage by shared memory, 37 already there" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert ": 1 KV block (0.7 MB) copied in 1 stage by shared memory, 37 already there" in out
 
 
 @pytest.mark.parametrize(
