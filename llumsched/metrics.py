@@ -1,4 +1,4 @@
-"""The catalogue of the metrics that a pool adds to vLLM's, by the process that counts them.
+"""The catalogue of the metrics that are added to vLLM's, by the process that counts them.
 
 Invariants: no label is called ``instance`` or ``job``, which Prometheus gives to every target; no
 value is infinite; a counter whose label values are known is there, at 0, from the start. The table
@@ -13,7 +13,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 
 Labels = tuple[str, ...]
@@ -33,17 +33,21 @@ PAUSE_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1),
     *(0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0),
 )
+RUN_BUCKETS = (0.1, 1.0, 10.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0, 43_200.0)
 BYTES_BUCKETS = tuple(float(1 << power) for power in range(16, 37, 2))
 BLOCKS_BUCKETS = tuple(float(1 << power) for power in range(14))
 STAGES_BUCKETS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 
 
 class Where(StrEnum):
-    """The process that counts: each frontend, the scheduler, or a frontend for the scheduler."""
+    """The process that counts: each frontend, the scheduler, or a frontend for the scheduler; the
+    proxy before plain servers; each process that does batches."""
 
     FRONTEND = "frontend"
     SCHEDULER = "scheduler"
     POOL = "pool"
+    PROXY = "proxy"
+    BATCH = "batch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,13 @@ class MetricSpec:
             histogram.labels(*values)
         return histogram
 
+    def gauge(self, registry: CollectorRegistry) -> Gauge:
+        """The gauge, with its known label values at 0."""
+        gauge = Gauge(self.name, self.help, self.labels, registry=registry)
+        for values in self.known:
+            gauge.labels(*values)
+        return gauge
+
     def gauge_family(self) -> GaugeMetricFamily:
         """A family for a collector of gauges."""
         return GaugeMetricFamily(self.name, self.help, labels=self.labels)
@@ -88,6 +99,11 @@ class MetricSpec:
 _frontend_counter = partial(MetricSpec, Where.FRONTEND, "counter")
 _frontend_histogram = partial(MetricSpec, Where.FRONTEND, "histogram")
 _pool_gauge = partial(MetricSpec, Where.POOL, "gauge")
+_proxy_counter = partial(MetricSpec, Where.PROXY, "counter")
+_proxy_gauge = partial(MetricSpec, Where.PROXY, "gauge")
+_batch_counter = partial(MetricSpec, Where.BATCH, "counter")
+_batch_gauge = partial(MetricSpec, Where.BATCH, "gauge")
+_batch_histogram = partial(MetricSpec, Where.BATCH, "histogram")
 _scheduler_counter = partial(MetricSpec, Where.SCHEDULER, "counter")
 _scheduler_histogram = partial(MetricSpec, Where.SCHEDULER, "histogram")
 
@@ -321,6 +337,115 @@ FRAGMENTED_BLOCKS = _pool_gauge(
         "Fragmentation: free KV blocks of other instances that requests which head their"
         " instance's queue could use."
     ),
+)
+
+# ---- of the proxy before plain servers ----------------------------------------------------------
+
+PROXY_FIRST_BYTE = MetricSpec(
+    Where.PROXY,
+    "histogram",
+    "llumsched_proxy_time_to_first_byte_seconds",
+    "From a request's arrival to the first byte of its answer.",
+    labels=("server",),
+    buckets=LATENCY_BUCKETS,
+)
+PROXY_FAILURES = _proxy_counter(
+    "llumsched_proxy_failures",
+    "Requests that a server failed, before or after the first byte of the answer.",
+    labels=("server", "when"),
+)
+PROXY_REJECTIONS = _proxy_counter(
+    "llumsched_proxy_rejections", "Requests that the scheduler turned away."
+)
+PROXY_CONTINUATIONS = _proxy_counter(
+    "llumsched_proxy_continuations",
+    "Streams of another server, lost in the middle, that this one brought to their end.",
+    labels=("server",),
+)
+PROXY_SERVER_UP = _proxy_gauge(
+    "llumsched_proxy_server_up", "1 while requests are sent to it.", labels=("server",)
+)
+PROXY_SERVER_REQUESTS = _proxy_gauge(
+    "llumsched_proxy_server_requests",
+    "Requests sent to a server that have no whole answer yet.",
+    labels=("server",),
+)
+
+# ---- of batches and jobs: states are those of the database, the rest a process counts ------------
+
+BATCH_FILES = _batch_gauge(
+    "llumsched_batch_files",
+    "Files in the database, by purpose; two of each batch are made of its outcomes.",
+    labels=("purpose",),
+    known=(("batch",), ("batch_output",), ("batch_error",)),
+)
+BATCHES = _batch_gauge(
+    "llumsched_batches",
+    "Batches in the database, by state.",
+    labels=("state",),
+    known=tuple(
+        (state,)
+        for state in ("in_progress", "cancelling", "completed", "cancelled", "expired", "failed")
+    ),
+)
+BATCH_OPEN_LINES = _batch_gauge(
+    "llumsched_batch_open_lines",
+    "Lines of open batches without an outcome, by what they wait for.",
+    labels=("state",),
+    known=(("not_begun",), ("in_flight",), ("to_be_tried_again",)),
+)
+BATCH_LATE = _batch_gauge(
+    "llumsched_batch_late", "1 if a batch will miss its deadline at the present rate."
+)
+BATCH_WORKERS = _batch_gauge(
+    "llumsched_batch_workers", "Processes that share the database and renew their lease."
+)
+BATCH_UPLOADS = _batch_counter(
+    "llumsched_batch_uploads",
+    "Uploads, by outcome; one that breaks off is refused.",
+    labels=("outcome",),
+    known=(("accepted",), ("refused",)),
+)
+BATCH_LINES = _batch_counter(
+    "llumsched_batch_lines",
+    "Lines that this process gave an outcome.",
+    labels=("outcome",),
+    known=(("succeeded",), ("failed",)),
+)
+BATCH_RETRIES = _batch_counter(
+    "llumsched_batch_retries",
+    "Lines that are to be sent again: they failed, or were given back without a fault of theirs.",
+    labels=("cause",),
+    known=(("failed",), ("given_back",)),
+)
+BATCH_LOST_LINES = _batch_counter(
+    "llumsched_batch_lost_lines",
+    "Lines that this process took from another whose lease was over, to be sent again.",
+)
+BATCH_TRY_SECONDS = _batch_histogram(
+    "llumsched_batch_try_seconds",
+    "From sending a line to its answer, or to the failure of this try.",
+    buckets=LATENCY_BUCKETS,
+)
+JOB_RUNS = _batch_gauge(
+    "llumsched_job_runs",
+    "Runs of jobs in the history, of 90 days, by state.",
+    labels=("job_name", "state"),
+)
+JOB_RUN_SECONDS = _batch_histogram(
+    "llumsched_job_run_seconds",
+    "Tries of runs that ended in this process: succeeded, failed, or to be tried again.",
+    labels=("job_name", "outcome"),
+    buckets=RUN_BUCKETS,
+)
+JOB_MISFIRES = _batch_counter(
+    "llumsched_job_misfires",
+    "Times of a job that passed while nobody looked, whether made up for or not.",
+    labels=("job_name",),
+)
+JOB_LOST_RUNS = _batch_counter(
+    "llumsched_job_lost_runs",
+    "Runs that this process took from another whose lease was over, to be begun again.",
 )
 
 CATALOGUE: tuple[MetricSpec, ...] = tuple(

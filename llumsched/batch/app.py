@@ -20,6 +20,7 @@ from aiohttp import BodyPartReader, web
 from llumsched.batch import files, store
 from llumsched.batch.database import Database
 from llumsched.batch.lines import LineError, split_lines
+from llumsched.batch.metrics import BatchMetrics
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -29,24 +30,27 @@ PART_LINES = 500
 MOST_FIELD_BYTES = 4096
 DEFAULT_MOST_LINES = 1_000_000
 MOST_BODY_BYTES = 2**20
+OPEN_PATHS = ("/health", "/metrics")
 OWNER = web.RequestKey("owner", str)
 
 
 def add_routes(
     app: web.Application,
     database: Database,
+    metrics: BatchMetrics,
     created: Callable[[], None],
     most_lines: int = DEFAULT_MOST_LINES,
     clock: Callable[[], float] = time.time,
 ) -> None:
-    """Add the paths of files and batches.
+    """Add the paths of files and batches, and of metrics.
 
     Args:
         created: called when there is a new batch.
         most_lines: of one file.
         clock: seconds since the epoch.
     """
-    api = _Api(database, created, most_lines, clock)
+    api = _Api(database, metrics, created, most_lines, clock)
+    app.router.add_get("/metrics", api.exposition)
     app.router.add_post("/v1/files", api.upload)
     app.router.add_get("/v1/files", api.list_files)
     app.router.add_get("/v1/files/{file_id}", api.file)
@@ -66,7 +70,7 @@ def middleware(client_keys: Sequence[str], admin_keys: Sequence[str]) -> Any:
         is_admin = request.path.startswith("/llumsched")
         keys = admin_keys if is_admin else client_keys
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if keys and request.path != "/health" and not _is_one_of(given, keys):
+        if keys and request.path not in OPEN_PATHS and not _is_one_of(given, keys):
             return error_response(HTTPStatus.UNAUTHORIZED, "Give one of the server's API keys.")
         # The digest stays the same over restarts and tells nobody the key.
         request[OWNER] = hashlib.sha256(given.encode()).hexdigest()[:16] if keys else ""
@@ -104,17 +108,23 @@ class _Api:
     def __init__(
         self,
         database: Database,
+        metrics: BatchMetrics,
         created: Callable[[], None],
         most_lines: int,
         clock: Callable[[], float],
     ) -> None:
         self._database = database
+        self._metrics = metrics
         self._created = created
         self._most_lines = most_lines
         self._clock = clock
 
     async def _call(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
         return await asyncio.to_thread(function, self._database, *arguments, **options)
+
+    async def exposition(self, request: web.Request) -> web.Response:
+        page = await asyncio.to_thread(self._metrics.page)
+        return web.Response(body=page, content_type="text/plain", charset="utf-8")
 
     # ---- files -------------------------------------------------------------------------------
 
@@ -155,6 +165,7 @@ class _Api:
             # Of aiohttp's reader of forms.
             raise web.HTTPBadRequest(text=f"The form cannot be read: {error}.") from None
         finally:
+            self._metrics.uploaded(is_accepted=found is not None)
             if upload is not None and found is None:
                 await asyncio.to_thread(upload.abandon)
         return web.json_response(found)

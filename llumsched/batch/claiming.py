@@ -131,19 +131,19 @@ def settle(
     batch_id: str,
     results: Sequence[Ended | Again],
     now: float,
-) -> int:
+) -> tuple[int, int]:
     """Write what became of claimed lines of one batch, in one transaction.
 
     A result whose claim is this worker's no more is dropped.
 
     Returns:
-        how many outcomes were written.
+        how many outcomes were written: of success, and of failure.
     """
     num_completed = num_failed = 0
     with database.writing() as connection:
         batch = locked(connection, batch_id)
         if batch is None:
-            return 0
+            return 0, 0
         for result in results:
             own = sa.and_(
                 claims.c.batch_id == batch_id,
@@ -182,11 +182,16 @@ def settle(
                 )
             )
         end_if_over(connection, batch_id, now)
-    return num_completed + num_failed
+    return num_completed, num_failed
 
 
-def maintain(database: Database, now: float) -> None:
-    """Free the lines of workers that are gone, and end batches whose time is over."""
+def maintain(database: Database, now: float) -> int:
+    """Free the lines of workers that are gone, and end batches whose time is over.
+
+    Returns:
+        how many lines were freed.
+    """
+    num_freed = 0
     is_live = sa.exists().where(
         workers.c.worker_id == claims.c.worker_id, workers.c.lease_until > now
     )
@@ -214,9 +219,9 @@ def maintain(database: Database, now: float) -> None:
             if batch is None:
                 continue
             of_batch = claims.c.batch_id == batch_id
-            connection.execute(
+            num_freed += connection.execute(
                 sa.update(claims).where(of_batch, is_lost).values(worker_id=None, not_before=now)
-            )
+            ).rowcount
             status = Status(batch.status)
             if batch.expires_at <= now:
                 status = after(status, Event.DEADLINE)
@@ -228,6 +233,7 @@ def maintain(database: Database, now: float) -> None:
     if is_any_gone:
         with database.writing() as connection:
             connection.execute(sa.delete(workers).where(workers.c.lease_until <= now))
+    return num_freed
 
 
 def ended_of(database: Database, batch_ids: Collection[str]) -> set[str]:

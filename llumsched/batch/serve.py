@@ -68,7 +68,7 @@ async def serve(options: ServeOptions, make_parts: Sequence[MakePart] = ()) -> N
     )
     worker = Worker(database, endpoint, options.worker)
     app = web.Application(middlewares=[middleware(options.client_keys, options.admin_keys)])
-    add_routes(app, database, worker.wake, options.most_lines)
+    add_routes(app, database, worker.metrics, worker.wake, options.most_lines)
     app.router.add_get("/health", _health)
     parts = [make(database, endpoint, worker) for make in make_parts]
     for part in parts:

@@ -17,6 +17,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import sqlalchemy as sa
 
@@ -24,6 +25,7 @@ from llumsched.batch import claiming, files, store
 from llumsched.batch.database import Database
 from llumsched.batch.endpoint import Answer, Away, Endpoint, Unanswered
 from llumsched.batch.lines import answered, unanswered
+from llumsched.batch.metrics import BatchMetrics
 from llumsched.batch.pacing import Pace
 from llumsched.batch.store import Again, Claimed, Ended
 from llumsched.logs import FailureLog
@@ -62,6 +64,7 @@ class Worker:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.worker_id = f"worker-{uuid.uuid4().hex[:12]}"
+        self.metrics = BatchMetrics(database, clock)
         self.pace = Pace()
         self._database, self._endpoint = database, endpoint
         self._options = options or WorkerOptions()
@@ -134,9 +137,9 @@ class Worker:
             for line in claimed:
                 task = asyncio.create_task(self._result(line))
                 self._in_flight[task] = line
-                task.add_done_callback(self._done)
+                task.add_done_callback(partial(self._done, time.monotonic()))
 
-    def _done(self, task: asyncio.Task[Ended | Again]) -> None:
+    def _done(self, begun_s: float, task: asyncio.Task[Ended | Again]) -> None:
         line = self._in_flight.pop(task)
         if task.cancelled():
             # The worker ends, or the batch does.
@@ -147,6 +150,7 @@ class Worker:
             result = self._failed(line, None, unanswered(line.custom_id, "not_sent", message))
         else:
             result = task.result()
+        self.metrics.tried(time.monotonic() - begun_s, result)
         self._results.put_nowait((line.batch_id, result))
 
     def _go_away(self, reason: str) -> None:
@@ -227,7 +231,7 @@ class Worker:
             by_batch[batch_id].append(result)
         for batch_id, results in by_batch.items():
             try:
-                self._num_ended += await asyncio.to_thread(
+                written = await asyncio.to_thread(
                     claiming.settle,
                     self._database,
                     self.worker_id,
@@ -235,6 +239,8 @@ class Worker:
                     results,
                     self._clock(),
                 )
+                self._num_ended += sum(written)
+                self.metrics.ended(*written)
             except sa.exc.SQLAlchemyError as error:
                 # The lines stay claimed until the database is back.
                 self._failures.warned("database", "the database does not answer: %s", error)
@@ -251,7 +257,7 @@ class Worker:
             try:
                 await self._renew()
                 now = self._clock()
-                await asyncio.to_thread(claiming.maintain, self._database, now)
+                self.metrics.lost(await asyncio.to_thread(claiming.maintain, self._database, now))
                 self._is_late = await asyncio.to_thread(store.is_any_late, self._database, now)
                 await self._end_cancelled()
                 if now - tidied_at > TIDY_INTERVAL_S:

@@ -15,6 +15,7 @@ from llumsched.batch.worker import Worker
 from llumsched.jobs import app as jobs_app
 from llumsched.jobs import store
 from llumsched.jobs.kinds import Doer
+from llumsched.jobs.metrics import JobMetrics
 from llumsched.jobs.runner import Runner
 from llumsched.jobs.spec import Job
 
@@ -42,7 +43,9 @@ class Jobs:
         self._jobs = jobs
         self._may_change = may_change
         doer = Doer(database, endpoint, worker.wake, time.time)
-        self._runner = Runner(database, doer, worker.worker_id)
+        metrics = JobMetrics(worker.metrics.registry)
+        worker.metrics.reads(metrics.read)
+        self._runner = Runner(database, doer, worker.worker_id, metrics)
 
     def add_routes(self, app: web.Application) -> None:
         """Add the paths of jobs."""

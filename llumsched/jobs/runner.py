@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import sqlalchemy as sa
@@ -15,6 +16,7 @@ import sqlalchemy as sa
 from llumsched.batch.database import Database
 from llumsched.jobs import store
 from llumsched.jobs.kinds import Doer, RunFailed
+from llumsched.jobs.metrics import JobMetrics
 from llumsched.jobs.store import Run
 from llumsched.logs import FailureLog
 
@@ -31,6 +33,7 @@ class Runner:
         database: has the jobs.
         doer: does a run.
         worker_id: under whose lease runs are done.
+        metrics: what is counted.
         clock: seconds since the epoch.
     """
 
@@ -39,10 +42,12 @@ class Runner:
         database: Database,
         doer: Doer,
         worker_id: str,
+        metrics: JobMetrics,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database, self._doer = database, doer
         self._worker_id = worker_id
+        self._metrics = metrics
         self._clock = clock
         self._doing: set[asyncio.Task[None]] = set()
         self._failures = FailureLog(logger)
@@ -65,8 +70,11 @@ class Runner:
     async def look(self) -> None:
         """Begin what is due, once."""
         now = self._clock()
-        await asyncio.to_thread(store.free_lost, self._database, now)
-        await asyncio.to_thread(store.begin_due, self._database, now)
+        self._metrics.lost(await asyncio.to_thread(store.free_lost, self._database, now))
+        missed: Counter[str] = Counter()
+        await asyncio.to_thread(store.begin_due, self._database, now, missed)
+        for name, number in missed.items():
+            self._metrics.missed(name, number)
         for run in await asyncio.to_thread(store.take, self._database, self._worker_id, now):
             task = asyncio.create_task(self._do(run))
             self._doing.add(task)
@@ -84,6 +92,7 @@ class Runner:
             await asyncio.to_thread(store.say, self._database, run.run_id, self._clock(), message)
 
         is_success = False
+        begun_s = time.monotonic()
         try:
             async with asyncio.timeout(run.job.timeout_s):
                 message = await self._doer.do(run, say)
@@ -96,7 +105,7 @@ class Runner:
             logger.exception("%s of %s failed by a fault of this program", run.run_id, run.job.name)
             message = f"{type(error).__name__}: {error}"
         logger.info("%s of %s: %s", run.run_id, run.job.name, message)
-        await asyncio.to_thread(
+        is_written = await asyncio.to_thread(
             store.end,
             self._database,
             self._worker_id,
@@ -105,3 +114,7 @@ class Runner:
             is_success=is_success,
             message=message,
         )
+        if is_written:
+            state = run.outcome(is_success=is_success)
+            outcome = "to_be_tried_again" if state == store.WAITING else state
+            self._metrics.ended(run.job.name, outcome, time.monotonic() - begun_s)

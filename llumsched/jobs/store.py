@@ -14,6 +14,7 @@ Every function blocks: an event loop calls them in a thread.
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ import sqlalchemy as sa
 from llumsched.batch.database import Database, metadata, workers
 from llumsched.batch.files import NotFound
 from llumsched.jobs.spec import Job, SpecError, check_all
-from llumsched.jobs.timing import all_ended, decide, is_in_window, next_due
+from llumsched.jobs.timing import all_ended, decide, is_in_window, next_due, num_missed
 
 WAITING, RUNNING = "waiting", "running"
 SUCCEEDED, FAILED, SKIPPED = "succeeded", "failed", "skipped"
@@ -81,6 +82,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     shard: str
     num_failures: int
     claim_number: int
+
+    def outcome(self, *, is_success: bool) -> str:
+        """State that a try which ends so leads to."""
+        if is_success:
+            return SUCCEEDED
+        return WAITING if self.num_failures + 1 < self.job.retry.tries else FAILED
 
 
 def spec_of(row: Any) -> Job:
@@ -223,8 +230,12 @@ def say(database: Database, run_id: str, now: float, message: str) -> None:
         _say(connection, run_id, now, message)
 
 
-def begin_due(database: Database, now: float) -> int:
-    """Add the runs that are due; how many."""
+def begin_due(database: Database, now: float, missed: Counter[str] | None = None) -> int:
+    """Add the runs that are due; how many.
+
+    Args:
+        missed: is given the number of times that each job has missed.
+    """
     with database.reading() as connection:
         rows = connection.execute(sa.select(jobs).where(jobs.c.is_paused.is_(False))).all()
     num_added = 0
@@ -246,6 +257,8 @@ def begin_due(database: Database, now: float) -> int:
                 .values(decided_until=now)
             )
             if decided.rowcount:
+                if missed is not None and (number := num_missed(job, row.decided_until, now)):
+                    missed[job.name] += number
                 for due_at in due:
                     num_added += len(_add_runs(connection, database, job, due_at, SCHEDULE, now))
     return num_added
@@ -320,18 +333,18 @@ def end(
         False if the run is another process's by now: then nothing is written.
     """
     job = run.job
-    is_again = not is_success and run.num_failures + 1 < job.retry.tries
+    state = run.outcome(is_success=is_success)
+    is_again = state == WAITING
     values: dict[str, Any] = {"worker_id": None}
     if is_again:
         wait_s = job.retry.wait_s * 2**run.num_failures
         values |= {
-            "state": WAITING,
+            "state": state,
             "num_failures": run.num_failures + 1,
             "not_before": now + wait_s,
         }
         message = f"failed, tried again in {wait_s:g} s: {message}"
     else:
-        state = SUCCEEDED if is_success else FAILED
         num_failures = run.num_failures + (not is_success)
         values |= {"state": state, "ended_at": now, "num_failures": num_failures}
         message = f"{state}: {message}" if message else state
@@ -392,6 +405,7 @@ def free_lost(database: Database, now: float) -> int:
     is_lost = sa.and_(runs.c.state == RUNNING, sa.not_(is_live))
     with database.reading() as connection:
         lost = connection.scalars(sa.select(runs.c.run_id).where(is_lost)).all()
+    num_freed = 0
     for run_id in lost:
         with database.writing() as connection:
             freed = connection.execute(
@@ -400,8 +414,9 @@ def free_lost(database: Database, now: float) -> int:
                 .values(state=WAITING, worker_id=None, not_before=now)
             )
             if freed.rowcount:
+                num_freed += 1
                 _say(connection, run_id, now, "its process is gone: begun again")
-    return len(lost)
+    return num_freed
 
 
 def forget_old(database: Database, now: float) -> None:

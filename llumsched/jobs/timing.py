@@ -37,6 +37,11 @@ def decide(job: Job, decided_until: float, now: float) -> list[float]:
     return missed + in_time
 
 
+def num_missed(job: Job, decided_until: float, now: float) -> int:
+    """How many times, later than `decided_until`, passed while nobody looked."""
+    return sum(now - time > job.grace_s for time in _due_between(job, decided_until, now))
+
+
 def _due_between(job: Job, begin: float, end: float) -> list[float]:
     found: deque[float] = deque(maxlen=MOST_AT_ONCE)
     time = next_due(job, begin)

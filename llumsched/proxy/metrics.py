@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from llumsched import metrics
 from llumsched.proxy.fleet import Fleet
-
-_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 
 
 class ProxyMetrics:
@@ -18,30 +17,10 @@ class ProxyMetrics:
 
     def __init__(self, fleet: Fleet) -> None:
         self._registry = CollectorRegistry()
-        self._first_byte = Histogram(
-            "llumsched_proxy_time_to_first_byte_seconds",
-            "From a request's arrival to the first byte of its answer.",
-            ["server"],
-            buckets=_BUCKETS,
-            registry=self._registry,
-        )
-        self._failed = Counter(
-            "llumsched_proxy_failures",
-            "Requests that a server failed, before or after the first byte of the answer.",
-            ["server", "when"],
-            registry=self._registry,
-        )
-        self._turned_away = Counter(
-            "llumsched_proxy_rejections",
-            "Requests that the scheduler turned away.",
-            registry=self._registry,
-        )
-        self._continued = Counter(
-            "llumsched_proxy_continuations",
-            "Streams of another server, lost in the middle, that this one brought to their end.",
-            ["server"],
-            registry=self._registry,
-        )
+        self._first_byte = metrics.PROXY_FIRST_BYTE.histogram(self._registry)
+        self._failed = metrics.PROXY_FAILURES.counter(self._registry)
+        self._turned_away = metrics.PROXY_REJECTIONS.counter(self._registry)
+        self._continued = metrics.PROXY_CONTINUATIONS.counter(self._registry)
         self._registry.register(_ServerCollector(fleet))
 
     def first_byte(self, server_id: str, seconds: float) -> None:
@@ -70,14 +49,8 @@ class _ServerCollector(Collector):
         self._fleet = fleet
 
     def collect(self) -> Iterable[Metric]:
-        up = GaugeMetricFamily(
-            "llumsched_proxy_server_up", "1 while requests are sent to it.", labels=["server"]
-        )
-        sent = GaugeMetricFamily(
-            "llumsched_proxy_server_requests",
-            "Requests sent to a server that have no whole answer yet.",
-            labels=["server"],
-        )
+        up = metrics.PROXY_SERVER_UP.gauge_family()
+        sent = metrics.PROXY_SERVER_REQUESTS.gauge_family()
         for server in self._fleet.servers.values():
             up.add_metric([server.server_id], float(server.is_there))
             sent.add_metric([server.server_id], len(server.sent))

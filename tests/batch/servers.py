@@ -177,7 +177,7 @@ async def batching(
         found: list[Process] = []
         worker = Worker(database, endpoint, options, lambda: found[0].now)
         app = web.Application(middlewares=[middleware(keys, ())])
-        add_routes(app, database, worker.wake, most_lines, lambda: found[0].now)
+        add_routes(app, database, worker.metrics, worker.wake, most_lines, lambda: found[0].now)
         http = TestServer(app)
         await http.start_server()
         client = await stack.enter_async_context(TestClient(http))

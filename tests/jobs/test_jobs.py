@@ -20,6 +20,7 @@ from llumsched.batch.files import NotFound
 from llumsched.jobs import app as jobs_app
 from llumsched.jobs import kinds, store
 from llumsched.jobs.kinds import Doer
+from llumsched.jobs.metrics import JobMetrics
 from llumsched.jobs.runner import Runner
 from llumsched.jobs.spec import SpecError, check_all, parse
 from llumsched.jobs.store import Run
@@ -254,7 +255,10 @@ def test_each_kind_of_job_does_its_work(tmp_path: Path, monkeypatch: pytest.Monk
             doer = Doer(
                 process.database, process.endpoint, process.worker.wake, lambda: process.now
             )
-            runner = Runner(process.database, doer, process.worker.worker_id, lambda: process.now)
+            metrics = JobMetrics(process.worker.metrics.registry)
+            process.worker.metrics.reads(metrics.read)
+            worker_id = process.worker.worker_id
+            runner = Runner(process.database, doer, worker_id, metrics, lambda: process.now)
             process.now += 3600
             claiming.renew(process.database, process.worker.worker_id, process.now, 100.0)
             for _ in found:
