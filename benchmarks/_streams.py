@@ -26,9 +26,10 @@ class AnswerBroken(Exception):
 @dataclass(slots=True)
 class Stream:
     """An answer as it comes. ``times_s`` has the moment of each token, as ``asked_s`` that of the
-    question."""
+    question; the tokens came in ``num_chunks`` parts."""
 
     request_id: str = ""
+    num_chunks: int = 0
     asked_s: float = 0.0
     times_s: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -36,6 +37,7 @@ class Stream:
 
     def take_in(self, token_ids: list[int]) -> None:
         """Tokens that came just now: at once, as far as the client can tell."""
+        self.num_chunks += bool(token_ids)
         self.times_s += [time.perf_counter()] * len(token_ids)
         self.token_ids += token_ids
         self._grew.set()
