@@ -74,6 +74,12 @@ ILL: Mapping[str, tuple[dict[str, str], int]] = {
         {'llumsched_unproven_connections{process="scheduler"}': ONE_A_SECOND},
         40,
     ),
+    "LlumschedProxyServerAway": ({'llumsched_proxy_server_up{server="10.0.0.1:8000"}': ZERO}, 40),
+    "LlumschedBatchLate": ({"llumsched_batch_late": ONE}, 40),
+    "LlumschedJobFails": (
+        {'llumsched_job_run_seconds_count{job_name="a",outcome="failed"}': ONE_A_MINUTE},
+        40,
+    ),
 }
 
 

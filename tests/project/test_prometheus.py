@@ -47,7 +47,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     config = yaml.safe_load(SCRAPE.read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(ALERTS)]
-    (job,) = config["scrape_configs"]
+    (job,) = (job for job in config["scrape_configs"] if job["job_name"] == "llumsched")
     job["static_configs"] = [{"targets": [f"127.0.0.1:{target.server_port}"]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     port = free_port()
