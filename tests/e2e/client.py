@@ -66,13 +66,18 @@ class Client:
 
     @contextmanager
     def stream(self, path: str, body: Body) -> Iterator[Iterator[Chunk]]:
-        """The chunks of a streamed answer; leaving early closes the connection."""
+        """The chunks of a streamed answer; leaving early closes the connection.
+
+        Whoever takes one chunk and drops the iterator has not left: httpx would close the
+        connection with it, so it is held until the end.
+        """
         asked = {"model": self.model, "stream": True, **body}
         with self._http.stream("POST", path, json=asked) as response:
             if response.status_code != 200:
                 response.read()
                 raise AssertionError(f"{path}: {response.status_code} {response.text}")
-            yield _chunks(response.iter_lines())
+            chunks = _chunks(response.iter_lines())
+            yield chunks
 
     def whole(
         self, path: str, body: Body, on_chunk: Callable[[int, Chunk], None] | None = None

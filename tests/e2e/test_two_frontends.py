@@ -1,10 +1,12 @@
-"""A pool of two frontends: KV events of each instance, schemas without an answer, adapters."""
+"""A pool of two frontends: KV events, schemas without an answer, adapters, a full pool, a pause."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,15 @@ import zmq
 
 from scripts.server_process import free_port
 from tests.e2e.cases import CHAT, COMPLETIONS, QUESTION, completion
-from tests.e2e.client import Admin, Whole, differences, in_parallel
+from tests.e2e.client import (
+    IDLE_TIMEOUT_S,
+    POLL_INTERVAL_S,
+    Admin,
+    Chunk,
+    Whole,
+    differences,
+    in_parallel,
+)
 from tests.e2e.moving import Mover
 from tests.e2e.servers import Server, llumsched
 from tests.migration.adapters import RANK, make_adapter
@@ -128,3 +138,79 @@ def test_moves_of_requests_with_an_adapter_under_load(pool: Admin) -> None:
     for index, expected in enumerate(alone):
         assert not differences(found[index].as_dict(), expected.as_dict()), bodies[index]
     assert any(a.status == 200 for mover in movers for a in mover.answers)
+
+
+def test_a_full_pool_is_listed_stands_still_when_paused_and_serves_by_priority(pool: Admin) -> None:
+    """Each place that becomes free is for the most urgent of those that wait."""
+    begun: list[str] = []
+
+    def ask(name: str, priority: int) -> None:
+        def begins(number: int, _: Chunk) -> None:
+            if number == 1:
+                begun.append(name)
+
+        pool.whole(COMPLETIONS, completion(priority=priority, max_tokens=4), on_chunk=begins)
+
+    with ExitStack() as places:
+        running = [_take_place(pool, places) for _ in range(2 * MAX_NUM_SEQS)]
+        # The least urgent come first.
+        waiting = [("low", 5)] * 2 + [("normal", 0)] * 2 + [("high", -1)] * 2
+
+        def pause_then_free_a_place_on_each() -> None:
+            _await(lambda: len(pool.requests()) == len(running) + len(waiting))
+            listed = {r["external_id"].rsplit("-", 1)[0]: r for r in pool.requests()}
+            assert {request_id for request_id, _ in running} <= set(listed)
+            _stands_still_while_paused(pool, running[0][0])
+            assert not begun
+            for instance in ("instance-0", "instance-1"):
+                leave = next(
+                    leave for id_, leave in running if listed[id_]["instance_id"] == instance
+                )
+                leave()
+
+        in_parallel(
+            *(
+                lambda name=name, priority=priority: ask(name, priority)
+                for name, priority in waiting
+            ),
+            pause_then_free_a_place_on_each,
+        )
+    assert sorted(begun) == ["high", "high", "low", "low", "normal", "normal"]
+    # Two places: whoever is second of a class may begin beside the first of the next.
+    assert begun[0] == "high"
+    assert begun.index("normal") < begun.index("low")
+    assert begun[-1] == "low"
+
+
+def _take_place(pool: Admin, places: ExitStack) -> tuple[str, Callable[[], None]]:
+    """Ask for a long answer; its id once its first token has come, and how to leave."""
+    place = places.enter_context(ExitStack())
+    first = next(place.enter_context(pool.stream(COMPLETIONS, completion(max_tokens=900))))
+    return first["id"], place.close
+
+
+def _stands_still_while_paused(pool: Admin, request_id: str) -> None:
+    assert pool.post("/pause?mode=keep", {}).status == 200
+    try:
+        _reports_pass(pool)
+        before = [(r["request_id"], r["num_output_tokens"]) for r in pool.requests()]
+        refused = pool.migrate(request_id)
+        assert refused.status == 409, refused
+        assert "paused" in refused.body["error"]["message"]
+        _reports_pass(pool)
+        assert [(r["request_id"], r["num_output_tokens"]) for r in pool.requests()] == before
+    finally:
+        assert pool.post("/resume", {}).status == 200
+
+
+def _await(holds: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + IDLE_TIMEOUT_S
+    while not holds():
+        assert time.monotonic() < deadline_s
+        time.sleep(POLL_INTERVAL_S)
+
+
+def _reports_pass(pool: Admin) -> None:
+    """Wait until each instance has reported twice: what was under way before has come."""
+    before = {name: load["sequence"] for name, load in pool.instances().items()}
+    _await(lambda: all(load["sequence"] >= before[i] + 2 for i, load in pool.instances().items()))
