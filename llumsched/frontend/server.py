@@ -31,6 +31,7 @@ from llumsched.frontend.options.preflight import (
     check_several_frontends,
     check_tasks,
     plan_cpu_memory,
+    why_not_served,
 )
 from llumsched.frontend.options.shared_endpoints import check_shared
 from llumsched.frontend.workers import launcher
@@ -89,9 +90,7 @@ def _engine_config(args: argparse.Namespace, num_frontends: int) -> VllmConfig:
             usage_context=UsageContext.OPENAI_API_SERVER
         )
     except (OSError, RuntimeError, ValueError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        message = " ".join(lines[:3]) if lines else type(error).__name__
-        raise UsageError(f"{args.model} cannot be served: {message}") from error
+        raise UsageError(why_not_served(args.model, AsyncEngineArgs.model, error)) from error
     return config
 
 

@@ -20,6 +20,7 @@ from llumsched.frontend.options.preflight import (
     cpu_threads_per_worker,
     plan_cpu_memory,
     weight_num_bytes,
+    why_not_served,
 )
 
 
@@ -168,3 +169,24 @@ def test_what_one_frontend_of_several_cannot_keep_for_the_others(
     check_several_frontends(1)
     with pytest.raises(UsageError, match=name):
         check_several_frontends(2)
+
+
+OFFLINE = (
+    "Cannot find an appropriate cached snapshot folder for the specified revision on the local disk"
+    " and outgoing traffic has been disabled. To enable repo look-ups and downloads online, pass"
+    " 'local_files_only=False' as input."
+)
+
+
+def test_a_model_that_may_not_be_downloaded_names_the_variable() -> None:
+    said = why_not_served("some/model", "vllms/own", OSError(OFFLINE))
+    assert said.startswith("some/model cannot be served: it is no folder, ")
+    assert "HF_HUB_OFFLINE" in said
+    assert "local_files_only" not in said
+
+
+def test_a_model_that_nobody_named_is_said_to_be_vllms() -> None:
+    said = why_not_served("vllms/own", "vllms/own", ValueError("one\n\n two\nthree\nfour"))
+    assert said == (
+        "vllms/own (vLLM's default, where no model is named) cannot be served: one two three"
+    )

@@ -42,6 +42,22 @@ def check_model(model: str) -> None:
         raise UsageError(f"{model} is not a model folder: it has no config.json.")
 
 
+def why_not_served(model: str, default: str, error: Exception) -> str:
+    """The reason why vLLM cannot make a configuration for a model, in one sentence.
+
+    Args:
+        default: the model that vLLM serves where none is named.
+    """
+    named = f"{model} (vLLM's default, where no model is named)" if model == default else model
+    if "outgoing traffic has been disabled" in str(error):
+        return (
+            f"{named} cannot be served: it is no folder, it is not in the cache of Hugging Face,"
+            " and HF_HUB_OFFLINE forbids to download it. Name a folder, or unset that variable."
+        )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{named} cannot be served: {' '.join(lines[:3]) if lines else type(error).__name__}"
+
+
 def check_serialization() -> None:
     """Refuse a setting of vLLM's with which its processes run what they are sent.
 
