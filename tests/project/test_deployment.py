@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -165,6 +166,40 @@ def test_the_ray_cluster_has_the_fields_of_kuberay_s_types() -> None:
         assert all(type(found[name]) is kind for name, kind in fields.items())
     for group in (head, *workers):
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+def test_kuberay_s_own_definition_takes_the_whole_ray_cluster() -> None:
+    """`LLUMSCHED_KUBERAY_CRD` is the path of its `ray.io_rayclusters.yaml`, from its repository."""
+    path = os.environ.get("LLUMSCHED_KUBERAY_CRD")
+    if path is None:
+        pytest.skip("LLUMSCHED_KUBERAY_CRD names none")
+    jsonschema = pytest.importorskip("jsonschema")
+    definition = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+    (version,) = (v for v in definition["spec"]["versions"] if v["name"] == "v1")
+    schema = closed(version["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object"}
+    validator = jsonschema.Draft7Validator(schema)
+    cluster, _ = documents("kuberay.yaml")
+    assert [error.message for error in validator.iter_errors(cluster)] == []
+    cluster["spec"]["workerGroupSpecs"][0]["replica"] = 1
+    (error,) = validator.iter_errors(cluster)
+    assert "'replica' was unexpected" in error.message
+
+
+def closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema of Kubernetes' that takes no field which it does not name."""
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"type": ["integer", "string"]}
+    found = dict(schema)
+    if "items" in schema:
+        found["items"] = closed(schema["items"])
+    if isinstance(schema.get("additionalProperties"), dict):
+        found["additionalProperties"] = closed(schema["additionalProperties"])
+    if "properties" in schema:
+        found["properties"] = {name: closed(of) for name, of in schema["properties"].items()}
+        is_open = schema.get("x-kubernetes-preserve-unknown-fields", False)
+        found.setdefault("additionalProperties", bool(is_open))
+    return found
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
