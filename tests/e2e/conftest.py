@@ -5,15 +5,27 @@ They end with this package, and do not take their share of the processor while o
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
+from scripts.server_process import free_port
 from tests.e2e.client import Admin, Client
+from tests.e2e.collector import Collector
 from tests.e2e.plain import PlainAnswers
-from tests.e2e.servers import API_KEY, RUNNING, Server, llumsched, plain_vllm
+from tests.e2e.servers import (
+    ADAPTER,
+    API_KEY,
+    MAX_NUM_SEQS,
+    RUNNING,
+    Server,
+    llumsched,
+    plain_vllm,
+)
+from tests.migration.adapters import RANK, make_adapter
 from tests.models import fewer_layers
 
 LOG_TAIL_NUM_CHARACTERS = 6000
@@ -100,6 +112,50 @@ def server_apart(model: str, log_folder: Path) -> Iterator[Server]:
         yield server
     finally:
         server.end()
+
+
+@pytest.fixture(scope="package")
+def collector() -> Iterator[Collector]:
+    """Spans of the pool of two frontends."""
+    with Collector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="package")
+def events_port() -> int:
+    """The first of two ports of loopback that nothing listens on."""
+    return free_port()
+
+
+@pytest.fixture(scope="package")
+def unusual_server(
+    model: str, log_folder: Path, collector: Collector, events_port: int
+) -> Iterator[Server]:
+    """Two instances behind two frontends, with what few pools have: tracing, KV events, adapters,
+    priorities in the engines' queues."""
+    adapter = log_folder / "adapter"
+    adapter.mkdir()
+    make_adapter(model, adapter)
+    events = {"enable_kv_cache_events": True, "endpoint": f"tcp://*:{events_port}"}
+    server = llumsched(
+        model,
+        log_folder,
+        *("--instances=2", "--frontends=2", "--policy=round_robin"),
+        *("--scheduling-policy=priority", f"--max-num-seqs={MAX_NUM_SEQS}"),
+        *("--enable-lora", f"--max-lora-rank={RANK}", f"--lora-modules={ADAPTER}={adapter}"),
+        f"--kv-events-config={json.dumps(events)}",
+        f"--otlp-traces-endpoint={collector.endpoint}",
+        "--shutdown-timeout=25",
+        name="llumsched-unusual",
+        VLLM_SERVER_DEV_MODE="1",
+        OTEL_BSP_SCHEDULE_DELAY="200",
+    )
+    try:
+        server.await_health()
+        yield server
+    finally:
+        ending = server.end()
+    assert not ending.left
 
 
 @pytest.fixture

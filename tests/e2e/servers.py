@@ -19,6 +19,9 @@ BOOT_TIMEOUT_S = 300.0
 THAT_TIMEOUT_S = 30.0
 OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 # Of the server that has one.
+# Of the pool of two frontends: sequences an engine, and an adapter.
+MAX_NUM_SEQS = 4
+ADAPTER = "of-the-tests"
 API_KEY = "the-key"
 
 # Servers that have not been ended, for whoever wants to show their logs.

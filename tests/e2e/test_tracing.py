@@ -6,7 +6,6 @@ Ours and vLLM's spans are one tree beneath the client's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from llumsched import cli
 from llumsched.commands._admin import AdminClient
 from tests.e2e.client import Admin, Answer
 from tests.e2e.collector import Collector
-from tests.e2e.servers import Server, llumsched
+from tests.e2e.servers import Server
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 CLIENT_SPAN = "00f067aa0ba902b7"
@@ -44,24 +43,9 @@ class Moved:
 
 
 @pytest.fixture(scope="module")
-def moved(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Moved]:
-    with Collector() as collector:
-        server = llumsched(
-            model,
-            tmp_path_factory.mktemp("traced"),
-            "--instances=2",
-            "--policy=latency",
-            f"--otlp-traces-endpoint={collector.endpoint}",
-            name="traced",
-            OTEL_BSP_SCHEDULE_DELAY="200",
-        )
-        try:
-            server.await_health()
-            report = _stream_and_move(server.url, model)
-            yield Moved(server=server, collector=collector, report=report)
-        finally:
-            ending = server.end()
-        assert not ending.left
+def moved(unusual_server: Server, collector: Collector, model: str) -> Moved:
+    report = _stream_and_move(unusual_server.url, model)
+    return Moved(server=unusual_server, collector=collector, report=report)
 
 
 def test_the_spans_are_one_tree(moved: Moved) -> None:
@@ -87,12 +71,12 @@ def test_the_spans_are_one_tree(moved: Moved) -> None:
     assert all("llumsched.num_free_blocks" in t for t in told)
 
 
-def test_the_trace_has_candidates_with_scores_and_stages(
+def test_the_trace_has_candidates_and_stages(
     moved: Moved, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["trace", moved.report["request_id"], "--url", moved.server.url]) == 0
     printed = capsys.readouterr().out
-    assert "; freeness: " in printed or "freeness=inf" in printed
+    assert printed.count("blocks free, ") == 2
     assert f"stage {moved.report['num_stages']}: " in printed
     assert "finished: 80 output tokens" in printed
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
 
-from scripts.server_process import free_port
 from tests.e2e.cases import CHAT, COMPLETIONS, QUESTION, completion
 from tests.e2e.client import (
     IDLE_TIMEOUT_S,
@@ -25,46 +22,12 @@ from tests.e2e.client import (
     in_parallel,
 )
 from tests.e2e.moving import Mover
-from tests.e2e.servers import Server, llumsched
-from tests.migration.adapters import RANK, make_adapter
-
-MAX_NUM_SEQS = 4
-ADAPTER = "of-the-tests"
-
-
-@pytest.fixture(scope="module")
-def events_port() -> int:
-    """The first of two ports of loopback that nothing listens on."""
-    return free_port()
-
-
-@pytest.fixture(scope="module")
-def server(model: str, log_folder: Path, events_port: int) -> Iterator[Server]:
-    adapter = log_folder / "adapter"
-    adapter.mkdir()
-    make_adapter(model, adapter)
-    events = {"enable_kv_cache_events": True, "endpoint": f"tcp://*:{events_port}"}
-    server = llumsched(
-        model,
-        log_folder,
-        *("--instances=2", "--frontends=2", "--policy=round_robin"),
-        *("--scheduling-policy=priority", f"--max-num-seqs={MAX_NUM_SEQS}"),
-        *("--enable-lora", f"--max-lora-rank={RANK}", f"--lora-modules={ADAPTER}={adapter}"),
-        f"--kv-events-config={json.dumps(events)}",
-        "--shutdown-timeout=25",
-        name="llumsched-unusual",
-        VLLM_SERVER_DEV_MODE="1",
-    )
-    try:
-        server.await_health()
-        yield server
-    finally:
-        server.end()
+from tests.e2e.servers import ADAPTER, MAX_NUM_SEQS, Server
 
 
 @pytest.fixture
-def pool(server: Server, model: str) -> Iterator[Admin]:
-    with Admin.at_rest(server.url, model) as pool:
+def pool(unusual_server: Server, model: str) -> Iterator[Admin]:
+    with Admin.at_rest(unusual_server.url, model) as pool:
         yield pool
 
 
