@@ -16,9 +16,11 @@ from typing import Literal
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 
+from llumsched.core.types import PriorityClass
+
 Labels = tuple[str, ...]
 
-CLASSES: tuple[Labels, ...] = (("normal",), ("high",))
+CLASSES: tuple[Labels, ...] = tuple((kind.name.lower(),) for kind in PriorityClass)
 # Seconds; from a token of a small model to the wait of a long prompt behind others.
 LATENCY_BUCKETS = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),

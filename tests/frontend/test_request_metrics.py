@@ -39,6 +39,17 @@ def test_every_metric_of_the_catalogue_is_there_and_moves() -> None:
             assert after[name] == 1, name
 
 
+def test_every_priority_class_is_there_from_the_start() -> None:
+    registry = CollectorRegistry()
+    FrontendMetrics(registry)
+    for kind in ("low", "normal", "high"):
+        labels = {"priority_class": kind}
+        for name in ("llumsched_time_to_first_token_seconds", "llumsched_placement_seconds"):
+            assert registry.get_sample_value(f"{name}_count", labels) == 0
+        ended = {**labels, "outcome": "finished"}
+        assert registry.get_sample_value("llumsched_requests_total", ended) == 0
+
+
 class Output:
     """One token of a request."""
 

@@ -17,7 +17,7 @@ from llumsched.frontend.routing.routes import Route
 
 
 class FrontendMetrics:
-    """One set for a frontend. Priority classes are labelled ``normal`` and ``high``."""
+    """One set for a frontend. Priority classes are labelled ``low``, ``normal`` and ``high``."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self.requests = metrics.REQUESTS.counter(registry)
