@@ -7,7 +7,7 @@ Windows and chunks are two blocks of the tests' engines.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 WINDOW = 64
@@ -15,6 +15,7 @@ WINDOW = 64
 # What continuous integration takes of them: each with another kind of cache, and of the kinds of
 # request (`tests.migration.cases`) one of each sort.
 CI_FAMILIES = ("gpt-oss",)
+CI_ALONE = ("Granite 4", "Qwen3-Next")
 CI_KINDS = (
     "greedy",
     "penalties, seed",
@@ -24,15 +25,19 @@ CI_KINDS = (
     "long prompt",
     "long answer",
 )
+# One sequence a request: three would be a batch.
+ALONE_KINDS = tuple(name for name in CI_KINDS if name != "three of one")
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """``config`` is what differs from ``COMMON``, ``flags`` are an engine's."""
+    """``config`` is what differs from ``COMMON``, ``flags`` are an engine's. ``kinds`` are those of
+    requests where not all can be computed."""
 
     architecture: str
     config: Mapping[str, Any]
     flags: Mapping[str, Any] = field(default_factory=dict)
+    kinds: tuple[str, ...] = ()
 
 
 COMMON: Mapping[str, Any] = {
@@ -50,6 +55,12 @@ COMMON: Mapping[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+# A request has blocks of each group, so there are more of them.
+_MANY_GROUPS: Mapping[str, Any] = {"num_gpu_blocks_override": 257}
+# Without prefix caching. Prompts of all kinds of requests fit into a step: of a seeded one that is
+# computed in parts, vLLM 0.32 fails on a CPU (gpu_model_runner.py, line 3502).
+_STATES: Mapping[str, Any] = {"enable_prefix_caching": False, "max_num_batched_tokens": 2048}
+
 _MAMBA_2: Mapping[str, Any] = {
     "mamba_n_heads": 8,
     "mamba_d_head": 32,
@@ -64,8 +75,8 @@ _GDN: Mapping[str, Any] = {
     "num_hidden_layers": 4,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
 }
 
@@ -93,6 +104,7 @@ FAMILIES: dict[str, Family] = {
             "query_pre_attn_scalar": 32,
             "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2,
         },
+        _MANY_GROUPS,
     ),
     # Attention within chunks, and layers without positions that see everything.
     "Llama 4": Family(
@@ -109,36 +121,15 @@ FAMILIES: dict[str, Family] = {
             "interleave_moe_layer_step": 2,
             "moe_layers": [1, 3],
         },
-    ),
-    # One vector a token instead of keys and values, and experts.
-    "DeepSeek-V3": Family(
-        "DeepseekV3ForCausalLM",
-        {
-            "model_type": "deepseek_v3",
-            "num_hidden_layers": 3,
-            "num_key_value_heads": 4,
-            "q_lora_rank": 64,
-            "kv_lora_rank": 64,
-            "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 32,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 2,
-            "n_group": 2,
-            "topk_group": 1,
-            "moe_intermediate_size": 64,
-            "first_k_dense_replace": 1,
-            "n_shared_experts": 1,
-        },
+        _MANY_GROUPS,
     ),
 }
 
-# Refused so far. On a CPU, vLLM 0.32 runs none of them as these tests compare: gated delta nets
-# want bfloat16 (ops/cpu/gdn_attention.py, line 158); short convolutions answered otherwise alone
-# than in a batch, before any move; Mamba 2 is as its comment says.
-STATEFUL: dict[str, Family] = {
-    # Mamba 2 beside attention. Without prefix caching: with it, vLLM 0.32 keeps states from within
-    # a prompt, and fails on a CPU, whose kernel returns none (mamba_mixer2.py, line 880).
+# Models of which an answer may depend on its batch, on a CPU: those with states, and with MLA. Of
+# Mamba 2 with prefix caching, vLLM 0.32 keeps states within a prompt, and fails on a CPU, whose
+# kernel returns none (mamba_mixer2.py, line 880): it is refused.
+ALONE: dict[str, Family] = {
+    # Mamba 2 beside attention.
     "Granite 4": Family(
         "GraniteMoeHybridForCausalLM",
         {
@@ -151,9 +142,9 @@ STATEFUL: dict[str, Family] = {
             "position_embedding_type": "nope",
             **_MAMBA_2,
         },
-        {"enable_prefix_caching": False},
+        _STATES,
     ),
-    # Gated delta nets beside attention.
+    # Gated delta nets beside attention. On a CPU they want bfloat16 (gdn_attention.py, line 158).
     "Qwen3-Next": Family(
         "Qwen3NextForCausalLM",
         {
@@ -166,6 +157,7 @@ STATEFUL: dict[str, Family] = {
             "mlp_only_layers": [],
             **_GDN,
         },
+        {**_STATES, "dtype": "bfloat16"},
     ),
     # Short convolutions beside attention.
     "LFM2": Family(
@@ -179,6 +171,7 @@ STATEFUL: dict[str, Family] = {
             "conv_dim": 128,
             "block_dim": 128,
         },
+        _STATES,
     ),
     # States alone: nothing can be copied ahead.
     "Mamba 2": Family(
@@ -194,5 +187,43 @@ STATEFUL: dict[str, Family] = {
             "expand": 2,
             "conv_kernel": 4,
         },
+        _STATES,
+    ),
+    # One vector a token instead of keys and values, and experts. Of vLLM's two backends of MLA on a
+    # CPU, that with AMX wants bfloat16; the other has one size of vectors and blocks (cpu_mla.py).
+    "DeepSeek-V3": Family(
+        "DeepseekV3ForCausalLM",
+        {
+            "model_type": "deepseek_v3",
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 64,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 32,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+            "topk_method": "noaux_tc",
+        },
+        {
+            "attention_backend": "CPU_MLA",
+            "num_gpu_blocks_override": 257,
+            "max_num_batched_tokens": 2048,
+        },
     ),
 }
+
+# The same with states cached for prefixes. A prompt is then computed in parts, so none has a seed.
+for _name in ("Qwen3-Next", "LFM2"):
+    _family = ALONE[_name]
+    ALONE[f"{_name}, prefixes"] = replace(
+        _family,
+        flags={**_family.flags, "enable_prefix_caching": True},
+        kinds=("greedy", "regular expression", "long prompt"),
+    )

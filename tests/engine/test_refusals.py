@@ -13,6 +13,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -47,6 +48,10 @@ OTHER_FULL = FullAttentionSpec(**SIZES | {"head_size": 64})
 WINDOW = SlidingWindowSpec(sliding_window=64, **SIZES)
 
 
+def state(**fields: Any) -> MambaSpec:
+    return MambaSpec(block_size=1024, shapes=((8,),), dtypes=(torch.float32,), **fields)
+
+
 def kv_cache(*specs: Any) -> KVCacheConfig:
     groups = [KVCacheGroupSpec([f"layer {i}"], spec) for i, spec in enumerate(specs)]
     return KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=groups)
@@ -65,9 +70,22 @@ def config(tmp_path: Path) -> VllmConfig:
         (WINDOW,),
         (FULL, WINDOW),
         (FULL, ChunkedLocalAttentionSpec(attention_chunk_size=32, **SIZES)),
+        (FULL, state()),
+        (FULL, state(num_prefill_checkpoint_blocks=1)),
+        (FULL, state(mamba_cache_mode="align")),
         (UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": FULL, "b": OTHER_FULL}),),
     ],
-    ids=["full", "MLA", "window", "hybrid", "chunks", "layers of two sizes"],
+    ids=[
+        "full",
+        "MLA",
+        "window",
+        "hybrid",
+        "chunks",
+        "states",
+        "states of Mamba 2",
+        "states of prefixes",
+        "layers of two sizes",
+    ],
 )
 def test_a_cache_that_moves(config: VllmConfig, specs: tuple[Any, ...]) -> None:
     assert why_engine_cannot_migrate(config, kv_cache(*specs)) is None
@@ -101,20 +119,23 @@ def test_what_is_switched_on(
         ((RSWASpec(rswa_window=64, **SIZES),), "RSWASpec"),
         ((SinkFullAttentionSpec(sink_len=4, **SIZES),), "SinkFullAttentionSpec"),
         ((FULL, RSWASpec(rswa_window=64, **SIZES)), "RSWASpec"),
+        ((FULL, state(num_speculative_blocks=2)), "a state for each draft"),
         (
-            (
-                MambaSpec(
-                    block_size=64,
-                    shapes=((8,),),
-                    dtypes=(torch.float32,),
-                    num_speculative_blocks=2,
-                ),
-            ),
-            "with states",
+            (FULL, state(mamba_cache_mode="align", num_prefill_checkpoint_blocks=1)),
+            "within a prompt",
         ),
+        ((FULL, state(mamba_type=MambaAttentionBackendEnum.MAMBA1)), "MAMBA1"),
         ((), "no KV cache"),
     ],
-    ids=["R-SWA", "sinks", "one of two groups", "drafts", "none"],
+    ids=[
+        "R-SWA",
+        "sinks",
+        "one of two groups",
+        "states of drafts",
+        "states of prefixes",
+        "states of another kind",
+        "none",
+    ],
 )
 def test_a_kv_cache_that_does_not_move(
     config: VllmConfig, specs: tuple[Any, ...], reason: str

@@ -11,7 +11,15 @@ from vllm.lora.request import LoRARequest
 
 from tests import runner_v2
 from tests.campaigns import THOROUGH
-from tests.families import CI_FAMILIES, CI_KINDS, FAMILIES
+from tests.families import (
+    ALONE,
+    ALONE_KINDS,
+    CI_ALONE,
+    CI_FAMILIES,
+    CI_KINDS,
+    FAMILIES,
+    Family,
+)
 from tests.migration.adapters import make_adapter
 from tests.migration.cases import CASES
 from tests.migration.pool import Pool
@@ -81,12 +89,29 @@ def family_pool(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pool]:
     """Two engines of a tiny model of one family."""
-    family = FAMILIES[request.param]
+    with _pool_of(FAMILIES[request.param], tmp_path_factory) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session", params=ALONE if THOROUGH else CI_ALONE)
+def alone_family(request: pytest.FixtureRequest) -> Family:
+    return ALONE[request.param]
+
+
+@pytest.fixture(scope="session")
+def alone_pool(alone_family: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """Two engines of a tiny model, for requests that are alone in their engine."""
+    with _pool_of(alone_family, tmp_path_factory) as pool:
+        yield pool
+
+
+def _pool_of(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Pool:
     model = of_family(family, tmp_path_factory.mktemp("family"))
     # Engines of a process share vLLM's groups; those of a model without experts have none for them.
     parallel_state.destroy_model_parallel()
-    with Pool(model, **family.flags) as pool:
-        yield pool
+    pool = Pool(model, **family.flags)
+    assert pool.instances[0].port.refusal is None
+    return pool
 
 
 @pytest.fixture(scope="session")
@@ -94,3 +119,12 @@ def family_unmoved(family_pool: Pool) -> dict[str, Any]:
     """Answers of that model without a move."""
     names = CASES if THOROUGH else CI_KINDS
     return answers_of(family_pool, {name: CASES[name] for name in names})
+
+
+@pytest.fixture(scope="session")
+def alone_unmoved(alone_pool: Pool, alone_family: Family) -> dict[str, Any]:
+    """Answers of that model without a move, each computed alone."""
+    answers: dict[str, Any] = {}
+    for name in alone_family.kinds or ALONE_KINDS:
+        answers |= answers_of(alone_pool, {name: CASES[name]})
+    return answers

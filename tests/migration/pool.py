@@ -88,7 +88,8 @@ def events_that_are_over() -> Iterator[None]:
 class Pool:
     """``num_instances`` engines and the frontend before them.
 
-    ``stats`` are the frontend's own, one a step with outputs. With ``async_scheduling`` see
+    ``stats`` are the frontend's own, one a step with outputs. ``of_each`` are flags of one instance
+    each, beside ``flags``, which are of all. With ``async_scheduling`` see
     ``events_that_are_over``. Use as a context manager.
     """
 
@@ -102,26 +103,31 @@ class Pool:
         options: MigrationOptions | None = None,
         transfer: TransferOptions | None = None,
         async_scheduling: bool = False,
+        of_each: Sequence[Mapping[str, Any]] = (),
         **flags: Any,
     ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        arguments = EngineArgs(model=model, **(ENGINE_FLAGS | flags))
 
-        def engine_config() -> VllmConfig:
+        def engine_config(more: Mapping[str, Any]) -> VllmConfig:
+            arguments = EngineArgs(model=model, **(ENGINE_FLAGS | flags | dict(more)))
             config: VllmConfig = arguments.create_engine_config()
             # Not by the flag: on a CPU vLLM turns it off again, as there it saves nothing.
             config.scheduler_config.async_scheduling = async_scheduling
             return config
 
-        config = engine_config()
-        renderer = renderer_from_config(config)
-        self.tokenizer = renderer.tokenizer
-        self._inputs = InputProcessor(config, renderer)
-        self._outputs = OutputProcessor(renderer.tokenizer, log_stats=True)
+        config = engine_config({})
+        self._renderer = renderer_from_config(config)
+        self.tokenizer = self._renderer.tokenizer
+        self._inputs = InputProcessor(config, self._renderer)
+        self._outputs = OutputProcessor(self.tokenizer, log_stats=True)
         self._options = options or MigrationOptions()
         self._transfer = transfer or TRANSFER
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="migrators")
+        self._thread = threading.Thread(
+            target=self._loop.run_forever,
+            name="migrators",
+            daemon=True,  # an engine may not boot
+        )
         self._thread.start()
         self._num_migrations = 0
         self._keys = PoolKeys.generate()
@@ -129,7 +135,10 @@ class Pool:
         self.answers: dict[str, Answer] = {}
         self.stats: list[IterationStats] = []
         # A configuration also registers the layers of its own model, so each needs one.
-        self.instances = [self._boot(index, engine_config()) for index in range(num_instances)]
+        self.instances = [
+            self._boot(index, engine_config(of_each[index] if of_each else {}))
+            for index in range(num_instances)
+        ]
 
     def _boot(self, index: int, config: Any) -> Instance:
         settings = EngineSettings(
@@ -259,12 +268,16 @@ class Pool:
         at: int = 0,
         **fields: Any,
     ) -> Answer:
-        """Send a request to one instance. ``fields`` are ``InputProcessor.process_inputs``'s, and
-        those of reasoning, which ``AsyncLLM`` sets in the same way."""
+        """Send a request to one instance. ``fields`` are ``InputProcessor.process_inputs``'s, those
+        of reasoning, which ``AsyncLLM`` sets in the same way, and ``multi_modal_data``."""
         reasoning = {name: fields.pop(name) for name in _OF_REASONING if name in fields}
         params = params.clone()
         params.output_kind = RequestOutputKind.FINAL_ONLY
         prompt: Any = {"type": "token", "prompt_token_ids": list(prompt_token_ids)}
+        if "multi_modal_data" in fields:
+            del prompt["type"]
+            prompt["multi_modal_data"] = fields.pop("multi_modal_data")
+            (prompt,) = self._renderer.render_cmpl([prompt])
         if "cache_salt" in fields:
             prompt["cache_salt"] = fields.pop("cache_salt")
         request = self._inputs.process_inputs(
@@ -450,7 +463,7 @@ class Pool:
                 and instance.core.input_queue.empty()
                 and instance.migrator.num_outgoing == 0
                 and instance.migrator.num_incoming == 0
-                and instance.num_free_blocks == NUM_BLOCKS - 1
+                and not instance.num_used_blocks
                 for instance in self.instances
                 if not instance.hangs
             )
@@ -468,7 +481,7 @@ class Pool:
                 "requests": list(instance.core.scheduler.requests),
                 "exports": list(instance.port._exports),
                 "imports": list(instance.port._imports),
-                "used blocks": NUM_BLOCKS - 1 - instance.num_free_blocks,
+                "used blocks": instance.num_used_blocks,
             }
             if any(left.values()):
                 found[instance.name] = {key: value for key, value in left.items() if value}

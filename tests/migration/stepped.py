@@ -42,6 +42,12 @@ class Instance:
         free: int = self.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
         return free
 
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks of requests, not counting vLLM's null block."""
+        used: int = self.core.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        return used - self.num_free_blocks
+
 
 @dataclass(slots=True)
 class Answer:

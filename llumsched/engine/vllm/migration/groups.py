@@ -41,6 +41,8 @@ SETTLED_SPECS = (
     ChunkedLocalAttentionSpec,
 )
 LIVE_SPECS = (MambaSpec,)
+# Of states, by vLLM's name, those that have been moved between engines without a change of tokens.
+MOVING_STATES = frozenset({"MAMBA2", "GDN_ATTN", "SHORT_CONV"})
 
 # Blocks reserved beyond the request's own tokens, in each group that grows with them, so that what
 # it decodes while being copied rarely needs more room at the last stage.
@@ -62,8 +64,21 @@ def why_groups_cannot_move(config: KVCacheConfig) -> str | None:
             if type(spec) not in SETTLED_SPECS + LIVE_SPECS:
                 name = type(spec).__name__
                 return f"the model's KV cache is of a kind that does not move ({name})"
-            if isinstance(spec, MambaSpec):
-                return "moves of a model with states (Mamba, linear attention) are not proven"
+            if isinstance(spec, MambaSpec) and (reason := _why_state_stays(spec)) is not None:
+                return reason
+    return None
+
+
+def _why_state_stays(spec: MambaSpec) -> str | None:
+    if spec.mamba_type.name not in MOVING_STATES:
+        return f"moves of a model with states of this kind are not proven ({spec.mamba_type.name})"
+    if spec.mamba_cache_mode != "none" and getattr(spec, "num_prefill_checkpoint_blocks", False):
+        return (
+            "moves of a model with states are not proven where those from within a prompt are kept "
+            "for others (--no-enable-prefix-caching)"
+        )
+    if spec.num_speculative_blocks:
+        return "under speculative decoding a request has a state for each draft"
     return None
 
 

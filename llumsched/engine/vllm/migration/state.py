@@ -55,6 +55,9 @@ def why_engine_cannot_migrate(
             "the experts of steps at the source would be missing from what is returned "
             "(--enable-return-routed-experts)"
         )
+    cache = vllm_config.cache_config
+    if getattr(cache, "use_replayssm", False) or getattr(cache, "use_kda_recoverssm", False):
+        return "inputs since the last whole state are kept beside it (--use-replayssm)"
     return why_groups_cannot_move(kv_cache_config)
 
 
