@@ -317,8 +317,12 @@ class Forwarder:
     def _begins(self, call: _Call, server: PlainServer, sent: Sent) -> None:
         server.breaker.succeeded()
         sent.has_begun = True
-        computed = server.prefixes.compute(call.facts.prefix_hashes)
-        call.pool.computes(server.server_id, *computed)
+        new, dropped = server.prefixes.compute(call.facts.prefix_hashes)
+        call.pool.computes(server.server_id, new)
+        if dropped:
+            # Models of a server share its cache.
+            for pool in self._fleet.pools.values():
+                pool.drops(server.server_id, dropped)
 
     async def _pass_on(
         self,

@@ -130,12 +130,15 @@ class ModelPool:
         if load.instance_id in self.server_ids:
             self._handle(LoadReported(load=load))
 
-    def computes(self, server_id: str, new: tuple[int, ...], dropped: tuple[int, ...]) -> None:
-        """A server has these prefix blocks now, and those no more."""
+    def computes(self, server_id: str, new: tuple[int, ...]) -> None:
+        """A server has these prefix blocks now."""
         if new:
             self._handle(KvBlocksStored(instance_id=server_id, block_hashes=new))
-        if dropped:
-            self._handle(KvBlocksRemoved(instance_id=server_id, block_hashes=dropped))
+
+    def drops(self, server_id: str, names: tuple[int, ...]) -> None:
+        """A server has these prefix blocks, of whichever model, no more."""
+        if server_id in self.server_ids:
+            self._handle(KvBlocksRemoved(instance_id=server_id, block_hashes=names))
 
     def drain(self, server_id: str, deadline_s: float | None) -> None:
         """Send a server nothing new, and let it leave when it is empty, or after this long."""

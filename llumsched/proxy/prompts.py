@@ -2,7 +2,7 @@
 
 A token is taken for four characters, as it is on average in English text; a prompt of token ids is
 counted. The names of prefix blocks are chained hashes of the text, so equal names are equal
-beginnings; they are names within this process only.
+beginnings of prompts to the same model; they are names within this process only.
 """
 
 from __future__ import annotations
@@ -87,10 +87,15 @@ def _session(content: Mapping[str, Any]) -> str | None:
 
 def _prompt(content: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:
     prompt = content.get("prompt", content.get("input"))
+    # Of the same text, KV of another model, or of another tenant's salt, is another.
+    root = hash((content.get("model"), str(content.get("cache_salt"))))
     if isinstance(prompt, list) and prompt and all(isinstance(token, int) for token in prompt):
-        return len(prompt), _names(_pieces(prompt, BLOCK_SIZE))
-    text = "\x00".join(_texts(content.get("messages") if prompt is None else prompt))
-    blocks = _names(_pieces(text, _BLOCK_CHARACTERS))
+        return len(prompt), _names(root, _pieces(prompt, BLOCK_SIZE))
+    # Templates put these before the messages.
+    before = [content.get(name) for name in ("tools", "system", "instructions")]
+    rest = content.get("messages") if prompt is None else prompt
+    text = "\x00".join(_texts([*before, rest]))
+    blocks = _names(root, _pieces(text, _BLOCK_CHARACTERS))
     return -(-len(text) // CHARACTERS_PER_TOKEN), blocks
 
 
@@ -113,9 +118,9 @@ def _pieces(sequence: Sequence[Any], size: int) -> Iterator[Any]:
         yield piece if isinstance(piece, str) else tuple(piece)
 
 
-def _names(pieces: Iterator[Any]) -> tuple[int, ...]:
+def _names(root: int, pieces: Iterator[Any]) -> tuple[int, ...]:
     names: list[int] = []
-    last = 0
+    last = root
     for piece in pieces:
         last = hash((last, piece))
         names.append(last)

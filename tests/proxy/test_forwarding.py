@@ -289,6 +289,29 @@ def test_prompts_go_where_their_beginning_was_computed() -> None:
     asyncio.run(run())
 
 
+def test_each_model_of_a_server_has_its_own_prefixes() -> None:
+    """A base model and its adapter share a server's cache, and no block of it."""
+
+    async def run() -> None:
+        servers = [FakeServer(models=["model", "adapter"]) for _ in range(2)]
+        async with proxied(*servers, config="policy: prefix_aware") as proxy:
+            text = "Once upon a time there was a scheduler. " * 40
+            for model in ("model", "adapter"):
+                await (await proxy.ask(text, model=model)).read()
+            for model in ("model", "adapter"):
+                again = await proxy.ask(text, model=model)
+                await again.read()
+                assert "blocks cached" in again.headers["x-llumsched-reason"]
+            for server in proxy.fleet.servers.values():
+                server.prefixes.max_blocks = 1
+            for number in range(4):
+                await (await proxy.ask(f"{number} {text}")).read()
+            adapter = await proxy.ask(text, model="adapter")
+            assert "nothing cached" in adapter.headers["x-llumsched-reason"]
+
+    asyncio.run(run())
+
+
 def test_each_model_has_its_servers() -> None:
     async def run() -> None:
         one, two = FakeServer(models=["a"]), FakeServer(models=["b", "adapter"])
