@@ -42,12 +42,16 @@ def test_every_line_is_answered_once_though_the_process_is_killed(tmp_path: Path
                     batch = await answer.json()
                 async with client.get(f"/v1/files/{batch['output_file_id']}/content") as answer:
                     lines = (await answer.text()).splitlines()
+                async with client.get("/metrics") as answer:
+                    page = await answer.text()
         assert batch["status"] == "completed"
         assert batch["request_counts"]["failed"] == 0
         assert len(lines) == NUM_LINES
         for number, line in enumerate(lines):
             assert f'"custom_id":"c{number}"' in line
             assert f"answer {number}" in line
+        assert 'llumsched_batches{state="completed"} 1.0' in page
+        assert "llumsched_job_lost_runs_total 0.0" in page, "jobs are a part of the process"
         await server.close()
 
     asyncio.run(scenario())
