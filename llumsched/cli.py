@@ -51,8 +51,9 @@ _EXTRA_OF = {
     "shtab": "completion",
     "sqlalchemy": "batch",
     "textual": "top",
+    "uvloop": "proxy",
 }
-_OPTIONAL = frozenset({"psutil", "ray", "torch", "uvloop", "vllm", "zmq", *_EXTRA_OF})
+_OPTIONAL = frozenset({"psutil", "ray", "torch", "vllm", "zmq", *_EXTRA_OF})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

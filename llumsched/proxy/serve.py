@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import aiohttp
+import uvloop
 from aiohttp import web
 
 from llumsched import __version__, logs
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error(str(error))
     logs.set_up("llumsched", logs.options_of(argv))
     try:
-        asyncio.run(_serve(arguments, backends, config))
+        uvloop.run(_serve(arguments, backends, config))
     except OSError as error:
         sys.stderr.write(
             f"llumsched serve: cannot listen at {arguments.host}:{arguments.port}:"
