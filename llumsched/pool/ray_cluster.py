@@ -28,12 +28,19 @@ RAY_SETTINGS: Mapping[str, str] = MappingProxyType(
         "RAY_memory_monitor_refresh_ms": "0",
         # It would have the kernel end its workers before any other process.
         "RAY_worker_oom_score_adjustment": "0",
+        # It starts a worker for each CPU before anybody asks. An instance, whose environment is its
+        # own, takes none of them; each costs seconds of a core to start, and idles for ever after.
+        "RAY_prestart_worker_first_driver": "0",
+        # It measures every process for a dashboard that is not served: every five seconds, which
+        # takes half a hundredth of a core.
+        "REPORTER_UPDATE_INTERVAL_MS": "60000",
     }
 )
 """Environment of a Ray cluster that is started here; what the user has set holds."""
 
 
 MISMATCH = "Version mismatch"
+TOKEN_WARNINGS = "ray._private.authentication.authentication_token_setup"
 
 
 class LaunchError(Exception):
@@ -92,6 +99,8 @@ def start_ray(address: str | None, *, num_cpus: int) -> bool:
     # a file for all clusters of this user.
     if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        # It warns that it asks for one, and how to have it ask no more.
+        logging.getLogger(TOKEN_WARNINGS).setLevel(logging.ERROR)
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
     return True
 

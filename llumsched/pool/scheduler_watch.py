@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 # One that does not answer for longer is killed, to be started again.
 SCHEDULER_TIMEOUT_S = 3.0
-PING_INTERVAL_S = 0.5
+PING_INTERVAL_S = 1.0
 # A ping that is answered costs two looks.
-WATCH_TICK_S = 0.25
+WATCH_TICK_S = 0.5
 
 
 class SchedulerWatch:

@@ -77,5 +77,11 @@ def test_ray_ends_no_healthy_instance_because_another_program_fills_the_machine(
     assert started_with["RAY_worker_oom_score_adjustment"] == "0"
 
 
+def test_ray_does_nothing_that_nobody_uses(started_with: dict[str, str]) -> None:
+    """No workers before they are asked for, and hardly any figures for a dashboard of no one."""
+    assert started_with["RAY_prestart_worker_first_driver"] == "0"
+    assert int(started_with["REPORTER_UPDATE_INTERVAL_MS"]) >= 60_000
+
+
 def test_the_users_own_settings_of_ray_hold(started_with: dict[str, str]) -> None:
     assert started_with["RAY_worker_niceness"] == "7"
