@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llumsched.commands._admin import AdminClient, add_server
+from llumsched.logs import counted
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -66,7 +67,8 @@ def lines_of(steps: Sequence[Mapping[str, Any]]) -> list[str]:
             for candidate in step["candidates"]
         ]
         lines += [
-            f"{'':16}stage {number}: {stage['num_blocks']} blocks, {1000 * stage['took_s']:.0f} ms"
+            f"{'':16}stage {number}: {counted(stage['num_blocks'], 'block')},"
+            f" {1000 * stage['took_s']:.0f} ms"
             for number, stage in enumerate((step.get("statistics") or {}).get("stages", ()), 1)
         ]
     return lines

@@ -30,7 +30,7 @@ import ray
 from llumsched.config import Config
 from llumsched.engine.compatibility import differences_in_pool
 from llumsched.instance.actor import InstancePlan
-from llumsched.logs import FailureLog, LogOptions
+from llumsched.logs import FailureLog, LogOptions, counted
 from llumsched.pool.frontend_cleanup import FrontendLoss
 from llumsched.pool.heartbeat_listener import HeartbeatListener
 from llumsched.pool.instance_actor import (
@@ -178,7 +178,7 @@ class Pool:
             self._actors[index] = InstanceActor(make_plan(index, None), resources, self._watches)
         self._await_places(timeout_s if self._any_node else PLACEMENT_TIMEOUT_S)
         started_s = said_s = time.monotonic()
-        self._progress(f"booting {self._num_instances} instances (each loads the model)")
+        self._progress(f"booting {counted(self._num_instances, 'instance')} (each loads the model)")
         pending = {actor.booted: actor for actor in self._actors.values()}
         while pending:
             left_s = timeout_s - (time.monotonic() - started_s)

@@ -89,10 +89,10 @@ class SchedulerLog:
         match event:
             case InstanceJoined():
                 logger.info(
-                    "%s has joined, with %d KV blocks and %d requests",
+                    "%s has joined, with %s and %s",
                     event.spec.instance_id,
-                    event.spec.num_total_blocks,
-                    len(event.request_ids),
+                    counted(event.spec.num_total_blocks, "KV block"),
+                    counted(len(event.request_ids), "request"),
                     extra={"instance_id": event.spec.instance_id},
                 )
             case InstanceLost():
@@ -107,7 +107,7 @@ class SchedulerLog:
                 # One that is empty has left by the time that `_drains` looks.
                 self._drained(event.instance_id, "as asked")
             case ScaleRequested():
-                logger.info("Scaling to %d instances, as asked", event.num_instances)
+                logger.info("Scaling to %s, as asked", counted(event.num_instances, "instance"))
             case LaunchFailed():
                 self._failures.failed(
                     ("launch", event.reason),

@@ -119,7 +119,7 @@ def test_signal_while_ray_starts(model: str, tmp_path: Path, signal_number: sign
 def test_signals_while_instances_boot(model: str, tmp_path: Path) -> None:
     """Whoever presses Ctrl-C presses it again: that must not interrupt the ending."""
     with booting(model, tmp_path) as server:
-        server.await_line("booting 1 instances")
+        server.await_line("booting 1 instance ")
         ending = server.end(signal.SIGINT, times=3)
     assert not ending.killed
     assert ending.status == 130

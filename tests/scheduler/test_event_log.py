@@ -85,7 +85,7 @@ def test_what_changes_the_pool_is_said(lines: pytest.LogCaptureFixture) -> None:
         ),
     )
     assert lines.messages == [
-        "instance-3 has joined, with 64 KV blocks and 1 requests",
+        "instance-3 has joined, with 64 KV blocks and 1 request",
         "Scaling to 2 instances, as asked",
         "Launching one more instance (launch-1): 2 are wanted",
         "instance-3 may leave: drained",
