@@ -10,13 +10,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.models.auto import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.idefics3 import Idefics3Config, Idefics3ForConditionalGeneration
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 
 from scripts.prepare_model import prepare_model
 from tests.families import COMMON, Family
 
 # Of SmolLM2's thirty; enough for tokens that depend on all that came before.
 LAYERS = (0, 1, 2, 3, 26, 27, 28, 29)
+# Of images, in pixels.
+IMAGE_SIZE, PATCH_SIZE, IMAGE_SCALE = 56, 14, 2
+IMAGE_TOKENS = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
 
 
 def fewer_layers(folder: Path) -> str:
@@ -71,6 +77,43 @@ def of_family(family: Family, folder: Path) -> str:
         model = auto.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
     _change(folder, architectures=[family.architecture])
+    return str(folder)
+
+
+def with_images(folder: Path) -> str:
+    """A tiny Idefics 3, as SmolVLM is, with random weights and SmolLM2's tokens, in the folder."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(prepare_model())
+    tokenizer.add_special_tokens({"additional_special_tokens": list(IMAGE_TOKENS)})
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+    }
+    num_tokens = len(tokenizer)
+    text = dict(COMMON) | {
+        "model_type": "llama",
+        "num_hidden_layers": 3,
+        "vocab_size": num_tokens + -num_tokens % 64,
+    }
+    config = Idefics3Config(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKENS[0]),
+        scale_factor=IMAGE_SCALE,
+        pad_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = Idefics3ForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    edge = {"longest_edge": IMAGE_SIZE}
+    images = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
+    side = IMAGE_SIZE // PATCH_SIZE // IMAGE_SCALE
+    processor: Any = Idefics3Processor(images, tokenizer, image_seq_len=side**2)
+    processor.save_pretrained(folder)
     return str(folder)
 
 

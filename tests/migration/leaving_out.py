@@ -8,11 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.serial_utils import MsgpackEncoder
 
 from llumsched.engine.base import RequestState
 from llumsched.engine.vllm.migration import exports, state
-from llumsched.engine.vllm.migration.state import decode_request
+from llumsched.engine.vllm.migration.state import decode_request, encode_request
 from tests.migration.answers import seen_by_client
 from tests.migration.cases import Case
 from tests.migration.pool import Pool
@@ -41,7 +40,6 @@ def capturing(monkeypatch: pytest.MonkeyPatch, change: Callable[[EngineCoreReque
         captured = real(*arguments, **keywords)
         request = decode_request(captured)
         change(request)
-        encoded: Any = MsgpackEncoder().encode(request)[0]
-        return msgspec.structs.replace(captured, request=bytes(encoded))
+        return msgspec.structs.replace(captured, request=encode_request(request))
 
     monkeypatch.setattr(exports, "capture_request", changed)
