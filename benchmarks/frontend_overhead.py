@@ -42,6 +42,8 @@ ONE = "llumsched, 1 instance"
 TWO = "llumsched, 2 instances"
 NUM_STREAMS = 32
 NUM_PROMPT_TOKENS = 32
+# From the last answer until a server is idle: reports come less often, watchers calm down.
+SETTLE_S = 5.0
 METRICS_TIMEOUT_S = 10.0
 METRICS_INTERVAL_S = 0.05
 ENGINE_TIMES = ("vllm:request_queue_time_seconds", "vllm:request_prefill_time_seconds")
@@ -60,7 +62,7 @@ class Size:
 
 
 FULL = Size(num_ways=40, num_rounds=6, num_tokens=64, idle_s=60.0)
-QUICK = Size(num_ways=5, num_rounds=1, num_tokens=16, idle_s=5.0)
+QUICK = Size(num_ways=5, num_rounds=1, num_tokens=16, idle_s=10.0)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,6 +99,7 @@ async def _measure(servers: Mapping[str, Server], size: Size) -> Mapping[str, Me
     found: dict[str, Measured] = defaultdict(Measured)
     for server in servers.values():  # warm-up, not measured
         await _stream(server, numbers, NUM_STREAMS, 8)
+    await asyncio.sleep(SETTLE_S)
     before = {name: _cpu.used_s(server.pid) for name, server in servers.items()}
     started_s = time.monotonic()
     await asyncio.sleep(size.idle_s)
