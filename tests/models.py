@@ -20,6 +20,8 @@ from tests.families import COMMON, Family
 
 # Of SmolLM2's thirty; enough for tokens that depend on all that came before.
 LAYERS = (0, 1, 2, 3, 26, 27, 28, 29)
+# Of a draft model's last layer, in standard deviations of its weights.
+DRAFT_NOISE = 0.2
 # Of images, in pixels.
 IMAGE_SIZE, PATCH_SIZE, IMAGE_SCALE = 56, 14, 2
 IMAGE_TOKENS = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
@@ -63,6 +65,37 @@ def random_weights(folder: Path) -> str:
         auto: Any = AutoModelForCausalLM
         model = auto.from_config(AutoConfig.from_pretrained(folder))
     model.save_pretrained(folder)
+    return str(folder)
+
+
+def drafting(target: str, folder: Path) -> str:
+    """A draft model for a model of ``random_weights``: the same, with noise in its last layer, so
+    that some guesses are right."""
+    shutil.copytree(target, folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    head = weights["lm_head.weight"]
+    noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(1))
+    weights["lm_head.weight"] = head + DRAFT_NOISE * head.std() * noise
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def eagle_head(target: str, folder: Path) -> str:
+    """An EAGLE drafter for a model of ``random_weights``: its first layer, over its last hidden
+    state."""
+    weights = load_file(Path(target) / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    size = embedding.shape[1]
+    kept = {
+        name.removeprefix("model."): tensor
+        for name, tensor in weights.items()
+        if name.startswith("model.layers.0.") and "input_layernorm" not in name
+    }
+    kept["embed_tokens.weight"] = embedding
+    kept["fc.weight"] = torch.cat([torch.zeros(size, size), torch.eye(size)], dim=1)
+    shutil.copy(Path(target) / "config.json", folder)
+    _change(folder, num_hidden_layers=1)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
     return str(folder)
 
 

@@ -17,9 +17,9 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-# Drafters that begin from tokens, or from the last step's hidden states. Those with KV of their own
-# have not been moved yet, and a drafter of one's own may keep anything.
-MOVABLE_METHODS = frozenset({"ngram", "suffix", "medusa"})
+# Drafters that begin from tokens, or from the last step's hidden states; and those whose KV lies
+# beside the model's, in the blocks that move. A drafter of one's own may keep anything.
+MOVABLE_METHODS = frozenset({"ngram", "suffix", "medusa", "draft_model", "eagle", "eagle3"})
 # Draws of a token without drafts, and at most as many again for each of: whether drafts are
 # accepted, and what replaces the first that is not.
 NUM_DRAWS_OF_A_STEP = 3
