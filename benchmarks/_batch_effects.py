@@ -23,20 +23,19 @@ NUM_TOKENS = 64
 BOOT_AND_ANSWER_TIMEOUT_S = 300.0
 
 
-def measure(*, quick: bool) -> dict[str, int]:
+def measure() -> dict[str, int]:
     """By dtype, how many of ``NUM_ANSWERS`` answers differ between alone and in a batch."""
-    num_tokens = 8 if quick else NUM_TOKENS
     model = prepare_model()
     context = multiprocessing.get_context("spawn")
     found: dict[str, int] = {}
     for dtype in DTYPES:
         with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-            counting = pool.submit(_count_differing, model, dtype, num_tokens)
+            counting = pool.submit(_count_differing, model, dtype)
             found[dtype] = counting.result(BOOT_AND_ANSWER_TIMEOUT_S)
     return found
 
 
-def _count_differing(model: str, dtype: Dtype, num_tokens: int) -> int:
+def _count_differing(model: str, dtype: Dtype) -> int:
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     from vllm import LLM, SamplingParams, TokensPrompt
 
@@ -49,7 +48,7 @@ def _count_differing(model: str, dtype: Dtype, num_tokens: int) -> int:
         kv_cache_memory_bytes=1 << 28,
         enable_prefix_caching=False,
     )
-    sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     prompts = [
         TokensPrompt(prompt_token_ids=prompt_of(number, NUM_PROMPT_TOKENS))
         for number in range(NUM_ANSWERS)

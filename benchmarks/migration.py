@@ -14,6 +14,8 @@ destination's steps then, which another answer there tells.
 
 The control run asks plain vLLM, without any move, whether an answer is the same alone and in a
 batch: what a batch changes, no migration can keep. The tests of exactness use float32.
+
+A quick run has prompts of 1000 tokens at most, and neither stop-and-copy nor the control run.
 """
 
 from __future__ import annotations
@@ -35,11 +37,10 @@ from scripts.pages import number
 
 BENCHMARK = "Migration"
 
-CONTEXTS = (256, 512, 1000, 2000, 3000)
-SHORT, LONG = CONTEXTS[0], CONTEXTS[-1]
+CONTEXTS, QUICK_CONTEXTS = (256, 512, 1000, 2000, 3000), (256, 1000)
 NUM_OTHERS = 2
-# Under way at the destination while requests move there.
-NUM_PROMPTS, NUM_PROMPT_TOKENS = 4, 3000
+# Under way at the destination while requests move there, each as long as the longest context.
+NUM_PROMPTS = 4
 STAGE_NUM_BLOCKS = 64
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
 PLOTS = {"pause": "Pause as the client sees it", "total": "A migration from order to commit"}
@@ -52,7 +53,10 @@ STOP_AND_COPY = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Moves by context, in seconds and bytes; ``recompute_s`` are pauses as well."""
+    """Moves by context, in seconds and bytes; ``recompute_s`` are pauses as well.
+
+    A quick run has no ``stop_and_copy``.
+    """
 
     live: dict[int, list[Move]]
     stop_and_copy: dict[int, list[Move]]
@@ -65,10 +69,20 @@ class Measured:
     peak_reserved_blocks: int
     staging_num_bytes: int
 
+    @property
+    def short(self) -> int:
+        """Tokens of the shortest context."""
+        return min(self.live)
+
+    @property
+    def long(self) -> int:
+        """Tokens of the longest context."""
+        return max(self.live)
+
 
 def run(quick: bool) -> Report:
     transports = _transports.measure(STAGE_NUM_BLOCKS, quick=quick)
-    differing = _batch_effects.measure(quick=quick)
+    differing = {} if quick else _batch_effects.measure()
     measured = _measure(quick)
     if not quick:
         _draw(measured)
@@ -84,7 +98,8 @@ def run(quick: bool) -> Report:
 def _measure(quick: bool) -> Measured:
     # Long prompts take most of the time, so what live moves are held against is done less often.
     num_rounds, num_rounds_of_others = (1, 1) if quick else (9, 2)
-    contexts = (SHORT, LONG) if quick else CONTEXTS
+    contexts = QUICK_CONTEXTS if quick else CONTEXTS
+    short, long = contexts[0], contexts[-1]
     with tempfile.TemporaryDirectory() as folder:
         configs = {}
         for name, text in (("live", LIVE), ("stop", STOP_AND_COPY)):
@@ -94,14 +109,16 @@ def _measure(quick: bool) -> Measured:
             moves = Moves(server)
             live = asyncio.run(moves.alone(contexts, num_rounds))
             recompute_s = asyncio.run(moves.recompute(contexts, num_rounds_of_others))
-            loaded, others = asyncio.run(moves.among_others(LONG, NUM_OTHERS, 2 if quick else 8))
+            loaded, others = asyncio.run(moves.among_others(long, NUM_OTHERS, 1 if quick else 8))
             among_prompts = asyncio.run(
-                moves.among_prompts(SHORT, NUM_PROMPT_TOKENS, NUM_PROMPTS, 1 if quick else 6)
+                moves.among_prompts(short, long, NUM_PROMPTS, 1 if quick else 6)
             )
-            peak = asyncio.run(moves.watch_blocks(LONG, 1))
+            peak = asyncio.run(moves.watch_blocks(long, 1))
             staging = staging_num_bytes(server.pid)
-        with llumsched(2, (*ENGINE_FLAGS, "--config", str(configs["stop"]))) as server:
-            stop_and_copy = asyncio.run(Moves(server).alone(contexts, num_rounds_of_others))
+        stop_and_copy = {}
+        if not quick:
+            with llumsched(2, (*ENGINE_FLAGS, "--config", str(configs["stop"]))) as server:
+                stop_and_copy = asyncio.run(Moves(server).alone(contexts, num_rounds_of_others))
     return Measured(
         live=live,
         stop_and_copy=stop_and_copy,
@@ -115,7 +132,7 @@ def _measure(quick: bool) -> Measured:
 
 
 def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
-    live, stopped = measured.live, measured.stop_and_copy
+    live, short, long = measured.live, measured.short, measured.long
     figures = [
         Figure(
             name=f"pause at {context} tokens, in decode steps",
@@ -126,38 +143,31 @@ def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
         for context, moves in live.items()
     ]
     pause_s = {context: _median(m.pause_s for m in moves) for context, moves in live.items()}
-    beyond_s = _median(max(0.0, m.pause_s - m.step_s) for m in live[LONG])
-    stopped_beyond_s = _median(m.pause_s - m.step_s for m in stopped[LONG])
     during = {side: measured.others[f"{side}, during"] for side in ("source", "destination")}
     before = {side: measured.others[f"{side}, before"] for side in ("source", "destination")}
     return [
         *figures,
         Figure(
-            name=f"pause at {LONG} tokens over that at {SHORT}",
-            value=pause_s[LONG] / pause_s[SHORT],
+            name=f"pause at {long} tokens over that at {short}",
+            value=pause_s[long] / pause_s[short],
             unit="",
             at_most=1.15,
         ),
         Figure(
-            name=f"decode step at {LONG} tokens over that at {SHORT}, which the pause contains",
-            value=_median(m.step_s for m in live[LONG]) / _median(m.step_s for m in live[SHORT]),
+            name=f"decode step at {long} tokens over that at {short}, which the pause contains",
+            value=_median(m.step_s for m in live[long]) / _median(m.step_s for m in live[short]),
             unit="",
         ),
+        *_beyond_a_step(measured),
         Figure(
-            name=f"pause beyond one step at {LONG} tokens, stop-and-copy over live",
-            value=stopped_beyond_s / beyond_s if beyond_s else float("inf"),
-            unit="",
-            at_least=15,
-        ),
-        Figure(
-            name=f"whole pause at {LONG} tokens, recompute over live",
-            value=_median(measured.recompute_s[LONG]) / pause_s[LONG],
+            name=f"whole pause at {long} tokens, recompute over live",
+            value=_median(measured.recompute_s[long]) / pause_s[long],
             unit="",
             at_least=150,
         ),
         *(
             figure
-            for context in (SHORT, LONG)
+            for context in (short, long)
             for figure in (
                 Figure(
                     name=f"total time of a migration at {context} tokens",
@@ -202,7 +212,7 @@ def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
             unit="",
         ),
         Figure(
-            name=f"pause at {LONG} tokens to a loaded destination, in its decode steps",
+            name=f"pause at {long} tokens to a loaded destination, in its decode steps",
             value=_median(m.pause_s / m.step_s for m in measured.loaded),
             unit="",
         ),
@@ -218,7 +228,7 @@ def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
             unit="ms",
         ),
         Figure(
-            name=f"blocks reserved at the destination at the peak, {LONG} tokens",
+            name=f"blocks reserved at the destination at the peak, {long} tokens",
             value=measured.peak_reserved_blocks,
             unit="blocks",
         ),
@@ -227,6 +237,24 @@ def _figures(measured: Measured, transports: dict[str, float]) -> list[Figure]:
             value=measured.staging_num_bytes / 1e6,
             unit="MB",
         ),
+    ]
+
+
+def _beyond_a_step(measured: Measured) -> list[Figure]:
+    if not measured.stop_and_copy:
+        return []
+    live_s, stopped_s = (
+        [max(0.0, m.pause_s - m.step_s) for m in moves[measured.long]]
+        for moves in (measured.live, measured.stop_and_copy)
+    )
+    beyond_s = _median(live_s)
+    return [
+        Figure(
+            name=f"pause beyond one step at {measured.long} tokens, stop-and-copy over live",
+            value=_median(stopped_s) / beyond_s if beyond_s else float("inf"),
+            unit="",
+            at_least=15,
+        )
     ]
 
 
@@ -251,7 +279,9 @@ def _tables(measured: Measured) -> list[Table]:
                     str(context),
                     _ms(m.step_s for m in moves),
                     _ms(m.pause_s for m in moves),
-                    _ms(m.pause_s for m in measured.stop_and_copy[context]),
+                    _ms(m.pause_s for m in measured.stop_and_copy[context])
+                    if measured.stop_and_copy
+                    else "",
                     _ms(measured.recompute_s[context]),
                 )
                 for context, moves in measured.live.items()
@@ -280,7 +310,8 @@ def _tables(measured: Measured) -> list[Table]:
             ],
         ),
         Table(
-            title=f"{NUM_OTHERS} other requests on each side, {LONG} tokens moving, gaps in ms",
+            title=f"{NUM_OTHERS} other requests on each side, {measured.long} tokens moving,"
+            " gaps in ms",
             columns=("where and when", "median", "p99", "worst", "number"),
             rows=[
                 (name, _ms(gaps), 1000 * _p99(gaps), 1000 * max(gaps), str(len(gaps)))
@@ -309,7 +340,7 @@ def _draw(measured: Measured) -> None:
     }
     DOCS.mkdir(parents=True, exist_ok=True)
     for name, title in PLOTS.items():
-        title = f"{title} ({number(len(live[LONG]))} moves each)"
+        title = f"{title} ({number(len(live[measured.long]))} moves each)"
         plot = plots.lines(title, "tokens of context", "ms", series[name])
         (DOCS / f"migration-{name}.svg").write_text(plot, encoding="utf-8")
 
