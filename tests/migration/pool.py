@@ -47,7 +47,8 @@ from tests.migration.stepped import Answer, Instance, SteppedCore
 
 BLOCK_SIZE = 32
 NUM_BLOCKS = 97
-PATIENCE_S = 1800.0 if runner_v2.IS_ON else 180.0
+# All kinds of request at once take an interpreter an hour.
+PATIENCE_S = 7200.0 if runner_v2.IS_ON else 180.0
 IDLE_S = 0.0005
 # While a request moves its engine leaves the processor to the migrators for so long after each
 # step: the answers are short, and on a busy machine they would end before the move does.
