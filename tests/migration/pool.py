@@ -43,7 +43,7 @@ from llumsched.migration.migrator import Migrator
 from llumsched.wire.control import OrderMigration, ReportMigration
 from llumsched.wire.keys import PoolKeys
 from tests import runner_v2
-from tests.migration.stepped import Answer, Instance, SteppedCore
+from tests.migration.stepped import Answer, Instance, SteppedCore, kernels_found
 
 BLOCK_SIZE = 32
 NUM_BLOCKS = 97
@@ -148,7 +148,8 @@ class Pool:
             engine_index=index,
             log_stats=True,
         )
-        core = SteppedCore(settings)
+        with kernels_found():
+            core = SteppedCore(settings)
         assert config.use_v2_model_runner is runner_v2.IS_ON
         port = MigrationAdapter(core)
         core.observe(after_step=port.after_step, on_abort=port.on_abort)

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
 
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.migration import MigrationAdapter
 from llumsched.migration.migrator import Migrator
+
+
+@contextmanager
+def kernels_found() -> Iterator[None]:
+    """vLLM 0.32 looks for its kernels in every module as an engine boots, and trips over those of
+    numba, which drafts of n-grams import."""
+    register = current_platform.register_triton_kernel_overrides
+
+    def without_numba() -> None:
+        with pytest.MonkeyPatch.context() as patched:
+            for name in [name for name in sys.modules if name.startswith("llvmlite")]:
+                patched.delitem(sys.modules, name)
+            register()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(current_platform, "register_triton_kernel_overrides", without_numba)
+        yield
 
 
 class SteppedCore(LlumschedEngineCore):

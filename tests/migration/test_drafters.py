@@ -14,7 +14,12 @@ from tests import runner_v2
 from tests.campaigns import THOROUGH
 from tests.migration.answers import seen_by_client
 from tests.migration.pool import Pool
-from tests.migration.test_speculation import GREEDY, NUM_DRAFTS, check_distribution, kernels_found
+from tests.migration.test_speculation import (
+    GREEDY,
+    NUM_DRAFTS,
+    check_distribution,
+    temperatures_written,
+)
 from tests.migration.test_waiting import preempt
 from tests.migration.ways import answers_of, ask, in_a_circle
 from tests.models import drafting, eagle_head
@@ -36,7 +41,7 @@ def engines(
         "num_speculative_tokens": NUM_DRAFTS,
     }
     parallel_state.destroy_model_parallel()
-    with kernels_found(), Pool(tiny_model, speculative_config=drafter) as pool:
+    with temperatures_written(), Pool(tiny_model, speculative_config=drafter) as pool:
         assert pool.instances[0].port.refusal is None
         yield pool
 

@@ -6,7 +6,6 @@ random draws depend on how many tokens were guessed at a time).
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler
 
 from llumsched.engine.vllm.migration.speculation import Padding
@@ -65,18 +63,9 @@ REPEATING = [name for name in GREEDY if name.startswith("repeats")]
 
 
 @contextmanager
-def kernels_found() -> Iterator[None]:
-    """vLLM 0.32 looks for its kernels in every module, and trips over those of numba."""
-    register = current_platform.register_triton_kernel_overrides
-
-    def without_numba() -> None:
-        with pytest.MonkeyPatch.context() as patched:
-            for name in [name for name in sys.modules if name.startswith("llvmlite")]:
-                patched.delitem(sys.modules, name)
-            register()
-
+def temperatures_written() -> Iterator[None]:
+    """Let a sampled draft be accepted by its temperature: see ``_expanded``."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(current_platform, "register_triton_kernel_overrides", without_numba)
         patched.setattr(rejection_sampler, "expand_batch_to_tokens", _expanded)
         yield
 
@@ -96,7 +85,7 @@ def _expanded(
 
 @pytest.fixture(scope="module")
 def engines(tiny_model: str) -> Iterator[Pool]:
-    with kernels_found(), Pool(tiny_model, speculative_config=NGRAM) as pool:
+    with temperatures_written(), Pool(tiny_model, speculative_config=NGRAM) as pool:
         assert pool.instances[0].port.refusal is None
         yield pool
 
