@@ -90,7 +90,7 @@ class Admit:
     """The request may be dispatched now."""
 
     allowance: Allowance | None = None
-    """What its client may still ask for, where it has a quota."""
+    """The rest of its client's quota, where the client has one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,7 @@ class Reject:
     is_client_limit: bool = False
     """True if its client's own share is used up (status 429), and not the pool's room (503)."""
     allowance: Allowance | None = None
-    """What its client may still ask for, where it has a quota."""
+    """The rest of its client's quota, where the client has one."""
 
 
 Verdict = Admit | Hold | Reject

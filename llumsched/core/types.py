@@ -88,7 +88,7 @@ class SchedulingRequest(msgspec.Struct, frozen=True, kw_only=True):
     arrival_s: float = 0.0
     """Arrival on the clock of `cluster.now`."""
     client_id: str | None = None
-    """Whose request it is, where that is known."""
+    """Name of the client, where that is known."""
     session_id: str | None = None
     """The conversation, of this client, that the request is a turn of, where that is known."""
     prefix_hashes: tuple[int, ...] = ()

@@ -70,7 +70,7 @@ class PlainServer:
         self.server_id = urllib.parse.urlsplit(backend.url).netloc
         self.models: tuple[str, ...] = ()
         self.adapters: frozenset[str] = frozenset()
-        """Those of `models` that are adapters of another."""
+        """Names in `models` that are adapters of another."""
         self.used_s: dict[str, float] = {}
         """When each model was asked for last."""
         self.is_there = False

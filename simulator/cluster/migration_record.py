@@ -84,9 +84,9 @@ class Move:
     """From the last token at the source to the first at the destination."""
     source_blocks: int = 0
     source_held: Sequence[int] = ()
-    """What the request holds at the source while it may have moved already."""
+    """Blocks that the request holds at the source while it may have moved already."""
     source_progress: tuple[int, int] = (0, 0)
-    """Its tokens computed and produced when it was suspended."""
+    """Tokens computed and produced when it was suspended."""
     num_reserved: int = 0
     """Blocks at the destination, those found in its cache not counted."""
     held: Sequence[int] = ()

@@ -25,7 +25,7 @@ class DecodeBatch:
     """Requests that compute one token in each decode step."""
 
     entry_gap_is_own = False
-    """Whether a request's first gap between tokens differs from that of its batch."""
+    """True if a request's first gap between tokens differs from that of its batch."""
 
     def __init__(self, kernel: Kernel, block_size: int, has_skew: bool) -> None:
         self.kernel = kernel

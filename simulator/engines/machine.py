@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llumsched.simulator.engines.base import Engine
 
 IDLE, DECODES, PROMPTS = range(3)
-"""What an instance does, to the others."""
+"""An instance's work as the others feel it."""
 
 
 class Costs(NamedTuple):

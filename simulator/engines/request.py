@@ -18,13 +18,13 @@ class Phase(IntEnum):
     AWAY = 0
     """On no instance, or its instance is dead."""
     WAITING = 1
-    """It holds no KV."""
+    """Without KV."""
     PREFILLING = 2
     DECODING = 3
     SUSPENDED = 4
-    """It holds all its KV and is not scheduled."""
+    """With all its KV, and not scheduled."""
     HOLDING = 5
-    """It holds all its KV and waits for a place in the batch."""
+    """With all its KV, waiting for a place in the batch."""
     ENDED = 6
 
 

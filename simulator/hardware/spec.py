@@ -185,7 +185,7 @@ class Hardware:
     boot_s: float = 60.0
     """Seconds from the launch of an instance until it serves."""
     notes: tuple[str, ...] = ()
-    """What a reader of results has to know: terms that were not in the source, doubts."""
+    """Notes for a reader of results: terms that were not in the source, doubts."""
 
     @property
     def num_kv_tokens(self) -> int:

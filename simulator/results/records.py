@@ -20,10 +20,10 @@ class RequestStatus(IntEnum):
     """How a request stood when the simulation ended."""
 
     UNFINISHED = 0
-    """It was queued or running, or had not arrived."""
+    """Queued or running, or not arrived yet."""
     FINISHED = 1
     REJECTED = 2
-    """It was answered with an error: by the scheduler, or for a prompt no engine takes."""
+    """Answered with an error: by the scheduler, or for a prompt no engine takes."""
     LOST = 3
     """Nobody has it: neither the scheduler nor an instance knows it, and it never ended."""
 

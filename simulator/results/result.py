@@ -61,12 +61,12 @@ class SimulationResult:
     rejections: Mapping[int, str]
     """Row of each rejected request -> why."""
     policy_failures: tuple[Failure, ...]
-    """What policies raised and answered wrongly, each kind once; the scheduler decided instead."""
+    """Errors and wrong answers of policies, each kind once; the scheduler decided instead."""
     counters: Mapping[str, int]
     """Actions of the scheduler by type, migrations by outcome, and what else is worth a count."""
     warnings: tuple[str, ...] = ()
-    """What to know before believing the numbers: fits that were extrapolated, outputs cut short."""
+    """Doubts about the numbers: fits that were extrapolated, outputs cut short."""
     uses_randomness: bool = True
-    """Whether the scheduler drew anything; if not, its seed changes nothing."""
+    """True if the scheduler drew anything; if not, its seed changes nothing."""
     is_complete: bool = True
     """False if `stop` or `until_s` ended it."""

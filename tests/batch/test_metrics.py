@@ -1,4 +1,4 @@
-"""What `/metrics` of the batch process shows of batches and jobs, and that each of it moves."""
+"""Metrics of batches and jobs at `/metrics` of the batch process: each is there, and moves."""
 
 from __future__ import annotations
 

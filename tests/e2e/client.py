@@ -148,13 +148,13 @@ class Admin(Client):
 
 
 def belongs(request: Mapping[str, Any], request_id: str) -> bool:
-    """Whether an entry of ``GET /llumsched/requests`` is (a sequence of) this answer's."""
+    """True if an entry of ``GET /llumsched/requests`` is (a sequence of) this answer's."""
     external_id: str = request["external_id"]
     return external_id == request_id or external_id.startswith(f"{request_id}-")
 
 
 def is_idle(load: Mapping[str, Any]) -> bool:
-    """Whether an instance reports every block free and no request."""
+    """True if an instance reports every block free and no request."""
     return load["num_free_blocks"] == load["num_total_blocks"] and not any(
         load[what]
         for what in (

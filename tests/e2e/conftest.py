@@ -87,7 +87,7 @@ def plain_server(llumsched_server: Server, model: str, log_folder: Path) -> Iter
 
 @pytest.fixture(scope="package")
 def plain(plain_server: Server, model: str) -> PlainAnswers:
-    """What plain vLLM says to every case."""
+    """Answers of plain vLLM to every case."""
     return PlainAnswers(Client(plain_server.url, model))
 
 
@@ -160,7 +160,7 @@ def unusual_server(
 
 @pytest.fixture
 def pool_apart(server_apart: Server, model: str) -> Iterator[Admin]:
-    """Its instances at rest; the test must leave them at rest as well."""
+    """The server's instances at rest; the test must leave them at rest as well."""
     with Admin.at_rest(server_apart.url, model, API_KEY) as pool:
         yield pool
 

@@ -18,9 +18,9 @@ from tests.migration.test_speculation import (
     GREEDY,
     NUM_DRAFTS,
     check_distribution,
+    preempted_before_and_after,
     temperatures_written,
 )
-from tests.migration.test_waiting import preempt
 from tests.migration.ways import answers_of, ask, in_a_circle
 from tests.models import drafting, eagle_head
 
@@ -72,15 +72,7 @@ def test_greedy_in_a_circle(pool: Pool, unmoved: dict[str, Any], name: str) -> N
 
 def test_preempted_before_and_after(pool: Pool, unmoved: dict[str, Any]) -> None:
     name = "repeats itself"
-    (sequence_id,) = ask(pool, name, GREEDY[name])
-    for num_tokens, index in ((4, 0), (20, 1)):
-        pool.until(lambda n=num_tokens: pool.num_tokens(name) >= n)  # type: ignore[misc]
-        preempt(pool, index, sequence_id)
-        pool.until(lambda n=num_tokens: pool.num_tokens(name) >= n + 6)  # type: ignore[misc]
-        if index == 0:
-            assert pool.move(sequence_id, 1).outcome == "committed"
-    (answer,) = pool.finish(name)
-    assert seen_by_client(answer) == unmoved[name]
+    assert seen_by_client(preempted_before_and_after(pool, name)) == unmoved[name]
 
 
 def test_its_layers_are_in_the_blocks_that_move(pool: Pool) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.outputs import RequestOutput
 from vllm.v1.sample import rejection_sampler
 
 from llumsched.engine.vllm.migration.speculation import Padding
@@ -114,8 +115,8 @@ def test_in_a_batch(pool: Pool, unmoved: dict[str, Any]) -> None:
         assert seen_by_client(answer) == unmoved[name], name
 
 
-@pytest.mark.parametrize("name", REPEATING)
-def test_preempted_before_and_after(pool: Pool, unmoved: dict[str, Any], name: str) -> None:
+def preempted_before_and_after(pool: Pool, name: str) -> RequestOutput:
+    """The answer to a request that is preempted, goes on, moves, and is preempted again."""
     (sequence_id,) = ask(pool, name, GREEDY[name])
     for num_tokens, index in ((4, 0), (20, 1)):
         pool.until(lambda n=num_tokens: pool.num_tokens(name) >= n)  # type: ignore[misc]
@@ -124,7 +125,12 @@ def test_preempted_before_and_after(pool: Pool, unmoved: dict[str, Any], name: s
         if index == 0:
             assert pool.move(sequence_id, 1).outcome == "committed"
     (answer,) = pool.finish(name)
-    assert seen_by_client(answer) == unmoved[name]
+    return answer
+
+
+@pytest.mark.parametrize("name", REPEATING)
+def test_preempted_before_and_after(pool: Pool, unmoved: dict[str, Any], name: str) -> None:
+    assert seen_by_client(preempted_before_and_after(pool, name)) == unmoved[name]
 
 
 def test_rolled_back(pool: Pool, unmoved: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

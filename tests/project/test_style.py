@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ FOLDERS = ("llumsched", "policies", "simulator", "benchmarks", "scripts", "tests
 MAX_LINES = 500
 # A docstring names its subject: with one of these, a reader has to guess it.
 PRONOUNS = frozenset(
-    ("He", "It", "Its", "That", "Their", "These", "They", "This", "Those", "What", "Who")
+    ("He", "It", "Its", "That", "Their", "These", "They", "This", "Those", "What", "Whether", "Who")
 ) | {"Whoever", "Whose"}
 
 
@@ -30,6 +31,14 @@ def docstrings(path: Path) -> Iterator[tuple[str, str]]:
             text = ast.get_docstring(node)
             if text:
                 yield getattr(node, "name", path.stem), text
+        for body in (getattr(node, "body", ()), getattr(node, "orelse", ())):
+            # A string after an assignment documents what it assigns.
+            for before, after in itertools.pairwise(body if isinstance(body, list) else ()):
+                match before, after:
+                    case ast.Assign() | ast.AnnAssign(), ast.Expr(
+                        value=ast.Constant(value=str(text))
+                    ):
+                        yield ast.unparse(before).partition("\n")[0][:40], text
 
 
 def test_no_file_is_too_long_to_have_one_subject() -> None:

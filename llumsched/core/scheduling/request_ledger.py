@@ -26,7 +26,7 @@ class RequestRecord:
     queued_s: float
     instance_id: str | None = None
     is_held: bool = False
-    """It is in the dispatch queue, which keeps this flag."""
+    """True in the dispatch queue, which keeps this flag."""
     is_unreported: bool = False
     named_s: float | None = None
     """When a report of its present instance named it; None: none has."""

@@ -42,7 +42,7 @@ class Route:
     instance: int | None = None
     placement_number: int = 0
     output_token_ids: list[int] = field(default_factory=list)
-    """What was passed on: from here the request goes on if its instance dies."""
+    """Tokens passed on: from here the request goes on if its instance dies."""
     arrivals: list[Arrival] = field(default_factory=list)
     placement_numbers: dict[int, int] = field(default_factory=dict)
     """Instance -> the latest stay it has announced."""
@@ -58,7 +58,7 @@ class Route:
     num_fruitless_resumptions: int = 0
     """How often it was resumed since its last token."""
     is_fruitful: bool = False
-    """Whether a token has come since it was last resumed."""
+    """True if a token has come since it was last resumed."""
     last_token_s: float = 0.0
     """The observer's own clock."""
     pause_cause: str = ""
