@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from llumsched.engine.vllm.compat import CLI_ARGS
-from llumsched.engine.vllm.internals.entry import Internal
-
-
-def _each(
-    where: str, for_what: str, *names: str, or_where: tuple[str, ...] = ()
-) -> Iterator[Internal]:
-    return (Internal(where, name, for_what, or_where=or_where) for name in names)
-
+from llumsched.engine.vllm.internals.entry import Internal, each
 
 CONFIGURATION: tuple[Internal, ...] = (
-    *_each(
+    *each(
         "vllm.config:VllmConfig",
         "configure engines",
         "model_config",
@@ -30,7 +21,7 @@ CONFIGURATION: tuple[Internal, ...] = (
         "logging_config",
         "shutdown_timeout",
     ),
-    *_each(
+    *each(
         "vllm.config:ModelConfig",
         "tell models apart",
         "model",
@@ -44,7 +35,7 @@ CONFIGURATION: tuple[Internal, ...] = (
         "registry",
     ),
     Internal("vllm.config:ModelConfig", "runner_type", "tell models apart", on_instances=True),
-    *_each(
+    *each(
         "vllm.config:CacheConfig",
         "size and name KV blocks",
         "block_size",
@@ -53,7 +44,7 @@ CONFIGURATION: tuple[Internal, ...] = (
         "kv_cache_memory_bytes",
         "prefix_caching_hash_algo",
     ),
-    *_each(
+    *each(
         "vllm.config:ParallelConfig",
         "know the workers of an engine",
         "world_size",
@@ -62,12 +53,12 @@ CONFIGURATION: tuple[Internal, ...] = (
         "decode_context_parallel_size",
         "distributed_executor_backend",
     ),
-    *_each("vllm.config:SchedulerConfig", "report load", "max_num_seqs", "max_num_batched_tokens"),
-    *_each(
+    *each("vllm.config:SchedulerConfig", "report load", "max_num_seqs", "max_num_batched_tokens"),
+    *each(
         "vllm.config:KVEventsConfig", "hear what is cached", "enable_kv_cache_events", "publisher"
     ),
     # Flags.
-    *_each(
+    *each(
         f"{CLI_ARGS[0]}:FrontendArgs",
         "serve as vLLM's flags say",
         "host",
@@ -88,7 +79,7 @@ CONFIGURATION: tuple[Internal, ...] = (
         "tool_parser_plugin",
         or_where=tuple(f"{place}:FrontendArgs" for place in CLI_ARGS[1:]),
     ),
-    *_each(
+    *each(
         "vllm.engine.arg_utils:AsyncEngineArgs",
         "make the configuration of engines",
         "from_cli_args",
@@ -102,7 +93,7 @@ CONFIGURATION: tuple[Internal, ...] = (
         "reasoning_parser_plugin",
     ),
     # Environment and platform.
-    *_each(
+    *each(
         "vllm.envs",
         "serve as vLLM's environment says",
         "VLLM_ALLOW_INSECURE_SERIALIZATION",
@@ -113,7 +104,7 @@ CONFIGURATION: tuple[Internal, ...] = (
         "VLLM_ENGINE_READY_TIMEOUT_S",
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE",
     ),
-    *_each(
+    *each(
         "vllm.platforms.interface:Platform",
         "tell what engines compute on",
         "device_name",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llumsched.engine.vllm.internals.entry import Internal
+from llumsched.engine.vllm.internals.entry import Internal, each
 
 _CORE = "vllm.v1.engine.core:EngineCoreProc"
 _ENGINE = "vllm.v1.engine.core:EngineCore"
@@ -236,6 +236,20 @@ ENGINE_INTERNALS: tuple[Internal, ...] = (
         "vllm.config:CacheConfig", "get_resolved_kv_cache_layout", "find the bytes of a block"
     ),
     Internal("vllm.v1.kv_cache_interface", "MLAAttentionSpec", "check the cache's kind"),
+    *each(
+        "vllm.v1.kv_cache_interface:MambaSpec",
+        "know which states can move",
+        "mamba_type",
+        "mamba_cache_mode",
+        "num_speculative_blocks",
+        "num_prefill_checkpoint_blocks",
+    ),
+    *each(
+        "vllm.config:CacheConfig",
+        "refuse states that are kept in part",
+        "use_replayssm",
+        "use_kda_recoverssm",
+    ),
     Internal("vllm.exceptions", "VLLMClientError", "refuse a grammar that cannot be made"),
     Internal(_SCHEDULER, "pause_state", "refuse while paused"),
     Internal("vllm.config:ModelConfig", "enable_sleep_mode", "refuse what sleeps"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -25,3 +26,10 @@ class Internal:
     @property
     def label(self) -> str:
         return f"{self.where}.{self.name}"
+
+
+def each(
+    where: str, for_what: str, *names: str, or_where: tuple[str, ...] = ()
+) -> Iterator[Internal]:
+    """Several attributes of one place, all used for the same."""
+    return (Internal(where, name, for_what, or_where=or_where) for name in names)

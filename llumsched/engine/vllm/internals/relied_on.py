@@ -7,9 +7,7 @@ and to forget. Names and parameters say nothing of that, so these are here for t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from llumsched.engine.vllm.internals.entry import Internal
+from llumsched.engine.vllm.internals.entry import Internal, each
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _ASYNC_SCHEDULER = "vllm.v1.core.sched.async_scheduler:AsyncScheduler"
@@ -18,13 +16,9 @@ _RUNNER_V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 
 
-def _each(where: str, for_what: str, *names: str) -> Iterator[Internal]:
-    return (Internal(where, name, for_what) for name in names)
-
-
 RELIED_ON: tuple[Internal, ...] = (
     # The engine's loop and its two socket threads.
-    *_each(
+    *each(
         _CORE,
         "run closures between two steps",
         "_process_input_queue",
@@ -33,11 +27,11 @@ RELIED_ON: tuple[Internal, ...] = (
         "step_with_batch_queue",
         "post_step",
     ),
-    *_each(_CORE, "serve several frontends", "process_input_sockets", "process_output_sockets"),
-    *_each(_CORE, "tell a frontend the block size", "_make_ready_response"),
-    *_each(_CORE, "stay paused", "pause_scheduler", "resume_scheduler"),
+    *each(_CORE, "serve several frontends", "process_input_sockets", "process_output_sockets"),
+    *each(_CORE, "tell a frontend the block size", "_make_ready_response"),
+    *each(_CORE, "stay paused", "pause_scheduler", "resume_scheduler"),
     # Blocks of a group that is no full attention.
-    *_each(
+    *each(
         "vllm.v1.core.single_type_kv_cache_manager:MambaManager",
         "place a state, and go on from it",
         "get_num_blocks_to_allocate",
@@ -45,20 +39,20 @@ RELIED_ON: tuple[Internal, ...] = (
         "remove_skipped_blocks",
         "cache_blocks",
     ),
-    *_each(
+    *each(
         "vllm.v1.core.single_type_kv_cache_manager:SlidingWindowManager",
         "know which blocks a window has left behind",
         "find_longest_cache_hit",
         "get_num_skipped_tokens",
     ),
-    *_each(
+    *each(
         "vllm.v1.worker.mamba_utils",
         "go on from a state after an arrival",
         "preprocess_mamba",
         "cleanup_mamba_state_idx",
     ),
     # Scheduling of requests that came, went, or came back.
-    *_each(
+    *each(
         _SCHEDULER,
         "schedule arrivals and what was taken back",
         "schedule",
@@ -69,7 +63,7 @@ RELIED_ON: tuple[Internal, ...] = (
         "_free_request",
         "_free_request_blocks",
     ),
-    *_each(
+    *each(
         _ASYNC_SCHEDULER,
         "know which tokens are in flight",
         "__init__",
@@ -83,13 +77,13 @@ RELIED_ON: tuple[Internal, ...] = (
         )
         for name in ("add_request", "prepend_request", "remove_request", "__iter__")
     ),
-    *_each(
+    *each(
         "vllm.v1.core.sched.output:NewRequestData", "send an arrival to runner V2", "from_request"
     ),
-    *_each("vllm.v1.request:Request", "tell which tokens are computed", "__init__", "num_tokens"),
+    *each("vllm.v1.request:Request", "tell which tokens are computed", "__init__", "num_tokens"),
     # Workers.
-    *_each(_RUNNER_V1, "take an arrival into the batch", "_update_states"),
-    *_each(
+    *each(_RUNNER_V1, "take an arrival into the batch", "_update_states"),
+    *each(
         _RUNNER_V2,
         "take an arrival into the batch",
         "add_requests",
@@ -99,7 +93,7 @@ RELIED_ON: tuple[Internal, ...] = (
         "initialize_kv_cache",
     ),
     Internal(_RUNNER_V2, "kv_caches", "copy blocks", on_instances=True),
-    *_each(
+    *each(
         "vllm.v1.worker.gpu.states:RequestState",
         "hold a slot no longer than needed",
         "__init__",
@@ -110,55 +104,55 @@ RELIED_ON: tuple[Internal, ...] = (
         Internal(f"vllm.v1.worker.{worker}", "use_v2_model_runner", "tell the runner", (), True)
         for worker in ("gpu_worker:Worker", "cpu_worker:CPUWorker")
     ),
-    *_each(
+    *each(
         "vllm.v1.worker.gpu.sample.penalties:PenaltiesState",
         "count a moved request's tokens again",
         "add_request",
         "apply_staged_writes",
     ),
-    *_each(
+    *each(
         "vllm.v1.worker.gpu.sample.states:SamplingStates",
         "draw by seed and position",
         "add_request",
     ),
-    *_each(
+    *each(
         "vllm.v1.executor.uniproc_executor:UniProcExecutor",
         "run a function in every worker",
         "collective_rpc",
     ),
-    *_each(
+    *each(
         "vllm.v1.executor.multiproc_executor:MultiprocExecutor",
         "run a function in every worker",
         "collective_rpc",
     ),
     # The KV cache's memory.
-    *_each(
+    *each(
         "vllm.v1.kv_cache_interface",
         "find a block's bytes",
         "create_kv_cache_views",
         "KVCacheConfig",
         "KVCacheTensor",
     ),
-    *_each("vllm.v1.worker.utils", "find a block's bytes", "allocate_kv_cache"),
-    *_each(
+    *each("vllm.v1.worker.utils", "find a block's bytes", "allocate_kv_cache"),
+    *each(
         "vllm.v1.attention.backends.utils",
         "find a block's bytes",
         "get_supported_kv_cache_layouts",
         "resolve_kv_cache_layout",
     ),
-    *_each(
+    *each(
         "vllm.v1.core.kv_cache_utils", "name blocks as engines do", "resolve_kv_cache_block_sizes"
     ),
     # Initialisers that subclasses of ours replace, and what their attributes are read by.
-    *_each("vllm.v1.engine.core_client:MPClient", "stand in for it", "__init__"),
-    *_each(
+    *each("vllm.v1.engine.core_client:MPClient", "stand in for it", "__init__"),
+    *each(
         "vllm.v1.engine.core_client:AsyncMPClient",
         "stand in for it",
         "__init__",
         "_send_input_message",
         "get_output_async",
     ),
-    *_each(
+    *each(
         "vllm.v1.engine.async_llm:AsyncLLM",
         "serve by our client",
         "__init__",
@@ -166,7 +160,7 @@ RELIED_ON: tuple[Internal, ...] = (
         "_run_output_handler",
         "pause_generation",
     ),
-    *_each("vllm.config:VllmConfig", "tell the runner", "use_v2_model_runner"),
+    *each("vllm.config:VllmConfig", "tell the runner", "use_v2_model_runner"),
     Internal(
         "vllm.config:VllmConfig",
         "watchdog_config",
@@ -179,5 +173,5 @@ RELIED_ON: tuple[Internal, ...] = (
         "name blocks as engines do",
         since="0.33",
     ),
-    *_each("vllm.config:VllmConfig", "tell how many steps overlap", "max_concurrent_batches"),
+    *each("vllm.config:VllmConfig", "tell how many steps overlap", "max_concurrent_batches"),
 )

@@ -72,9 +72,7 @@ def why_groups_cannot_move(config: KVCacheConfig) -> str | None:
 def _why_state_stays(spec: MambaSpec) -> str | None:
     if spec.mamba_type.name not in MOVING_STATES:
         return f"moves of a model with states of this kind are not proven ({spec.mamba_type.name})"
-    # Where vLLM does not say whether it keeps states from within a prompt, it may.
-    keeps_checkpoints = getattr(spec, "num_prefill_checkpoint_blocks", True)
-    if spec.mamba_cache_mode != "none" and keeps_checkpoints:
+    if spec.mamba_cache_mode != "none" and spec.num_prefill_checkpoint_blocks:
         return (
             "moves of a model with states are not proven where those from within a prompt are kept "
             "for others (--no-enable-prefix-caching)"

@@ -56,7 +56,7 @@ def why_engine_cannot_migrate(
             "(--enable-return-routed-experts)"
         )
     cache = vllm_config.cache_config
-    if getattr(cache, "use_replayssm", False) or getattr(cache, "use_kda_recoverssm", False):
+    if cache.use_replayssm or cache.use_kda_recoverssm:
         return "inputs since the last whole state are kept beside it (--use-replayssm)"
     return why_groups_cannot_move(kv_cache_config)
 
