@@ -44,5 +44,5 @@ def pool(faulty_pool: FaultyPool) -> Iterator[FaultyPool]:
 
 @pytest.fixture(scope="package")
 def references(faulty_pool: FaultyPool) -> References:
-    """What the pool answers while nothing happens to it."""
+    """Answers of the pool while nothing happens to it."""
     return References.of(faulty_pool)

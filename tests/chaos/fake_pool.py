@@ -98,7 +98,7 @@ class FakePool(World):
     # ---- the frontend -----------------------------------------------------------------------
 
     def _deliver_notice(self, argument: int) -> None:
-        """What an instance has sent arrives, one or several."""
+        """A message of an instance arrives, or several."""
         pipes = [i for i in INSTANCE_IDS if self.outputs[i]]
         if pipes:
             instance_id = pipes[argument % len(pipes)]
@@ -154,7 +154,7 @@ class FakePool(World):
             client.may_be_lost = False
 
     def _repeat_aborts(self) -> None:
-        """Whoever may have the request is told once, and a dead instance has nothing."""
+        """Each instance that may have the request is told once, and a dead one has nothing."""
 
     def _hear_of_death(self) -> bool:
         for instance_id, instance in self.instances.items():
@@ -194,7 +194,7 @@ class FakePool(World):
     # ---- to the instances -------------------------------------------------------------------
 
     def _deliver_abort(self, argument: int) -> None:
-        """What the frontend has sent arrives; or it hears of a death."""
+        """An abort of the frontend arrives; or the frontend hears of a death."""
         if argument % 4 == 0 and self._hear_of_death():
             return
         pipes = [i for i in INSTANCE_IDS if self.inputs[i]]

@@ -1,4 +1,4 @@
-"""What can happen to a pool, done to a running one."""
+"""Faults of a pool, done to a running one."""
 
 from __future__ import annotations
 

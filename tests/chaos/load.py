@@ -44,7 +44,7 @@ class References:
         return references
 
     def complaints(self, name: str, answer: Whole) -> list[str]:
-        """What is wrong with an answer."""
+        """Faults of an answer."""
         found = differences(answer.as_dict(), self.answers[name].as_dict())
         return [f"{name}: {sentence}" for sentence in found]
 

@@ -42,7 +42,7 @@ def test_an_instance_is_killed(pool: FaultyPool, references: References) -> None
 
 @thorough
 def test_an_instance_is_stopped(pool: FaultyPool, references: References) -> None:
-    """It keeps its connections, and would go on if it were let."""
+    """A stopped process keeps its connections, and would go on if it were let."""
     victim = pool.running()[-1]
 
     def fault(progress: Progress) -> None:
@@ -132,7 +132,7 @@ def test_the_scheduler_is_killed(pool: FaultyPool, references: References) -> No
 
 
 def test_the_only_frontend_is_killed(pool: FaultyPool, references: References) -> None:
-    """Its requests end with it; another takes its place at the same port and over the instances."""
+    """All requests end; another takes its place at the same port and over the instances."""
     (before,) = pool.frontends().values()
     with (
         contextlib.suppress(httpx.TransportError),
@@ -162,7 +162,7 @@ def answers(pool: FaultyPool) -> bool:
 
 @thorough
 def test_a_scheduler_that_hangs_is_started_again(pool: FaultyPool, references: References) -> None:
-    """It keeps its port and its connections, and answers nobody."""
+    """The scheduler keeps its port and its connections, and answers nobody."""
 
     def fault(progress: Progress) -> None:
         progress.when_all_have(BEGUN)
@@ -214,7 +214,7 @@ def test_a_rolling_restart_under_load(pool: FaultyPool, references: References) 
 def test_an_instance_whose_machine_goes_is_emptied_first(
     pool: FaultyPool, references: References
 ) -> None:
-    """Its requests migrate: none is computed again, as those of a dead one are."""
+    """All requests migrate: none is computed again, as those of a dead one are."""
     victim = pool.running()[0]
     num_lost, num_resumptions, num_moves = lost_resumed_moved(pool)
 

@@ -36,7 +36,7 @@ class SharedPool(FaultyPool):
     """A pool with several frontends."""
 
     def frontend_of(self, request_id: str) -> str:
-        """Whose client an answer goes to."""
+        """The frontend whose client an answer goes to."""
         (found,) = {r["frontend_id"] for r in self.requests() if belongs(r, request_id)}
         return str(found)
 
@@ -205,7 +205,7 @@ def test_a_frontend_is_killed(pool: SharedPool) -> None:
 def test_the_one_that_came_back_serves_as_the_other(
     pool: SharedPool, references: References
 ) -> None:
-    """Its requests move, and go on when an instance dies."""
+    """Requests of the frontend that came back move, and go on when an instance dies."""
     deaths = [status["num_deaths"] for status in pool.frontends().values()]
     assert any(deaths), "one was killed before"
     frontends: set[str] = set()

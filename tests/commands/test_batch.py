@@ -1,4 +1,4 @@
-"""What is wrong with the batch process is one sentence that names the fix, before it begins."""
+"""Faults in the options of a batch process are said first, in a sentence that names the fix."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ printf '%s\n' "${COMPREPLY[@]}"
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What bash is given."""
+    """The script that bash is given."""
     printed = subprocess.run(
         [sys.executable, "-m", "llumsched", "completion", "bash"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What was decided can be decided again: from the beginning, and from any segment that is left."""
+"""Recorded decisions can be made again: from the beginning, and from any segment that is left."""
 
 from __future__ import annotations
 

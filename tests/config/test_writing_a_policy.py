@@ -69,7 +69,7 @@ class Reader:
 
 
 def clean_environment(site: Path) -> dict[str, str]:
-    """What a fresh terminal has, and the packages of `site`."""
+    """The environment of a fresh terminal, and the packages of `site`."""
     kept = {name: os.environ[name] for name in ("HOME", "LANG", "PATH") if name in os.environ}
     return kept | {
         "PYTHONPATH": str(site),

@@ -1,4 +1,4 @@
-"""What a contract test asks of two instances, be they simulated or real."""
+"""Questions of a contract test to two instances, be they simulated or real."""
 
 from __future__ import annotations
 

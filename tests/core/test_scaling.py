@@ -259,7 +259,7 @@ def test_a_boot_that_fails_ends_the_wait_while_another_boots(how: str) -> None:
 
 
 def test_a_launch_that_fails_is_not_tried_again_at_every_event() -> None:
-    """Whoever carries it out may refuse it at once, as while an instance boots unasked."""
+    """The host may refuse a launch at once, as while an instance boots unasked."""
     driver, _ = make_empty(scaling_interval_s=1.0)
     driver.arrive("r1")
     driver.handle(LaunchFailed(launch_id="l1", reason="one is booting in the place of another"))

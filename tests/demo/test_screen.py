@@ -1,4 +1,4 @@
-"""What is printed reads the same in a pipe: whole lines, wrapped, no control characters."""
+"""Printed text reads the same in a pipe: whole lines, wrapped, no control characters."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def breaks_plain_vllm(body: Any) -> bool:
-    """Whether a body has one of the faults of ``BROKEN``."""
+    """True if a body has one of the faults of ``BROKEN``."""
     if not isinstance(body, dict):
         return False
     inputs = body.get("input")

@@ -31,7 +31,7 @@ class Mover:
 
     @property
     def reports(self) -> list[dict[str, Any]]:
-        """What the admin API told of each move, all of which must have been carried out."""
+        """Answers of the admin API to each move, all of which must have been carried out."""
         for answer in self.answers:
             assert answer.status == 200, answer
         return [answer.body for answer in self.answers]

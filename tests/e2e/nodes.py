@@ -101,7 +101,7 @@ class Nodes:
         )
 
     def _python(self, code: str, argument: str) -> str:
-        """What a program prints, as its last line, that knows the cluster's address."""
+        """The last line that a program prints which knows the cluster's address."""
         done = subprocess.run(
             [sys.executable, "-c", code, self.address, argument],
             capture_output=True,
@@ -114,7 +114,7 @@ class Nodes:
         return done.stdout.strip().rpartition("\n")[2]
 
     def runs(self, number: int) -> bool:
-        """Whether a node takes part in the cluster: what started it stays when its raylet ends."""
+        """True if a node takes part in the cluster: what started it stays when its raylet ends."""
         return any(process.info["name"] == "raylet" for process in self._processes(number))
 
     def end(self, number: int) -> None:

@@ -1,4 +1,4 @@
-"""What plain vLLM answers to every case: collected in one go, so that its server can then end."""
+"""Plain vLLM's answers to every case: collected in one go, so that its server can then end."""
 
 from __future__ import annotations
 

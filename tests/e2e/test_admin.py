@@ -1,4 +1,4 @@
-"""What cannot be moved is refused with a reason, and nothing is lost by that."""
+"""A request that cannot be moved is refused with a reason, and nothing is lost by that."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_body_that_is_none(pool: Admin, body: bytes) -> None:
 
 
 def test_prompt_still_being_computed_moves(pool: Admin) -> None:
-    """It begins anew at the destination, or goes after its first token: by how much is done."""
+    """The prompt begins anew there, or goes after its first token: by how much is done."""
     prompt = [5000 + (i * 13) % 8000 for i in range(700)]
     # More tokens than are put out while the prompt's blocks are copied.
     body = completion(prompt=prompt, max_tokens=300)

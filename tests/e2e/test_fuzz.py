@@ -68,7 +68,7 @@ def schema(booted: Admin) -> BaseSchema:
 
 
 def operations(schema: BaseSchema) -> Iterator[Any]:
-    """What is tried: all that is served, but for what would end the server's instances."""
+    """Operations to try: all that are served, but for those that would end instances."""
     for result in schema.get_all_operations():
         operation = cast("Any", result).ok()
         if operation.path not in DESTRUCTIVE:
@@ -88,7 +88,7 @@ def affordable(body: Any, model: str) -> Any:
 
 
 def why_bad(response: Any) -> str | None:
-    """What is wrong with an answer, whatever was asked."""
+    """The fault of an answer, whatever was asked."""
     if response.status_code == 503 and "Retry-After" in response.headers:
         return None
     if response.status_code == HTTPStatus.NOT_IMPLEMENTED:

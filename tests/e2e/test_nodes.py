@@ -134,7 +134,7 @@ class Goes(Fault):
 def test_an_instance_of_another_machine_dies(
     spread: Spread, undisturbed: Whole, number: signal.Signals
 ) -> None:
-    """Its stream goes on, it is ended there, and another takes its place."""
+    """The stream goes on, the instance is ended there, and another takes its place."""
     spread.pool.await_serving(2)
     fault = Signalled(spread, number)
     pid = spread.pool.pid(fault.victim)
@@ -166,7 +166,7 @@ def test_one_that_finds_no_room_waits_for_a_machine(spread: Spread, undisturbed:
 
 @pytest.mark.skipif(not THOROUGH, reason="an instance takes its time to boot")
 def test_a_machine_that_goes_is_emptied_first(spread: Spread) -> None:
-    """Its request migrates, none is computed again; then nothing of ours keeps the machine."""
+    """The machine's request migrates, none is computed again; then nothing keeps the machine."""
     pool = spread.pool
     pool.await_serving(2)
     undisturbed = pool.whole(COMPLETIONS, LONG)

@@ -49,7 +49,7 @@ def id_of(server: Server) -> str:
 
 
 def instances(proxy: Server) -> dict[str, dict[str, Any]]:
-    """What the admin API says of each server, by id."""
+    """The admin API's words on each server, by id."""
     try:
         answer = httpx.get(f"{proxy.url}/llumsched/instances").json()
     except httpx.TransportError:

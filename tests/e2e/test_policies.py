@@ -1,4 +1,4 @@
-"""What the scheduler's policies are told by real clients and real engines."""
+"""The scheduler's policies, told of requests by real clients and real engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot work is said before anything starts; what has started ends with its server."""
+"""Options that cannot work are refused before a start; what has started ends with its server."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_signal_while_ray_starts(model: str, tmp_path: Path, signal_number: sign
 
 
 def test_signals_while_instances_boot(model: str, tmp_path: Path) -> None:
-    """Whoever presses Ctrl-C presses it again: that must not interrupt the ending."""
+    """An impatient user presses Ctrl-C again: that must not interrupt the ending."""
     with booting(model, tmp_path) as server:
         server.await_line("booting 1 instance ")
         ending = server.end(signal.SIGINT, times=3)

@@ -1,4 +1,4 @@
-"""What a real pool tells an operator: spans at a collector, a trace, and the screen of a terminal.
+"""A real pool's signs to an operator: spans at a collector, a trace, and the screen of a terminal.
 
 Ours and vLLM's spans are one tree beneath the client's.
 """

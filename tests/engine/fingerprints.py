@@ -1,4 +1,4 @@
-"""What an instance of the tests says of itself before another may send it KV."""
+"""The words of a test instance on itself before another may send it KV."""
 
 from __future__ import annotations
 

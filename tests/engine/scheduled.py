@@ -104,7 +104,7 @@ class RunnerV2(GPUModelRunner):
         self.req_states.apply_staged_writes = lambda: None  # type: ignore[method-assign]  # a kernel
 
     def run(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        """What ``execute_model`` does to the state of requests, and a token of each."""
+        """The effect of ``execute_model`` on the state of requests, and a token of each."""
         self.finish_requests(output)
         self.add_requests(output)
         self.update_requests(output)

@@ -58,7 +58,7 @@ def test_a_suspended_request_holds_no_slot(make: MakeEngine, num_in_flight: int)
 
 @ASYNC
 def test_what_is_rolled_back_is_in_the_next_step(make: MakeEngine, num_in_flight: int) -> None:
-    """Its place in the batch is kept, though others wait for one."""
+    """The place in the batch is kept, though others wait for one."""
     engine = make(num_in_flight)
     for name in ("a", "b", "c"):
         engine.submit(name, [*PROMPT, ord(name)], 30)
@@ -108,7 +108,7 @@ def test_aborted_while_it_is_rolled_back(make: MakeEngine, num_in_flight: int) -
 
 @ASYNC
 def test_there_and_back(make: MakeEngine, num_in_flight: int) -> None:
-    """It comes back before the worker has been told that it left."""
+    """The request comes back before the worker has been told that it left."""
     here, there = make(num_in_flight), make(num_in_flight)
     for engine, name in ((here, "a"), (here, "b"), (there, "c")):
         engine.submit(name, [*PROMPT, ord(name)], 30)
@@ -171,7 +171,7 @@ LORA = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
 def test_rolled_back_after_another_adapter_was_admitted(
     make: MakeEngine, num_in_flight: int
 ) -> None:
-    """It waits for the adapter's turn: the scheduler does not survive one too many."""
+    """The request waits for the adapter's turn: the scheduler does not survive one too many."""
     engine = make(num_in_flight, max_num_seqs=3, **LORA)
     engine.submit("a", PROMPT, 12, adapter(1))
     engine.submit("b", OTHER, 12, adapter(2))

@@ -159,7 +159,7 @@ def test_a_request_of_a_transfer(
 
 
 def test_a_connector_that_is_not_known(tmp_path: Path) -> None:
-    """It keeps what has KV; what waits is new to every instance."""
+    """The instance keeps what has KV; what waits is new to every instance."""
     here, there = (engine(tmp_path, "Recording", __name__) for _ in range(2))
     for name in ("a", "b", "c"):
         here.submit(name, PROMPT, NUM_TOKENS)
@@ -202,7 +202,7 @@ def test_offloaded_requests_move_there_and_back(offloading: tuple[Engine, Engine
 
 
 def test_blocks_that_are_still_read_take_nobody_in(offloading: tuple[Engine, Engine]) -> None:
-    """What has finished there is copied at the next step; blocks are written between steps."""
+    """A finished request is copied at the next step; blocks are written between steps."""
     here, there = offloading
     here.submit("a", PROMPT, 60)
     here.until("a", 5)

@@ -265,7 +265,7 @@ def test_there_and_back_again(caches: tuple[Cache, Cache], seed: int) -> None:
 
 
 def test_blocks_of_a_request(caches: tuple[Cache, Cache]) -> None:
-    """Those that it holds once a step has given back what it has left behind."""
+    """Blocks held once a step has given back those that the request has left behind."""
     here, _ = caches
     request = here.request(list(range(150)))
     here.compute(request, 150)

@@ -122,7 +122,7 @@ def test_one_worker_that_refuses() -> None:
 
 
 def mapped_rings() -> set[str]:
-    """Their inodes."""
+    """Inodes of the mapped rings."""
     gc.collect()
     lines = Path("/proc/self/maps").read_text().splitlines()
     return {line.split()[4] for line in lines if "llumsched-kv" in line}

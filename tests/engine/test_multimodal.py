@@ -133,7 +133,7 @@ def test_an_image_is_encoded_again_only_after_a_preemption(pair: tuple[Engine, E
 
 
 def test_blocks_have_the_names_that_they_had(pair: tuple[Engine, Engine]) -> None:
-    """They depend on the image, as the prefix cache must."""
+    """Names of blocks depend on the image, as the prefix cache must."""
     here, there = pair
     submit(here, request())
     here.until("a", 5)

@@ -1,4 +1,4 @@
-"""What a profile measures: shapes that fit the engine, all costs early."""
+"""The plan of a profile: shapes that fit the engine, all costs early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a load report tells of the progress of vLLM's running requests."""
+"""The progress of vLLM's running requests in a load report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request needs to go on where nobody has seen it before."""
+"""Requests that go on where nobody has seen them before."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_request_is_carried_as_it_was_sent() -> None:
 
 
 def test_the_original_keeps_its_prompt_logprobs() -> None:
-    """It may have to be sent again, from its beginning."""
+    """The request may have to be sent again, from its beginning."""
     sampling = SamplingParams(prompt_logprobs=1)
     asked = request(sampling_params=sampling)
     state_to_resume(asked, [4], placement_number=1)

@@ -51,7 +51,7 @@ def block(kv: KVBlocks, block_id: int) -> list[int]:
 
 @contextmanager
 def instance(kv: KVBlocks, *, checksum: bool = False, num_slots: int = 2) -> Iterator[Here]:
-    """What transports use of an instance with this KV cache."""
+    """An instance with this KV cache, as far as transports use it."""
     ring = SendRing(num_slots=num_slots, slot_num_bytes=BLOCKS_PER_SLOT * kv.block_num_bytes)
     access = LocalKV([kv])
     yield Here(kv=access, ring=ring, host="127.0.0.1", checksum=checksum)

@@ -82,7 +82,7 @@ class Cache:
     blocks: KVBlocks
 
     def content(self, block_id: int) -> list[torch.Tensor]:
-        """What each layer has in a block."""
+        """Content of a block in each layer."""
         return [
             group_kernel_blocks(view.view(torch.uint8), NUM_BLOCKS)[block_id].clone()
             for view in self.views

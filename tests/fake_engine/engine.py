@@ -116,7 +116,7 @@ class FakeEngine:
         return [request.request_id for request in (*self.running, *self.waiting)]
 
     def is_suspended(self, request_id: str) -> bool:
-        """Whether the request is here and only the end of its export will schedule it again."""
+        """True if the request is here and only the end of its export will schedule it again."""
         return request_id in self.requests and request_id not in self.scheduled_request_ids
 
     def is_exporting(self, request_id: str) -> bool:

@@ -90,7 +90,7 @@ class Incident:
 
     @property
     def is_stepped(self) -> bool:
-        """Whether frames are made one by one, by ``step``."""
+        """True if frames are made one by one, by ``step``."""
         return self._steps is not None
 
     def seconds(self) -> float:

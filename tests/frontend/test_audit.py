@@ -58,7 +58,7 @@ def test_a_request_that_is_missing_twice_is_lost() -> None:
 
 
 def test_a_token_between_clears_a_request() -> None:
-    """It was on its way to another instance, or the answer and the token crossed."""
+    """The request was on its way to another instance, or the answer and the token crossed."""
     world = World({"here"})
     for _ in range(4):
         world.look()

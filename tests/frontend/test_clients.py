@@ -333,7 +333,7 @@ class World:
         await settle((0, 1, 2, 3, TURNS)[argument % 5])
 
     def check(self) -> None:
-        """Whoever waits is known everywhere, and nobody else."""
+        """Each waiting client is known everywhere, and nobody else."""
         living = {f"r{n}" for n, client in enumerate(self.clients) if not client.done()}
         assert set(self.engine.output_processor.request_states) <= living
         assert {request_id for request_id, _ in self.client.routes} <= living

@@ -98,7 +98,7 @@ async def _play(acts: Sequence[tuple[str, int]]) -> None:
 
 
 def is_noticed() -> bool:
-    """Whether one of many worlds fails; the acts of each are drawn anew, and always the same."""
+    """True if one of many worlds fails; the acts of each are drawn anew, and always the same."""
     for seed in range(MOST_WORLDS):
         draw = random.Random(seed)
         acts = [(draw.choice(ACTS), draw.randrange(12)) for _ in range(NUM_ACTS)]

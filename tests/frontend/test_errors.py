@@ -1,4 +1,4 @@
-"""What no route answers has the shape that OpenAI's clients read."""
+"""Errors outside of any route have the shape that OpenAI's clients read."""
 
 from __future__ import annotations
 

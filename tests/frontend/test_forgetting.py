@@ -1,4 +1,4 @@
-"""What vLLM's frontend keeps of requests that are rejected, or whose clients leave: nothing."""
+"""Nothing stays in vLLM's frontend of requests that are rejected, or whose clients leave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client may say of its request in headers, and how it reaches the scheduler."""
+"""Hints of a client on its request in headers, and how it reaches the scheduler."""
 
 from __future__ import annotations
 

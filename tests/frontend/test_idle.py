@@ -1,4 +1,4 @@
-"""What wakes launcher and frontend of a pool in which nothing happens, counted without time."""
+"""Wake-ups of launcher and frontend of a pool in which nothing happens, counted without time."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_in_a_browser_an_incident_is_seen_and_nothing_is_wider_than_the_window()
             page.on("pageerror", lambda error: errors.append(str(error)))
 
             async def shown_at(until_s: float) -> list[str]:
-                """What the three answers say then."""
+                """The three answers at that time."""
                 now_s = incident.seconds()
                 while now_s < until_s:
                     now_s += 0.5

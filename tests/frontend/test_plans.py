@@ -1,4 +1,4 @@
-"""What an instance is told."""
+"""Instructions to an instance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the scheduler knows of the pool, as a scrape sees it."""
+"""The scheduler's knowledge of the pool, as a scrape sees it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is found wrong before anything starts."""
+"""Faults that are found before anything starts."""
 
 from __future__ import annotations
 

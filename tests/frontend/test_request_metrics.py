@@ -1,4 +1,4 @@
-"""What a frontend counts: every metric is there from the start, and moves."""
+"""Metrics of a frontend: every metric is there from the start, and moves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the frontend passes on is the uninterrupted run, in whatever order its sockets deliver.
+"""The frontend passes on the uninterrupted run, in whatever order its sockets deliver.
 
 A run is a list of *stays*: the instance that produced a stretch of the request's tokens. Each
 instance writes to a pipe of its own, in order: at the start of a stay the announcement (but for
@@ -84,7 +84,7 @@ class Reader:
 def pipes_of(
     placement_numbers: Sequence[Stay], *, finishes: bool = True
 ) -> dict[int, deque[Message]]:
-    """What each instance writes. Tokens count up from 0; the last output carries the end."""
+    """Output of each instance. Tokens count up from 0; the last output carries the end."""
     pipes: dict[int, deque[Message]] = {
         placement_number.instance: deque() for placement_number in placement_numbers
     }

@@ -1,4 +1,4 @@
-"""What an instance is asked while it serves is answered meanwhile."""
+"""Questions to an instance that serves are answered meanwhile."""
 
 from __future__ import annotations
 

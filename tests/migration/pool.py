@@ -474,7 +474,7 @@ class Pool:
         assert not self.leftovers()
 
     def leftovers(self) -> Mapping[str, Any]:
-        """What instances that do not hang hold for a request or a migration."""
+        """Things that instances that do not hang hold for a request or a migration."""
         found = {}
         for instance in self.instances:
             if instance.hangs:

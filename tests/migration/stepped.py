@@ -73,7 +73,7 @@ class Instance:
 
 @dataclass(slots=True)
 class Answer:
-    """What a client gets to see of one request."""
+    """One request's answer as its client sees it."""
 
     final: RequestOutput | None = None
     sequence_ids: list[str] = field(default_factory=list)

@@ -75,7 +75,7 @@ def test_there_and_back_many_times(pool: Pool, unmoved: dict[str, Any]) -> None:
 
 
 def test_only_what_the_destination_does_not_have_is_sent(pool: Pool) -> None:
-    """It has computed the same prompt before: of that, nothing is copied but what is new."""
+    """The destination has computed the same prompt before: only what is new is copied."""
     num_prompt_blocks = len(CASES["long prompt"].prompt(pool.tokenizer)) // BLOCK_SIZE
     ask(pool, "earlier", CASES["long prompt"], at=1)
     (earlier,) = pool.finish("earlier")

@@ -80,7 +80,7 @@ def _movable(pool: Pool, names: Sequence[str]) -> list[str]:
 
 
 def test_many_moves_of_one(pool: Pool, unmoved: Mapping[str, Any]) -> None:
-    """Its answer fills some blocks of every group, and leaves some of a window behind."""
+    """The answer fills some blocks of every group, and leaves some of a window behind."""
     name = "long answer"
     (sequence_id,) = ask(pool, name, CASES[name])
     for number in range(NUM_MOVES):

@@ -44,7 +44,7 @@ def test_alone_there_and_back(pool: Pool, unmoved: Mapping[str, Any]) -> None:
 
 
 def test_many_moves_of_one(pool: Pool) -> None:
-    """Its answer fills some blocks, so that the state goes on in others where it is cached."""
+    """The answer fills some blocks, so that the state goes on in others where it is cached."""
     ask(pool, "stayed", LONG)
     (stayed,) = pool.finish("stayed")
     pool.settle()
@@ -59,7 +59,7 @@ def test_many_moves_of_one(pool: Pool) -> None:
 
 
 def test_preempted_before_and_after(pool: Pool) -> None:
-    """What is computed again is computed in one part, so it may differ: not by the move."""
+    """Tokens that are computed again are so in one part, so they may differ: not by the move."""
 
     def answered(*, moves: bool) -> Any:
         (sequence_id,) = ask(pool, "r", CASES["repetition penalty"])

@@ -1,5 +1,5 @@
-"""Whoever dies, hangs or cannot be reached, at whatever state of a migration: a request that lives
-says what it would have said, and nothing is left of the migration."""
+"""A process that dies, hangs or cannot be reached, at whatever state of a migration: a request
+that lives says what it would have said, and nothing is left of the migration."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ def test_a_part_that_comes_twice_does_not_stand_for_one_that_never_came(
 def test_a_destination_that_hangs_holds_up_its_own_migrations_only(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It reads none of the parts that were sent to it, and all slots are on their way to it."""
+    """The destination reads no part that was sent to it, and all slots are on their way to it."""
     # In less time than this another move may not end on a busy machine.
     unhurried = replace(
         HURRIED,
@@ -338,7 +338,7 @@ def test_closing_is_asked_for_again(pool: Pool, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_who_ends_has_nobody_to_answer(pool: Pool) -> None:
-    """What was being worked on when its sockets were closed ends quietly."""
+    """Work in hand when the sockets are closed ends quietly."""
     ended = pool.instances[DESTINATION].migrator
     pool.configure()
     hello = Hello(

@@ -1,4 +1,4 @@
-"""What has to be switched on: LoRA, reasoning, asynchronous scheduling. Exact there as well.
+"""Features to be switched on: LoRA, reasoning, asynchronous scheduling. Exact there as well.
 
 The engines are of a tiny model, and boot in no time. LoRA has engines of its own: on a CPU vLLM
 answers otherwise for requests that share a batch with those of an adapter, moved or not.

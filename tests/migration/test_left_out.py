@@ -28,7 +28,7 @@ from tests.migration.pool import Pool
 
 @pytest.fixture
 def differs(pool: Pool, unmoved: dict[str, Any]) -> Callable[[str], bool]:
-    """Whether a case's answer is another one with what the test has replaced."""
+    """True if a case's answer is another one with what the test has replaced."""
     return lambda name: bool(moved(pool, name, CASES[name]) != unmoved[name])
 
 
@@ -181,7 +181,7 @@ def test_outputs_of_the_scheduler(
 
 
 def test_cache_salt(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who does not know the salt must not find the prompt in a cache: it would be a leak."""
+    """Clients without the salt must not find the prompt in a cache: it would be a leak."""
 
     def num_found_by_another() -> int | None:
         case = CASES["cache salt"]
@@ -262,7 +262,7 @@ def test_whether_it_has_kv(differs: Callable[[str], bool], monkeypatch: pytest.M
 
 
 def test_preemptions(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are the request's, wherever it was preempted."""
+    """Preemptions are the request's, wherever it was preempted."""
     for is_left_out in (False, True):
         name = f"preempted {is_left_out}"
         (sequence_id,) = pool.submit(name, [504, 2416], params()).sequence_ids

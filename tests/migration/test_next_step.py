@@ -1,4 +1,4 @@
-"""What arrives, or is rolled back, is in the next step, whatever prompts are computed there."""
+"""Requests that arrive, or are rolled back, are in the next step, beside whatever prompts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = ("seed", "penalties, seed", "JSON schema")
 
 
 class Steps:
-    """What each step of an instance had, and which was the first after a call of its port."""
+    """The content of each step of an instance, and which was the first after a call of its port."""
 
     def __init__(
         self, pool: Pool, index: int, method: str, monkeypatch: pytest.MonkeyPatch

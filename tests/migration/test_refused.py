@@ -1,5 +1,4 @@
-"""What cannot move is refused up front, with its reason and a word to count it by, and is left in
-peace afterwards."""
+"""Requests that cannot move are refused up front, with the reason and a word to count by."""
 
 from __future__ import annotations
 

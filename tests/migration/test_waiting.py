@@ -69,7 +69,7 @@ def test_a_request_preempted_before_moves(pool: Pool, unmoved: dict[str, Any], n
 def test_a_request_moves_while_it_is_preempted(
     pool: Pool, unmoved: dict[str, Any], name: str
 ) -> None:
-    """It has tokens and no KV: the destination computes it again."""
+    """The request has tokens and no KV: the destination computes it again."""
     case = CASES[name]
     answer = pool.submit(name, case.prompt(pool.tokenizer), case.params, **case.fields)
     (sequence_id,) = answer.sequence_ids

@@ -21,7 +21,7 @@ def require(condition: bool, message: str) -> None:
 
 
 class _ErrorsAreViolations(logging.Handler):
-    """What a host logs as an error of its own, or of the other's, must not happen."""
+    """Errors that a host logs, of its own or of the other's, must not happen."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.ERROR:

@@ -237,7 +237,7 @@ def test_scaling_looks_at_the_freeness_of_normal_priority() -> None:
 
 
 def test_the_last_instance_is_not_needed_while_nothing_runs() -> None:
-    """Whether it may go is the scheduler's to say, so few blocks that it is never free to spare."""
+    """The scheduler says whether the last may go, so few blocks that it is never free to spare."""
     policy = FreenessRange(low=10, high=60)
     unneeded = ScaleDown(instance_id="a", reason="nothing runs")
     for num_blocks in (5, 30, 1000):

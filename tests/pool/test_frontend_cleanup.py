@@ -1,4 +1,4 @@
-"""What a dead frontend has left is ended everywhere before the word is given."""
+"""Requests of a dead frontend are ended everywhere before the word is given."""
 
 from __future__ import annotations
 

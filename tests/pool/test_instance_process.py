@@ -1,4 +1,4 @@
-"""What is known of a process on another machine, and what follows from what is not."""
+"""Knowledge of a process on another machine, and what follows where it is missing."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_an_answer_is_known_until_it_is_old(network: Network) -> None:
 
 @pytest.mark.parametrize("answer", [None, DIES])
 def test_a_watch_that_knows_nothing(network: Network, answer: Exception | None) -> None:
-    """Its process is gone, or it is itself."""
+    """The watch's process is gone, or the watch itself."""
     network.answer = answer
     process = network.process()
     process.is_stopped()

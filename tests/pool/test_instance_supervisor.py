@@ -147,7 +147,7 @@ def test_one_that_hangs_is_killed_before_anybody_is_told() -> None:
 
 @pytest.mark.parametrize("is_replaced", [False, True])
 def test_nothing_is_kept_of_one_that_is_gone(is_replaced: bool) -> None:
-    """It would keep its machine busy, also for as long as another finds no room elsewhere."""
+    """One that is gone would keep its machine busy, also while another finds no room elsewhere."""
     stage = Stage()
     stage.pool.boots_at_once = False
     gone = weakref.ref(stage.pool.started[1])

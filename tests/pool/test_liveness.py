@@ -121,7 +121,7 @@ def test_one_that_is_silent_and_works_has_as_long_as_a_step(process: Process, be
 
 
 def test_one_that_was_never_heard_has_as_long_as_a_step() -> None:
-    """It is told to serve by way of others, who may be busy."""
+    """An instance is told to serve by way of others, who may be busy."""
     dead = dies_after(Process(), never_heard)
     assert dead is not None
     assert dead[0] == pytest.approx(STEP_S, abs=1.0)

@@ -31,7 +31,7 @@ def test_those_of_the_machine_are_told_once() -> None:
 
 
 def test_one_that_boots_is_told_when_it_serves() -> None:
-    """It cannot be drained before; where it is is not known from the start either."""
+    """No instance can be drained before; where it is is not known from the start either."""
     booting = Placed("a", None, serves=False)
     machines = DrainingMachines(lambda: (booting,), lambda: {"m1"})
     machines.tick()

@@ -1,4 +1,4 @@
-"""What a server has started ends with it, also what has another parent by then."""
+"""Processes that a server has started end with it, also those with another parent by then."""
 
 from __future__ import annotations
 

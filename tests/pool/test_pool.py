@@ -1,4 +1,4 @@
-"""What keeps a pool from starting, played without a process."""
+"""Faults that keep a pool from starting, played without a process."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ ILL: Mapping[str, tuple[dict[str, str], int]] = {
 
 
 def case(series: Mapping[str, str], minutes: int, firing: str | None) -> dict[str, Any]:
-    """What promtool is to feed, and what it is to see firing."""
+    """A case for promtool: what to feed, and what is to fire."""
     expected = [{"labels": f'{{alertname="{firing}"}}', "value": 1}] if firing else []
     return {
         "interval": "1m",

@@ -152,7 +152,7 @@ WORKER_GROUP: dict[str, type] = {
 
 
 def test_the_ray_cluster_has_the_fields_of_kuberay_s_types() -> None:
-    """Its definition cannot be had from a package index, so its fields are named here."""
+    """KubeRay's definition cannot be had from a package index, so its fields are named here."""
     cluster, _ = documents("kuberay.yaml")
     assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
     head, workers = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]

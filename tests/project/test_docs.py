@@ -1,4 +1,4 @@
-"""What the docs say about the code comes from the code."""
+"""Parts of the docs about the code come from the code."""
 
 from __future__ import annotations
 

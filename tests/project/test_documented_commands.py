@@ -69,7 +69,7 @@ def test_what_it_names_is_there(line: str) -> None:
 
 
 def is_read(name: str) -> bool:
-    """Whether code or tests read this variable."""
+    """True if code or tests read this variable."""
     folders = ("llumsched", "tests", "scripts", "benchmarks", "simulator")
     files = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
     return any(f'"{name}"' in path.read_text(encoding="utf-8") for path in files)

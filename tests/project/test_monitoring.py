@@ -98,7 +98,7 @@ def test_the_boards_are_those_of_the_script() -> None:
 
 
 def lost(given: Any, kept: Any, where: str = "") -> Iterator[str]:
-    """What of a value is not in its copy, or is another there."""
+    """Parts of a value that are not in its copy, or are others there."""
     if isinstance(given, dict) and isinstance(kept, dict):
         for key, value in given.items():
             if key in kept:

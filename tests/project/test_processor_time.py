@@ -31,7 +31,7 @@ def test_a_threads_time_is_that_of_whoever_made_it(
 
 
 def test_time_that_a_process_uses_is_counted() -> None:
-    """This process is no server of ours, so all that it uses is the server's."""
+    """The test's process is no server of ours, so all that it uses is the server's."""
     before_s = _cpu.used_s(os.getpid())[_cpu.FRONTENDS]
     until_s = time.process_time() + 0.05
     while time.process_time() < until_s:

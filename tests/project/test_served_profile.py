@@ -1,4 +1,4 @@
-"""What the served profile makes of the times at which tokens come: a server of known steps."""
+"""The served profile, made from the times at which tokens of a server of known steps come."""
 
 from __future__ import annotations
 

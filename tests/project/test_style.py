@@ -52,7 +52,7 @@ def test_no_file_is_too_long_to_have_one_subject() -> None:
 def test_no_docstring_opens_with_a_pronoun() -> None:
     found = [
         f"{path.relative_to(ROOT)}: {name}: {text.splitlines()[0]}"
-        for path in modules(*(folder for folder in FOLDERS if folder != "tests"))
+        for path in modules(*FOLDERS)
         for name, text in docstrings(path)
         if text.split()[0].strip("`.,;:") in PRONOUNS
     ]

@@ -1,4 +1,4 @@
-"""What the proxy reads of a request: its length, and the names of its beginning."""
+"""The proxy's view of a request: its length, and the names of its beginning."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_what_boots_in_the_place_of_others_is_waited_for() -> None:
 
 
 def test_a_placement_is_answered_again_when_it_is_asked_for_again() -> None:
-    """Its answer may have been lost with a scheduler, or on its way."""
+    """The first answer may have been lost with a scheduler, or on its way."""
 
     async def scenario(stage: Stage) -> None:
         await stage.instance("a", 5)
@@ -162,7 +162,7 @@ async def state_of(frontend: Peer, instance_id: str) -> str:
 
 
 async def report_busy(stage: Stage, instance: Peer, instance_id: str) -> None:
-    """It runs a request, and the scheduler knows."""
+    """An instance runs a request, and the scheduler knows."""
     busy = load(instance_id, sequence=2, num_running=1, num_free_blocks=9)
     await instance.say(ReportLoad(load=busy))
     observer = stage.peer()
@@ -305,7 +305,7 @@ def test_the_scaling_policy_orders_instances() -> None:
 
 
 def test_a_frontend_that_dies_is_forgotten_with_all_it_has() -> None:
-    """What runs, and what it had sent though nobody had read it yet."""
+    """All is forgotten that runs, and all that was sent though nobody had read it yet."""
 
     async def scenario(stage: Stage) -> None:
         await stage.instance("a")
@@ -340,7 +340,7 @@ def test_a_scheduler_that_was_started_again_learns_from_instances_whose_requests
 
 
 async def is_known(frontend: Peer, request_id: str) -> bool:
-    """Whether the scheduler has the request: one that it has not cannot be moved for that."""
+    """True if the scheduler has the request: one that it has not cannot be moved for that."""
     await frontend.say(MigrateRequest(call_id=1, request_id=request_id, destination="nowhere"))
     answer = await frontend.hear()
     assert isinstance(answer, MigrateAnswer)

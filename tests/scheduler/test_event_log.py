@@ -1,4 +1,4 @@
-"""What the scheduler's process says: one line for each move, drain, launch and failure."""
+"""The log of the scheduler's process: one line for each move, drain, launch and failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the scheduler's process counts: every metric moves, and none is lost with the process."""
+"""Metrics of the scheduler's process: every one moves, and none is lost with the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a migration saved is what its source would have lacked, from its end to the request's."""
+"""A migration saved what its source would have lacked, from its end to the request's."""
 
 from __future__ import annotations
 

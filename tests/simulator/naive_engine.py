@@ -47,7 +47,7 @@ class Naive:
 
 @dataclass
 class NaiveEngine(ABC):
-    """What both versions share: a pool of blocks, a queue, a running list, and a clock."""
+    """Common parts of both versions: a pool of blocks, a queue, a running list, and a clock."""
 
     cost: StepCost
     num_blocks: int

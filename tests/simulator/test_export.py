@@ -1,4 +1,4 @@
-"""What is written reads back as what it was."""
+"""Written results read back as what they were."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What simulated instances tell of the progress of requests is what the engine model knows."""
+"""Simulated instances tell of the progress of requests what the engine model knows."""
 
 from __future__ import annotations
 

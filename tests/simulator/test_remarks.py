@@ -1,4 +1,4 @@
-"""What is said about runs: one remark for all it holds of, the gravest first."""
+"""Remarks on runs: one remark for all it holds of, the gravest first."""
 
 from __future__ import annotations
 

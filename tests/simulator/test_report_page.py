@@ -1,4 +1,4 @@
-"""What makes the page readable on a phone and with ten policies: its sources, and in a browser."""
+"""A page readable on a phone and with ten policies: its sources, and in a browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a simulated cluster does: migrations, failures, scaling, refusals, and how it ends."""
+"""Behaviour of a simulated cluster: migrations, failures, scaling, refusals, and how it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whoever can reach a socket of a pool and does not hold its keys: each kind knocks once.
+"""Strangers that can reach a socket of a pool and do not hold its keys: each kind knocks once.
 
 They speak ZMTP, ZeroMQ's protocol (https://rfc.zeromq.org/spec/23), as far as it serves them.
 """
