@@ -127,7 +127,7 @@ class Columns:
         """
         _ = self.decode_step_s  # It is derived now, with the others, if it was not.
         terms = self.terms if rows is None else self.terms.take(rows, axis=1)
-        total: FloatColumn = np.dot(np.array(weights), terms)
+        total: FloatColumn = np.array(weights).dot(terms)
         return total[: len(self.batch_size)] if rows is None else total
 
     def padded(self, num_rows: int) -> Columns:
@@ -146,9 +146,9 @@ class Columns:
         """The first rows, as views that cannot be written."""
         return Columns(**self._views(num_rows))
 
-    def shown(self, num_rows: int, derive: Callable[[], None]) -> ShownColumns:
-        """The same, with `COSTS` absent until they are read: then `derive` writes them first."""
-        return ShownColumns(self._views(num_rows), derive)
+    def unread(self, num_rows: int, derive: Callable[[], None]) -> UnreadColumns:
+        """The same, with `COSTS` absent until one is read: then `derive` writes them first."""
+        return UnreadColumns(self._views(num_rows), derive)
 
     def _views(self, num_rows: int) -> dict[str, Any]:
         views: dict[str, Any] = {name: getattr(self, name)[:num_rows] for name in _NAMES}
@@ -166,34 +166,20 @@ class Columns:
 _NAMES = tuple(name for name in Columns.__dataclass_fields__ if name != "terms")
 
 
-class ShownColumns(Columns):
-    """Views of which `COSTS` are derived when one is read, and stay until `hide_costs`.
+class UnreadColumns(Columns):
+    """Views of which `COSTS` are derived when one is read, and then are there.
 
-    A column that is there is a plain slot, and to read it costs what to read any other does.
+    From then on the owner keeps them up to date, and shows plain `Columns`.
     """
 
-    __slots__ = ("_are_costs_there", "_costs", "_derive", "is_read")
+    __slots__ = ("_costs", "_derive")
 
     def __init__(self, views: dict[str, Any], derive: Callable[[], None]) -> None:
         super().__init__(**views)
-        self._costs = [views[name] for name in COSTS]
+        self._costs = {name: views[name] for name in COSTS}
         self._derive = derive
-        self.is_read = False
-        self._are_costs_there = True
-        self.hide_costs()
-
-    def hide_costs(self) -> None:
-        """Forget the costs: the loads that they are derived from have changed."""
-        if self._are_costs_there:
-            self._are_costs_there = False
-            del self.decode_step_s, self.prefill_token_s, self.block_turnover_s
-            del self.prefill_ends_s, self.block_price_s, self.num_spare_blocks
-
-    def copy(self) -> Columns:
-        """Read-only copies; to copy the costs is not to read them for decisions."""
-        was_read, copies = self.is_read, super().copy()
-        self.is_read = was_read
-        return copies
+        for name in COSTS:
+            delattr(self, name)
 
     if not TYPE_CHECKING:  # A misspelt column is still an error to the type checker.
 
@@ -201,10 +187,9 @@ class ShownColumns(Columns):
             if name not in COSTS:
                 raise AttributeError(f"no column {name!r}")
             self._derive()
-            for cost, column in zip(COSTS, self._costs, strict=True):
+            for cost, column in self._costs.items():
                 setattr(self, cost, column)
-            self._are_costs_there = self.is_read = True
-            return getattr(self, name)
+            return self._costs[name]
 
 
 class PrefixHolders(NamedTuple):

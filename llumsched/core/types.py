@@ -137,29 +137,18 @@ class Allowance(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         return 0
 
 
-class Scores:
+class Scores(msgspec.Struct, eq=False):
     """By what a dispatch policy compared instances: a number for each, which nobody changes.
 
     Said for whoever asks why, and no part of the decision: it equals anything.
     """
 
-    __slots__ = ("instance_ids", "name", "plus", "values")
-
-    def __init__(
-        self,
-        name: str,
-        instance_ids: tuple[str, ...],
-        values: npt.NDArray[np.float64],
-        plus: float = 0.0,
-    ) -> None:
-        """Args:
-        name: of the number, with its unit.
-        plus: what all of them have besides; it is added when somebody asks.
-        """
-        self.name = name
-        self.instance_ids = instance_ids
-        self.values = values
-        self.plus = plus
+    name: str
+    """Name of the number, with its unit."""
+    instance_ids: tuple[str, ...]
+    values: npt.NDArray[np.float64]
+    plus: float = 0.0
+    """Summand that all of them have besides; it is added when somebody asks."""
 
     def __eq__(self, other: object) -> bool:
         return True

@@ -12,7 +12,7 @@ import bisect
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -106,8 +106,9 @@ class Cluster:
         self._rows: dict[str, int] = {}
         self._columns = Columns.empty(0)
         self._cells = self._columns.cells()
-        self._shown_columns = self._columns.shown(0, self._price)
         self._unpriced: list[InstanceRecord] = []
+        # True once a policy has read one of `COSTS`: then they are up to date at each decision.
+        self._keeps_costs = False
         self._num_accepting = 0
         # No instance can turn stale before this time; it saves a scan at every event.
         self._next_stale_s = math.inf
@@ -171,9 +172,11 @@ class Cluster:
             self._rows[self._ids[row]] = row
 
     def _view(self, now: float) -> ClusterSnapshot:
-        columns = self._columns.shown(len(self._ids), self._price)
-        columns.is_read = self._shown_columns.is_read
-        self._shown_columns = columns
+        columns = (
+            self._columns.read_only(len(self._ids))
+            if self._keeps_costs
+            else self._columns.unread(len(self._ids), self._first_read)
+        )
         smallest, largest = (
             (int(columns.block_size.min()), int(columns.block_size.max())) if self._ids else (0, 0)
         )
@@ -203,11 +206,21 @@ class Cluster:
         """The snapshot of this moment: silent instances stop accepting here."""
         if now > self._next_stale_s:
             self._find_stale(now)
+        if self._keeps_costs and self._unpriced:
+            self._price()
         snapshot = self.snapshot
         _write(snapshot, "now", now)
         if snapshot.fresh_values:
             snapshot.fresh_values.clear()
         return snapshot
+
+    def detached(self, now: float) -> ClusterSnapshot:
+        """A copy of the snapshot, to keep; to copy the costs is not to read them for decisions."""
+        snapshot = self.at(now)
+        if not self._keeps_costs:
+            self._price()
+            snapshot = replace(snapshot, columns=self._columns.read_only(len(self._ids)))
+        return snapshot.detached()
 
     def _find_stale(self, now: float) -> None:
         last_report_s = self.snapshot.columns.last_report_s
@@ -225,7 +238,7 @@ class Cluster:
         if self._costs is not None:
             self._learn(self._costs, record, load, now)
         self._take_in(record, load, now)
-        if self._shown_columns.is_read:
+        if self._keeps_costs:
             # A policy reads costs: better now than when a request waits for the decision.
             self._price()
 
@@ -392,7 +405,6 @@ class Cluster:
         if record.is_priced:
             record.is_priced = False
             self._unpriced.append(record)
-            self._shown_columns.hide_costs()
         if record.state is not _SERVING:
             cells.virtual_usage[row] = math.inf
             cells.freeness[row] = -math.inf
@@ -410,7 +422,12 @@ class Cluster:
         else:
             cells.freeness[row] = math.inf
 
-    # Costs: written when a policy reads them.
+    # Costs: written once a policy reads them.
+
+    def _first_read(self) -> None:
+        self._keeps_costs = True
+        self._price()
+        _write(self.snapshot, "columns", self._columns.read_only(len(self._ids)))
 
     def _price(self) -> None:
         """Bring the cells of `COSTS` up to date."""

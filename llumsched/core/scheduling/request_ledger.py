@@ -6,8 +6,9 @@ This module does not choose instances (`scheduler`), nor order held requests (`d
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from llumsched.core.codec import from_plain, to_plain
 from llumsched.core.load import InstanceLoad
@@ -17,8 +18,7 @@ from llumsched.core.scheduling.sessions import Sessions
 from llumsched.core.types import SchedulingRequest
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class RequestRecord:
+class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     """One live request. `instance_id` is None while it is held."""
 
     request: SchedulingRequest

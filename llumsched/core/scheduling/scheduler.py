@@ -185,7 +185,7 @@ class GlobalScheduler:
 
     def snapshot(self, now: float) -> ClusterSnapshot:
         """A copy of the cluster as policies see it, to keep."""
-        return self._cluster.at(max(now, self._now)).detached()
+        return self._cluster.detached(max(now, self._now))
 
     def request_instance(self, request_id: str) -> str | None:
         """The instance a request is on; None while it is queued, or if it is unknown."""
