@@ -18,6 +18,10 @@ from tests.wheels import ROOT
 pytest.importorskip("mkdocs")
 
 TWO_SCREENS = 90
+# A path from the top of the checkout, as code; one of the HTTP API begins with a slash.
+FILE = re.compile(
+    r"`((?:benchmarks|configs|llumsched|policies|scripts|simulator|tests)/[a-z0-9_./-]+)`"
+)
 LINK = re.compile(r"\]\((?!https?:)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)]*))?\)")
 
 
@@ -71,6 +75,16 @@ def test_every_page_is_in_the_navigation_and_nothing_is_fetched_from_elsewhere(s
     for page in site.rglob("*.html"):
         has_diagram = 'class="mermaid"' in page.read_text(encoding="utf-8")
         assert docs_site.MERMAID.exists() or not has_diagram, page
+
+
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))],
+    ids=lambda path: path.name,
+)
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    named = FILE.findall(page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_the_readme_is_two_screens() -> None:
