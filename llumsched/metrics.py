@@ -14,7 +14,7 @@ from functools import partial
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from llumsched.core.types import PriorityClass
 
@@ -96,6 +96,10 @@ class MetricSpec:
     def gauge_family(self) -> GaugeMetricFamily:
         """A family for a collector of gauges."""
         return GaugeMetricFamily(self.name, self.help, labels=self.labels)
+
+    def counter_family(self) -> CounterMetricFamily:
+        """A family for a collector of counters."""
+        return CounterMetricFamily(self.name, self.help, labels=self.labels)
 
 
 _frontend_counter = partial(MetricSpec, Where.FRONTEND, "counter")
@@ -238,7 +242,7 @@ MIGRATION_EXPECTED = _scheduler_histogram(
 )
 POLICY_FAILURES = _scheduler_counter(
     "llumsched_policy_failures",
-    "Decisions in which a policy raised or answered nonsense, by policy.",
+    "Decisions in which a policy raised or answered nonsense, by policy; of the proxy as well.",
     labels=("policy",),
 )
 SCALING_ACTIONS = _scheduler_counter(

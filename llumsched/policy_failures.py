@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from llumsched.core.actions import PolicyFailed
+from llumsched.logs import FailureLog
 
 MOST_KINDS = 100
 """Kinds that are kept apart: a policy may name another unknown instance each time."""
@@ -81,3 +82,15 @@ def traceback_of(failed: PolicyFailed) -> str:
     frames = [(file, line, function, None) for file, line, function in failed.frames]
     stack = traceback.StackSummary.from_list(frames).format()
     return "".join(["Traceback (most recent call last):\n", *stack, failed.error])
+
+
+def log_failure(log: FailureLog, failed: PolicyFailed) -> None:
+    """Say that a policy failed: with the traceback the first time, then once in a while."""
+    kind = failed.error.partition(":")[0] if failed.frames else failed.error
+    log.failed(
+        (failed.policy, kind, failed.frames[-1:]),
+        "Policy %s failed, and the built-in choice was used: %s",
+        failed.policy,
+        failed.error,
+        details=traceback_of(failed),
+    )

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from llumsched.access import API_KEY_VARIABLE
 from llumsched.commands import CommandError
 from llumsched.flags import server_url
 
@@ -28,8 +29,6 @@ STATUS_TIMEOUT_S = 10.0
 # The server itself gives a migration up after two minutes.
 MIGRATE_TIMEOUT_S = 150.0
 MOST_SAID = 1000
-# vLLM's own.
-API_KEY_VARIABLE = "VLLM_API_KEY"
 
 
 def add_server(parser: argparse.ArgumentParser) -> None:

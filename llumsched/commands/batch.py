@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llumsched import logs
+from llumsched.access import API_KEY_VARIABLE, is_loopback
 from llumsched.commands import CommandError
-from llumsched.commands._admin import API_KEY_VARIABLE, add_server
+from llumsched.commands._admin import add_server
 from llumsched.flags import server_url
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+logger = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
@@ -116,7 +118,8 @@ def run(args: argparse.Namespace) -> int:
     from llumsched.jobs.part import Jobs
     from llumsched.jobs.spec import SpecError, load
 
-    if not args.client_key and args.host not in LOOPBACK:
+    is_local = is_loopback(args.host)
+    if not args.client_key and not is_local:
         raise CommandError(f"--host {args.host} is open to others: give --client-key as well")
     try:
         url = server_url(args.url)
@@ -146,12 +149,17 @@ def run(args: argparse.Namespace) -> int:
     )
     try:
         # Without a key, jobs are for whoever is on this machine alone.
-        if args.admin_key or args.host in LOOPBACK:
+        if args.admin_key or is_local:
             part = partial(Jobs, jobs=jobs, may_change=bool(args.admin_key))
             asyncio.run(serve(options, [part]))
         elif jobs is not None:
             raise CommandError(f"--jobs with --host {args.host} needs --admin-key as well")
         else:
+            logger.warning(
+                "%s can be reached from other machines, so jobs are not served: 'llumsched jobs'"
+                " does not work. To have them, give --admin-key KEY.",
+                args.host,
+            )
             asyncio.run(serve(options))
     except DatabaseError as error:
         raise CommandError(str(error)) from error

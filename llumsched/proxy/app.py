@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
 import aiohttp
 import msgspec
@@ -26,7 +26,24 @@ from llumsched.proxy.server import PlainServer
 
 MOST_BODY_BYTES = 64 * 2**20
 NO_MIGRATION = "a plain server cannot hand its requests over"
+NO_REPLACEMENT = (
+    "a proxy starts no servers; add one with POST /llumsched/backends, and drain one with"
+    " 'llumsched drain HOST:PORT'"
+)
+NO_TRACE = (
+    "A proxy keeps no history of requests: the x-llumsched headers of an answer say its server, the"
+    " policy and the reason."
+)
+NO_LIVE_PAGE = "A proxy has no live page: 'llumsched status --watch' shows its servers."
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class DrainBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /llumsched/instances/{server_id}/drain``, which may be left out."""
+
+    deadline_s: Seconds | None = None
+    replace: bool = False
 
 
 def make_app(
@@ -37,11 +54,13 @@ def make_app(
     admin_api: bool = True,
     batch_url: str | None = None,
     continues_streams: bool = False,
+    config_file: str | None = None,
 ) -> web.Application:
     """The application.
 
     Args:
         api_keys: those that clients must have one of, if there are any.
+        config_file: the scheduler's configuration, if it is not that of a bundle alone.
         batch_url: where files and batches are served, if they are.
         continues_streams: a stream whose server is lost goes on from the text delivered.
     """
@@ -83,7 +102,7 @@ def make_app(
     adapters.add_routes(app.router)
     app.router.add_post("/v1/{path:.+}", forwarder.handle)
     if admin_api:
-        _add_admin(app, fleet)
+        _add_admin(app, fleet, config_file)
     return app
 
 
@@ -121,22 +140,36 @@ def _authorization(api_keys: tuple[str, ...]) -> Any:
     async def authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
         is_open = request.path in ("/health", "/metrics")
         if api_keys and not is_open:
-            given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode()
-            if not any(hmac.compare_digest(given, key.encode()) for key in api_keys):
+            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+            given_bytes = given.encode("utf-8", "surrogateescape")
+            if not any(hmac.compare_digest(given_bytes, key.encode()) for key in api_keys):
                 return error_response(HTTPStatus.UNAUTHORIZED, "Give one of the server's API keys.")
         try:
             return await handler(request)
         except web.HTTPException as error:
             if error.status < 400:
                 raise
-            return error_response(HTTPStatus(error.status), error.text or error.reason)
+            return error_response(HTTPStatus(error.status), _said(request, error))
 
     return authorize
 
 
-def _add_admin(app: web.Application, fleet: Fleet) -> None:
+def _said(request: web.Request, error: web.HTTPException) -> str:
+    """What was wrong, in a sentence where aiohttp has a status alone."""
+    if error.text not in (None, f"{error.status}: {error.reason}"):
+        return str(error.text)
+    match error:
+        case web.HTTPNotFound():
+            return f"There is no path {request.path} at this proxy."
+        case web.HTTPMethodNotAllowed():
+            return f"{request.path} does not take {request.method}."
+        case _:
+            return error.reason
+
+
+def _add_admin(app: web.Application, fleet: Fleet, config_file: str | None) -> None:
     async def instances(request: web.Request) -> web.Response:
-        return web.json_response(_describe(fleet))
+        return web.json_response(_describe(fleet) | {"config_file": config_file})
 
     async def requests(request: web.Request) -> web.Response:
         found = [
@@ -166,26 +199,36 @@ def _add_admin(app: web.Application, fleet: Fleet) -> None:
 
     async def drain(request: web.Request) -> web.Response:
         server_id = request.match_info["server_id"]
-        body = await request.json() if request.can_read_body else {}
-        deadline_s = body.get("deadline_s") if isinstance(body, dict) else None
-        if deadline_s is not None and not isinstance(deadline_s, int | float):
-            return error_response(HTTPStatus.BAD_REQUEST, "'deadline_s' must be seconds.")
         try:
-            fleet.drain(server_id, deadline_s)
+            data = await request.read()
+            body = msgspec.json.decode(data, type=DrainBody) if data else DrainBody()
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            return error_response(HTTPStatus.BAD_REQUEST, f"{error}.")
+        if body.replace:
+            return error_response(HTTPStatus.CONFLICT, f"Not drained: {NO_REPLACEMENT}.")
+        try:
+            fleet.drain(server_id, body.deadline_s)
         except KeyError:
             known = ", ".join(sorted(fleet.servers)) or "none"
             message = f"No instance '{server_id}' is running. There are: {known}."
             return error_response(HTTPStatus.NOT_FOUND, message)
         return web.json_response({"instance_id": server_id, "replace": False}, status=202)
 
-    async def migrate(request: web.Request) -> web.Response:
-        return error_response(HTTPStatus.CONFLICT, f"Not migrated: {NO_MIGRATION}.")
+    def refuse(method: str, path: str, sentence: str) -> None:
+        async def refused(request: web.Request) -> web.Response:
+            return error_response(HTTPStatus.CONFLICT, sentence)
+
+        app.router.add_route(method, path, refused)
 
     app.router.add_get("/llumsched/instances", instances)
     app.router.add_get("/llumsched/requests", requests)
     app.router.add_post("/llumsched/backends", add)
     app.router.add_post("/llumsched/instances/{server_id}/drain", drain)
-    app.router.add_post("/llumsched/migrations", migrate)
+    refuse("POST", "/llumsched/migrations", f"Not migrated: {NO_MIGRATION}.")
+    refuse("POST", "/llumsched/scale", f"Not scaled: {NO_REPLACEMENT}.")
+    refuse("GET", "/llumsched/requests/{request_id}/trace", NO_TRACE)
+    refuse("GET", "/llumsched/live", NO_LIVE_PAGE)
+    refuse("GET", "/llumsched/", NO_LIVE_PAGE)
 
 
 def _describe(fleet: Fleet) -> dict[str, Any]:
@@ -206,8 +249,7 @@ def _describe(fleet: Fleet) -> dict[str, Any]:
         ],
         "migrations": {},
         "queued": queued,
-        "policy_failures": {},
-        "config_file": None,
+        "policy_failures": dict(fleet.policy_failures),
         "berths": [
             {
                 "instance_id": server.server_id,

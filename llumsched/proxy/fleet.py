@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Sequence
 
 import aiohttp
@@ -14,7 +15,7 @@ import aiohttp
 from llumsched.config import Config
 from llumsched.core.load import InstanceLoad
 from llumsched.proxy.backends import Backend
-from llumsched.proxy.pool import ModelPool
+from llumsched.proxy.pool import ModelPool, bundle_of
 from llumsched.proxy.server import PlainServer
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,9 @@ class Fleet:
         self._session = session
         self.servers: dict[str, PlainServer] = {}
         self.pools: dict[str, ModelPool] = {}
+        # Each policy is there from the start, so that its first failure is an increase.
+        parts = bundle_of(config).policies().values()
+        self.policy_failures = Counter({type(policy).__qualname__: 0 for policy in parts})
         self._watching: dict[str, asyncio.Task[None]] = {}
 
     def add(self, backend: Backend) -> PlainServer:
@@ -100,7 +104,7 @@ class Fleet:
         serving = set(server.models) if server.is_there and not server.is_draining else set()
         for model in serving:
             if model not in self.pools:
-                self.pools[model] = ModelPool(self._config, self._left)
+                self.pools[model] = ModelPool(self._config, self._left, self._policy_failed)
             self.pools[model].join(server.spec())
         for model, pool in self.pools.items():
             if model not in serving and not (server.is_draining and server.is_there):
@@ -111,6 +115,9 @@ class Fleet:
     def _reported(self, server: PlainServer, load: InstanceLoad) -> None:
         for pool in self._pools_of(server.server_id):
             pool.report(load)
+
+    def _policy_failed(self, policy: str) -> None:
+        self.policy_failures[policy] += 1
 
     def _left(self, server_id: str) -> None:
         if not self._pools_of(server_id):

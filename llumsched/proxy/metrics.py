@@ -21,7 +21,7 @@ class ProxyMetrics:
         self._failed = metrics.PROXY_FAILURES.counter(self._registry)
         self._turned_away = metrics.PROXY_REJECTIONS.counter(self._registry)
         self._continued = metrics.PROXY_CONTINUATIONS.counter(self._registry)
-        self._registry.register(_ServerCollector(fleet))
+        self._registry.register(_FleetCollector(fleet))
 
     def first_byte(self, server_id: str, seconds: float) -> None:
         """An answer has begun."""
@@ -44,7 +44,7 @@ class ProxyMetrics:
         return generate_latest(self._registry)
 
 
-class _ServerCollector(Collector):
+class _FleetCollector(Collector):
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
 
@@ -56,3 +56,7 @@ class _ServerCollector(Collector):
             sent.add_metric([server.server_id], len(server.sent))
         yield up
         yield sent
+        failures = metrics.POLICY_FAILURES.counter_family()
+        for policy, number in sorted(self._fleet.policy_failures.items()):
+            failures.add_metric([policy], number)
+        yield failures

@@ -38,10 +38,12 @@ from llumsched.core.events import (
     Ticked,
 )
 from llumsched.core.load import InstanceLoad, InstanceSpec
+from llumsched.core.policy import PolicyBundle
 from llumsched.core.scheduling.scheduler import GlobalScheduler
 from llumsched.core.snapshot import ClusterSnapshot
 from llumsched.core.types import SchedulingRequest
 from llumsched.logs import FailureLog
+from llumsched.policy_failures import log_failure
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +60,18 @@ class TurnedAway(Exception):
         self.allowance = action.allowance
 
 
+def bundle_of(config: Config) -> PolicyBundle:
+    """The policies of a pool of plain servers."""
+    return dataclasses.replace(build_bundle(config), migration=None, scaling=None)
+
+
 class ModelPool:
     """See the module docstring.
 
     Args:
         config: the policy and the scheduler's options.
         leave: called with a server's id when it has been drained.
+        policy_failed: called with the name of a policy that raised or answered nonsense.
         clock: seconds that only ever grow.
     """
 
@@ -71,12 +79,14 @@ class ModelPool:
         self,
         config: Config,
         leave: Callable[[str], None],
+        policy_failed: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        bundle = dataclasses.replace(build_bundle(config), migration=None, scaling=None)
+        bundle = bundle_of(config)
         self.policy = bundle.name
         self._scheduler = GlobalScheduler(bundle, bundle.options, seed=config.seed)
         self._leave = leave
+        self._policy_failed = policy_failed
         self._clock = clock
         self._waiting: dict[str, asyncio.Future[DispatchRequest]] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -184,12 +194,8 @@ class ModelPool:
                 self._soon(InstanceLost(instance_id=action.instance_id, reason=action.reason))
                 self._leave(action.instance_id)
             case PolicyFailed():
-                self._failures.failed(
-                    (action.policy, action.error),
-                    "Policy %s failed; the built-in choice was used: %s",
-                    action.policy,
-                    action.error,
-                )
+                log_failure(self._failures, action)
+                self._policy_failed(action.policy)
 
     def _soon(self, event: Event) -> None:
         asyncio.get_running_loop().call_soon(self._handle, event)

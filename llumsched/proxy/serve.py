@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import aiohttp
 import uvloop
 from aiohttp import web
 
 from llumsched import __version__, logs
+from llumsched.access import API_KEY_VARIABLE, AdminApi, is_loopback, serves_admin_api, warning_of
 from llumsched.config import Config, ConfigError, load, loads
 from llumsched.flags import Parser, server_url
 from llumsched.proxy.app import make_app
@@ -40,12 +43,12 @@ def main(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
-        backends, config = _plan(arguments)
+        backends, config, config_file = _plan(arguments)
     except (BackendError, ConfigError) as error:
         parser.error(str(error))
     logs.set_up("llumsched", logs.options_of(argv))
     try:
-        uvloop.run(_serve(arguments, backends, config))
+        uvloop.run(_serve(arguments, backends, config, config_file))
     except OSError as error:
         sys.stderr.write(
             f"llumsched serve: cannot listen at {arguments.host}:{arguments.port}:"
@@ -75,16 +78,21 @@ def _parser() -> Parser:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="scheduler's configuration")
     parser.add_argument("--policy", metavar="NAME", help="scheduling policy bundle")
-    parser.add_argument("--host", default="0.0.0.0", help="default: %(default)s")
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
     parser.add_argument(
-        "--api-key", nargs="+", default=[], metavar="KEY", help="clients need one of these"
+        "--api-key",
+        nargs="+",
+        metavar="KEY",
+        help=f"clients need one of these; default: {API_KEY_VARIABLE} of the environment, if it is"
+        " set",
     )
     parser.add_argument(
         "--admin-api",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="paths under /llumsched, and headers that name an answer's server",
+        choices=get_args(AdminApi),
+        default="auto",
+        help="paths under /llumsched, and headers that name an answer's server; auto: only if"
+        " nobody beyond this machine reaches --host",
     )
     parser.add_argument(
         "--batch-url",
@@ -104,13 +112,14 @@ def _parser() -> Parser:
     return parser
 
 
-def _plan(arguments: argparse.Namespace) -> tuple[tuple[Backend, ...], Config]:
-    """Servers and configuration that the arguments ask for.
+def _plan(arguments: argparse.Namespace) -> tuple[tuple[Backend, ...], Config, str | None]:
+    """Servers and configuration that the arguments ask for, and the file that it is in.
 
     Raises:
         BackendError, ConfigError: something in them is wrong.
     """
     config = Config() if arguments.config is None else load(arguments.config)
+    config_file = arguments.config
     if arguments.backends is not None:
         backends, text = read_backends(arguments.backends)
         if text and arguments.config is not None:
@@ -119,19 +128,24 @@ def _plan(arguments: argparse.Namespace) -> tuple[tuple[Backend, ...], Config]:
                 f" --config {arguments.config}; keep them in one of the two"
             )
         if text:
-            config = loads(text, str(arguments.backends))
+            config, config_file = loads(text, str(arguments.backends)), arguments.backends
     else:
         backends = checked([parse_backend(text) for text in arguments.backend], "--backend")
     if arguments.policy is not None:
         if arguments.config is not None:
             raise BackendError("give --policy or --config, not both")
         config = loads(f"policy: {arguments.policy}", "--policy")
-    return backends, config
+    return backends, config, None if config_file is None else str(config_file)
 
 
 async def _serve(
-    arguments: argparse.Namespace, backends: Sequence[Backend], config: Config
+    arguments: argparse.Namespace,
+    backends: Sequence[Backend],
+    config: Config,
+    config_file: str | None,
 ) -> None:
+    keys = [key for key in arguments.api_key or [os.environ.get(API_KEY_VARIABLE)] if key]
+    is_local = is_loopback(arguments.host)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
     async with aiohttp.ClientSession(
@@ -144,8 +158,9 @@ async def _serve(
         app = make_app(
             fleet,
             session,
-            api_keys=arguments.api_key,
-            admin_api=arguments.admin_api,
+            api_keys=keys,
+            admin_api=serves_admin_api(arguments.admin_api, is_local=is_local),
+            config_file=config_file,
             batch_url=arguments.batch_url,
             continues_streams=arguments.continue_streams,
         )
@@ -162,12 +177,17 @@ async def _serve(
             tasks.append(asyncio.create_task(_reload(arguments.backends, fleet)))
         try:
             await web.TCPSite(runner, arguments.host, arguments.port).start()
+            address = f"http://{arguments.host}:{arguments.port}"
+            warning = warning_of(
+                arguments.admin_api, is_local=is_local, has_keys=bool(keys), address=address
+            )
+            if warning is not None:
+                logger.warning("%s", warning)
             logger.info(
-                "llumsched %s: %d servers behind http://%s:%d; policy %s, no migration",
+                "llumsched %s: %s behind %s; policy %s, no migration",
                 __version__,
-                len(fleet.servers),
-                arguments.host,
-                arguments.port,
+                logs.counted(len(fleet.servers), "server"),
+                address,
                 config.policy,
             )
             await _signalled()
@@ -194,7 +214,7 @@ async def _reload(path: Path, fleet: Fleet) -> None:
         except BackendError as error:
             logger.error("not read again, the servers stay as they are: %s", error)
             continue
-        logger.info("%s: %d servers", path, len(backends))
+        logger.info("%s: %s", path, logs.counted(len(backends), "server"))
         fleet.replace(backends)
 
 

@@ -29,7 +29,7 @@ from llumsched.core.events import (
     ScaleRequested,
 )
 from llumsched.logs import FailureLog, counted
-from llumsched.policy_failures import traceback_of
+from llumsched.policy_failures import log_failure
 from llumsched.wire.control import MigrationStatistics, ReportMigration
 
 logger = logging.getLogger(__name__)
@@ -148,15 +148,7 @@ class SchedulerLog:
                     extra={"request_id": action.request_id},
                 )
             case PolicyFailed():
-                frames = action.frames
-                kind = action.error.partition(":")[0] if frames else action.error
-                self._failures.failed(
-                    (action.policy, kind, frames[-1:]),
-                    "Policy %s failed, and the built-in choice was used: %s",
-                    action.policy,
-                    action.error,
-                    details=traceback_of(action),
-                )
+                log_failure(self._failures, action)
             case _:
                 pass
 

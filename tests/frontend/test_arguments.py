@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from llumsched.access import is_loopback
 from llumsched.config import DEFAULT_POLICY
-from llumsched.frontend.options.arguments import UsageError, is_loopback, parse
+from llumsched.frontend.options.arguments import UsageError, parse
 
 SCHEDULER_CONFIGS = {
     "policy": "policy: round_robin\n",

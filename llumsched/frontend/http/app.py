@@ -16,6 +16,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import serve_http
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
+from llumsched.access import warning_of
 from llumsched.batch.pass_on import BatchServer
 from llumsched.engine.vllm.compat import accepted
 from llumsched.frontend.http.api_keys import guard, num_keys
@@ -75,17 +76,14 @@ async def serve_app(
     guard(app)
     if num_keys(args) > 1:
         let_keys_name_clients(app)
-    if admin is not None and not num_keys(args) and not is_local(args):
-        logger.warning(
-            "Whoever reaches %s may move requests and end instances: give --api-key as well.",
-            listen_address,
-        )
-    if admin is None and not is_local(args) and args.admin_api == "auto":
-        logger.warning(
-            "%s can be reached from other machines, so it serves no admin API: 'llumsched status', "
-            "'drain' and 'scale' do not work. To have them, give --admin-api on and --api-key KEY.",
-            listen_address,
-        )
+    warning = warning_of(
+        args.admin_api,
+        is_local=is_local(args),
+        has_keys=num_keys(args) > 0,
+        address=listen_address,
+    )
+    if warning is not None:
+        logger.warning("%s", warning)
     await init_app_state(engine, app.state, args, supported_tasks)
     log_config = get_uvicorn_log_config(args)
     uvicorn_options: dict[str, Any] = {} if log_config is None else {"log_config": log_config}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import yaml
 from vllm.config.logging import LoggingConfig
 
+from llumsched.access import is_loopback, serves_admin_api
 from llumsched.config import DEFAULT_POLICY, KEYS, Config, build_bundle, load
 from llumsched.engine.vllm.compat import CLI_ARGS, accepted, first_of
 from llumsched.flags import server_url
@@ -329,20 +328,9 @@ def _scheduler_config(args: argparse.Namespace, path: Path | None) -> Config:
 
 
 def _admin_api(args: argparse.Namespace) -> bool:
-    if args.admin_api != "auto":
-        return bool(args.admin_api == "on")
-    return is_local(args)
+    return serves_admin_api(args.admin_api, is_local=is_local(args))
 
 
 def is_local(args: argparse.Namespace) -> bool:
     """True if nobody but this machine can reach the server."""
     return bool(args.uds) or is_loopback(args.host)
-
-
-def is_loopback(host: str) -> bool:
-    """True if only this machine can reach a server that listens on ``host``."""
-    try:
-        addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
-    except OSError:
-        return False
-    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
