@@ -1,7 +1,10 @@
 """The decision log: what happened to the scheduler and what it decided, as JSON lines.
 
-    {"llumsched": "0.1.0", "format": 1, "config": {...}, "checkpoint": null}
+    {"llumsched": "0.1.0", "format": 1, "config": {...}, "checkpoint": null, "epoch_s": 1.7e9}
     {"now": 12.5, "event": {"type": "RequestArrived", ...}, "actions": [{...}]}
+
+``now`` is a clock that only ever grows; ``epoch_s`` is the Unix time at which it was 0, asked anew
+for each segment, and null where time is simulated.
 
 A folder of numbered segments. When one is full the next begins with a checkpoint of the scheduler,
 so the oldest can be removed and what is left can still be replayed from its own beginning.
@@ -43,10 +46,12 @@ class DecisionLog:
         config: Config,
         checkpoint: Callable[[], Mapping[str, Any]],
         *,
+        epoch_s: Callable[[], float | None] = lambda: None,
         max_bytes: int = 64 * 2**20,
         max_segments: int = 8,
     ) -> None:
         """`checkpoint` is the scheduler's method of this name; it is called when a segment is full.
+        `epoch_s` says which Unix time the `now` of 0 was, if it was any.
 
         Raises:
             OSError: the folder cannot be written to.
@@ -54,6 +59,7 @@ class DecisionLog:
         self._folder = folder
         self._config = config
         self._checkpoint = checkpoint
+        self._epoch_s = epoch_s
         self._max_bytes = max_bytes
         self._max_segments = max_segments
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,6 +106,7 @@ class DecisionLog:
                 "format": FORMAT,
                 "config": config_to_plain(self._config),
                 "checkpoint": checkpoint,
+                "epoch_s": self._epoch_s(),
             }
         )
         # A large checkpoint must not make a new segment full at once.
@@ -122,6 +129,8 @@ class Header:
     version: str
     config: Config
     checkpoint: Mapping[str, Any] | None
+    epoch_s: float | None
+    """Unix time at which ``now`` was 0, if it was any; older logs do not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +138,8 @@ class Decision:
     """Any other line: an event, when it was handled, and what the scheduler answered."""
 
     now: float
+    unix_s: float | None
+    """The time of day of ``now``, where it has one."""
     event: Event
     actions: tuple[Action, ...]
 
@@ -164,6 +175,7 @@ def read_segment(path: Path) -> tuple[Header, Iterator[Decision]]:
             version=data["llumsched"],
             config=config_from_plain(data["config"]),
             checkpoint=data["checkpoint"],
+            epoch_s=None if (epoch_s := data.get("epoch_s")) is None else float(epoch_s),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, DecisionLogError):
@@ -171,10 +183,10 @@ def read_segment(path: Path) -> tuple[Header, Iterator[Decision]]:
         raise DecisionLogError(
             f"{path}:1: not the header of a decision log: {error!r:.200}"
         ) from error
-    return header, _decisions(path)
+    return header, _decisions(path, header.epoch_s)
 
 
-def _decisions(path: Path) -> Iterator[Decision]:
+def _decisions(path: Path, epoch_s: float | None) -> Iterator[Decision]:
     with path.open(encoding="utf-8") as file:
         next(file)
         number = 1
@@ -188,8 +200,10 @@ def _decisions(path: Path) -> Iterator[Decision]:
                 return
             try:
                 data = json.loads(line)
+                now = float(data["now"])
                 decision = Decision(
-                    now=float(data["now"]),
+                    now=now,
+                    unix_s=None if epoch_s is None else epoch_s + now,
                     event=decode_event(data["event"]),
                     actions=tuple(decode_action(action) for action in data["actions"]),
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import inspect
 from collections import Counter
 from collections.abc import Iterable
@@ -118,19 +119,27 @@ class _Printer:
     def __call__(self, decision: Decision, _replayed: tuple[Action, ...]) -> None:
         event = decision.event
         if self._request_id is not None and self._is_about(event):
-            self._print(decision.now, "event", event)
+            self._print(decision, "event", event)
         for action in decision.actions:
             if self._request_id is None or self._is_about(action):
-                self._print(decision.now, "action", action)
+                self._print(decision, "action", action)
 
     def _is_about(self, value: Any) -> bool:
         request = getattr(value, "request", None)
         named = getattr(request, "request_id", None) or getattr(value, "request_id", None)
         return bool(named == self._request_id)
 
-    def _print(self, now: float, kind: str, value: Any) -> None:
+    def _print(self, decision: Decision, kind: str, value: Any) -> None:
         self.num_printed += 1
-        print(f"{now:>12.3f} s  {kind:6}  {_brief(value)}")
+        print(f"{_when(decision):>14}  {kind:6}  {_brief(value)}")
+
+
+def _when(decision: Decision) -> str:
+    """Local time of a decision, as logs have it; in a simulation, seconds since it began."""
+    if decision.unix_s is None:
+        return f"{decision.now:.3f} s"
+    moment = datetime.datetime.fromtimestamp(decision.unix_s)
+    return moment.isoformat(sep=" ", timespec="milliseconds")
 
 
 def _identity(result: ReplayResult) -> str:
@@ -165,7 +174,7 @@ def _columns(title: str, recorded: Counter[str], replayed: Counter[str]) -> Iter
 def _difference(difference: Difference) -> str:
     decision = difference.decision
     return (
-        f"\nevent {difference.number}, at {decision.now:.3f} s: {_brief(decision.event)}\n"
+        f"\nevent {difference.number}, at {_when(decision)}: {_brief(decision.event)}\n"
         f"  recorded: {_actions(decision.actions)}\n"
         f"  replayed: {_actions(difference.replayed)}"
     )

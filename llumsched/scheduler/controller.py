@@ -119,7 +119,13 @@ class Controller:
         self._scheduler = GlobalScheduler(bundle, bundle.options, seed=config.seed)
         self._notes = (
             DecisionRecorder(
-                DecisionLog(decision_log, config, self._scheduler.checkpoint), flush_interval_s
+                DecisionLog(
+                    decision_log,
+                    config,
+                    self._scheduler.checkpoint,
+                    epoch_s=lambda: time.time() - clock(),
+                ),
+                flush_interval_s,
             )
             if decision_log
             else None

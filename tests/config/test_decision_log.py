@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import random
 from pathlib import Path
 
 import pytest
 
+from llumsched import cli
 from llumsched.commands import CommandError
 from llumsched.commands import replay as replay_command
 from llumsched.config import Config, PartConfig, build_bundle
@@ -135,6 +137,28 @@ def test_a_replay_decides_the_same(tmp_path: Path, policy: str) -> None:
     assert result.is_identical, result.first_differences
     assert result.num_events > 1000
     assert result.recorded["DispatchRequest"] > 100
+
+
+def test_a_decision_has_the_time_of_day_that_logs_and_boards_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    epochs_s = iter((1_700_000_000.0, 1_700_000_001.0, 1_700_000_001.0))
+    config = Config(policy="round_robin")
+    scheduler = GlobalScheduler(build_bundle(config), seed=config.seed)
+    # A segment a decision; between the two the machine's clock is put right by a second.
+    with DecisionLog(
+        tmp_path, config, scheduler.checkpoint, epoch_s=lambda: next(epochs_s), max_bytes=1
+    ) as log:
+        for now, event in (
+            (2.25, InstanceJoined(spec=make_spec("a"))),
+            (7.0, RequestArrived(request=make_request("r0"))),
+        ):
+            log.write(now, event, scheduler.handle(event, now))
+    times_s = [d.unix_s for path in segments_of(tmp_path) for d in read_segment(path)[1]]
+    assert times_s == [1_700_000_002.25, 1_700_000_008.0]
+    assert cli.main(["replay", str(tmp_path), "--decisions"]) == 0
+    local = datetime.datetime.fromtimestamp(1_700_000_008).isoformat(" ", "milliseconds")
+    assert f"{local}  action  DispatchRequest(" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("policy", EVERY_BUNDLE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def refusals(proxy: Proxied) -> dict[str, str]:
     """What each command of an operator says that a proxy cannot do."""
     client = AdminClient(f"http://127.0.0.1:{proxy.client.port}")
     (server_id,) = proxy.fleet.servers
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "restart": lambda: client.drain(server_id, replace=True),
         "scale": lambda: client.scale(2),
         "migrate": lambda: client.migrate("r"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,8 @@ def test_malformed_messages_are_dropped_and_serving_goes_on() -> None:
 
 
 def test_every_event_and_decision_is_in_the_log(tmp_path: Path) -> None:
+    before_s = time.time()
+
     async def scenario(stage: Stage) -> None:
         await stage.instance("a")
         frontend = stage.peer()
@@ -185,13 +188,17 @@ def test_every_event_and_decision_is_in_the_log(tmp_path: Path) -> None:
 
     run(scenario, decision_log=tmp_path)
     (segment,) = segments_of(tmp_path)
-    _, decisions = read_segment(segment)
+    _, found = read_segment(segment)
+    decisions = list(found)
     kinds = [type(decision.event).__name__ for decision in decisions]
     assert [kind for kind in kinds if kind != "Ticked"] == [
         "InstanceJoined",
         "LoadReported",
         "RequestArrived",
     ]
+    # With the time of day, by which other logs and boards are found.
+    times_s = [decision.unix_s for decision in decisions if decision.unix_s is not None]
+    assert before_s <= times_s[0] <= times_s[-1] <= time.time()
 
 
 def test_what_is_decided_is_on_disk_before_the_end(tmp_path: Path) -> None:
