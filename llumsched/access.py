@@ -1,4 +1,4 @@
-"""Who reaches the admin API, by the flags of either front door.
+"""Access to the admin API, by the flags of either front door.
 
 Invariant: unless an operator says otherwise, nobody beyond this machine reaches it, and where that
 leaves the operators' commands without it, or leaves it without a key, a sentence says so.

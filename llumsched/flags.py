@@ -61,9 +61,15 @@ def server_url(text: str) -> str:
     Raises:
         argparse.ArgumentTypeError: the text is no address.
     """
-    parts = urllib.parse.urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        # A port that is none is noticed as it is read.
+        is_whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        is_whole = False
+    if not is_whole or not text.isprintable() or " " in text:
+        shown = text if text.isprintable() else ascii(text)
         raise argparse.ArgumentTypeError(
-            f"{text}: give the whole address, such as http://127.0.0.1:8000"
+            f"{shown}: give the whole address, such as http://127.0.0.1:8000"
         )
     return text.rstrip("/").removesuffix("/v1")

@@ -6,6 +6,7 @@ be due, its times can be read, and no job waits for itself, directly or through 
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, time
@@ -15,12 +16,13 @@ from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
-import yaml
 from msgspec import Meta
 
 from llumsched.batch.lines import ENDPOINTS
 from llumsched.batch.store import BadRequest, window_s
+from llumsched.flags import server_url
 from llumsched.jobs.cron import CronError, cron_trigger
+from llumsched.yaml_file import YamlFileError, read_yaml
 
 Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
@@ -153,6 +155,11 @@ def _check(job: Job) -> None:
         raise CronError("the window is empty: 'from' and 'to' are the same")
     if len(set(job.shards)) < len(job.shards):
         raise CronError("two shards have the same key")
+    if job.http is not None and "{" not in job.http.url:
+        try:
+            server_url(job.http.url)
+        except argparse.ArgumentTypeError as error:
+            raise CronError(f"http: {error}") from None
     if job.batch is not None:
         window_s(job.batch.completion_window)
         if job.batch.endpoint not in ENDPOINTS:
@@ -229,11 +236,9 @@ def load(path: Path) -> dict[str, Job]:
         SpecError: the file cannot be used.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SpecError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SpecError(f"{path}: {error}") from None
+        content = read_yaml(path)
+    except YamlFileError as error:
+        raise SpecError(str(error)) from None
     if not isinstance(content, Mapping) or not isinstance(content.get("jobs"), list):
         raise SpecError(f"{path}: it must have a list 'jobs'")
     if unknown := content.keys() - {"jobs"}:

@@ -155,7 +155,7 @@ def _authorization(api_keys: tuple[str, ...]) -> Any:
 
 
 def _said(request: web.Request, error: web.HTTPException) -> str:
-    """What was wrong, in a sentence where aiohttp has a status alone."""
+    """Sentence of an error, also where aiohttp has a status alone."""
     if error.text not in (None, f"{error.status}: {error.reason}"):
         return str(error.text)
     match error:

@@ -9,8 +9,8 @@ Any other key of the file is the scheduler's configuration, as `--config` has it
 
 from __future__ import annotations
 
+import argparse
 import os
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ import yaml
 
 from llumsched import plugins
 from llumsched.core.types import InstanceRole
+from llumsched.flags import server_url
+from llumsched.yaml_file import YamlFileError, read_yaml
 
 FIELDS = ("url", "weight", "role", "api_key_env", "max_adapters")
 SYNTAX = "URL[,weight=W][,role=mixed|prefill|decode][,api_key_env=NAME][,max_adapters=N]"
@@ -72,9 +74,9 @@ def read_backends(path: Path) -> tuple[tuple[Backend, ...], str]:
         BackendError: the file cannot be read, or something in it is wrong.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise BackendError(f"{path}: {' '.join(str(error).split())}") from error
+        content = read_yaml(path)
+    except YamlFileError as error:
+        raise BackendError(str(error)) from error
     if not isinstance(content, dict) or not isinstance(content.get("backends"), list):
         raise BackendError(f"{path}: it needs a key 'backends' with a list of servers")
     entries = content.pop("backends")
@@ -107,10 +109,10 @@ def _backend(fields: Any, where: str) -> Backend:
         if name not in FIELDS:
             known = dict.fromkeys(FIELDS)
             raise BackendError(f"{where}: {plugins.unknown_name('key', str(name), known)}")
-    url = str(fields["url"]).rstrip("/").removesuffix("/v1")
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BackendError(f"{where}: {url!r} is not a whole address, such as http://10.0.0.1:8000")
+    try:
+        url = server_url(str(fields["url"]))
+    except argparse.ArgumentTypeError as error:
+        raise BackendError(f"{where}: {error}") from None
     key = fields.get("api_key_env")
     if key is not None and not os.environ.get(str(key)):
         raise BackendError(f"{where}: the environment has no variable {key}")
@@ -126,7 +128,7 @@ def _backend(fields: Any, where: str) -> Backend:
 def _weight(value: Any, where: str) -> float:
     try:
         weight = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = 0.0
     if not 0 < weight < float("inf"):
         raise BackendError(f"{where}: weight must be a number above 0, not {value!r}")
@@ -136,7 +138,7 @@ def _weight(value: Any, where: str) -> float:
 def _number(value: Any, where: str) -> int:
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = -1
     if number < 0:
         raise BackendError(f"{where}: max_adapters must be a number from 0, not {value!r}")

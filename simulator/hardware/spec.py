@@ -23,10 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llumsched.core.params import LARGEST, ParamError, check_param, check_params, param, params_of
 from llumsched.plugins import unknown_name
+from llumsched.yaml_file import YamlFileError, read_yaml
 
 _IN_WHEEL = Path(__file__).parents[1] / "hardware_files"
 _IN_CHECKOUT = Path(__file__).resolve().parents[2] / "configs" / "hardware"
@@ -221,18 +220,9 @@ def load_hardware(name_or_path: str | Path, folder: Path = FOLDER) -> Hardware:
             names = dict.fromkeys(available(folder))
             raise HardwareError(unknown_name(f"hardware in {folder}", str(name_or_path), names))
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise HardwareError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise HardwareError(f"{path}: not UTF-8 text: {error}") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
-        raise HardwareError(f"{path}:{line}: not YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # A date that is none, or a number too long, is a ValueError.
-        said = " ".join(str(error).split())
-        raise HardwareError(f"{path}: not YAML that can be read: {said}") from error
+        data = read_yaml(path)
+    except YamlFileError as error:
+        raise HardwareError(str(error)) from error
     return hardware_from_plain(data, str(path))
 
 

@@ -16,7 +16,7 @@ from llumsched import cli
         (["--url", "http://"], "--url http://: give the whole address"),
         (["--database", "mysql://a/b"], "mysql://a/b: give SQLite's or PostgreSQL's URL, such as"),
         (["--host", "0.0.0.0"], "--host 0.0.0.0 is open to others: give --client-key as well"),
-        (["--jobs", "none.yaml"], "none.yaml: No such file or directory"),
+        (["--jobs", "none.yaml"], "none.yaml: cannot be read: No such file or directory"),
     ],
 )
 def test_a_mistake_is_one_sentence(

@@ -179,7 +179,7 @@ def test_mistake_in_a_configuration(tmp_path: Path, text: str, words: list[str])
 
 
 def test_configuration_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"missing.yaml: No such file"):
+    with pytest.raises(UsageError, match=r"missing.yaml: cannot be read: No such file"):
         parse(["m/m", "--config", str(tmp_path / "missing.yaml")])
 
 

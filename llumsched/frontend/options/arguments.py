@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from vllm.config.logging import LoggingConfig
 
 from llumsched.access import is_loopback, serves_admin_api
@@ -18,6 +17,7 @@ from llumsched.flags import server_url
 from llumsched.frontend.options.parser import ServeParser
 from llumsched.frontend.options.refused_flags import refusal, take_data_parallel_size
 from llumsched.logs import FORMAT_FLAG, FORMATS, LogOptions
+from llumsched.yaml_file import YamlFileError, read_yaml
 
 make_arg_parser = first_of(CLI_ARGS, "make_arg_parser")
 validate_parsed_serve_args = first_of(CLI_ARGS, "validate_parsed_serve_args")
@@ -305,11 +305,9 @@ def _take_scheduler_config(argv: list[str], parser: ServeParser) -> tuple[list[s
 
 def _read(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror or error}.") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"--config {path}: not YAML: {error}") from error
+        return read_yaml(path)
+    except YamlFileError as error:
+        raise UsageError(f"--config {error}.") from error
 
 
 def _scheduler_config(args: argparse.Namespace, path: Path | None) -> Config:
