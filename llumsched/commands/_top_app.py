@@ -21,11 +21,13 @@ from textual.widgets import DataTable, Footer, Label, RichLog, Static
 from textual.worker import get_current_worker
 
 from llumsched.commands import CommandError
+from llumsched.logs import counted
 
 RETRY_S = 2.0
 HOT = 0.9
 BAR_WIDTH = 16
 MOST_REQUESTS = 500
+CLASSES = ("high", "normal", "low")
 
 Frame = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -97,8 +99,8 @@ REQUEST_COLUMNS = (
     Column(title="moves", key=lambda r: r["moves"], show=lambda r: str(r["moves"])),
     Column(
         title="class",
-        key=lambda r: not r["high"],
-        show=lambda r: "high" if r["high"] else "normal",
+        key=lambda r: CLASSES.index(r["class"]) if r["class"] in CLASSES else len(CLASSES),
+        show=lambda r: r["class"],
     ),
 )
 
@@ -109,8 +111,8 @@ def summary(frame: Frame, before: Frame | None) -> str:
     queued = sum(frame["queued"].values())
     parts = [
         f"policy {frame['policy']}",
-        f"{len(frame['instances'])} instances",
-        f"{len(frame['requests'])} requests",
+        counted(len(frame["instances"]), "instance"),
+        counted(len(frame["requests"]), "request"),
         f"{queued} queued",
         f"migrations: {migrations or 'none yet'}",
     ]
@@ -137,7 +139,7 @@ def events(frame: Frame, before: Frame | None) -> list[str]:
         if old is not None and request["moves"] > old["moves"]:
             found.append(
                 f"{request['id']} moved: {old['instance']} → {request['instance']}"
-                f" after {request['outputs']} tokens"
+                f" after {counted(request['outputs'], 'token')}"
             )
         elif old is not None and request["resumptions"] > old["resumptions"]:
             found.append(f"{request['id']} goes on at {request['instance'] or 'another instance'}")

@@ -50,7 +50,7 @@ def request(request_id: str, instance_id: str | None, **changes: Any) -> dict[st
         "outputs": 10,
         "moves": 0,
         "resumptions": 0,
-        "high": False,
+        "class": "normal",
     }
     return values | changes
 
@@ -77,7 +77,7 @@ SECOND = frame(
     2.0,
     instances=[instance("instance-0", 5, state="draining"), instance("instance-2", 100)],
     requests=[
-        request("cmpl-1", "instance-1", moves=1, outputs=12),
+        request("cmpl-1", "instance-1", moves=1, outputs=12, **{"class": "low"}),
         request("cmpl-2", "instance-0", resumptions=1, outputs=90),
     ],
 )
@@ -139,6 +139,7 @@ def test_two_tables_a_summary_and_what_moved() -> None:
         assert shown(app, "requests") == ["cmpl-2", "cmpl-1"]
         assert "100 tokens/s" in str(app.query_one("#summary", Static).render())
         assert "cmpl-1 moved: instance-0 → instance-1 after 12 tokens" in said(app)
+        assert [app.requests.get_row_at(row)[-1] for row in (0, 1)] == ["normal", "low"]
 
     played(Recorded(FIRST, SECOND), play)
 

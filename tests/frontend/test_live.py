@@ -195,3 +195,58 @@ def test_in_a_browser_an_incident_is_seen_and_nothing_is_wider_than_the_window()
             assert not errors
 
     asyncio.run(play())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not in_a_browser(), reason="needs playwright, and Chromium on the path")
+def test_in_a_browser_what_can_be_done_follows_what_has_happened() -> None:
+    """A request that has moved may move back; what is gone has no buttons; one more is one more."""
+    from scripts.screenshots import DESKTOP, browser, opened, served
+
+    async def play() -> None:
+        incident = Incident(4, 64, is_stepped=True)
+        async with asyncio.timeout(6 * TIMEOUT_S), served(incident) as url, browser() as chromium:
+            page = await opened(chromium, url, DESKTOP, stepped=incident)
+            asked: list[int] = []
+
+            async def scale(route: Any) -> None:
+                asked.append(route.request.post_data_json["num_instances"])
+                await route.fulfill(status=202, json={})
+
+            await page.route("**/llumsched/scale", scale)
+
+            async def next_frame(change: str) -> None:
+                await page.evaluate(
+                    "() => { const f = state.frame, id = state.chosen?.request;"
+                    f" take({{ ...f, at_s: f.at_s + 0.1, {change} }}); }}"
+                )
+
+            async def destinations() -> list[str]:
+                return list(await page.locator("#detail select option").all_inner_texts())
+
+            await page.evaluate(
+                "choose({ request: state.frame.requests.find((r) => r.instance === 'instance-0')"
+                ".id })"
+            )
+            first = [f"instance-{number}" for number in range(4)]
+            assert await destinations() == ["the freest", *first[1:]]
+            await next_frame(
+                "requests: f.requests.map((r) => r.id === id ? { ...r, instance: 'instance-2' }"
+                " : r)"
+            )
+            others = [name for name in first if name != "instance-2"]
+            assert await destinations() == ["the freest", *others]
+            await page.evaluate("choose({ instance: 'instance-1' })")
+            assert await page.locator("#detail .act button").count() == 2
+            await next_frame("instances: f.instances.filter((i) => i.id !== 'instance-1')")
+            assert await page.locator("#detail .act button").count() == 0
+            assert "gone" in await page.inner_text("#detail")
+            # Three are there; two clicks before either has booted are two more.
+            for number in (4, 5):
+                await page.click("#more")
+                await page.wait_for_function(
+                    f"document.getElementById('wanted').textContent === '3 → {number}'", polling=20
+                )
+            assert asked == [4, 5]
+
+    asyncio.run(play())

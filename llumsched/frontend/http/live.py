@@ -19,6 +19,7 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, StreamingResponse
 from prometheus_client import Metric
 
+from llumsched.core.types import PriorityClass
 from llumsched.frontend.routing.scheduler_client import SchedulerUnavailable
 from llumsched.frontend.routing.status import RequestStatus
 from llumsched.wire.control import ClusterDescription, InstanceDescription
@@ -227,7 +228,7 @@ def _request(request: RequestStatus) -> dict[str, Any]:
         "outputs": request.num_output_tokens,
         "moves": request.num_moves,
         "resumptions": request.num_resumptions,
-        "high": request.priority_class > 0,
+        "class": PriorityClass(request.priority_class).name.lower(),
     }
 
 

@@ -102,7 +102,7 @@ function bar(r, instance, requests, blockSize) {
     g.globalAlpha = 1;
     const path = from[k] === instance.id ? null : state.paths.get(q.id), age = path ? now - path[path.length - 1].landed : LANDED_MS;
     if (age < LANDED_MS) { g.fillStyle = text; g.globalAlpha = 0.75 * (1 - age / LANDED_MS); g.fillRect(x, 0, seen, height); g.globalAlpha = 1; }
-    if (q.high && w > 6) { g.strokeStyle = text; g.lineWidth = 2; g.strokeRect(x + 1, 1, Math.max(1, seen - 2), height - 2); }
+    if (q.class === "high" && w > 6) { g.strokeStyle = text; g.lineWidth = 2; g.strokeRect(x + 1, 1, Math.max(1, seen - 2), height - 2); }
     if (state.chosen?.request === q.id) { g.fillStyle = text; g.fillRect(x, height - 4, seen, 4); }
     x += w;
     return { from: x - w, to: x, request: q };

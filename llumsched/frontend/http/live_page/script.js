@@ -4,7 +4,7 @@ const $ = (id) => document.getElementById(id);
 const KEPT_S = 600, HOT = 0.9, DENSE_ABOVE = 24, RECENT_S = 30, UNEVEN = 0.3, GONE_MS = 8000, LANDED_MS = 1500;
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 const state = { frame: null, rows: new Map(), where: new Map(), paths: new Map(), chosen: null,
-  history: [], flights: [], moves: [], told: null, said: "", gone: new Map() };
+  history: [], flights: [], moves: [], told: null, said: "", gone: new Map(), wanted: null };
 let key = sessionStorage.getItem("llumsched-key") || "";
 
 // ---- talking to the server ---------------------------------------------------------------------
@@ -62,7 +62,7 @@ function take(frame) {
   }
   state.frame = frame;
   if (frame.error) connection(frame.error, true);
-  else connection(`live · ${frame.requests.length} requests · scheduler up ${span(frame.scheduler_age_s)}`);
+  else connection(`live · ${frame.requests.length} request${frame.requests.length === 1 ? "" : "s"} · scheduler up ${span(frame.scheduler_age_s)}`);
   $("policy").textContent = `policy ${frame.policy}`;
   follow(before, frame);
   remember(frame);
@@ -157,7 +157,9 @@ function drawTiles(frame) {
     if (note) { const s = document.createElement("small"); s.textContent = note; strong.append(s); }
     spark(tile.querySelector("svg"), series);
   });
-  set($("wanted"), "textContent", frame.instances.length);
+  const staying = numStaying(frame);
+  if (state.wanted && (state.wanted.number === staying || frame.at_s > state.wanted.until_s)) state.wanted = null;
+  set($("wanted"), "textContent", state.wanted ? `${staying} → ${state.wanted.number}` : staying);
 }
 function rate(name) {
   const h = state.history;
@@ -263,15 +265,17 @@ function drawDetail() {
   if (q) {
     title = q.external_id;
     rows.push(["on", q.instance || "no instance yet: held by the scheduler"], ["prompt", `${q.prompt} tokens`], ["answer so far", `${q.outputs} tokens`],
-      ["moves", q.moves], ["resumed", q.resumptions], ["frontend", q.frontend]);
+      ["class", q.class], ["moves", q.moves], ["resumed", q.resumptions], ["frontend", q.frontend]);
   } else if (i) {
     title = i.id;
     rows.push(["state", i.state], ["role", i.role], ["KV blocks", `${i.total - i.free} of ${i.total}, ${i.reserved} reserved`], ["running", i.running], ["waiting", i.waiting],
       ["freeness", i.freeness == null ? "–" : i.freeness.toFixed(1)], ["step", ms(i.step_s)], ["report", `${(i.report_age_s || 0).toFixed(1)} s ago`]);
     if (i.cannot_migrate) rows.push(["cannot move", i.cannot_migrate]);
   } else { title = chosen.request || chosen.instance; rows.push(["", chosen.request ? "This request has ended." : "This instance is gone."]); }
-  if (state.built !== title) {
-    state.built = title;
+  // Anew when other things can be done: it moved, has ended, or an instance came or went.
+  const built = JSON.stringify([title, q?.instance, !!i, q ? destinations(q, frame) : []]);
+  if (state.built !== built) {
+    state.built = built;
     box.innerHTML = '<h2><span></span><button type="button" aria-label="Close">×</button></h2><dl></dl><ol></ol><div class="act"></div><p class="said" role="status"></p>';
     box.querySelector("h2 span").textContent = title;
     box.querySelector("h2 button").addEventListener("click", () => choose(null));
@@ -282,13 +286,14 @@ function drawDetail() {
   box.querySelector("ol").replaceChildren(...steps(path).map(([what, why]) => { const li = document.createElement("li"), b = document.createElement("b"); b.textContent = what; li.append(b, why ? ` ${why}` : ""); return li; }));
   box.querySelector(".said").textContent = state.said;
 }
+const destinations = (q, frame) => frame.instances.filter((x) => x.id !== q.instance && x.state === "serving").map((x) => x.id);
 function actions(box, q, i, frame) {
   const button = (text, run) => { const b = document.createElement("button"); b.type = "button"; b.textContent = text;
     b.addEventListener("click", async () => { b.disabled = true; try { state.said = await run(); } catch (error) { state.said = error.message; } b.disabled = false; drawDetail(); }); box.append(b); };
   if (q) {
     const select = document.createElement("select");
     select.setAttribute("aria-label", "Destination");
-    select.append(new Option("the freest", ""), ...frame.instances.filter((x) => x.id !== q.instance && x.state === "serving").map((x) => new Option(x.id, x.id)));
+    select.append(new Option("the freest", ""), ...destinations(q, frame).map((id) => new Option(id, id)));
     box.append(select);
     button("Move", async () => { const a = await call("migrations", { request_id: q.id, destination: select.value || null });
       return `moved in ${ms(a.total_s)}, paused ${ms(a.suspended_s)}, ${a.num_blocks ?? "?"} blocks`; });
@@ -297,8 +302,12 @@ function actions(box, q, i, frame) {
     button("Replace", async () => { await call(`instances/${encodeURIComponent(i.id)}/drain`, { replace: true }); return "being replaced"; });
   }
 }
+const numStaying = (frame) => frame.instances.filter((i) => i.state !== "draining").length;
 async function scale(by) {
-  try { await call("scale", { num_instances: Math.max(0, state.frame.instances.length + by) }); event(`asked for ${state.frame.instances.length + by} instances`); }
+  // From what was asked for last: an instance that boots is in no frame yet.
+  const number = Math.max(0, (state.wanted?.number ?? numStaying(state.frame)) + by);
+  try { await call("scale", { num_instances: number }); state.wanted = { number, until_s: state.frame.at_s + KEPT_S };
+    event(`asked for ${number} instance${number === 1 ? "" : "s"}`); drawTiles(state.frame); }
   catch (error) { event(error.message, "bad"); }
 }
 $("more").addEventListener("click", () => scale(1));
