@@ -179,7 +179,7 @@ def _keep_full_blocks(
             columns.notes.append("no hash ids in the file: no prompt shares a prefix with another")
         return
     if num_without:
-        columns.notes.append(f"{num_without} rows without hash ids share no prefix")
+        columns.notes.append(f"rows without hash ids, which share no prefix: {num_without:,}")
 
     def fits(size: int) -> bool:
         return all(num // size <= len(ids) <= -(-num // size) for num, ids in rows if ids)

@@ -69,7 +69,7 @@ def load_trace(
     with open_source(path) as source:
         read = chosen.read(source, options)
     if read.num_left_out:
-        read.notes.append(f"{read.num_left_out} rows without prompt or output tokens left out")
+        read.notes.append(f"rows without prompt or output tokens, left out: {read.num_left_out:,}")
     if not read:
         raise TraceError(f"{path}: no requests in it; {'; '.join(read.notes) or 'it is empty'}")
     rng = np.random.default_rng(seed)

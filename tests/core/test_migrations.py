@@ -415,7 +415,7 @@ def test_a_drain_ends_at_its_deadline() -> None:
     driver.report("b", num_used_blocks=1)
     (action,) = driver.handle(Ticked())
     assert action == TerminateInstance(
-        instance_id="a", reason="drain deadline passed with 1 requests"
+        instance_id="a", reason="drain deadline passed, requests left: 1"
     )
     (action,) = driver.handle(InstanceLost(instance_id="a"))
     assert isinstance(action, DispatchRequest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,6 +151,25 @@ def test_prompt_parameters_and_delivered_tokens_go_to_the_next_instance() -> Non
         assert world.given_up == []
 
     run(scenario)
+
+
+def test_a_request_that_goes_on_elsewhere_is_a_line_with_its_ids(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "llumsched")
+
+    async def scenario() -> None:
+        world = World([1])
+        world.open(request())
+        world.lose(0)
+        await settle()
+
+    run(scenario)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "Request r1 goes on at instance-1 from token 2, since instance-0 was lost"
+    )
+    assert (record.__dict__["request_id"], record.__dict__["instance_id"]) == ("r1", "instance-1")
 
 
 def test_prompt_logprobs_that_were_not_sent_yet_are_asked_for_again() -> None:

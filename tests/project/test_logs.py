@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import logging
@@ -11,14 +12,22 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from llumsched.logs import FailureLog, LogFormat, LogOptions, options_of, set_up
+from llumsched.engine.vllm.notices import NEEDLESS, OF_THE_PROGRAM, put_right
+from llumsched.logs import FailureLog, LogFormat, LogOptions, options_of, prepare_ray, set_up
 
 LINE = re.compile(
     r"\(instance-7 pid=\d+\) INFO \d\d-\d\d \d\d:\d\d:\d\d \[test_logs\.py:\d+\] (?P<said>.*)\n"
 )
+# Names of Ray's.
+RAY_SETTINGS = {
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +80,22 @@ def test_the_format_is_known_before_the_arguments_are_parsed(
     argv: list[str], expected: str
 ) -> None:
     assert options_of(argv).format == expected
+
+
+def test_ray_passes_on_the_lines_of_instances_without_colours_and_prefixes_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They would be in the file that the log is redirected to, and hide instances' names."""
+    for name in RAY_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    prepare_ray()
+    try:
+        assert {name: os.environ[name] for name in RAY_SETTINGS} == RAY_SETTINGS
+        assert "\x1b" not in written("text") + written("json")
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
 
 
 def test_an_unknown_level_of_the_environment_is_left_to_vllm(
@@ -129,6 +154,36 @@ def test_details_take_the_place_of_a_traceback(caplog: pytest.LogCaptureFixture)
     log = FailureLog(logging.getLogger("llumsched.test"))
     log.failed("a", "Policy %s failed", "Broken", details="Traceback ...\n  line 3\n")
     assert caplog.messages == ["Policy Broken failed\nTraceback ...\n  line 3"]
+
+
+def test_lines_of_vllm_that_mislead_are_put_right(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    put_right()
+    triton = logging.getLogger("vllm.triton_utils.importing")
+    triton.warning("Triton is installed, but doesn't include CPU backend. Disabling Triton.")
+    triton.warning("Triton is installed, but `triton.backends` could not be imported.")
+    scale_out = logging.getLogger("vllm.entrypoints.scale_out.factories")
+    scale_out.info("Endpoints are disabled. Restart vllm serve with --enable-scale-out.")
+    assert caplog.messages == [
+        "Triton is installed, but `triton.backends` could not be imported.",
+        "Endpoints are disabled. Restart llumsched serve with --enable-scale-out.",
+    ]
+
+
+def test_what_vllm_is_said_to_say_is_in_its_sources() -> None:
+    """Of the installed version; with other words the line would be there again."""
+    for name, said in NEEDLESS.items():
+        assert said in source_of(name)
+    for name in OF_THE_PROGRAM:
+        assert "vllm serve" in source_of(name)
+
+
+def source_of(module: str) -> str:
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is None or vllm.submodule_search_locations is None:
+        pytest.skip("vLLM is not installed")
+    path = Path(vllm.submodule_search_locations[0], *module.split(".")[1:]).with_suffix(".py")
+    return path.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def test_every_sample_is_of_a_known_format(sample: str) -> None:
 
 def test_rows_that_failed_are_left_out_and_counted() -> None:
     notes = load_trace(SAMPLES / "burstgpt_v1.csv").notes
-    assert notes == ("1 rows without prompt or output tokens left out",)
+    assert notes == ("rows without prompt or output tokens, left out: 1",)
 
 
 def test_mooncake_ids_of_full_blocks_become_prefixes() -> None:
@@ -105,7 +105,7 @@ def test_sharegpt_counts_with_a_tokenizer_or_says_that_it_estimates() -> None:
     estimated = load_trace(SAMPLES / "sharegpt.json", rate_rps=1.0)
     assert rows(estimated)[0][1:] == (7, 2)
     assert "estimated as characters / 4" in " ".join(estimated.notes)
-    assert "1 rows without prompt or output tokens left out" in counted.notes
+    assert "rows without prompt or output tokens, left out: 1" in counted.notes
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_rows_that_are_no_request_are_left_out_and_counted_in_every_format(
     path.write_text("\n".join([header, *lines] if header else lines))
     trace = load_trace(path)
     assert [row[1:] for row in rows(trace)] == [(5, 1), (6, 2)]
-    assert "3 rows without prompt or output tokens left out" in trace.notes
+    assert "rows without prompt or output tokens, left out: 3" in trace.notes
 
 
 def test_a_file_without_hash_ids_shares_no_prefix_and_says_so(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_file_without_hash_ids_shares_no_prefix_and_says_so(tmp_path: Path) ->
     path.write_text(row + row.replace("}", ', "hash_ids": [1, 2]}'))
     trace = load_trace(path)
     assert trace.prefix_hashes == ((), (1,))
-    assert "1 rows without hash ids share no prefix" in trace.notes
+    assert "rows without hash ids, which share no prefix: 1" in trace.notes
 
 
 def test_a_stray_time_stamp_is_told(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_gzip_is_read_and_only_as_far_as_wanted(tmp_path: Path) -> None:
         ("c.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 09:00:00,1\n",
          r"c.csv:2: 2 values where the header has 3"),
         ("d.csv", "arrival_s,num_prompt_tokens,num_output_tokens\n0,5,0\n",
-         r"d.csv: no requests in it; 1 rows without prompt or output tokens left out"),
+         r"d.csv: no requests in it; rows without prompt or output tokens, left out: 1"),
         ("e.csv", "arrival_s,num_prompt_tokens,num_output_tokens\nnan,5,1\n",
          r"e.csv:2: 'arrival_s' must be a number, not 'nan'"),
         ("f.csv", "when,what\n1,2\n",
@@ -281,7 +281,7 @@ def test_the_columns_of_another_file_can_be_named(
     path.write_text(f"who,out,when,in\na,5,{times[0]},100\nb,0,{times[1]},7\na,6,{times[1]},20\n")
     trace = load_trace(path, columns=columns)
     assert rows(trace) == [(0.0, 100, 5), (2.5, 20, 6)]
-    assert trace.notes == ("1 rows without prompt or output tokens left out",)
+    assert trace.notes == ("rows without prompt or output tokens, left out: 1",)
 
 
 def test_named_columns_without_arrivals_need_a_rate(tmp_path: Path) -> None:

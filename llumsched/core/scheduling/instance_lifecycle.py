@@ -189,7 +189,7 @@ class InstanceLifecycles:
             self.leave_if_empty(instance_id, out)
             if instance.state is InstanceState.DRAINING and now >= instance.drain_by_s:
                 num_left = self._ledger.num_on(instance_id)
-                self._terminate(instance, f"drain deadline passed with {num_left} requests", out)
+                self._terminate(instance, f"drain deadline passed, requests left: {num_left}", out)
 
     def _terminate(self, instance: InstanceRecord, reason: str, out: list[Action]) -> None:
         del self._draining[instance.spec.instance_id]

@@ -41,6 +41,7 @@ from llumsched.frontend.routing.resumer import Resumer
 from llumsched.frontend.routing.routes import Arrival, Finished, Passed, Route, Routes
 from llumsched.frontend.routing.scheduler_client import Withdrawn
 from llumsched.frontend.routing.sockets import FrontendSockets, LoopSocket
+from llumsched.logs import counted
 from llumsched.wire.names import instance_name
 
 logger = logging.getLogger(__name__)
@@ -354,9 +355,9 @@ class RoutingEngineClient(ConnectedInstances):
             log = logger.info if expected else logger.warning
             name = instance_name(instance)
             log(
-                "%s is gone; %d requests go on elsewhere",
+                "%s is gone; %s of it to go on elsewhere",
                 name,
-                len(lost),
+                counted(len(lost), "request"),
                 extra={"instance_id": name},
             )
         self._metrics.resumptions.inc(len(lost))

@@ -16,6 +16,7 @@ import traceback
 
 from prometheus_client import values
 
+from llumsched.engine.vllm.notices import put_right
 from llumsched.frontend.workers.channel import METRICS_FOLDER, Channel
 from llumsched.wire.names import frontend_id
 
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> None:
         # Before any metric is made: the successor in this place goes on with its counts.
         values.ValueClass = values.MultiProcessValue(lambda: index)  # type: ignore[no-untyped-call]
     channel = Channel(socket.socket(fileno=channel_descriptor))
+    put_right()  # before vLLM is imported
     import uvloop
 
     from llumsched.frontend.workers import worker
