@@ -40,6 +40,7 @@ BENCHMARK = "Overhead of the frontend"
 PLAIN = "plain vLLM"
 ONE = "llumsched, 1 instance"
 TWO = "llumsched, 2 instances"
+POOLS = {ONE: 1, TWO: 2}
 NUM_STREAMS = 32
 NUM_PROMPT_TOKENS = 32
 # From the last answer until a server is idle: reports come less often, watchers calm down.
@@ -53,16 +54,21 @@ FLAGS = (*ENGINE_FLAGS[: ENGINE_FLAGS.index("--kv-cache-memory-bytes") + 1], str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much is measured. Requests of ``num_ways`` go one after the other, so many a server."""
+    """How much is measured. Requests of ``num_ways`` go one after the other, so many a server.
 
+    ``pools`` are those beside plain vLLM, by their number of instances.
+    """
+
+    pools: tuple[int, ...]
     num_ways: int
     num_rounds: int
     num_tokens: int
     idle_s: float
 
 
-FULL = Size(num_ways=40, num_rounds=6, num_tokens=64, idle_s=60.0)
-QUICK = Size(num_ways=5, num_rounds=1, num_tokens=16, idle_s=10.0)
+FULL = Size(pools=(1, 2), num_ways=40, num_rounds=6, num_tokens=64, idle_s=60.0)
+# Most of a quick run are boots.
+QUICK = Size(pools=(2,), num_ways=5, num_rounds=1, num_tokens=16, idle_s=10.0)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,11 +91,10 @@ def run(quick: bool) -> Report:
     size = QUICK if quick else FULL
     with ExitStack() as stack:
         # One after the other: what boots beside another takes several times as long.
-        servers = {
-            PLAIN: stack.enter_context(plain_vllm(FLAGS)),
-            ONE: stack.enter_context(llumsched(1, FLAGS)),
-            TWO: stack.enter_context(llumsched(2, FLAGS)),
-        }
+        servers = {PLAIN: stack.enter_context(plain_vllm(FLAGS))}
+        for name, num_instances in POOLS.items():
+            if num_instances in size.pools:
+                servers[name] = stack.enter_context(llumsched(num_instances, FLAGS))
         measured = asyncio.run(_measure(servers, size))
     return _report(measured, size)
 
@@ -183,7 +188,7 @@ def _in_engine(server: Server) -> tuple[float, float]:
 def _report(measured: Mapping[str, Measured], size: Size) -> Report:
     plain = measured[PLAIN]
     figures = []
-    for name in (ONE, TWO):
+    for name in (name for name in POOLS if name in measured):
         ours = measured[name]
         added_s = statistics.median(ours.ways_s) - statistics.median(plain.ways_s)
         figures += [
