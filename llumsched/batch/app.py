@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from http import HTTPStatus
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 from aiohttp import BodyPartReader, web
 
 from llumsched.batch import files, store
+from llumsched.batch.bodies import json_object
 from llumsched.batch.database import Database
 from llumsched.batch.lines import LineError, split_lines
 from llumsched.batch.metrics import BatchMetrics
@@ -69,11 +69,12 @@ def middleware(client_keys: Sequence[str], admin_keys: Sequence[str]) -> Any:
     async def handle(request: web.Request, handler: Handler) -> web.StreamResponse:
         is_admin = request.path.startswith("/llumsched")
         keys = admin_keys if is_admin else client_keys
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        header = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        given = header.encode("utf-8", "surrogateescape")
         if keys and request.path not in OPEN_PATHS and not _is_one_of(given, keys):
             return error_response(HTTPStatus.UNAUTHORIZED, "Give one of the server's API keys.")
         # The digest stays the same over restarts and tells nobody the key.
-        request[OWNER] = hashlib.sha256(given.encode()).hexdigest()[:16] if keys else ""
+        request[OWNER] = hashlib.sha256(given).hexdigest()[:16] if keys else ""
         try:
             return await handler(request)
         except files.NotFound as error:
@@ -90,8 +91,8 @@ def middleware(client_keys: Sequence[str], admin_keys: Sequence[str]) -> Any:
     return handle
 
 
-def _is_one_of(given: str, keys: Sequence[str]) -> bool:
-    return any(hmac.compare_digest(given.encode(), key.encode()) for key in keys)
+def _is_one_of(given: bytes, keys: Sequence[str]) -> bool:
+    return any(hmac.compare_digest(given, key.encode()) for key in keys)
 
 
 def error_response(status: HTTPStatus, message: str) -> web.Response:
@@ -221,7 +222,7 @@ class _Api:
     # ---- batches -----------------------------------------------------------------------------
 
     async def create_batch(self, request: web.Request) -> web.Response:
-        body = await _object(request)
+        body = await json_object(request)
         known = {"input_file_id", "endpoint", "completion_window", "metadata"}
         for key in sorted(body.keys() - known):
             raise web.HTTPBadRequest(text=f"The field '{key}' is not supported.")
@@ -282,16 +283,6 @@ def _check_metadata(metadata: Any) -> None:
         raise web.HTTPBadRequest(
             text="'metadata' may have 16 keys of 64 characters, with values of 512."
         )
-
-
-async def _object(request: web.Request) -> dict[str, Any]:
-    try:
-        body = await request.json()
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        body = None
-    if not isinstance(body, dict):
-        raise web.HTTPBadRequest(text="The body must be a JSON object.")
-    return body
 
 
 def _limit(request: web.Request, most: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -12,6 +11,7 @@ from typing import Any
 from aiohttp import web
 
 from llumsched.batch.app import error_response
+from llumsched.batch.bodies import json_object
 from llumsched.batch.database import Database
 from llumsched.jobs import store
 from llumsched.jobs.spec import SpecError, parse
@@ -62,13 +62,10 @@ def add_routes(
         return pause
 
     async def put(request: web.Request) -> web.Response:
-        try:
-            body = await request.json()
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            return error_response(HTTPStatus.BAD_REQUEST, "The body must be a JSON object.")
+        body = await json_object(request)
         name = request.match_info["name"]
         try:
-            job = parse({**body, "name": name} if isinstance(body, dict) else body)
+            job = parse({**body, "name": name})
             await asyncio.to_thread(store.put_one, database, job, clock())
         except SpecError as error:
             return error_response(HTTPStatus.BAD_REQUEST, str(error))

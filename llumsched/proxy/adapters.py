@@ -10,7 +10,6 @@ Invariant: an adapter with requests at a server is not unloaded there to make ro
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from llumsched.batch.bodies import json_object
 from llumsched.proxy.errors import error_response
 from llumsched.proxy.fleet import Fleet
 from llumsched.proxy.server import PlainServer
@@ -185,11 +185,8 @@ def _least_used(server: PlainServer) -> str:
 
 
 async def _body(request: web.Request) -> dict[str, Any]:
-    try:
-        body = json.loads(await request.read())
-    except (ValueError, RecursionError):
-        body = None
-    if not isinstance(body, dict) or not isinstance(body.get("lora_name"), str):
+    body = await json_object(request)
+    if not isinstance(body.get("lora_name"), str):
         message = 'The body must be an object with the key "lora_name".'
         raise AdapterError(HTTPStatus.BAD_REQUEST, message)
     return body

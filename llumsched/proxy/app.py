@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import json
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,6 +13,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
+from llumsched.batch.bodies import json_object
 from llumsched.batch.pass_on import PATHS, BatchServer, BatchServerAway, passed_on
 from llumsched.core.types import PriorityClass
 from llumsched.proxy.adapters import Adapters
@@ -185,14 +185,14 @@ def _add_admin(app: web.Application, fleet: Fleet, config_file: str | None) -> N
         return web.json_response({"requests": found})
 
     async def add(request: web.Request) -> web.Response:
-        try:
-            body = await request.json()
-            url = body["url"]
-            options = [f"{k}={v}" for k, v in body.items() if k != "url"]
-            server = fleet.add(parse_backend(",".join([url, *options])))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        body = await json_object(request)
+        url = body.get("url")
+        if not isinstance(url, str):
             message = 'The body must be an object with the key "url".'
             return error_response(HTTPStatus.BAD_REQUEST, message)
+        options = [f"{k}={v}" for k, v in body.items() if k != "url"]
+        try:
+            server = fleet.add(parse_backend(",".join([url, *options])))
         except (BackendError, ValueError) as error:
             return error_response(HTTPStatus.BAD_REQUEST, str(error))
         return web.json_response({"instance_id": server.server_id}, status=202)

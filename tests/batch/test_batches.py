@@ -264,3 +264,17 @@ def test_what_is_no_upload_is_a_client_s_mistake(tmp_path: Path, content_type: s
                 assert answer.status == 400, await answer.text()
 
     run(scenario)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"endpoint": "\\ud800"}']
+)
+def test_what_is_no_batch_is_a_client_s_mistake(tmp_path: Path, body: bytes) -> None:
+    async def scenario() -> None:
+        async with batching(FakeEndpoint(), tmp_path, works=False) as process:
+            headers = {"Content-Type": "text/x; charset=nonsense"}
+            async with process.client.post("/v1/batches", data=body, headers=headers) as answer:
+                assert answer.status == 400, await answer.text()
+                assert (await answer.json())["error"]["message"]
+
+    run(scenario)

@@ -99,7 +99,7 @@ def test_a_drain_that_cannot_be_read_is_a_mistake_of_its_sender(body: bytes) -> 
 
 
 def refusals(proxy: Proxied) -> dict[str, str]:
-    """What each command of an operator says that a proxy cannot do."""
+    """Sentence of each command of an operator that a proxy cannot carry out."""
     client = AdminClient(f"http://127.0.0.1:{proxy.client.port}")
     (server_id,) = proxy.fleet.servers
     calls: dict[str, Callable[[], object]] = {
@@ -169,3 +169,24 @@ def test_a_policy_that_fails_is_said_with_its_line_counted_and_shown(
     (said,) = [text for text in caplog.messages if "Broken failed" in text]
     assert "broken_proxy.py" in said
     assert "line 3, in dispatch" in said
+
+
+ODD_BODIES = [
+    *(b"", b"[]", b'"x"', b"\xff", b"{", b"[" * 100_000, b'{"a": NaN}'),
+    *(b'{"url": 5}', b'{"url": "http://["}', b'{"url": "http://a", "weight": []}'),
+    *(b'{"lora_name": "\\ud800"}', b'{"lora_name": "a", "num_servers": "x"}'),
+]
+ODD_PATHS = ("/llumsched/backends", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+
+
+@pytest.mark.parametrize("path", ODD_PATHS)
+def test_an_odd_body_is_a_mistake_of_its_sender(path: str) -> None:
+    async def run() -> None:
+        async with proxied(FakeServer()) as proxy:
+            for body in ODD_BODIES:
+                headers = {"Content-Type": "text/x; charset=nonsense"}
+                answer = await proxy.client.post(path, data=body, headers=headers)
+                assert 400 <= answer.status < 500, body
+                assert (await answer.json())["error"]["message"], body
+
+    asyncio.run(run())
