@@ -85,7 +85,7 @@ def test_the_format_is_known_before_the_arguments_are_parsed(
 def test_ray_passes_on_the_lines_of_instances_without_colours_and_prefixes_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They would be in the file that the log is redirected to, and hide instances' names."""
+    """Of a log that is redirected to a file they would be part, and hide instances' names."""
     for name in RAY_SETTINGS:
         monkeypatch.delenv(name, raising=False)
     before = dict(os.environ)
