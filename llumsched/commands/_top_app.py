@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from rich.cells import cell_len
 from rich.text import Text
 from textual import work
 from textual.app import App, ComposeResult
@@ -222,15 +223,15 @@ class Sortable(DataTable[str | Text]):
 
     def _draw(self, chosen: Row | None = None) -> None:
         arrow = "▼" if self._reverse else "▲"
-        self.clear(columns=True)
-        self.add_columns(
-            *(
-                f"{column.title} {arrow}" if number == self._sorted_by else column.title
-                for number, column in enumerate(self._columns)
-            )
-        )
         ordered = self._ordered()
-        self.add_rows([column.show(row) for column in self._columns] for row in ordered)
+        rows = [[column.show(row) for column in self._columns] for row in ordered]
+        self.clear(columns=True)
+        for number, column in enumerate(self._columns):
+            title = f"{column.title} {arrow}" if number == self._sorted_by else column.title
+            # Left to itself, a column is as wide as its title for a moment, and cuts what is in it.
+            width = max(cell_len(str(cell)) for cell in (title, *(row[number] for row in rows)))
+            self.add_column(title, width=width)
+        self.add_rows(rows)
         if chosen is not None:
             names = [row["id"] for row in ordered]
             if chosen["id"] in names:
@@ -266,7 +267,7 @@ class TopApp(App[None]):
         self.requests = Sortable(REQUEST_COLUMNS, sorted_by=3, reverse=True)
         self.requests.id = "requests"
         self.summary = Static("waiting for the server", id="summary")
-        self.log_of_events = RichLog(id="events", max_lines=1000)
+        self.log_of_events = RichLog(id="events", max_lines=1000, wrap=True)
         self.log_of_events.can_focus = False
 
     def compose(self) -> ComposeResult:

@@ -144,6 +144,25 @@ def test_two_tables_a_summary_and_what_moved() -> None:
     played(Recorded(FIRST, SECOND), play)
 
 
+def test_nothing_is_cut_off() -> None:
+    """Columns are as wide as what is in them from the first picture on, and long sentences wrap."""
+    sentence = "no " * 60 + "server"
+
+    async def play(app: TopApp, pilot: Any) -> None:
+        for _ in range(2):  # as it is drawn, and as it is drawn again by a key
+            for table in (app.instances, app.requests):
+                for number, column in enumerate(table.columns.values()):
+                    cells = [str(row[number]) for row in map(table.get_row_at, range(2))]
+                    assert column.width >= max(map(len, cells))
+                    assert not column.auto_width
+            await pilot.press("s")
+        app.say(sentence)
+        await until(pilot, lambda: "server" in said(app))
+        assert " ".join(said(app).split()).endswith(sentence)
+
+    played(Recorded(FIRST), play)
+
+
 def test_sorted_by_the_next_column_and_the_other_way_round() -> None:
     async def play(app: TopApp, pilot: Any) -> None:
         await pilot.press("r")
