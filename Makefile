@@ -111,7 +111,7 @@ test: $(INSTALLED) ## run every test: those without a server beside the others
 		for s in $$status $$beside_status; do [[ $$s == 0 || $$s == 5 ]] || exit $$s; done
 
 test-fast: $(INSTALLED) ## run the tests that start no engine and no Ray: under two minutes on two cores
-	$(PY) -m pytest -n auto --dist loadfile -m "$(FAST)" $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --dist worksteal -m "$(FAST)" $(PYTEST_ARGS)
 
 test-v2: $(INSTALLED) ## moves are exact on vLLM's model runner V2 too, by Triton's interpreter: slow
 	@$(PY) -m scripts.prepare_model >/dev/null

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -19,6 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from llumsched.core.types import PriorityClass
 
 Labels = tuple[str, ...]
+Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 
 CLASSES: tuple[Labels, ...] = tuple((kind.name.lower(),) for kind in PriorityClass)
 # Seconds; from a token of a small model to the wait of a long prompt behind others.
@@ -72,26 +73,22 @@ class MetricSpec:
 
     def counter(self, registry: CollectorRegistry) -> Counter:
         """The counter, with its known label values at 0."""
-        counter = Counter(self.name, self.help, self.labels, registry=registry)
-        for values in self.known:
-            counter.labels(*values)
-        return counter
+        return self._with_known(Counter(self.name, self.help, self.labels, registry=registry))
 
     def histogram(self, registry: CollectorRegistry) -> Histogram:
         """The histogram, with its known label values empty."""
-        histogram = Histogram(
-            self.name, self.help, self.labels, buckets=self.buckets, registry=registry
+        return self._with_known(
+            Histogram(self.name, self.help, self.labels, buckets=self.buckets, registry=registry)
         )
-        for values in self.known:
-            histogram.labels(*values)
-        return histogram
 
     def gauge(self, registry: CollectorRegistry) -> Gauge:
         """The gauge, with its known label values at 0."""
-        gauge = Gauge(self.name, self.help, self.labels, registry=registry)
+        return self._with_known(Gauge(self.name, self.help, self.labels, registry=registry))
+
+    def _with_known(self, metric: Metric) -> Metric:
         for values in self.known:
-            gauge.labels(*values)
-        return gauge
+            metric.labels(*values)
+        return metric
 
     def gauge_family(self) -> GaugeMetricFamily:
         """A family for a collector of gauges."""

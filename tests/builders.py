@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from llumsched.wire.control import MigrationStatistics, ReportMigration
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
     from vllm.v1.engine import EngineCoreRequest
 
 STATISTICS = MigrationStatistics(
@@ -21,6 +22,15 @@ STATISTICS = MigrationStatistics(
     step_time_s=0.02,
     transport="shared_memory",
 )
+
+
+def samples(registry: CollectorRegistry) -> dict[str, float]:
+    """Samples of a registry by name, summed over labels."""
+    found: dict[str, float] = {}
+    for family in registry.collect():
+        for sample in family.samples:
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    return found
 
 
 def engine_request(request_id: str = "r1", **changes: Any) -> EngineCoreRequest:

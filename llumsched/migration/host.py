@@ -14,12 +14,12 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
-from llumsched.core.migration.driver import End, MigrationDriver
+from llumsched.core.migration.driver import End, MigrationDriver, Record
 from llumsched.core.migration.table import IllegalTransition
 
 logger = logging.getLogger(__name__)
 
-RecordT = TypeVar("RecordT")
+RecordT = TypeVar("RecordT", bound=Record)
 EventT = TypeVar("EventT")
 CommandT = TypeVar("CommandT")
 T = TypeVar("T")

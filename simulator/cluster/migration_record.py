@@ -12,14 +12,14 @@ from typing import Generic, Protocol, TypeVar
 from llumsched.core.actions import StartMigration
 from llumsched.core.migration.destination.events import DestinationCommand, DestinationEvent
 from llumsched.core.migration.destination.record import Reservation
-from llumsched.core.migration.driver import End, MigrationDriver
+from llumsched.core.migration.driver import End, MigrationDriver, Record
 from llumsched.core.migration.source.events import SourceCommand, SourceEvent
 from llumsched.core.migration.source.record import Migration
 from llumsched.simulator.engines.base import Engine
 from llumsched.simulator.engines.request import LiveRequest
 from llumsched.simulator.kernel import Kernel, to_ps
 
-RecordT = TypeVar("RecordT")
+RecordT = TypeVar("RecordT", bound=Record)
 EventT = TypeVar("EventT")
 CommandT = TypeVar("CommandT")
 EventT_contra = TypeVar("EventT_contra", contravariant=True)

@@ -55,13 +55,14 @@ def write_report(
 def write_page(
     path: Path, markup: str, script: str, *, title: str, data: Mapping[str, Any]
 ) -> None:
-    """Put the parts of a page into one file: markup and script by their names in `report_page/`,
-    and the data that the script draws, without NaN."""
-    page = _part(markup)
+    """Put the parts of a page into one file: the markup of its figures and its script by their
+    names in `report_page/`, and the data that the script draws, without NaN."""
+    page = _part("frame.html")
     content = json.dumps(data, allow_nan=False, separators=(",", ":"))
     for name, text in (
         ("TITLE", html.escape(title)),
         ("STYLE", _part("style.css")),
+        ("FIGURES", _part(markup)),
         ("SCRIPT", f"{_part('common.js')}\n\n{_part(script)}"),
         # A closing tag inside a string would end the element that holds the JSON.
         ("DATA", content.replace("<", "\\u003c")),

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
+import pytest
 from aiohttp.test_utils import TestServer
 
 from tests.batch.servers import URL, FakeEndpoint, input_file, web_form
@@ -20,6 +21,7 @@ NUM_LINES = 300
 LONG_S = 240.0
 
 
+@pytest.mark.slow
 def test_every_line_is_answered_once_though_the_process_is_killed(tmp_path: Path) -> None:
     async def scenario() -> None:
         fake = FakeEndpoint(answer_s=0.02)

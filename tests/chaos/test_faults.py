@@ -53,25 +53,16 @@ def test_an_instance_is_stopped(pool: FaultyPool, references: References) -> Non
 
 
 @thorough
-def test_an_engine_hangs_while_its_process_lives(pool: FaultyPool, references: References) -> None:
-    victim = pool.running()[-1]
-
-    def fault(progress: Progress) -> None:
-        progress.when_all_have(BEGUN)
-        pool.hang_loop(victim)
-
-    assert stream_through(pool, references, fault) > 0
-    pool.server.await_that(lambda: victim not in pool.running(), "it was noticed")
-
-
-@thorough
-def test_connections_break_while_both_ends_live(pool: FaultyPool, references: References) -> None:
+@pytest.mark.parametrize("harm", [FaultyPool.hang_loop, FaultyPool.break_connections])
+def test_an_instance_is_harmed_while_its_process_lives(
+    pool: FaultyPool, references: References, harm: Callable[[FaultyPool, str], None]
+) -> None:
     """ZMQ would connect again, and say nothing of the tokens that were on their way."""
     victim = pool.running()[-1]
 
     def fault(progress: Progress) -> None:
         progress.when_all_have(BEGUN)
-        pool.break_connections(victim)
+        harm(pool, victim)
 
     assert stream_through(pool, references, fault) > 0
     pool.server.await_that(lambda: victim not in pool.running(), "it was noticed")

@@ -15,18 +15,13 @@ import pytest
 from llumsched import cli
 from llumsched.commands import CommandError, _admin
 from llumsched.commands._admin import AdminClient
+from scripts.server_process import free_port
 from tests.commands.stub import Answer, serving
 
 
 @pytest.fixture(autouse=True)
 def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def test_no_server_is_one_line_with_the_fix(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import importlib.util
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llumsched import cli
+from tests.simulator.browsers import look_at, needs_a_browser
 
 TRAFFIC = ["S-S", "--rate", "20", "--requests", "30", "--quiet"]
 
@@ -61,38 +59,19 @@ def test_names_alone_are_along_the_axis_in_their_order(tmp_path: Path) -> None:
     assert "token_cost" not in {column["key"] for column in data["columns"]}
 
 
-def in_a_browser() -> bool:
-    return importlib.util.find_spec("playwright") is not None and bool(
-        shutil.which("chromium") or shutil.which("chromium-browser")
-    )
-
-
-@pytest.mark.skipif(not in_a_browser(), reason="needs playwright, and Chromium on the path")
+@pytest.mark.slow
+@needs_a_browser
 def test_in_a_browser_every_figure_has_a_chart_and_nothing_is_wider_than_the_window(
     tmp_path: Path,
 ) -> None:
-    from scripts.screenshots import browser
-
     path = made(tmp_path, "--grid", "instances=1,2", "--grid", "policy=latency,round_robin")
     num_figures = len(data_of(path)["columns"])
 
-    async def look(width: int) -> None:
-        async with browser() as chromium:
-            page = await chromium.new_page(viewport={"width": width, "height": 900})
-            errors: list[str] = []
-            page.on("pageerror", lambda error: errors.append(str(error)))
-            await page.goto(path.as_uri())
-            await page.wait_for_selector("#points tbody tr")
-            assert await page.locator("#charts svg").count() == num_figures
-            assert await page.locator("#charts polyline").count() == 2 * num_figures
-            assert await page.locator("#charts circle").count() == 4 * num_figures
-            assert await page.locator("#points tbody tr").count() == 4
-            assert await page.evaluate("document.documentElement.scrollWidth") <= width
-            assert not errors
+    async def check(page: Any) -> None:
+        await page.wait_for_selector("#points tbody tr")
+        assert await page.locator("#charts svg").count() == num_figures
+        assert await page.locator("#charts polyline").count() == 2 * num_figures
+        assert await page.locator("#charts circle").count() == 4 * num_figures
+        assert await page.locator("#points tbody tr").count() == 4
 
-    async def scenario() -> None:
-        for width in (390, 768, 1280):
-            async with asyncio.timeout(60):
-                await look(width)
-
-    asyncio.run(scenario())
+    look_at(path, check)

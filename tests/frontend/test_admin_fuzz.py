@@ -10,6 +10,7 @@ import itertools
 from argparse import Namespace
 from typing import Any, cast
 
+import pytest
 import schemathesis
 from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, given, settings
@@ -110,6 +111,7 @@ def make_app() -> FastAPI:
     return app
 
 
+@pytest.mark.slow
 def test_every_answer_is_one_that_is_described() -> None:
     schema = schemathesis.openapi.from_asgi("/openapi.json", make_app())
     statuses: dict[str, set[int]] = {}

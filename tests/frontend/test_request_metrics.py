@@ -7,14 +7,7 @@ from prometheus_client import CollectorRegistry
 from llumsched.frontend.routing.request_metrics import FrontendMetrics
 from llumsched.frontend.routing.routes import Arrival, Route, Routes
 from llumsched.metrics import CATALOGUE, Where
-
-
-def samples(registry: CollectorRegistry) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for family in registry.collect():
-        for sample in family.samples:
-            found[sample.name] = found.get(sample.name, 0.0) + sample.value
-    return found
+from tests.builders import samples
 
 
 def test_every_metric_of_the_catalogue_is_there_and_moves() -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.campaigns import THOROUGH
 from tests.migration import test_faults
 from tests.migration.pool import Pool
+from tests.migration.test_families_alone import engines, unmoved  # noqa: F401
 from tests.migration.test_faults import at, hurried  # noqa: F401
 from tests.migration.test_soak import many_migrations
 
@@ -24,17 +25,7 @@ if THOROUGH:
     test_a_client_leaves = test_faults.test_a_client_leaves_at_every_state
 
 
-@pytest.fixture
-def engines(alone_pool: Pool) -> Pool:
-    return alone_pool
-
-
-@pytest.fixture
-def unmoved(alone_unmoved: dict[str, Any]) -> dict[str, Any]:
-    return alone_unmoved
-
-
-def test_nothing_is_left_of_moves(pool: Pool, unmoved: Mapping[str, Any]) -> None:
+def test_nothing_is_left_of_moves(pool: Pool, alone_unmoved: Mapping[str, Any]) -> None:
     """``LLUMSCHED_MIGRATIONS=1000`` for a thousand."""
     pool.configure()
-    many_migrations(pool, unmoved, int(os.environ.get("LLUMSCHED_MIGRATIONS", "12")))
+    many_migrations(pool, alone_unmoved, int(os.environ.get("LLUMSCHED_MIGRATIONS", "12")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypedDict
 
 from llumsched.core.migration import events, messages
 from llumsched.core.migration.destination import events as arriving
@@ -15,6 +16,16 @@ from llumsched.core.migration.source.events import MigrationState, SourceEvent
 from llumsched.core.migration.source.record import Migration, MigrationOptions
 
 MIGRATION_ID = "m"
+
+
+class Ids(TypedDict):
+    """Names that a command or message of one request's migration has."""
+
+    migration_id: str
+    request_id: str
+
+
+IDS = Ids(migration_id=MIGRATION_ID, request_id="r")
 
 
 def make_migration(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 import pytest
 
 from llumsched.core.migration.destination.events import (
@@ -38,15 +36,8 @@ from llumsched.core.migration.messages import (
     ReservationRejected,
     ReserveBlocks,
 )
-from tests.migration_table.samples import MIGRATION_ID, make_reservation
+from tests.migration_table.samples import IDS, MIGRATION_ID, make_reservation
 
-
-class Ids(TypedDict):
-    migration_id: str
-    request_id: str
-
-
-IDS = Ids(migration_id=MIGRATION_ID, request_id="r")
 REQUESTED = ReserveBlocks(**IDS, source="a")
 QUERIED = QueryCommit(migration_id=MIGRATION_ID)
 RELEASE = ReleaseReservation(migration_id=MIGRATION_ID)

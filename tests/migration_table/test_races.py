@@ -183,19 +183,6 @@ def test_a_lost_acknowledgement_is_asked_for() -> None:
     cluster.assert_ends_well("b")
 
 
-def test_a_lost_close_is_asked_for() -> None:
-    cluster = Cluster()
-    cluster.migrate("m0", "a", "b")
-    cluster.deliver_until(CloseMigration)
-    cluster.take(CloseMigration)
-    cluster.decode("b")
-    assert not cluster.migrate("m1", "b", "c")
-    cluster.expire("b")
-    cluster.deliver_until()
-    assert cluster.migrate("m1", "b", "c")
-    cluster.assert_ends_well("c")
-
-
 def test_a_query_that_overtakes_the_commit_decides_against_it() -> None:
     cluster = Cluster()
     cluster.migrate("m0", "a", "b")
@@ -220,14 +207,15 @@ def test_a_doubled_commit_that_comes_after_its_answer_changes_nothing() -> None:
     cluster.assert_ends_well("b")
 
 
-def test_a_request_stays_until_its_last_source_knows_where_it_is() -> None:
+@pytest.mark.parametrize(("lost", "who_asks"), [(CommitAcknowledged, "a"), (CloseMigration, "b")])
+def test_a_request_stays_until_its_last_source_knows_where_it_is(lost: Kind, who_asks: str) -> None:
     cluster = Cluster()
     cluster.migrate("m0", "a", "b")
-    cluster.deliver_until(CommitAcknowledged)
-    cluster.take(CommitAcknowledged)
+    cluster.deliver_until(lost)
+    cluster.take(lost)
     cluster.decode("b")
     assert not cluster.migrate("m1", "b", "c")
-    cluster.expire("a")
+    cluster.expire(who_asks)
     cluster.deliver_until()
     assert cluster.migrate("m1", "b", "c")
     cluster.assert_ends_well("c")
@@ -281,6 +269,19 @@ def test_a_source_that_dies_during_the_commit_leaves_nothing_behind(committed: b
         assert cluster.decoding() == []
         pool = cluster.instances["b"].engine.pool
         assert pool.num_free_blocks == pool.num_blocks
+
+
+def test_a_source_that_dies_while_its_request_is_admitted_is_not_waited_for() -> None:
+    cluster = Cluster()
+    cluster.migrate("m0", "a", "b")
+    cluster.deliver_until(CommitRequest)
+    destination = cluster.instances["b"]
+    destination.receive(cluster.take(CommitRequest))
+    destination.loop.run_ready()
+    assert destination.reservations()["m0"].state is ReservationState.ADMITTING
+    cluster.kill("a")
+    assert destination.reservations()["m0"].state is ReservationState.RELEASED
+    cluster.assert_ends_well("b")
 
 
 def test_a_destination_that_cannot_grow_keeps_nothing() -> None:

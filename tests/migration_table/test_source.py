@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypedDict
 
 import pytest
 
@@ -36,15 +35,8 @@ from llumsched.core.migration.source.events import (
 )
 from llumsched.core.migration.source.machine import advance, is_current, start, wait
 from llumsched.core.migration.source.record import AbortReason, Migration, MigrationOptions
-from tests.migration_table.samples import MIGRATION_ID, make_migration
+from tests.migration_table.samples import IDS, MIGRATION_ID, make_migration
 
-
-class Ids(TypedDict):
-    migration_id: str
-    request_id: str
-
-
-IDS = Ids(migration_id=MIGRATION_ID, request_id="r")
 RELEASE_REQUEST = ReleaseRequest(**IDS)
 CLOSE = CloseMigration(migration_id=MIGRATION_ID)
 

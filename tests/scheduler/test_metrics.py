@@ -22,7 +22,7 @@ from llumsched.core.events import LaunchFailed, RequestFinished, Ticked
 from llumsched.metrics import CATALOGUE, Where
 from llumsched.scheduler.metrics import OTHER, Reasons, SchedulerMetrics
 from llumsched.scheduler.migration_worth import MigrationWorth
-from tests.builders import STATISTICS, migration_report
+from tests.builders import STATISTICS, migration_report, samples
 
 COMMITTED = migration_report(phase="committing", statistics=STATISTICS)
 WORTH = MigrationWorth(migration_id="m-1", request_id="r-1", source="a", won_s=1.5, expected_s=2.0)
@@ -39,15 +39,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def values(registry: CollectorRegistry) -> dict[str, float]:
-    """By name, summed over labels."""
-    found: dict[str, float] = {}
-    for family in registry.collect():
-        for sample in family.samples:
-            found[sample.name] = found.get(sample.name, 0.0) + sample.value
-    return found
-
-
 def moved(name: str) -> set[str]:
     """Samples of which one has to grow for a metric to have moved."""
     return {f"{name}_total", f"{name}_count", name}
@@ -56,7 +47,7 @@ def moved(name: str) -> set[str]:
 def test_every_metric_of_the_catalogue_moves() -> None:
     registry = CollectorRegistry()
     counts = SchedulerMetrics("latency", ["Mine"], registry)
-    before = values(registry)
+    before = samples(registry)
     actions = (
         DispatchRequest(request_id="r", instance_id="a", reason="freeness=12.5"),
         RejectRequest(request_id="r", reason="full"),
@@ -71,7 +62,7 @@ def test_every_metric_of_the_catalogue_moves() -> None:
     counts.migration_ended(COMMITTED)
     counts.migration_won(WORTH)
     counts.drained()
-    after = values(registry)
+    after = samples(registry)
     for spec in CATALOGUE:
         if spec.where is Where.SCHEDULER and spec.name != "llumsched_scheduler_starts":
             grown = {n for n in moved(spec.name) if after.get(n, 0) > before.get(n, 0)}
@@ -131,7 +122,7 @@ def test_counts_go_on_when_the_scheduler_is_killed_and_started_again(tmp_path: P
     assert [run.stdout for run in said] == ["{'committed': 1}\n", "{'committed': 2}\n"], said
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=str(tmp_path))  # type: ignore[no-untyped-call]
-    found = values(registry)
+    found = samples(registry)
     assert found["llumsched_scheduler_starts_total"] == 2
     assert found["llumsched_migration_suspended_seconds_count"] == 2
     assert found["llumsched_migration_bytes_sum"] == 3_000_000

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import importlib.util
 import re
-import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llumsched.simulator.results.report import _part, write_report
+from tests.simulator.browsers import look_at, needs_a_browser
 from tests.simulator.test_comparison import make_run
 
 
@@ -47,20 +46,12 @@ def test_a_legend_shows_the_stroke_of_its_curve() -> None:
     assert "dash: dashes(index)" in script
 
 
-def in_a_browser() -> bool:
-    return importlib.util.find_spec("playwright") is not None and bool(
-        shutil.which("chromium") or shutil.which("chromium-browser")
-    )
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not in_a_browser(), reason="needs playwright, and Chromium on the path")
+@needs_a_browser
 @pytest.mark.parametrize("num_policies", [2, 10])
 def test_in_a_browser_nothing_is_wider_than_the_window_and_headers_stand_above_numbers(
     tmp_path: Path, num_policies: int
 ) -> None:
-    from scripts.screenshots import browser
-
     path = tmp_path / "report.html"
     runs = [
         make_run(f"a_policy_{i}", seed, first_token_s=0.5 + i / 10 + seed / 50)
@@ -69,41 +60,28 @@ def test_in_a_browser_nothing_is_wider_than_the_window_and_headers_stand_above_n
     ]
     write_report(path, runs, title="Ten", subtitle="policies", settings={"a" * 60: "b" * 90})
 
-    async def look(width: int) -> None:
-        async with browser() as chromium:
-            page = await chromium.new_page(viewport={"width": width, "height": 900})
-            errors: list[str] = []
-            page.on("pageerror", lambda error: errors.append(str(error)))
-            await page.goto(path.as_uri())
-            await page.wait_for_selector("#series svg")
-            assert await page.locator("#cdfs svg").count() == 3
-            assert await page.locator("#series svg").count() == 3
-            assert await page.locator("#series polyline").count() == 3 * num_policies
-            scroll_width = await page.evaluate("document.documentElement.scrollWidth")
-            assert scroll_width <= width
-            edges = await page.evaluate(
-                """() => {
-                  const right = (cell) => cell.getBoundingClientRect().right;
-                  const rows = [...document.querySelectorAll("#comparison tr")];
-                  return rows.slice(0, 2).map((row) => [...row.children].slice(1).map(right));
-                }"""
-            )
-            assert edges[0] == pytest.approx(edges[1])
-            # The names of rows stay in sight at the far end of the table.
-            left = await page.evaluate(
-                """() => {
-                  const table = document.querySelector("#comparison");
-                  table.parentElement.scrollLeft = 1e6;
-                  const name = table.querySelector("tbody th").getBoundingClientRect();
-                  return name.left - table.parentElement.getBoundingClientRect().left;
-                }"""
-            )
-            assert abs(left) < 2
-            assert not errors
+    async def check(page: Any) -> None:
+        await page.wait_for_selector("#series svg")
+        assert await page.locator("#cdfs svg").count() == 3
+        assert await page.locator("#series svg").count() == 3
+        assert await page.locator("#series polyline").count() == 3 * num_policies
+        edges = await page.evaluate(
+            """() => {
+              const right = (cell) => cell.getBoundingClientRect().right;
+              const rows = [...document.querySelectorAll("#comparison tr")];
+              return rows.slice(0, 2).map((row) => [...row.children].slice(1).map(right));
+            }"""
+        )
+        assert edges[0] == pytest.approx(edges[1])
+        # The names of rows stay in sight at the far end of the table.
+        left = await page.evaluate(
+            """() => {
+              const table = document.querySelector("#comparison");
+              table.parentElement.scrollLeft = 1e6;
+              const name = table.querySelector("tbody th").getBoundingClientRect();
+              return name.left - table.parentElement.getBoundingClientRect().left;
+            }"""
+        )
+        assert abs(left) < 2
 
-    async def scenario() -> None:
-        for width in (390, 768, 1280):
-            async with asyncio.timeout(60):
-                await look(width)
-
-    asyncio.run(scenario())
+    look_at(path, check)

@@ -1,8 +1,9 @@
 """One end of one migration, driven: the loop that every host of a table needs.
 
-An event is dropped unless it is current; the table advances the record; if that changed what is
-waited for, the host's timer begins anew; then the host carries out the commands, in order. The
-runtime's two ends, the simulator's two and the tests' worlds are hosts of this one driver.
+An event is dropped unless it is current; the table advances the record; if its state or stage
+changed, or a wait is over and changed neither, the host's timer begins anew; then the host carries
+out the commands, in order. The runtime's two ends, the simulator's two and the tests' worlds are
+hosts of this one driver.
 
 Invariant: at most one timer runs, that of the record as it stands. Knows no clock, no engine, no
 link and no thread: a host calls `handle` with one event at a time.
@@ -10,14 +11,31 @@ link and no thread: a host calls `handle` with one event at a time.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Generic, Protocol, TypeVar
 
-RecordT = TypeVar("RecordT")
+from llumsched.core.migration.events import DeadlineExpired
+
 EventT = TypeVar("EventT")
 CommandT = TypeVar("CommandT")
 CommandT_co = TypeVar("CommandT_co", covariant=True)
 CommandT_contra = TypeVar("CommandT_contra", contravariant=True)
 EventT_contra = TypeVar("EventT_contra", contravariant=True)
+
+
+class Record(Protocol):
+    """A migration or a reservation, as far as the driver looks at it."""
+
+    @property
+    def state(self) -> StrEnum:
+        """State of the table that the record is in."""
+
+    @property
+    def stage(self) -> int:
+        """Number of the latest stage of blocks."""
+
+
+RecordT = TypeVar("RecordT", bound=Record)
 
 
 class End(Protocol[RecordT, EventT, CommandT_co]):
@@ -28,9 +46,6 @@ class End(Protocol[RecordT, EventT, CommandT_co]):
 
     def advance(self, record: RecordT, event: EventT, /) -> tuple[RecordT, tuple[CommandT_co, ...]]:
         """The record after the event, and what is to be done about it, in order."""
-
-    def restarts_timer(self, before: RecordT, event: EventT, after: RecordT, /) -> bool:
-        """True if the wait begins anew."""
 
     def wait(self, record: RecordT, /) -> tuple[float, EventT] | None:
         """After how many seconds in this state which event is due; `None` if there is no limit."""
@@ -77,7 +92,8 @@ class MigrationDriver(Generic[RecordT, EventT, CommandT]):
         if not self._end.is_current(before, event):
             return False
         self.record, commands = self._end.advance(before, event)
-        if self._end.restarts_timer(before, event, self.record):
+        moved = (self.record.state, self.record.stage) != (before.state, before.stage)
+        if moved or isinstance(event, DeadlineExpired):
             self._restart_timer()
         for command in commands:
             self._host.execute(command)

@@ -57,8 +57,7 @@ def is_current(reservation: Reservation, event: DestinationEvent) -> bool:
 
 
 def wait(reservation: Reservation) -> tuple[float, DeadlineExpired] | None:
-    """How many seconds to wait in this state, from when `restarts_timer` says so, and for what
-    event; None if there is no limit."""
+    """How many seconds to wait in this state, and for what event; None if there is no limit."""
     options = reservation.options
     match reservation.state:
         case ReservationState.ABSENT | ReservationState.ADMITTING:
@@ -73,12 +72,6 @@ def wait(reservation: Reservation) -> tuple[float, DeadlineExpired] | None:
         migration_id=reservation.migration_id, state=reservation.state, stage=reservation.stage
     )
     return timeout_s, expired
-
-
-def restarts_timer(before: Reservation, event: DestinationEvent, after: Reservation) -> bool:
-    """True if the wait begins anew: state or stage changed, or it is over and changed neither."""
-    moved = (after.state, after.stage) != (before.state, before.stage)
-    return moved or isinstance(event, DeadlineExpired)
 
 
 def advance(

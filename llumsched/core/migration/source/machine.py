@@ -67,8 +67,7 @@ def is_current(migration: Migration, event: SourceEvent) -> bool:
 
 
 def wait(migration: Migration) -> tuple[float, DeadlineExpired] | None:
-    """How many seconds to wait in this state, from when `restarts_timer` says so, and for what
-    event; None in a terminal state."""
+    """How many seconds to wait in this state, and for what event; None in a terminal state."""
     options = migration.options
     timeout_s = {
         MigrationState.RESERVING: options.reserve_timeout_s,
@@ -84,12 +83,6 @@ def wait(migration: Migration) -> tuple[float, DeadlineExpired] | None:
         migration_id=migration.migration_id, state=migration.state, stage=migration.stage
     )
     return timeout_s, expired
-
-
-def restarts_timer(before: Migration, event: SourceEvent, after: Migration) -> bool:
-    """True if the wait begins anew: state or stage changed, or it is over and changed neither."""
-    moved = (after.state, after.stage) != (before.state, before.stage)
-    return moved or isinstance(event, DeadlineExpired)
 
 
 def advance(
