@@ -22,6 +22,7 @@ from llumsched.flags import Parser
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "serve": "serve a model on several vLLM instances behind one OpenAI endpoint",
+        "frontend": "add an HTTP frontend to a running server, on any machine of its Ray cluster",
         "status": "show the instances of a running server, their load and their requests",
         "top": "watch a running server in the terminal: instances, requests, migrations",
         "trace": "show what became of a request: queue, dispatch, migrations, resumptions",

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "llumsched"
 
 # Folder -> the process that its code runs in.
 PROCESSES = {
+    "frontend/workers/door.py": "launcher",
     "frontend/workers/launcher_server.py": "launcher",
     "frontend/workers": "frontend",
     "frontend": "frontend",

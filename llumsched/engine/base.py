@@ -350,8 +350,9 @@ class EngineSettings(Protocol):
 class InstanceEngine(Protocol):
     """The engine of one instance: what its actor and its llumlet ask of it.
 
-    ``call``, ``ping`` and ``request_shutdown`` are safe from any thread, ``run`` and ``close`` are
-    the main thread's; everything else runs on the engine's thread, which ``call`` reaches.
+    ``call``, ``ping``, ``connect_frontend``, ``disconnect_frontend`` and ``request_shutdown`` are
+    safe from any thread, ``run`` and ``close`` are the main thread's; everything else runs on the
+    engine's thread, which ``call`` reaches.
     ``prefix_blocks`` is there if it was asked for. ``step_time_s`` is a recent step's.
     """
 
@@ -399,6 +400,14 @@ class InstanceEngine(Protocol):
 
     def abort_requests(self, request_ids: list[str]) -> None:
         """As their clients' aborts."""
+
+    def connect_frontend(self, client_index: int, input_address: str, output_address: str) -> None:
+        """Serve a frontend that has joined, and listens there for requests and for outputs; nothing
+        if it is served already."""
+
+    def disconnect_frontend(self, client_index: int) -> None:
+        """Take in nothing more of a frontend that has joined, once this returns; nothing of any
+        other."""
 
     def abort_client(self, client_index: int) -> list[str]:
         """End every request of a frontend that is gone; returns which they were."""

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
             kv_bytes = plan_cpu_memory(vllm_config, options.planned_instances, os.environ)
             if kv_bytes is not None:
                 vllm_config.cache_config.kv_cache_memory_bytes = kv_bytes
-        listen_address, sock = _bind(args)
+        listen_address, sock = bind(args)
     except UsageError as error:
         sys.stderr.write(f"llumsched serve: {error}\n")
         return 2
@@ -94,7 +94,12 @@ def _engine_config(args: argparse.Namespace, num_frontends: int) -> VllmConfig:
     return config
 
 
-def _bind(args: argparse.Namespace) -> tuple[str, socket.socket]:
+def bind(args: argparse.Namespace) -> tuple[str, socket.socket]:
+    """The address that clients connect to, in words, and the socket that listens there.
+
+    Raises:
+        UsageError: if nobody can listen there.
+    """
     try:
         address, sock = setup_server(args, reuse_port=False)
     except OSError as error:

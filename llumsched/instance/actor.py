@@ -131,9 +131,15 @@ class Instance:
             if cores is not None:
                 cores.release()
 
+    def connect_frontend(self, client_index: int, input_address: str, output_address: str) -> None:
+        """Serve a frontend that has joined; before ``run``, or ``WHILE_SERVING``."""
+        self._engine.connect_frontend(client_index, input_address, output_address)
+
     @ray.method(concurrency_group=WHILE_SERVING)
     def abort_client(self, client_index: int) -> list[str]:
         """End every request of a frontend that is gone; which they were, once it is done."""
+        # First, so that what it had sent is among them.
+        self._engine.disconnect_frontend(client_index)
         return self._engine.call(lambda: self._engine.abort_client(client_index)).result()
 
     @ray.method(concurrency_group=WHILE_SERVING)

@@ -53,13 +53,15 @@ class Host(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontendStatus:
     """``state`` is ``booting``, ``serving`` or ``backing off``; ``num_deaths`` counts those that
-    ended here, ``last_failure`` says how the latest did."""
+    ended here, ``last_failure`` says how the latest did. ``node`` is the machine of one that has
+    joined, which may be ``leaving`` as well; empty for the launcher's own."""
 
     frontend_id: str
     pid: int | None
     state: str
     num_deaths: int
     last_failure: str
+    node: str = ""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -101,11 +102,23 @@ class PoolCompatibility:
         return differences(self.fingerprint, fingerprint)
 
 
+class JoinedAddresses:
+    """Where frontends that have joined listen, for requests and for outputs, by client index.
+
+    ``lock`` is held by whoever changes them, and by whoever has an instance begin to serve.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.by_index: dict[int, tuple[str, str]] = {}
+
+
 class InstanceActor:
     """Implements ``supervisor.RunningInstance``.
 
     Args:
         watches: those of the machines of the pool.
+        joined: frontends that the plan does not name.
         like: what this instance must be like, if that is to be seen before it serves.
     """
 
@@ -114,10 +127,12 @@ class InstanceActor:
         plan: InstancePlan,
         resources: InstanceResources,
         watches: NodeWatches,
+        joined: JoinedAddresses,
         like: PoolCompatibility | None = None,
     ) -> None:
         self._like = like
         self._watches = watches
+        self._joined = joined
         self.node: str | None = None
         self.node_id: str | None = None
         self.instance_id = plan.instance_id
@@ -166,8 +181,17 @@ class InstanceActor:
 
     def serve(self) -> None:
         """Begin to serve; it has booted."""
-        self.run = self.actor.run.remote()
+        with self._joined.lock:
+            for index, addresses in self._joined.by_index.items():
+                # Before it serves: what comes before is answered first.
+                self.actor.connect_frontend.remote(index, *addresses)
+            self.run = self.actor.run.remote()
         self._ended = self.run.future()
+
+    def connect_frontend(self, client_index: int, addresses: tuple[str, str]) -> None:
+        """Have it serve a frontend that joins now; it serves."""
+        connect = self.actor.connect_frontend.options(concurrency_group=WHILE_SERVING)
+        connect.remote(client_index, *addresses)
 
     @property
     def serves(self) -> bool:

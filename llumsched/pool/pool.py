@@ -37,6 +37,7 @@ from llumsched.pool.instance_actor import (
     A_SHARE,
     InstanceActor,
     InstanceResources,
+    JoinedAddresses,
     PoolCompatibility,
     this_node,
 )
@@ -94,6 +95,7 @@ class Pool:
         self._any_node = any_node
         self._likeness = PoolCompatibility()
         self._watches = NodeWatches()
+        self._joined = JoinedAddresses()
         self._ray_address = ray_address
         self._actors: dict[int, InstanceActor] = {}
         self._controller: Any = None
@@ -134,10 +136,32 @@ class Pool:
         address: str = ray.util.get_node_ip_address()
         return address
 
+    @property
+    def can_be_joined(self) -> bool:
+        """True if frontends may join: a Ray of its own is known to nobody else."""
+        return not self._owns_ray
+
+    @property
+    def loopback_of(self) -> str | None:
+        """Ray's id of this machine if all processes listen on its loopback."""
+        if self.instances_host is None:
+            return None
+        node_id: str = ray.get_runtime_context().get_node_id()
+        return node_id
+
     def start_scheduler(
-        self, config: Config, host: str, decision_log: Path | None, logs: LogOptions
+        self,
+        config: Config,
+        host: str,
+        decision_log: Path | None,
+        logs: LogOptions,
+        invitation: Mapping[str, Any] | None = None,
     ) -> None:
-        """Start the global scheduler, which Ray starts again if it dies."""
+        """Start the global scheduler, which Ray starts again if it dies.
+
+        Args:
+            invitation: for frontends that want to join; see ``joining``.
+        """
         actor = ray.remote(SchedulerActor).options(
             name=f"{ACTOR_NAME}-{os.getpid()}",
             num_cpus=0,
@@ -146,7 +170,14 @@ class Pool:
             resources={this_node(): A_SHARE},
         )
         self._controller = actor.remote(
-            config, self.keys, host, _free_port(host), decision_log, logs, self.metrics_folder
+            config,
+            self.keys,
+            host,
+            _free_port(host),
+            decision_log,
+            logs,
+            self.metrics_folder,
+            invitation,
         )
         self._heartbeats = HeartbeatListener(host, self.keys)
         self.heartbeat_endpoint = self._heartbeats.endpoint
@@ -175,7 +206,8 @@ class Pool:
             self._progress("no instance is started before a request comes")
             return
         for index in range(self._num_instances):
-            self._actors[index] = InstanceActor(make_plan(index, None), resources, self._watches)
+            plan = make_plan(index, None)
+            self._actors[index] = InstanceActor(plan, resources, self._watches, self._joined)
         self._await_places(timeout_s if self._any_node else PLACEMENT_TIMEOUT_S)
         started_s = said_s = time.monotonic()
         self._progress(f"booting {counted(self._num_instances, 'instance')} (each loads the model)")
@@ -290,8 +322,19 @@ class Pool:
         for thread in self._threads:
             thread.join(timeout=1.0)
 
+    def connect_frontend(self, client_index: int, input_address: str, output_address: str) -> None:
+        """Have every instance, also those to come, serve a frontend that has joined."""
+        addresses = input_address, output_address
+        with self._joined.lock:
+            self._joined.by_index[client_index] = addresses
+            for actor in list(self._actors.values()):
+                if actor.run is not None:
+                    actor.connect_frontend(client_index, addresses)
+
     def forget_frontend(self, client_index: int) -> Callable[[], bool]:
         """Have everything ended that a dead frontend has left; as ``frontends.Host.forget``."""
+        with self._joined.lock:
+            self._joined.by_index.pop(client_index, None)
         serving = [actor.actor for actor in list(self._actors.values()) if actor.run is not None]
         name = frontend_id(client_index)
         return FrontendLoss(serving, self._controller, client_index, name).is_settled
@@ -299,7 +342,9 @@ class Pool:
     def start_one(self, engine_index: int, launch_id: str | None) -> InstanceActor:
         """Begin to start another instance, which must be like those before."""
         plan = self._make_plan(engine_index, launch_id)
-        actor = InstanceActor(plan, self._resources, self._watches, like=self._likeness)
+        actor = InstanceActor(
+            plan, self._resources, self._watches, self._joined, like=self._likeness
+        )
         self._actors[engine_index] = actor
         return actor
 

@@ -105,6 +105,33 @@ def start_ray(address: str | None, *, num_cpus: int) -> bool:
     return True
 
 
+def attach(address: str) -> None:
+    """Attach to the Ray cluster at an address, of which a node runs on this machine.
+
+    Raises:
+        LaunchError: if that cannot be.
+    """
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise LaunchError(
+            f"There is no Ray cluster at {address}: give the address of the server's, which "
+            "'ray start' names on its head."
+        ) from error
+    except (RuntimeError, ValueError) as error:
+        ray.shutdown()
+        if MISMATCH in str(error):
+            raise LaunchError(
+                f"The Ray cluster at {address} is not of the same versions as this Ray "
+                f"({_versions(str(error))}). Install those of the cluster here."
+            ) from error
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LaunchError(
+            f"This machine is not part of the Ray cluster at {address} ({said}): run 'ray start "
+            f"--address={address}' here first."
+        ) from error
+
+
 def _versions(mismatch: str) -> str:
     """Versions on both sides: "cluster: Ray 2.55.0, Python 3.11.7; here: Ray 2.60.0, ..."."""
     pairs = re.findall(r"\b(Ray|Python): ?(\S+)", mismatch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,9 @@ class SchedulerActor:
         decision_log: Path | None,
         logs: LogOptions | None = None,
         metrics_folder: Path | None = None,
+        invitation: Mapping[str, Any] | None = None,
     ) -> None:
+        self._invitation = invitation
         if logs is not None:
             set_up(PROCESS, logs)
         if metrics_folder is not None:
@@ -61,6 +63,12 @@ class SchedulerActor:
     async def endpoint(self) -> str:
         """Where frontends and instances connect."""
         return self._endpoint
+
+    async def invitation(self) -> Mapping[str, Any] | None:
+        """For a frontend that wants to join; ``None`` if none can. The launcher knows its keys."""
+        if self._invitation is None:
+            return None
+        return {**self._invitation, "scheduler": self._endpoint}
 
     async def close(self) -> None:
         """Stop serving, and write out the decision log; the actor may be killed afterwards."""

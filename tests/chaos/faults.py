@@ -24,20 +24,27 @@ POLL_INTERVAL_S = 0.05
 class FaultyPool(Admin):
     """The admin API of a server, and signals to its processes."""
 
-    def __init__(self, server: Server, model: str, folder: Path) -> None:
-        super().__init__(server.url, model)
+    def __init__(
+        self, server: Server, model: str, folder: Path, api_key: str | None = None
+    ) -> None:
+        super().__init__(server.url, model, api_key)
         self.server = server
         self._folder = folder
 
     @classmethod
     @contextmanager
     def until_its_end(
-        cls, server: Server, model: str, folder: Path, await_boot: Callable[[], None]
+        cls,
+        server: Server,
+        model: str,
+        folder: Path,
+        await_boot: Callable[[], None],
+        api_key: str | None = None,
     ) -> Iterator[Self]:
         """The pool of a server, which ends after it. No process of it may outlive it."""
         try:
             await_boot()
-            pool = cls(server, model, folder)
+            pool = cls(server, model, folder, api_key)
             yield pool
             pool.close()
         finally:

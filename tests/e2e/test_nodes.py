@@ -1,12 +1,17 @@
-"""Instances on several nodes of a Ray cluster, and one that waits for a node to be added."""
+"""Instances on several nodes of a Ray cluster, one that waits for a node to be added, and a
+frontend that joins."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -14,10 +19,10 @@ from tests.campaigns import THOROUGH
 from tests.chaos.faults import FaultyPool
 from tests.chaos.test_faults import lost_resumed_moved
 from tests.e2e.cases import COMPLETIONS, SINGLE, completion
-from tests.e2e.client import Chunk, Whole, differences
+from tests.e2e.client import Chunk, Whole, belongs, differences, in_parallel
 from tests.e2e.moving import Mover
 from tests.e2e.nodes import Nodes, address_of
-from tests.e2e.servers import llumsched
+from tests.e2e.servers import API_KEY, Server, llumsched
 
 GREEDY = completion(max_tokens=160)
 # Not near its end when Ray has been told, which takes seconds.
@@ -62,9 +67,11 @@ def spread(model: str, log_folder: Path) -> Iterator[Spread]:
             f"--config={config}",
             "--max-num-seqs=16",
             name="spread",
+            VLLM_API_KEY=API_KEY,
             **nodes.environment,
         )
-        with FaultyPool.until_its_end(server, model, log_folder, server.await_health) as pool:
+        boots = server.await_health
+        with FaultyPool.until_its_end(server, model, log_folder, boots, API_KEY) as pool:
             yield Spread(nodes, pool)
 
 
@@ -182,3 +189,128 @@ def test_a_machine_that_goes_is_emptied_first(spread: Spread) -> None:
     ip = spread.nodes.add(num_cpus=1)
     pool.await_serving(2)
     assert ip in spread.machines().values(), "another has taken its place"
+
+
+# ---- a frontend that joins -----------------------------------------------------------------------
+
+# Of each stream during which something dies.
+DURING = completion(max_tokens=500, min_tokens=500)
+BEGUN = 6
+TIMEOUT_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def joined(spread: Spread, model: str, log_folder: Path) -> Iterator[FaultyPool]:
+    """The same pool, by a frontend that another has started. It has no key but the pool's."""
+    arguments = ["llumsched", "frontend", f"--join={spread.nodes.address}"]
+    server = Server("joined", arguments, log_folder, spread.nodes.environment)
+    boots = server.await_health
+    with FaultyPool.until_its_end(server, model, log_folder, boots, API_KEY) as pool:
+        yield pool
+
+
+def frontend_of(pool: FaultyPool, answer_id: str) -> str:
+    (found,) = {r["frontend_id"] for r in pool.requests() if belongs(r, answer_id)}
+    return str(found)
+
+
+def streams_while(fault: Callable[[], None], *pools: FaultyPool) -> list[Whole | None]:
+    """A long answer by each of these, and what befalls them once all have begun; ``None`` for a
+    stream that broke."""
+    answers: list[Whole | None] = [None] * len(pools)
+    begun = [threading.Event() for _ in pools]
+
+    def stream(number: int) -> None:
+        def on_chunk(count: int, _: Chunk) -> None:
+            if count == BEGUN:
+                begun[number].set()
+
+        with contextlib.suppress(httpx.TransportError):
+            answers[number] = pools[number].whole(COMPLETIONS, DURING, on_chunk)
+
+    def befall() -> None:
+        for event in begun:
+            assert event.wait(TIMEOUT_S)
+        fault()
+
+    in_parallel(*(lambda n=n: stream(n) for n in range(len(pools))), befall)
+    return answers
+
+
+def test_a_frontend_joins(spread: Spread, joined: FaultyPool, undisturbed: Whole) -> None:
+    """A request of it moves there and back; both frontends tell of the whole pool, to whoever has
+    the pool's key."""
+    assert httpx.get(f"{joined.server.url}/v1/models").status_code == 401
+    spread.pool.await_serving(2)
+    mover = Mover(joined, at=(2, 12))
+    frontends: set[str] = set()
+
+    def on_chunk(number: int, chunk: Chunk) -> None:
+        if number == 1:
+            frontends.update(frontend_of(pool, chunk["id"]) for pool in (joined, spread.pool))
+        mover(number, chunk)
+
+    found = joined.whole(COMPLETIONS, GREEDY, on_chunk)
+    assert len(mover.reports) == 2
+    assert not differences(found.as_dict(), undisturbed.as_dict())
+    assert frontends == {"frontend-1"}
+    for pool in (joined, spread.pool):
+        pool.server.await_that(
+            lambda pool=pool: (  # type: ignore[misc]
+                {name: f["state"] for name, f in pool.frontends().items()}
+                == {"frontend-0": "serving", "frontend-1": "serving"}
+            ),
+            "both are listed",
+        )
+
+
+@pytest.mark.skipif(not THOROUGH, reason="another has to boot in its place")
+def test_the_first_frontend_is_killed_beside_one_that_joined(
+    spread: Spread, joined: FaultyPool
+) -> None:
+    spread.pool.await_serving(2)
+    pid = joined.frontends()["frontend-0"]["pid"]
+    lost, kept = streams_while(lambda: os.kill(pid, signal.SIGKILL), spread.pool, joined)
+    assert lost is None
+    assert kept is not None
+    assert not differences(kept.as_dict(), joined.whole(COMPLETIONS, DURING).as_dict())
+    joined.await_idle()
+
+
+@pytest.mark.skipif(not THOROUGH, reason="an instance takes its time to boot")
+def test_a_machine_is_lost_beside_a_frontend_that_joined(
+    spread: Spread, joined: FaultyPool
+) -> None:
+    """Streams of all frontends go on where the other instance is."""
+    spread.pool.await_serving(2)
+    (ip,) = (ip for ip in spread.machines().values() if ip != address_of(0))
+    number = next(n for n in range(8) if address_of(n) == ip)
+    found = streams_while(lambda: spread.nodes.end(number), joined, spread.pool)
+    expected = joined.whole(COMPLETIONS, DURING)
+    for answer in found:
+        assert answer is not None
+        assert not differences(answer.as_dict(), expected.as_dict())
+    spread.nodes.add(num_cpus=1)
+    spread.pool.await_serving(2)
+
+
+def test_a_frontend_that_joined_is_killed(spread: Spread, joined: FaultyPool) -> None:
+    """The request of that one ends everywhere, that of the other goes on."""
+    pool = spread.pool
+    pool.await_serving(2)
+
+    def num_requests() -> int:
+        return sum(i["num_running"] + i["num_waiting"] for i in pool.instances().values())
+
+    def fault() -> None:
+        pool.server.await_that(lambda: num_requests() == 2, "both run")
+        os.kill(joined.server.pid, signal.SIGKILL)
+        pool.server.await_that(lambda: num_requests() == 1, "its request has ended")
+        assert [r["frontend_id"] for r in pool.requests()] == ["frontend-0"]
+
+    lost, kept = streams_while(fault, joined, pool)
+    assert lost is None
+    assert kept is not None
+    assert not differences(kept.as_dict(), pool.whole(COMPLETIONS, DURING).as_dict())
+    pool.server.await_that(lambda: set(pool.frontends()) == {"frontend-0"}, "it is forgotten")
+    pool.await_idle()

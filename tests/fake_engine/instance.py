@@ -109,6 +109,12 @@ class FakeInstanceEngine:
         for request_id in request_ids:
             self.migration.abort(request_id)
 
+    def connect_frontend(self, client_index: int, input_address: str, output_address: str) -> None:
+        pass
+
+    def disconnect_frontend(self, client_index: int) -> None:
+        pass
+
     def abort_client(self, client_index: int) -> list[str]:
         return []
 

@@ -55,7 +55,7 @@ def port_in_time_wait() -> int:
 def test_a_server_starts_again_while_connections_of_the_last_one_are_in_time_wait() -> None:
     port = port_in_time_wait()
     args, _ = parse(["some/model", f"--port={port}"])
-    address, listening = server._bind(args)
+    address, listening = server.bind(args)
     with listening:
         listening.listen()
         assert address == f"http://{HOST}:{port}"

@@ -144,7 +144,7 @@ class Pool:
     def _boot(self, index: int, config: Any) -> Instance:
         settings = EngineSettings(
             vllm_config=config,
-            frontend_addresses=EngineZmqAddresses(inputs=[], outputs=[]),
+            frontend_addresses=EngineZmqAddresses(inputs=["none"], outputs=["none"]),
             engine_index=index,
             log_stats=True,
         )

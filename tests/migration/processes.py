@@ -118,7 +118,7 @@ class _Instance:
         self._core = SteppedCore(
             EngineSettings(
                 vllm_config=arguments.create_engine_config(),
-                frontend_addresses=EngineZmqAddresses(inputs=[], outputs=[]),
+                frontend_addresses=EngineZmqAddresses(inputs=["none"], outputs=["none"]),
                 engine_index=0,
                 log_stats=False,
             )

@@ -11,7 +11,12 @@ import ray
 
 from llumsched.engine.compatibility import Compatibility, fingerprint_of
 from llumsched.pool import pool as launch
-from llumsched.pool.instance_actor import InstanceResources, PoolCompatibility, forwarded
+from llumsched.pool.instance_actor import (
+    InstanceResources,
+    JoinedAddresses,
+    PoolCompatibility,
+    forwarded,
+)
 from llumsched.pool.instance_process import NodeWatches
 from llumsched.pool.pool import Pool
 from llumsched.pool.ray_cluster import LaunchError
@@ -22,7 +27,13 @@ from tests.engine.fingerprints import HERE
 class Booted:
     """An instance that has loaded its model."""
 
-    def __init__(self, plan: Any, _resources: InstanceResources, _watches: NodeWatches) -> None:
+    def __init__(
+        self,
+        plan: Any,
+        _resources: InstanceResources,
+        _watches: NodeWatches,
+        _joined: JoinedAddresses,
+    ) -> None:
         self.instance_id = plan.instance_id
         self.group = SimpleNamespace(ready=lambda: "placed")
         self.booted = plan.instance_id

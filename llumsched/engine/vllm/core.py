@@ -10,6 +10,7 @@ This module knows how the busy loop works. It does not know what a migration is.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
@@ -21,7 +22,7 @@ import msgspec
 from vllm.config import VllmConfig
 from vllm.logger import configure_logging
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
@@ -29,6 +30,7 @@ from vllm.v1.request import Request
 
 from llumsched.core.step_time import MeasuredStep
 from llumsched.engine.base import StepAhead
+from llumsched.engine.vllm.joined_frontends import JoinedFrontends
 from llumsched.engine.vllm.step_clock import StepClock
 from llumsched.engine.vllm.step_recorder import StepRecorder
 
@@ -92,6 +94,7 @@ class LlumschedEngineCore(EngineCoreProc):
         self._clock = StepClock()
         self.frontend_calls: FrontendCalls | None = None
         self._is_called = False
+        self._preprocessing = threading.Lock()
         super().__init__(
             settings.vllm_config,
             local_client=True,
@@ -101,6 +104,7 @@ class LlumschedEngineCore(EngineCoreProc):
             engine_index=settings.engine_index,
         )
         self._recorder = StepRecorder(self.scheduler, self._clock.note_batch)
+        self.joined = JoinedFrontends(self, len(settings.frontend_addresses.inputs))
 
     # ---- what the rest of the instance uses -------------------------------------------------
 
@@ -234,6 +238,12 @@ class LlumschedEngineCore(EngineCoreProc):
         for observer in self._after_step:
             observer()
         return model_executed
+
+    def preprocess_add_request(self, request: EngineCoreRequest) -> tuple[Request, int]:
+        # vLLM has one thread that takes requests, and each frontend that joins another.
+        with self._preprocessing:
+            found: tuple[Request, int] = super().preprocess_add_request(request)
+        return found
 
     def add_request(self, request: Request, request_wave: int = 0) -> None:
         super().add_request(request, request_wave)

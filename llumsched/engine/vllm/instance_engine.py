@@ -92,6 +92,12 @@ class VllmEngine:
     def abort_requests(self, request_ids: list[str]) -> None:
         self._core.abort_requests(request_ids)
 
+    def connect_frontend(self, client_index: int, input_address: str, output_address: str) -> None:
+        self._core.joined.connect(client_index, input_address, output_address)
+
+    def disconnect_frontend(self, client_index: int) -> None:
+        self._core.joined.disconnect(client_index)
+
     def abort_client(self, client_index: int) -> list[str]:
         return self._core.abort_client(client_index)
 

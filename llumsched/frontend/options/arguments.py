@@ -222,7 +222,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ServeOptions]:
         ray_address=args.ray_address,
         any_node=args.any_node,
         gpus_per_instance=args.gpus_per_instance,
-        admin_api=_admin_api(args),
+        admin_api=has_admin_api(args),
         decision_log=Path(args.decision_log).absolute() if args.decision_log else None,
         heartbeat_timeout_s=args.heartbeat_timeout,
         step_timeout_s=args.step_timeout,
@@ -325,7 +325,8 @@ def _scheduler_config(args: argparse.Namespace, path: Path | None) -> Config:
     return config
 
 
-def _admin_api(args: argparse.Namespace) -> bool:
+def has_admin_api(args: argparse.Namespace) -> bool:
+    """True if the server is to have the admin API, where it listens."""
     return serves_admin_api(args.admin_api, is_local=is_local(args))
 
 

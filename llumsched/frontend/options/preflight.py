@@ -116,7 +116,7 @@ def check_several_frontends(num_frontends: int) -> None:
         ),
     ):
         if is_set:
-            raise UsageError(f"{name} is set, and --frontends {num_frontends}: {why}. Unset it.")
+            raise UsageError(f"{name} is set, and there are several frontends: {why}. Unset it.")
 
 
 def check_prefix_hashes(vllm_config: VllmConfig, environment: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 from multiprocessing.connection import Connection
+from typing import Protocol
 
 # Where processes that count together keep their counts: `prometheus_client` looks there.
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
@@ -19,6 +20,16 @@ METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 class ChannelClosed(Exception):
     """The other end is gone, or does not read."""
+
+
+class ChannelEnd(Protocol):
+    """One end of a channel, whatever carries it."""
+
+    def send(self, payload: bytes) -> None: ...
+
+    def receive(self) -> bytes: ...
+
+    def close(self) -> None: ...
 
 
 class Channel:

@@ -28,6 +28,9 @@ from llumsched.frontend.options.instance_plan import limits_of, planner, resourc
 from llumsched.frontend.routing.engine_labels import EngineLabels
 from llumsched.frontend.routing.instance_events import InstanceEventBridge
 from llumsched.frontend.routing.scheduler_client import SchedulerClient
+from llumsched.frontend.workers.door import FrontDoor
+from llumsched.frontend.workers.invitation import invitation_of
+from llumsched.frontend.workers.joined import JoinedFrontends
 from llumsched.frontend.workers.launcher_server import LauncherServer
 from llumsched.frontend.workers.messages import PoolStatus
 from llumsched.frontend.workers.ports import FrontendPorts
@@ -35,6 +38,7 @@ from llumsched.frontend.workers.processes import WorkerProcesses
 from llumsched.frontend.workers.worker import FrontendPlan
 from llumsched.pool.frontend_supervisor import FrontendSupervisor
 from llumsched.pool.instance_supervisor import TICK_S, InstanceSlotStatus, InstanceSupervisor
+from llumsched.pool.joining import Invitation
 from llumsched.pool.pool import Pool
 from llumsched.pool.ray_cluster import LaunchError
 from llumsched.wire.keys import PoolKeys
@@ -77,6 +81,20 @@ async def serve(
         host = pool.connect()
         ports = stack.enter_context(FrontendPorts(host, options.num_frontends))
         hub = LauncherServer()
+        joined = JoinedFrontends(hub, pool, options.num_frontends)
+        door: FrontDoor | None = None
+        invitation: Invitation | None = None
+        if pool.can_be_joined:
+            door = FrontDoor(host, keys, joined.admit)
+            stack.callback(door.close)
+            invitation = invitation_of(
+                args,
+                options,
+                vllm_config,
+                keys=keys,
+                door=door.endpoint,
+                loopback_of=pool.loopback_of,
+            )
         async with WorkerProcesses(
             options.num_frontends,
             sock,
@@ -88,7 +106,9 @@ async def serve(
             frontends = FrontendSupervisor(
                 children, options.num_frontends, boot_timeout_s=2 * envs.VLLM_ENGINE_READY_TIMEOUT_S
             )
-            pool.start_scheduler(options.config, host, options.decision_log, options.logs)
+            pool.start_scheduler(
+                options.config, host, options.decision_log, options.logs, invitation
+            )
             on_signals(interrupt)  # Ray has put its own handler there
             pool.start_instances(
                 planner(
@@ -143,7 +163,8 @@ async def serve(
             )
             status = await _look_after(
                 frontends,
-                _Reporter(options, pool, supervisor, frontends, hub),
+                joined,
+                _Reporter(options, pool, supervisor, frontends, joined, hub, door),
                 stopping,
                 happened,
                 f"{args.model} on {listen_address}",
@@ -154,6 +175,7 @@ async def serve(
 
 async def _look_after(
     frontends: FrontendSupervisor,
+    joined: JoinedFrontends,
     reporter: _Reporter,
     stopping: asyncio.Event,
     happened: Happened,
@@ -163,6 +185,7 @@ async def _look_after(
     serving = False
     while not stopping.is_set():
         frontends.tick()
+        joined.tick()
         reporter.report()
         statuses = frontends.describe()
         if not serving and all(status.state == "serving" for status in statuses):
@@ -175,7 +198,8 @@ async def _look_after(
                     f"{status.frontend_id} failed to start: {status.last_failure}. What it said "
                     "is above."
                 )
-        await happened.rest(is_quiet=all(status.state == "serving" for status in statuses))
+        is_quiet = all(status.state == "serving" for status in statuses) and joined.is_quiet
+        await happened.rest(is_quiet=is_quiet)
     return 0 if serving else INTERRUPTED
 
 
@@ -222,8 +246,12 @@ class _Reporter:
         pool: Pool,
         supervisor: InstanceSupervisor,
         frontends: FrontendSupervisor,
+        joined: JoinedFrontends,
         hub: LauncherServer,
+        door: FrontDoor | None,
     ) -> None:
+        self._joined = joined
+        self._gates = [pool.heartbeat_gate, *([door.gate] if door is not None else [])]
         self._pool = pool
         self._supervisor = supervisor
         self._frontends = frontends
@@ -244,12 +272,12 @@ class _Reporter:
             PoolStatus(
                 max_instances=self._max_instances,
                 berths=tuple(_in_whole_seconds(berth) for berth in berths),
-                frontends=tuple(self._frontends.describe()),
+                frontends=(*self._frontends.describe(), *self._joined.describe()),
                 labels=self._labels.by_instance,
                 num_labels_used=self._labels.num_ever_taken,
                 unproven={
                     **self._hub.unproven(),
-                    "supervisor": self._pool.heartbeat_gate.num_unauthenticated,
+                    "supervisor": sum(gate.num_unauthenticated for gate in self._gates),
                 },
             )
         )

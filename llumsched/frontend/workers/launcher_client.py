@@ -18,7 +18,7 @@ from llumsched.frontend.http.admin import requests_of
 from llumsched.frontend.routing.client import RoutingEngineClient
 from llumsched.frontend.routing.instance_events import InstanceEventBridge
 from llumsched.frontend.routing.status import RequestStatus
-from llumsched.frontend.workers.channel import Channel, ChannelClosed
+from llumsched.frontend.workers.channel import ChannelClosed, ChannelEnd
 from llumsched.frontend.workers.messages import (
     AskOthers,
     ConnectionBroke,
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 COUNT_INTERVAL_S = 1.0
 OTHERS_TIMEOUT_S = 5.0
+# The launcher has told by then of an instance that is dead, or that it takes for dead.
+BROKEN_PATIENCE_S = 15.0
 
 
 def end_this_process() -> None:
@@ -54,18 +56,23 @@ class LauncherClient:
 
     Args:
         launcher_lost: called, on another thread, when the launcher is gone.
+        has_joined: whether another than the launcher has started this frontend. Where a connection
+            of one breaks, it ends rather than the instance.
     """
 
     def __init__(
         self,
-        channel: Channel,
+        channel: ChannelEnd,
         frontend_id: str,
         launcher_lost: Callable[[], None] = end_this_process,
+        has_joined: bool = False,
     ) -> None:
+        self._has_joined = has_joined
         self._channel = channel
         self._frontend_id = frontend_id
         self._launcher_lost = launcher_lost
         self._lock = threading.Lock()
+        self.is_lost = False
         self._status: PoolStatus | None = None
         self._is_told = threading.Event()
         self._left: list[InstanceLeft] = []
@@ -80,6 +87,11 @@ class LauncherClient:
         """Wait until it is known how the pool is; the end of the launcher ends this process."""
         self._is_told.wait()
 
+    @property
+    def is_told(self) -> bool:
+        """True if it is known how the pool is."""
+        return self._is_told.is_set()
+
     def follow(self, client: RoutingEngineClient, departures: InstanceEventBridge) -> None:
         """From now on these hear what becomes of instances; call on the loop."""
         with self._lock:
@@ -92,8 +104,26 @@ class LauncherClient:
         if status is not None:
             self._told_status(client, status)
         client.tell_of_breaks(
-            lambda index: self._say(ConnectionBroke(instance_id=instance_name(index)))
+            lambda index: (
+                self._await_end_of(client, index)
+                if self._has_joined
+                else self._say(ConnectionBroke(instance_id=instance_name(index)))
+            )
         )
+
+    def _await_end_of(self, client: RoutingEngineClient, index: int) -> None:
+        """Begin anew, by another process, if an instance lives on whose tokens may be missing."""
+
+        def look() -> None:
+            if client.is_up(index):
+                logger.error(
+                    "The connection to %s broke, which lives on: this frontend ends, to be started"
+                    " again by whoever has started it",
+                    instance_name(index),
+                )
+                self._launcher_lost()
+
+        asyncio.get_running_loop().call_later(BROKEN_PATIENCE_S, look)
 
     def serves(self) -> None:
         """Tell the launcher that this frontend takes requests from now on."""
@@ -173,6 +203,7 @@ class LauncherClient:
         except ChannelClosed:
             logger.info("The launcher is gone")
         finally:
+            self.is_lost = True
             self._launcher_lost()
 
     def _take_in(self, message: Message) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from llumsched.frontend.routing.status import RequestStatus
-from llumsched.frontend.workers.channel import Channel, ChannelClosed
+from llumsched.frontend.workers.channel import ChannelClosed, ChannelEnd
 from llumsched.frontend.workers.messages import (
     AskOthers,
     ConnectionBroke,
@@ -49,7 +49,7 @@ class InstanceControls(Protocol):
 
 @dataclass(slots=True)
 class _Member:
-    channel: Channel
+    channel: ChannelEnd
     serves: bool = False
     num_unauthenticated: int = 0
 
@@ -87,7 +87,7 @@ class LauncherServer:
         more strangers, or is heard no more."""
         self._changed = changed
 
-    def join(self, index: int, channel: Channel) -> None:
+    def join(self, index: int, channel: ChannelEnd) -> None:
         """A frontend was started in this place, and is told how the pool is."""
         with self._lock:
             self._members[index] = _Member(channel)
@@ -143,14 +143,14 @@ class LauncherServer:
 
     # ---- what frontends want ------------------------------------------------------------------
 
-    def _receive(self, index: int, channel: Channel) -> None:
+    def _receive(self, index: int, channel: ChannelEnd) -> None:
         try:
             while True:
                 self._take_in(index, channel, decode_from_frontend(channel.receive()))
         except ChannelClosed:
             self._changed()  # its process is looked after elsewhere
 
-    def _take_in(self, index: int, channel: Channel, message: Message) -> None:
+    def _take_in(self, index: int, channel: ChannelEnd, message: Message) -> None:
         with self._lock:
             member = self._members.get(index)
             if member is None or member.channel is not channel:

@@ -1,5 +1,7 @@
 """Messages between launcher and frontends, by a pair of sockets that each is born with.
 
+A frontend that has joined has a connection instead (``remote_channel``).
+
 As with the scheduler's (``llumsched.wire.control``), decoding checks types and runs no code.
 """
 
@@ -41,6 +43,12 @@ class InstanceLeft(Message, frozen=True, kw_only=True):
     is_counted: bool
 
 
+class Admitted(Message, frozen=True, kw_only=True):
+    """Answers ``JoinPool``, before anything else: the place of the frontend."""
+
+    client_index: int
+
+
 class ListRequests(Message, frozen=True, kw_only=True):
     """Asks a frontend for its requests, for another."""
 
@@ -48,6 +56,19 @@ class ListRequests(Message, frozen=True, kw_only=True):
 
 
 # ---- frontend -> launcher -----------------------------------------------------------------------
+
+
+class JoinPool(Message, frozen=True, kw_only=True):
+    """A frontend that the launcher has not started wants to join, before anything else.
+
+    ``pid`` is its process, on the machine ``node``; ``input_address`` and ``output_address`` are
+    where instances connect, for requests and for outputs.
+    """
+
+    pid: int
+    node: str
+    input_address: str
+    output_address: str
 
 
 class FrontendServes(Message, frozen=True, kw_only=True):
@@ -94,7 +115,7 @@ class Requests(Message, frozen=True, kw_only=True):
     requests: tuple[RequestStatus, ...]
 
 
-LauncherMessage = PoolStatus | InstanceLeft | ListRequests | Requests
+LauncherMessage = Admitted | PoolStatus | InstanceLeft | ListRequests | Requests
 FrontendMessage = (
     FrontendServes
     | ConnectionBroke

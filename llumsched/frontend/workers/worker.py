@@ -45,6 +45,7 @@ class FrontendPlan:
 
     ``ports`` are those of every place. ``listener`` and ``loads`` are file descriptors that they
     inherit: the socket that all of them take connections from, and how many each of them has.
+    ``metrics_folder`` is where scheduler and frontends count, if that is on this machine.
     """
 
     args: argparse.Namespace
@@ -57,7 +58,7 @@ class FrontendPlan:
     listen_address: str
     listener: int
     loads: int
-    metrics_folder: Path
+    metrics_folder: Path | None
 
 
 def connections_of_all(descriptor: int, num_frontends: int) -> MutableSequence[int]:
@@ -66,8 +67,17 @@ def connections_of_all(descriptor: int, num_frontends: int) -> MutableSequence[i
     return cast("MutableSequence[int]", shared.cast("i"))
 
 
-async def serve(plan: FrontendPlan, index: int, supervision: LauncherClient) -> None:
-    """Serve in this place until a signal, or the end of the launcher, ends it."""
+async def serve(
+    plan: FrontendPlan,
+    index: int,
+    supervision: LauncherClient,
+    sockets: FrontendSockets | None = None,
+) -> None:
+    """Serve in this place until a signal, or the end of the launcher, ends it.
+
+    Args:
+        sockets: those that instances were told of, if they are not at the plan's ports.
+    """
     name = frontend_id(index)
     set_up(name, plan.options.logs)
     decorate_logs(name)
@@ -76,9 +86,10 @@ async def serve(plan: FrontendPlan, index: int, supervision: LauncherClient) -> 
         check_tasks(vllm_config)
     vllm_config.parallel_config._api_process_rank = index
     _import_plugins(args)
-    sockets = FrontendSockets(
-        plan.host, plan.keys, max_output_num_bytes(vllm_config), plan.ports[index]
-    )
+    if sockets is None:
+        sockets = FrontendSockets(
+            plan.host, plan.keys, max_output_num_bytes(vllm_config), plan.ports[index]
+        )
     engine, link = build_engine(
         args,
         vllm_config,
@@ -95,7 +106,7 @@ async def serve(plan: FrontendPlan, index: int, supervision: LauncherClient) -> 
     )
     client = engine.engine_core
     registry = get_prometheus_registry()
-    if METRICS_FOLDER not in os.environ:
+    if METRICS_FOLDER not in os.environ and plan.metrics_folder is not None:
         # Of several frontends, each shows what is in the folder; this one shows the scheduler's.
         MultiProcessCollector(registry, path=str(plan.metrics_folder))  # type: ignore[no-untyped-call]
     metrics = PoolMetrics(supervision.unproven, client.labels, registry)
