@@ -195,6 +195,7 @@ def test_another_vllm_is_one_sentence(
     assert complaint in capsys.readouterr().err
 
 
+FRONTEND = ["frontend", "--join", "head:6379"]
 PROFILE = ["profile", "some/model", "--out", "x.yaml", "--accelerator", "some GPU"]
 
 
@@ -211,10 +212,12 @@ def imports_vllm(command: Path) -> bool:
 def test_every_command_that_imports_vllm_is_tested_for_it() -> None:
     folder = Path(serve.__file__).parent
     found = {p.stem for p in folder.glob("[a-z]*.py") if imports_vllm(p)}
-    assert found == {"serve", "profile"}
+    assert found == {"serve", "frontend", "profile"}
 
 
-@pytest.mark.parametrize("argv", [["serve", "some/model"], PROFILE], ids=lambda argv: argv[0])
+@pytest.mark.parametrize(
+    "argv", [["serve", "some/model"], FRONTEND, PROFILE], ids=lambda argv: argv[0]
+)
 def test_it_is_said_before_anything_of_vllm_is_imported(
     make_vllm: MakeVllm, argv: list[str]
 ) -> None:
