@@ -98,7 +98,8 @@ class RequestState(msgspec.Struct, frozen=True, kw_only=True):
     engine's own encoder (no pickle). ``output_token_ids`` are the scheduler's, since the worker's
     copy lags behind when steps are in flight. ``placement_number`` is that of the move to come.
     Without KV (``has_kv``) nothing is reserved: the request waits for its turn as it did before.
-    In ``step_time_s`` it grows by a token, until it is handed over.
+    In ``step_time_s`` it grows by a token, until it is handed over. One that ``has_ended`` is never
+    decoded: its blocks go into the destination's prefix cache.
     """
 
     request: bytes
@@ -107,6 +108,7 @@ class RequestState(msgspec.Struct, frozen=True, kw_only=True):
     placement_number: int
     has_kv: bool = True
     step_time_s: float = 0.0
+    has_ended: bool = False
 
 
 class FinalState(msgspec.Struct, frozen=True, kw_only=True):
@@ -252,6 +254,16 @@ class SourceEngine(Protocol):
                 ``Refusal.PREFILLING``, it can after its first token.
         """
 
+    def start_prefix_export(self, request_id: str) -> Future[RequestState]:
+        """Begin to copy what is cached of a request that has ended, which is pinned from now on.
+
+        Resolves when no step in flight writes to it. Nothing is suspended in the end, and what was
+        pinned stays cached here.
+
+        Raises:
+            CannotMigrate: if nothing of it is cached, or it is not of a kind that is found again.
+        """
+
     def await_output(self, request_id: str, num_tokens: int) -> Future[None]:
         """Resolves when the request has so many output tokens, or is gone."""
 
@@ -292,6 +304,8 @@ class DestinationEngine(Protocol):
 
     def commit(self, request_id: str, final: FinalState) -> None:
         """End the import: decode the request here from now on, as if it had always been here.
+
+        Of one that has ended the blocks stay in the prefix cache, and nothing else.
 
         Raises:
             CannotMigrate: if it cannot be taken over; the import is then over and nothing is held.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import msgspec
 
 # Counts changes of the messages and of the state that travels with a request.
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class Compatibility(msgspec.Struct, frozen=True, kw_only=True):

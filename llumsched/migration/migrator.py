@@ -204,7 +204,13 @@ class Migrator:
             )
         link = await self._link(order.destination, order.destination_endpoint, self._here)
         try:
-            return await self._outgoing.run(order.migration_id, request_id, order.destination, link)
+            return await self._outgoing.run(
+                order.migration_id,
+                request_id,
+                order.destination,
+                link,
+                has_ended=order.has_ended,
+            )
         finally:
             link.ended(order.migration_id)
 
@@ -240,6 +246,7 @@ class Migrator:
             reason=reason,
             cause=cause,
             phase=phase,
+            has_ended=order.has_ended,
         )
 
     def _slot_num_bytes(self, kv: KVAccess | None) -> int:

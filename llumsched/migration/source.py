@@ -65,6 +65,7 @@ from llumsched.engine.base import (
     SuspendedRequest,
 )
 from llumsched.migration.host import Call, MigrationHost
+from llumsched.migration.reports import report_of
 from llumsched.migration.runs import Run, runs_of
 from llumsched.wire.control import MigrationStatistics, ReportMigration, StageStatistics
 
@@ -102,6 +103,7 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
         call: runs a closure on the engine's loop thread.
         link: an open connection to the destination.
         step_time_s: the engine's recent step time.
+        has_ended: the request has, and its cached blocks move.
     """
 
     def __init__(
@@ -116,8 +118,10 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
         link: PeerLink,
         step_time_s: Callable[[], float],
         options: MigrationOptions,
+        has_ended: bool = False,
     ) -> None:
         super().__init__(machine, migration_id, call)
+        self.has_ended = has_ended
         self.request_id = request_id
         self.destination = destination
         self._source = source
@@ -198,8 +202,9 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
         self.post(
             replace(
                 message,
-                # Without KV it is in no batch already: to wait would only prolong that.
-                step_s=message.step_s if self._state.has_kv else 0.0,
+                # Without KV it is in no batch already: to wait would only prolong that. Of one that
+                # has ended nothing stands still.
+                step_s=message.step_s if self._state.has_kv and not self.has_ended else 0.0,
                 num_full_blocks_now=self._num_blocks_now,
                 num_preemptions=self._blocks.num_preemptions,
                 hand_over_s=hand_over_s(self._step_time_s()),
@@ -247,6 +252,8 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
 
     async def _start_export(self) -> RequestState:
         """Take the request; one that is computing its prompt has some time to get through it."""
+        if self.has_ended:
+            return await self._start_prefix_export()
         deadline_s = time.monotonic() + self._options.prefill_timeout_s
         while True:
             try:
@@ -259,6 +266,16 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_s):
                     await asyncio.wrap_future(first_token)
+
+    async def _start_prefix_export(self) -> RequestState:
+        request_id = self.request_id
+        pinned = await self._engine(lambda: self._port.start_prefix_export(request_id))
+        try:
+            async with asyncio.timeout(self._options.suspend_timeout_s):
+                return await asyncio.wrap_future(pinned)
+        except TimeoutError:
+            await self._engine(lambda: self._port.resume(request_id))
+            raise CannotMigrate("steps in flight take too long") from None
 
     def execute(self, command: SourceCommand) -> None:
         self._commands.put_nowait(command)
@@ -355,7 +372,7 @@ class OutgoingMigration(MigrationHost[Migration, SourceEvent, SourceCommand]):
             num_bytes=sum(
                 num * size for num, size in zip(self._num_blocks_sent, block_num_bytes, strict=True)
             ),
-            num_tokens=final.num_computed_tokens + 1,
+            num_tokens=final.num_computed_tokens + (not self.has_ended),
             num_output_tokens=len(final.output_token_ids),
             total_s=total_s,
             suspended_s=self._suspended_s,
@@ -401,9 +418,15 @@ class OutgoingMigrations:
         return iter(list(self._open.values()))
 
     async def run(
-        self, migration_id: str, request_id: str, destination: str, link: PeerLink
+        self,
+        migration_id: str,
+        request_id: str,
+        destination: str,
+        link: PeerLink,
+        *,
+        has_ended: bool = False,
     ) -> ReportMigration:
-        """Move a request, or try to; how it went.
+        """Move a request, or what is cached of one that has ended, or try to; how it went.
 
         Raises:
             CannotMigrate: if it cannot move; nothing has been done then.
@@ -419,6 +442,7 @@ class OutgoingMigrations:
             link=link,
             step_time_s=self._step_time_s,
             options=self._options,
+            has_ended=has_ended,
         )
         try:
             migration = await outgoing.run()
@@ -468,26 +492,3 @@ class OutgoingMigrations:
                     outgoing.lost(what)
 
         self._loop.call_soon_threadsafe(tell)
-
-
-def report_of(
-    outgoing: OutgoingMigration,
-    outcome: MigrationOutcome,
-    reason: str = "",
-    *,
-    cause: str = "",
-    statistics: MigrationStatistics | None = None,
-) -> ReportMigration:
-    """Report to the scheduler."""
-    migration = outgoing.record
-    return ReportMigration(
-        migration_id=migration.migration_id,
-        request_id=migration.request_id,
-        source=migration.source,
-        destination=migration.destination,
-        outcome=outcome.value,
-        reason=reason,
-        cause=cause,
-        statistics=statistics,
-        phase=outgoing.phase,
-    )

@@ -100,7 +100,10 @@ class ReportPrefixBlocks(Message, frozen=True, kw_only=True):
 
 
 class OrderMigration(Message, frozen=True, kw_only=True):
-    """The scheduler's order to a source. Without ``request_id`` the source picks the request."""
+    """The scheduler's order to a source. Without ``request_id`` the source picks the request.
+
+    Of one that ``has_ended`` what is cached moves, for the next turn of its session.
+    """
 
     migration_id: str
     destination: str
@@ -108,6 +111,7 @@ class OrderMigration(Message, frozen=True, kw_only=True):
     request_id: str | None
     reason: str
     settle_s: float = 0.0
+    has_ended: bool = False
 
 
 class Welcomed(Message, frozen=True, kw_only=True):
@@ -127,7 +131,7 @@ class ReportMigration(Message, frozen=True, kw_only=True):
     """How a migration ended, from its source. ``outcome`` is a ``MigrationOutcome`` value;
     ``cause`` is why it did not move the request, as one of few words: an ``AbortReason`` or a
     ``Refusal``; ``phase`` is how far it had come: ``choosing`` a request, ``starting``, or a
-    ``MigrationState`` in lower case."""
+    ``MigrationState`` in lower case; ``has_ended`` is the order's."""
 
     migration_id: str
     request_id: str | None
@@ -138,6 +142,7 @@ class ReportMigration(Message, frozen=True, kw_only=True):
     cause: str = ""
     phase: str = "starting"
     statistics: MigrationStatistics | None = None
+    has_ended: bool = False
 
 
 class StageStatistics(msgspec.Struct, frozen=True, kw_only=True):

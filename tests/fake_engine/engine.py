@@ -232,6 +232,9 @@ class FakeEngine:
             placement_number=request.placement_number + 1,
         )
 
+    def start_prefix_export(self, request_id: str) -> Future[RequestState]:
+        raise CannotMigrate(f"nothing is kept of {request_id}", Refusal.UNSUPPORTED_ENGINE)
+
     def pin_copyable(self, request_id: str) -> CopyableBlocks:
         export = self._exports[request_id]
         if self._lives(export):

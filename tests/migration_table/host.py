@@ -105,20 +105,22 @@ class Instance:
 
     # ---- what the world does to it ----------------------------------------------------------
 
-    def start_migration(self, migration_id: str, request_id: str, to: str) -> bool:
-        """Begin to move a request, if the migrator would."""
+    def start_migration(
+        self, migration_id: str, request_id: str, to: str, *, has_ended: bool = False
+    ) -> bool:
+        """Begin to move a request, or what is cached of one, if the migrator would."""
         if to in self.known_dead or any(o.request_id == request_id for o in self.outgoing):
             return False
         if not self.incoming.may_leave(request_id):
             return False
-        self.loop.create_task(self._migrate(migration_id, request_id, to))
+        self.loop.create_task(self._migrate(migration_id, request_id, to, has_ended))
         return True
 
-    async def _migrate(self, migration_id: str, request_id: str, to: str) -> None:
+    async def _migrate(self, migration_id: str, request_id: str, to: str, has_ended: bool) -> None:
         self.reports[migration_id] = None
         with contextlib.suppress(CannotMigrate):
             self.reports[migration_id] = await self.outgoing.run(
-                migration_id, request_id, to, _Link(self, to)
+                migration_id, request_id, to, _Link(self, to), has_ended=has_ended
             )
 
     def receive(self, sent: Sent) -> None:
@@ -243,7 +245,10 @@ class Instance:
             self.engine.cancel(request_id)
             raise CannotMigrate("injected")
         self._commit(request_id, final)
-        order = (self.engine.requests[request_id].placement_number, 0)
+        request = self.engine.requests.get(request_id)
+        if request is None:
+            return  # it has ended, and its blocks are cached
+        order = (request.placement_number, 0)
         self._network.notice(request_id, self.instance_id, order)
 
 

@@ -44,6 +44,7 @@ from llumsched.migration.runs import runs_of
 from tests.campaigns import examples
 from tests.fake_engine.engine import FakeEngine
 from tests.fake_engine.grouped import GroupedEngine
+from tests.migration_table.prefix_world import PrefixWorld
 from tests.migration_table.world import World
 
 NUM_RUNS = int(os.environ.get("LLUMSCHED_MIGRATION_RUNS", "600"))
@@ -68,6 +69,26 @@ def run_worlds(seeds: Iterable[int]) -> None:
 @given(seed=st.integers(0, 2**32), acts=st.binary(max_size=400))
 def test_hypothesis_finds_no_violation(seed: int, acts: bytes) -> None:
     World(seed).run(acts)
+
+
+@settings(max_examples=examples(250))
+@given(seed=st.integers(0, 2**32), acts=st.binary(max_size=400))
+def test_prefixes_that_move_change_no_token(seed: int, acts: bytes) -> None:
+    PrefixWorld(seed).run(acts)
+
+
+def test_prefixes_do_move_in_that_world() -> None:
+    """Some come, some do not."""
+    ends: Counter[str] = Counter()
+    for seed in range(60):
+        world = PrefixWorld(seed)
+        world.run(acts_of(seed))
+        for instance in world.instances.values():
+            for report in instance.reports.values():
+                if report is not None and report.has_ended:
+                    ends[report.outcome] += 1
+    assert ends["committed"] > 5, ends
+    assert ends["aborted"] > 5, ends
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ Invariants:
   the start of its export.
 - Every export ends in exactly one of ``release`` and ``resume``; afterwards the block pool holds
   nothing on its behalf.
+- Of a request that has ended, what the prefix cache has is pinned, and nothing is suspended.
 - To model runner V2 a suspended request is a preempted one: it holds no slot of the batch, which
   others may be given. It comes back as it would from a preemption, on either runner.
 
@@ -39,6 +40,7 @@ from llumsched.engine.base import (
 )
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.migration.connectors import look_up, why_connector_keeps, why_no_kv
+from llumsched.engine.vllm.migration.ended import EndedRequests, prefix_state, why_prefixes_stay
 from llumsched.engine.vllm.migration.groups import PinnedBlocks
 from llumsched.engine.vllm.migration.port import EngineAdapter
 from llumsched.engine.vllm.migration.speculation import draft_statistics
@@ -66,6 +68,10 @@ class _Export:
     has_kv: bool = True
     suspended: Future[SuspendedRequest] | None = None
     is_lost: bool = False
+    prefix: Future[RequestState] | None = None
+    """Of a request that has ended: resolves with ``state`` when ``fence_step`` is over."""
+    state: RequestState | None = None
+    fence_step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +93,10 @@ class SourceAdapter(EngineAdapter):
         self._rests: WeakKeyDictionary[Request, _Rest] = WeakKeyDictionary()
         self._awaited: list[tuple[Request, int, Future[None]]] = []
         self._rolled_back: list[Request] = []
+        self._ended = EndedRequests(
+            self._scheduler.block_size * self._kv_manager.block_pool.num_gpu_blocks
+        )
+        engine.observe(on_add=self._ended.add)
         self.on_lost: Callable[[str, str], None] = lambda _request_id, _what: None
         self.on_release: Callable[[str], None] = lambda _request_id: None
 
@@ -152,6 +162,43 @@ class SourceAdapter(EngineAdapter):
         pinned = PinnedBlocks(self._kv_manager, request, request.num_tokens - 1)
         self._exports[request_id] = _Export(request, request.num_preemptions, pinned, has_kv)
         return state
+
+    def start_prefix_export(self, request_id: str) -> Future[RequestState]:
+        """Pin what is cached of a request that has ended; resolves when no step writes to it.
+
+        Raises:
+            CannotMigrate: with the reason; nothing is pinned then.
+        """
+        for reason, refusal in (
+            (self.refusal, Refusal.UNSUPPORTED_ENGINE),
+            (why_prefixes_stay(self._kv_manager), Refusal.UNSUPPORTED_ENGINE),
+            (why_no_kv(self._scheduler), Refusal.KV_CONNECTOR),
+        ):
+            if reason is not None:
+                raise CannotMigrate(reason, refusal)
+        if request_id in self._exports:
+            raise CannotMigrate("the request is being migrated already", Refusal.BEING_MIGRATED)
+        if request_id in self._scheduler.requests:
+            raise CannotMigrate("the request has not ended")
+        request = self._ended.find(request_id)
+        cached, num_tokens, *_ = self._kv_manager.get_computed_blocks(request)
+        if not num_tokens:
+            raise CannotMigrate("nothing of the request is cached any more", Refusal.NOT_HERE)
+        state = prefix_state(request, num_tokens)
+        pinned = PinnedBlocks(self._kv_manager, request, num_tokens)
+        pinned.pin_cached(cached.blocks, num_tokens)
+        # A hit may be a block whose content is only being computed, for another request.
+        prefix: Future[RequestState] = Future()
+        export = self._exports[request_id] = _Export(
+            request,
+            request.num_preemptions,
+            pinned,
+            prefix=prefix,
+            state=state,
+            fence_step=self._scheduler.sched_step_seq,
+        )
+        self._settle_prefix(export)
+        return prefix
 
     def _check_moment(self, request: Request) -> bool:
         """True if the request takes KV along; raises if it cannot move at this moment."""
@@ -226,7 +273,7 @@ class SourceAdapter(EngineAdapter):
         """Pin the blocks of the request that are full and that no step will write again."""
         export = self._exports[request_id]
         request = export.request
-        if self._why_lost(export) is None:
+        if export.prefix is None and self._why_lost(export) is None:
             export.pinned.pin_full(request.num_computed_tokens - request.num_in_flight_tokens)
         return self._copyable(export)
 
@@ -236,6 +283,9 @@ class SourceAdapter(EngineAdapter):
         export = self._exports[request_id]
         future: Future[SuspendedRequest] = Future()
         request = export.request
+        if export.prefix is not None:
+            future.set_result(self._suspended(export, [], export.pinned.num_tokens, None))
+            return future
         if self._why_lost(export) is not None:
             future.set_exception(CannotMigrate("the request is not here any more"))
             return future
@@ -262,6 +312,8 @@ class SourceAdapter(EngineAdapter):
             return
         export.pinned.unpin()
         request = export.request
+        if export.prefix is not None:
+            return
         if not export.has_kv:
             if self._scheduler.requests.get(request_id) is request:
                 # It was among the first to be scheduled, or has waited longer than those behind.
@@ -310,6 +362,9 @@ class SourceAdapter(EngineAdapter):
         if self._rolled_back:
             self._settle_rolled_back()
         for request_id, export in list(self._exports.items()):
+            if export.prefix is not None:
+                self._settle_prefix(export)
+                continue
             lost = self._why_lost(export)
             if lost is not None:
                 self._lose(request_id, export, lost)
@@ -319,7 +374,7 @@ class SourceAdapter(EngineAdapter):
     def on_abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
             export = self._exports.get(request_id)
-            if export is not None:
+            if export is not None and export.prefix is None:
                 self._lose(request_id, export, "aborted")
 
     def _settle_awaited(self) -> None:
@@ -356,18 +411,34 @@ class SourceAdapter(EngineAdapter):
         )[0]
         if export.has_kv:
             export.pinned.pin_all(request.num_computed_tokens)
+        outputs = list(request.output_token_ids)
         future.set_result(
-            SuspendedRequest(
-                final=FinalState(
-                    output_token_ids=list(request.output_token_ids),
-                    num_computed_tokens=request.num_computed_tokens,
-                    generator_state=generator_state,
-                    draft_statistics=draft_statistics(request),
-                ),
-                blocks=self._copyable(export),
-                suspended_at_s=time.perf_counter(),
-            )
+            self._suspended(export, outputs, request.num_computed_tokens, generator_state)
         )
+
+    def _suspended(
+        self,
+        export: _Export,
+        output_token_ids: list[int],
+        num_computed_tokens: int,
+        generator_state: bytes | None,
+    ) -> SuspendedRequest:
+        final = FinalState(
+            output_token_ids=output_token_ids,
+            num_computed_tokens=num_computed_tokens,
+            generator_state=generator_state,
+            draft_statistics=draft_statistics(export.request),
+        )
+        return SuspendedRequest(
+            final=final, blocks=self._copyable(export), suspended_at_s=time.perf_counter()
+        )
+
+    def _settle_prefix(self, export: _Export) -> None:
+        future, state = export.prefix, export.state
+        if future is None or state is None or future.done():
+            return
+        if self._scheduler.processed_step_seq >= export.fence_step:
+            future.set_result(state)
 
     def _lose(self, request_id: str, export: _Export, what: str) -> None:
         """Tell, once, what became of an export's request."""

@@ -101,6 +101,14 @@ def num_blocks_of(kv_manager: KVCacheManager, num_tokens: int) -> int:
     )
 
 
+def has_whole_prefixes(kv_manager: KVCacheManager) -> bool:
+    """True if what is cached of a request is all that it had, in every group."""
+    return not any(
+        _is_live(manager) or manager.get_num_skipped_tokens(1 << 30) > 0
+        for manager in kv_manager.coordinator.single_type_managers
+    )
+
+
 def _is_live(manager: Any) -> bool:
     return isinstance(manager.kv_cache_spec, LIVE_SPECS)
 
@@ -123,6 +131,13 @@ class PinnedBlocks:
         ]
         self._tables: list[list[KVCacheBlock | None]] = [[] for _ in self._managers]
         self.num_tokens = 0
+
+    def pin_cached(self, blocks: Sequence[Sequence[KVCacheBlock]], num_tokens: int) -> None:
+        """Pin blocks that so many tokens have filled, of a request that holds none any more."""
+        self.num_tokens = num_tokens
+        for index, table in enumerate(blocks):
+            self._pool.touch(table)
+            self._tables[index] = list(table)
 
     def pin_full(self, num_tokens: int) -> None:
         """Pin, besides those pinned before, the blocks that so many tokens fill."""

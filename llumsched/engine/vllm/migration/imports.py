@@ -8,6 +8,8 @@ KV holds no blocks, and is handed over to wait for its turn.
 Invariant: every import ends in exactly one of ``commit`` and ``cancel``; afterwards the block pool
 holds nothing on its behalf but what the request itself holds, and the batch no place.
 
+Of a request that has ended the blocks alone arrive: they are cached, and nothing is queued.
+
 What this does not know: messages, transports, time-outs, and the protocol's states.
 """
 
@@ -34,6 +36,7 @@ from llumsched.engine.base import (
 from llumsched.engine.vllm.compat import rejects_new_requests, takes
 from llumsched.engine.vllm.core import LlumschedEngineCore
 from llumsched.engine.vllm.migration.connectors import blocks_being_read, look_up, why_no_kv
+from llumsched.engine.vllm.migration.ended import why_prefixes_stay
 from llumsched.engine.vllm.migration.groups import ArrivingBlocks
 from llumsched.engine.vllm.migration.port import Arrival, EngineAdapter
 from llumsched.engine.vllm.migration.speculation import restore_draft_statistics
@@ -58,6 +61,7 @@ class _Import:
     core_request: EngineCoreRequest
     placement_number: int
     has_kv: bool
+    has_ended: bool
 
 
 class DestinationAdapter(EngineAdapter):
@@ -82,8 +86,13 @@ class DestinationAdapter(EngineAdapter):
         core_request = decode_request(state)
         if not may_wait:
             self._check_pause()
-        if state.has_kv:
+        if state.has_ended:
+            stays = why_prefixes_stay(self._kv_manager)
+            if stays is not None:
+                raise CannotMigrate(f"at the destination, {stays}", Refusal.UNSUPPORTED_ENGINE)
+        elif state.has_kv:
             self._check_place(core_request)
+        if state.has_kv:
             connector = why_no_kv(self._scheduler)
             if connector is not None:
                 raise CannotMigrate(connector, Refusal.KV_CONNECTOR)
@@ -98,9 +107,10 @@ class DestinationAdapter(EngineAdapter):
         num_cached_blocks = 0
         if state.has_kv:
             num_cached_blocks = self._allocate(request, state.step_time_s)
-            self.places.keep(request_id)
+            if not state.has_ended:
+                self.places.keep(request_id)
         self._imports[request_id] = _Import(
-            request, core_request, state.placement_number, state.has_kv
+            request, core_request, state.placement_number, state.has_kv, state.has_ended
         )
         structured = request.structured_output_request
         grammar = structured._grammar if structured is not None else None
@@ -209,6 +219,9 @@ class DestinationAdapter(EngineAdapter):
         imported = self._imports.pop(request_id, None)
         if imported is None:
             raise CannotMigrate("the reservation is gone")
+        if imported.has_ended:
+            self._keep_cached(imported.request, final.num_computed_tokens)
+            return
         try:
             if imported.has_kv:
                 self._check_pause()
@@ -227,6 +240,15 @@ class DestinationAdapter(EngineAdapter):
         self.places.give_back(request_id)
         self._reasoning_ended_at_arrival[request] = imported.core_request.reasoning_ended
         request.events.clear()  # it was queued once already, as the frontend knows
+
+    def _keep_cached(self, request: Request, num_tokens: int) -> None:
+        """All blocks of a request that has ended are here: leave them to the prefix cache."""
+        try:
+            if num_tokens != request.num_tokens - 1:
+                raise CannotMigrate(f"{num_tokens} tokens came of {request.num_tokens - 1}")
+            self._blocks.settle(request, num_tokens)
+        finally:
+            self._kv_manager.free(request)
 
     def _install(self, imported: _Import, final: FinalState) -> None:
         """Make scheduler and worker believe that the request was preempted here a moment ago.
