@@ -219,6 +219,19 @@ MIGRATION_BLOCKS = _scheduler_histogram(
     "Of committed migrations: KV blocks that were copied.",
     buckets=BLOCKS_BUCKETS,
 )
+SESSION_MOVES = _scheduler_counter(
+    "llumsched_session_moves",
+    "Moves of the KV of an idle session, by outcome and by the cause of those that moved nothing.",
+    labels=("outcome", "cause"),
+    known=(("committed", ""),),
+)
+SESSION_MOVED_BYTES = _scheduler_counter(
+    "llumsched_session_moved_bytes", "Bytes of KV cache that were copied for idle sessions."
+)
+SESSION_MOVED_TOKENS = _scheduler_counter(
+    "llumsched_session_moved_tokens",
+    "Tokens of idle sessions that another instance has in its prefix cache after a move.",
+)
 MIGRATION_STAGES = _scheduler_histogram(
     "llumsched_migration_stages",
     "Of committed migrations: stages in which the blocks were copied.",

@@ -90,9 +90,16 @@ class AdminClient:
                     yield frame
         raise CommandError(f"{self.url} has ended")
 
-    def migrate(self, request_id: str, destination: str | None = None) -> dict[str, Any]:
-        """``POST /llumsched/migrations``: move a request; how it went, once it has moved."""
-        body = {"request_id": request_id, "destination": destination}
+    def migrate(
+        self,
+        request_id: str | None,
+        destination: str | None = None,
+        session_id: str | None = None,
+    ) -> dict[str, Any]:
+        """``POST /llumsched/migrations``: move a request, or what a session has; how it went, once
+        it has moved."""
+        body = {"destination": destination}
+        body |= {"request_id": request_id} if session_id is None else {"session_id": session_id}
         return self.call("/llumsched/migrations", body=body, timeout_s=MIGRATE_TIMEOUT_S)
 
     def drain(

@@ -1,4 +1,4 @@
-"""``llumsched migrate REQUEST_ID``: move a running request, and say what it took."""
+"""``llumsched migrate``: move a running request, or an idle session, and say what it took."""
 
 from __future__ import annotations
 
@@ -17,14 +17,26 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     """Add this command's parser."""
     parser = subparsers.add_parser(
         "migrate",
-        help="move a running request to another instance",
+        help="move a running request, or an idle session, to another instance",
         description=(
             "Move a running request to another instance while it streams. Its client sees the same"
             " tokens. A request that cannot move now stays where it is, and the reason is printed."
+            " Of a session that has no running request, what is cached of its last one moves, for"
+            " its next."
         ),
     )
-    parser.add_argument(
-        "request_id", metavar="REQUEST_ID", help="as 'llumsched status' or the response names it"
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "request_id",
+        metavar="REQUEST_ID",
+        nargs="?",
+        help="as 'llumsched status' or the response names it",
+    )
+    what.add_argument(
+        "--session",
+        metavar="ID",
+        dest="session_id",
+        help="instead of a request: a session, as its requests name it",
     )
     parser.add_argument(
         "--to",
@@ -37,14 +49,20 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Move one request."""
-    report = AdminClient.of(args).migrate(args.request_id, args.destination)
+    """Move one request, or one session."""
+    report = AdminClient.of(args).migrate(args.request_id, args.destination, args.session_id)
     print("\n".join(report_lines(report)))
     return 0
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:
-    """How a migration went, in three lines."""
+    """How a migration went, in three lines; two of an idle session, which nobody waits for."""
+    if report.get("has_ended"):
+        moved = (
+            f"moved the KV of {report['request_id']}, which has ended, from {report['source']} to"
+            f" {report['destination']} in {1000 * report['total_s']:.0f} ms"
+        )
+        return [moved, copied(report)]
     moved = (
         f"moved {report['request_id']} from {report['source']} to {report['destination']}"
         f" after {report['num_output_tokens']} tokens of output"

@@ -49,7 +49,9 @@ class RejectRequest:
 class StartMigration:
     """Move one request from source to destination; without a `request_id` the source picks it.
 
-    A request that came by a migration less than `settle_s` ago stays where it is.
+    A request that came by a migration less than `settle_s` ago stays where it is. Of one that
+    `has_ended`, about `num_bytes` that the source has cached are copied, for the next turn of its
+    session.
     """
 
     migration_id: str
@@ -61,6 +63,8 @@ class StartMigration:
     expected_win_s: float | None = None
     expected_cost_s: float | None = None
     """Both as the policy that proposed it told them, in seconds that requests wait."""
+    has_ended: bool = False
+    num_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

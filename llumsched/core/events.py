@@ -114,14 +114,21 @@ class MigrationFinished:
     pause_s: float | None = None
     """For how long the client got no token, where the source measured it: the outcome beside
     `StartMigration.expected_cost_s`."""
+    num_bytes: int = 0
+    """Bytes of KV that were copied, in `total_s` from the order on."""
+    total_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationRequested:
-    """An operator wants a request moved; without a destination the scheduler chooses one."""
+    """An operator wants a request moved; without a destination the scheduler chooses one.
+
+    With a `session_id` it is the request that runs, or else the KV of the one that ran last.
+    """
 
     request_id: str
     destination: str | None = None
+    session_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

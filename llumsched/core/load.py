@@ -30,6 +30,8 @@ class InstanceSpec:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     role: InstanceRole = InstanceRole.MIXED
+    block_num_bytes: int = 0
+    """Bytes of KV in a block, over all workers; 0 where that is not known."""
 
 
 class InstanceLoad(msgspec.Struct, frozen=True, kw_only=True):

@@ -125,6 +125,22 @@ class SchedulerOptions:
         "A session's instance is left for the policy's choice if it has so many requests more.",
         at_least=0,
     )
+    move_idle_sessions: bool = param(
+        True,
+        "Whether the KV of a session moves between two turns: off an instance that drains, and to "
+        "another that the next turn goes to, where the copy is expected to take less time than "
+        "to compute it again.",
+    )
+    max_session_moves: int = param(8, "Idle sessions that move at a time.", at_least=1)
+    session_copy_mb_s: float = param(
+        1000.0, "Megabytes a second of such a copy, until some have been timed.", above=0
+    )
+    session_drain_s: float = param(
+        30.0,
+        "A draining instance stays for up to this long after its last request, for its sessions "
+        "to move.",
+        at_least=0,
+    )
     max_queue_attempts: int = param(
         64,
         "Held requests tried again at one event; bounds the work an event can cause.",

@@ -84,7 +84,9 @@ class ModelPool:
     ) -> None:
         bundle = bundle_of(config)
         self.policy = bundle.name
-        self._scheduler = GlobalScheduler(bundle, bundle.options, seed=config.seed)
+        # Nothing moves, of idle sessions neither.
+        options = dataclasses.replace(bundle.options, move_idle_sessions=False)
+        self._scheduler = GlobalScheduler(bundle, options, seed=config.seed)
         self._leave = leave
         self._policy_failed = policy_failed
         self._clock = clock

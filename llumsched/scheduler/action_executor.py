@@ -150,5 +150,6 @@ class ActionExecutor:
             request_id=action.request_id,
             reason=action.reason,
             settle_s=action.settle_s,
+            has_ended=action.has_ended,
         )
         self.send(source, order)

@@ -355,6 +355,7 @@ class Controller:
         self._history.migration_ended(report)
         self._migrations_won(self._worths.migration_ended(report, self._clock()))
         self._log.migration_ended(report)
+        statistics = report.statistics
         self._handle(
             MigrationFinished(
                 migration_id=report.migration_id,
@@ -363,21 +364,29 @@ class Controller:
                 destination=report.destination,
                 outcome=MigrationOutcome(report.outcome),
                 reason=report.reason,
-                pause_s=None if report.statistics is None else report.statistics.suspended_s,
+                pause_s=(
+                    None if statistics is None or report.has_ended else statistics.suspended_s
+                ),
+                num_bytes=0 if statistics is None else statistics.num_bytes,
+                total_s=0.0 if statistics is None else statistics.total_s,
             )
         )
         self._orders.outbox.extend(self._operator_calls.ended(report))
 
     def _migrate(self, identity: bytes, message: MigrateRequest) -> None:
         actions = self._handle(
-            MigrationRequested(request_id=message.request_id, destination=message.destination)
+            MigrationRequested(
+                request_id=message.request_id,
+                destination=message.destination,
+                session_id=message.session_id,
+            )
         )
         for action in actions:
             match action:
-                case StartMigration(request_id=message.request_id):
+                case StartMigration():
                     self._operator_calls.begun(action, identity, message.call_id)
                     return
-                case RefuseMigration(request_id=message.request_id):
+                case RefuseMigration():
                     answer = MigrateAnswer(call_id=message.call_id, refused=action.reason)
                     self._orders.send(identity, answer)
                     return

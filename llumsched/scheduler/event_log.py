@@ -67,8 +67,9 @@ class SchedulerLog:
         quiet = report.outcome == MigrationOutcome.NOTHING_TO_MOVE
         logger.log(
             logging.DEBUG if quiet else logging.INFO,
-            "Migration %s of request %s from %s to %s: %s%s%s",
+            "Migration %s of %s %s from %s to %s: %s%s%s",
             report.migration_id,
+            "the KV of ended request" if report.has_ended else "request",
             report.request_id,
             report.source,
             report.destination,

@@ -95,6 +95,9 @@ class SchedulerMetrics:
         self._num_stages = metrics.MIGRATION_STAGES.histogram(registry)
         self._expected_s = metrics.MIGRATION_EXPECTED.histogram(registry)
         self._won_s = metrics.MIGRATION_WON.histogram(registry)
+        self._session_moves = metrics.SESSION_MOVES.counter(registry)
+        self._session_bytes = metrics.SESSION_MOVED_BYTES.counter(registry)
+        self._session_tokens = metrics.SESSION_MOVED_TOKENS.counter(registry)
         self._failures = metrics.POLICY_FAILURES.counter(registry)
         for name in parts:
             self._failures.labels(name)
@@ -127,6 +130,9 @@ class SchedulerMetrics:
 
     def migration_ended(self, report: ReportMigration) -> None:
         """A source has reported how a migration ended."""
+        if report.has_ended:
+            self._session_moved(report)
+            return
         self._migrations.labels(report.outcome, report.phase, report.cause).inc()
         statistics = report.statistics
         if statistics is None or report.outcome != MigrationOutcome.COMMITTED:
@@ -136,6 +142,12 @@ class SchedulerMetrics:
         self._num_bytes.observe(statistics.num_bytes)
         self._num_blocks.observe(statistics.num_blocks)
         self._num_stages.observe(statistics.num_stages)
+
+    def _session_moved(self, report: ReportMigration) -> None:
+        self._session_moves.labels(report.outcome, report.cause).inc()
+        if report.statistics is not None:
+            self._session_bytes.inc(report.statistics.num_bytes)
+            self._session_tokens.inc(report.statistics.num_tokens)
 
     def migration_won(self, worth: MigrationWorth) -> None:
         """The worth of a migration is known by now."""

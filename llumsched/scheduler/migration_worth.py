@@ -98,6 +98,8 @@ class MigrationWorths:
         """A source has reported how a migration ended; one without KV is not followed."""
         expected_s = self._ordered.pop(report.migration_id, None)
         statistics, request_id = report.statistics, report.request_id
+        if report.has_ended:
+            return
         if report.outcome != MigrationOutcome.COMMITTED or statistics is None or request_id is None:
             return
         yield from self._ended(request_id)

@@ -229,11 +229,15 @@ class RequestEnded(Message, frozen=True, kw_only=True):
 
 
 class MigrateRequest(Message, frozen=True, kw_only=True):
-    """An operator's wish to move a request, to any instance or to the one named."""
+    """An operator's wish to move a request, to any instance or to the one named.
+
+    With a ``session_id`` it is what that session has: a request, or the KV of its last one.
+    """
 
     call_id: int
     request_id: str
     destination: str | None
+    session_id: str | None = None
 
 
 class MigrateAnswer(Message, frozen=True, kw_only=True):

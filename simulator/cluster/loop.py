@@ -33,6 +33,7 @@ from llumsched.core.events import (
     InstanceJoined,
     InstanceLost,
     MigrationFinished,
+    MigrationOutcome,
     RequestArrived,
     RequestFinished,
 )
@@ -400,6 +401,17 @@ class Cluster:
         source = self._instances.by_id[action.source]
         destination = self._instances.by_id[action.destination]
         if not source.is_alive or not destination.is_alive:
+            return
+        if action.has_ended:
+            refused = MigrationFinished(
+                migration_id=action.migration_id,
+                request_id=action.request_id,
+                source=action.source,
+                destination=action.destination,
+                outcome=MigrationOutcome.REFUSED,
+                reason="no KV of ended requests moves here",
+            )
+            self.migration_ended(refused, now)
             return
         named = None if action.request_id is None else self._live.get(action.request_id)
         self._migrations.start(action, named, source, destination, now)

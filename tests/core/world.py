@@ -149,6 +149,7 @@ class World:
             scheduling_priority=priority,
             execution_priority=priority,
             client_id=f"c{num_blocks % 3}",
+            session_id=f"s{num_blocks}" if num_blocks % 2 else None,
             prefix_hashes=tuple(range(num_blocks)),
         )
         self.handle(RequestArrived(request=request))
@@ -236,7 +237,11 @@ class World:
         candidates = list(source.requests)[: len(running)]
         request_id = migration.request_id or (candidates[-1] if candidates else None)
         outcome = MigrationOutcome.ABORTED
-        if request_id is None:
+        if migration.has_ended:
+            assert request_id not in self.live
+            assert migration.source in self.instances
+            outcome = MigrationOutcome.COMMITTED if commits else MigrationOutcome.REFUSED
+        elif request_id is None:
             outcome = MigrationOutcome.NOTHING_TO_MOVE
         elif commits and request_id in source.requests and not destination.is_terminated:
             outcome = MigrationOutcome.COMMITTED

@@ -28,6 +28,7 @@ from llumsched.core.scheduling.cluster_state import Cluster, InstanceRecord
 from llumsched.core.scheduling.dispatch_queue import DispatchQueue
 from llumsched.core.scheduling.fairness import FairTurns
 from llumsched.core.scheduling.request_ledger import Ledger, RequestRecord
+from llumsched.core.scheduling.session_moves import SessionMoves
 from llumsched.core.scheduling.sessions import Sessions
 from llumsched.core.snapshot import BoolColumn, ClusterSnapshot
 from llumsched.core.types import Allowance, InstanceState, SchedulingRequest, Scores
@@ -50,6 +51,7 @@ class Dispatcher:
         ledger: Ledger,
         queue: DispatchQueue,
         sessions: Sessions,
+        session_moves: SessionMoves,
     ) -> None:
         self._bundle = bundle
         self._options = options
@@ -57,6 +59,7 @@ class Dispatcher:
         self._ledger = ledger
         self._queue = queue
         self._sessions = sessions
+        self._session_moves = session_moves
         self._turns = FairTurns() if options.fair_clients else None
         # Held requests are not tried again before this ...
         self._next_pass_s = 0.0
@@ -264,6 +267,8 @@ class Dispatcher:
         self, record: RequestRecord, now: float, prefix: str, out: list[Action]
     ) -> Hold | None:
         """Dispatch or reject the request, or say why it is held."""
+        if self._session_moves.waits(record, now):
+            return Hold(reason="the KV of its session is on its way", others_may_pass=True)
         cluster = self._cluster.at(now)
         request = record.request
         candidates = cluster.candidates(request)
@@ -318,6 +323,10 @@ class Dispatcher:
                     placement = _least_loaded(cluster, able)
                 if placement is None:
                     return Hold(reason=f"{limit} requests wait at every instance")
+            placed = self._session_moves.place(record, placement, now, out)
+            if isinstance(placed, Hold):
+                return placed
+            placement = placed
         if record.is_held:
             self._queue.remove(record)
         if self._turns is not None:

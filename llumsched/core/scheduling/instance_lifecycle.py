@@ -23,6 +23,7 @@ from llumsched.core.scheduling.migration_arbiter import MigrationArbiter
 from llumsched.core.scheduling.prefix_index import PrefixIndex
 from llumsched.core.scheduling.rebalancer import Rebalancer
 from llumsched.core.scheduling.request_ledger import Ledger
+from llumsched.core.scheduling.session_moves import SessionMoves
 from llumsched.core.types import InstanceState
 
 
@@ -38,6 +39,7 @@ class InstanceLifecycles:
         dispatcher: Dispatcher,
         rebalancer: Rebalancer,
         arbiter: MigrationArbiter,
+        session_moves: SessionMoves,
         prefix_index: PrefixIndex | None,
     ) -> None:
         self._options = options
@@ -46,6 +48,7 @@ class InstanceLifecycles:
         self._dispatcher = dispatcher
         self._rebalancer = rebalancer
         self._arbiter = arbiter
+        self._session_moves = session_moves
         self._prefix_index = prefix_index
         self._draining: dict[str, InstanceRecord] = {}
 
@@ -73,6 +76,7 @@ class InstanceLifecycles:
         for record in self._ledger.on(instance_id):
             self._dispatcher.hold_again(record, now)
         self._draining.pop(instance_id, None)
+        self._session_moves.forget_instance(instance_id)
         self._cluster.remove(instance_id)
         if self._prefix_index is not None:
             self._prefix_index.remove_instance(instance_id)
@@ -109,7 +113,7 @@ class InstanceLifecycles:
             if record is not None and record.instance_id == instance_id:
                 self._dispatcher.end(record, None, out)
         if self._draining:
-            self.leave_if_empty(instance_id, out)
+            self.leave_if_empty(instance_id, now, out)
 
     def _forget_ghosts(self, instance: InstanceRecord, now: float, out: list[Action]) -> None:
         """An empty instance runs none of the requests it once named: their end was not told."""
@@ -163,18 +167,19 @@ class InstanceLifecycles:
         if instance.state is InstanceState.SERVING:
             self._draining[instance_id] = instance
             self._cluster.set_state(instance, InstanceState.DRAINING)
-        self.leave_if_empty(instance_id, out)
+        self.leave_if_empty(instance_id, now, out)
 
-    def leave_if_empty(self, instance_id: str, out: list[Action]) -> None:
-        """Let a draining instance go once nothing is on it, by its word and by the ledger."""
+    def leave_if_empty(self, instance_id: str, now: float, out: list[Action]) -> None:
+        """Let a draining instance go once nothing is on it, by its word and by the ledger, and the
+        KV of its sessions has had some time to leave."""
         instance = self._draining.get(instance_id)
         if instance is None:
             return
         load = instance.load
+        if load.num_running or load.num_waiting or self._ledger.num_on(instance_id):
+            return
         if not (
-            load.num_running
-            or load.num_waiting
-            or self._ledger.num_on(instance_id)
+            self._session_moves.evacuate(instance_id, now, out)
             or self._arbiter.involving(instance_id)
         ):
             self._terminate(instance, "drained", out)
@@ -186,7 +191,7 @@ class InstanceLifecycles:
     def tick(self, now: float, out: list[Action]) -> None:
         """Let draining instances go whose deadline has come."""
         for instance_id, instance in list(self._draining.items()):
-            self.leave_if_empty(instance_id, out)
+            self.leave_if_empty(instance_id, now, out)
             if instance.state is InstanceState.DRAINING and now >= instance.drain_by_s:
                 num_left = self._ledger.num_on(instance_id)
                 self._terminate(instance, f"drain deadline passed, requests left: {num_left}", out)

@@ -33,6 +33,8 @@ class ActiveMigration:
     """True while no report shows the blocks reserved that the destination expects."""
     has_slot: bool = True
     """False for a request that waits: it holds no KV, so nothing is copied."""
+    has_ended: bool = False
+    """True for what is cached of a request that has: no load moves."""
 
 
 class MigrationArbiter:
@@ -70,6 +72,25 @@ class MigrationArbiter:
             return _no_slot("receives", destination, destination.num_migrations_in)
         return None
 
+    def destination_for(
+        self, source: InstanceRecord, wanted: str | None, now: float
+    ) -> InstanceRecord | str:
+        """Where an operator's wish takes something: the instance named, or the freest that can
+        receive; or the reason why it cannot."""
+        records, snapshot = self._cluster.records, self._cluster.snapshot
+        if wanted is not None:
+            found = records.get(wanted)
+            if found is None:
+                known = ", ".join(snapshot.instance_ids)
+                return f"unknown destination {wanted!r}; instances: {known}"
+            blocked = self.blocked(source, found, now)
+            return found if blocked is None else blocked
+        freeness, rows = snapshot.columns.freeness, snapshot.rows
+        able = [i for i in snapshot.instance_ids if self.blocked(source, records[i], now) is None]
+        if not able:
+            return "no other instance can receive a migration now"
+        return records[max(able, key=lambda i: freeness[rows[i]])]
+
     def unwise(
         self, source: InstanceRecord, destination: InstanceRecord, balances: bool, now: float
     ) -> str | None:
@@ -103,6 +124,7 @@ class MigrationArbiter:
         now: float,
         *,
         has_slot: bool = True,
+        has_ended: bool = False,
     ) -> ActiveMigration:
         """Take the slots and overlay the destination."""
         self._next_id += 1
@@ -114,6 +136,7 @@ class MigrationArbiter:
             num_blocks=num_blocks,
             started_s=now,
             has_slot=has_slot,
+            has_ended=has_ended,
         )
         self._add(migration)
         self._overlay(migration)
@@ -157,7 +180,7 @@ class MigrationArbiter:
             self._forget_rests_s = until
             for pair in [pair for pair, until in rests.items() if until <= now]:
                 del rests[pair]
-        if not migration.has_slot:
+        if not migration.has_slot or migration.has_ended:
             return
         if outcome is MigrationOutcome.COMMITTED:
             rests[(migration.source, migration.destination)] = until

@@ -242,32 +242,8 @@ class Rebalancer:
                     f"request {event.request_id!r} is already migrating to {migration.destination}"
                 )
         source = self._cluster.records[record.instance_id]
-        if event.destination is None:
-            destination = self._freest_other(record, source, now)
-            if destination is None:
-                return "no other instance can receive a migration now"
-        else:
-            found = self._cluster.records.get(event.destination)
-            if found is None:
-                known = ", ".join(self._cluster.snapshot.instance_ids)
-                return f"unknown destination {event.destination!r}; instances: {known}"
-            destination = found
-        blocked = self._arbiter.blocked(source, destination, now)
-        return blocked if blocked is not None else (source, destination)
-
-    def _freest_other(
-        self, record: RequestRecord, source: InstanceRecord, now: float
-    ) -> InstanceRecord | None:
-        best: InstanceRecord | None = None
-        freeness = self._cluster.snapshot.columns.freeness
-        rows = self._cluster.snapshot.rows
-        for instance_id in self._cluster.snapshot.instance_ids:
-            candidate = self._cluster.records[instance_id]
-            if self._arbiter.blocked(source, candidate, now) is None and (
-                best is None or freeness[rows[instance_id]] > freeness[rows[best.spec.instance_id]]
-            ):
-                best = candidate
-        return best
+        destination = self._arbiter.destination_for(source, event.destination, now)
+        return destination if isinstance(destination, str) else (source, destination)
 
     def _start(
         self,

@@ -50,6 +50,8 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     hand_over_after: int = 0
     rests_until_s: float = 0.0
     """A policy that names it to be moved before is not followed."""
+    awaited_move: tuple[str, str] | None = None
+    """The migration of its session's KV that it is, or was, held for, and where to."""
 
     def progress_at(self, num_decode_steps: int) -> tuple[int, int]:
         """Tokens computed and produced, once the instance has made so many decode steps."""
@@ -233,6 +235,7 @@ class Ledger:
                 "progress": [record.num_computed, record.num_outputs, record.told_at_step],
                 "hand_over": [record.hand_over_to, record.hand_over_after],
                 "rests_until_s": record.rests_until_s,
+                "awaited_move": record.awaited_move,
             }
             for record in self.requests.values()
         ]
@@ -251,6 +254,7 @@ class Ledger:
                 hand_over_to=entry["hand_over"][0],
                 hand_over_after=entry["hand_over"][1],
                 rests_until_s=entry["rests_until_s"],
+                awaited_move=tuple(entry["awaited_move"]) if entry.get("awaited_move") else None,
             )
             self.requests[record.request.request_id] = record
             if record.hand_over_to is not None:

@@ -14,9 +14,10 @@ request is dispatched again while it runs; `Ticked` comes at the deadline.
 
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from llumsched.core.actions import Action
+from llumsched.core.actions import Action, RefuseMigration
 from llumsched.core.events import (
     DrainRequested,
     Event,
@@ -51,6 +52,7 @@ from llumsched.core.scheduling.prefix_index import PrefixIndex
 from llumsched.core.scheduling.rebalancer import Rebalancer
 from llumsched.core.scheduling.request_ledger import Ledger
 from llumsched.core.scheduling.scaler import Scaling
+from llumsched.core.scheduling.session_moves import SessionMoves
 from llumsched.core.scheduling.sessions import Sessions
 from llumsched.core.snapshot import ClusterSnapshot, PrefixHolders
 from llumsched.core.step_time import StepTimeModel
@@ -93,6 +95,14 @@ class GlobalScheduler:
         )
         self._sessions = Sessions(options)
         self._ledger = Ledger(self._cluster, self._sessions)
+        self._arbiter = MigrationArbiter(self._cluster, options)
+        self._session_moves = SessionMoves(
+            options=options,
+            cluster=self._cluster,
+            ledger=self._ledger,
+            sessions=self._sessions,
+            arbiter=self._arbiter,
+        )
         self._dispatcher = Dispatcher(
             bundle=bundle,
             options=options,
@@ -100,8 +110,8 @@ class GlobalScheduler:
             ledger=self._ledger,
             queue=self._queue,
             sessions=self._sessions,
+            session_moves=self._session_moves,
         )
-        self._arbiter = MigrationArbiter(self._cluster, options)
         self._rebalancer = Rebalancer(
             policy=bundle.migration,
             options=options,
@@ -117,6 +127,7 @@ class GlobalScheduler:
             dispatcher=self._dispatcher,
             rebalancer=self._rebalancer,
             arbiter=self._arbiter,
+            session_moves=self._session_moves,
             prefix_index=self._prefix_index,
         )
         self._scaling = Scaling(
@@ -180,6 +191,7 @@ class GlobalScheduler:
             self._rebalancer.next_deadline(),
             self._instances.next_deadline(),
             self._scaling.next_deadline(),
+            self._session_moves.next_deadline(),
         )
         return min((d for d in deadlines if d is not None), default=None)
 
@@ -227,6 +239,7 @@ class GlobalScheduler:
             "next_rebalance_s": self._rebalancer.next_s,
             "dispatcher": self._dispatcher.state(),
             "sessions": self._sessions.state(),
+            "session_moves": self._session_moves.state(),
             "scaling": self._scaling.state(),
             "num_replacing": self._cluster.num_replacing,
             "prefix_blocks": {} if self._prefix_index is None else self._prefix_index.state(),
@@ -255,6 +268,8 @@ class GlobalScheduler:
             self._rebalancer.next_s = state["next_rebalance_s"]
         self._dispatcher.restore(state["dispatcher"])
         self._sessions.restore(state.get("sessions", ()))
+        if "session_moves" in state:
+            self._session_moves.restore(state["session_moves"])
         self._scaling.restore(state["scaling"])
         self._cluster.num_replacing = state.get("num_replacing", 0)
         if self._prefix_index is not None:
@@ -305,11 +320,11 @@ class GlobalScheduler:
         instance_id = record.instance_id
         self._scaling.request_changed(now)
         if instance_id is not None:
-            self._sessions.ran(record.request, instance_id, now)
+            self._sessions.ran(record.request, instance_id, now, num_output_tokens)
         self._dispatcher.end(record, num_output_tokens, out)
         self._dispatcher.dispatch_held(now, out)
         if instance_id is not None:
-            self._instances.leave_if_empty(instance_id, out)
+            self._instances.leave_if_empty(instance_id, now, out)
 
     def _sent_elsewhere(self, event: RequestSentElsewhere, now: float, out: list[Action]) -> None:
         request_id = event.request.request_id
@@ -321,7 +336,7 @@ class GlobalScheduler:
         self._dispatcher.sent_elsewhere(event.request, instance, now)
         self._dispatcher.dispatch_held(now, out)
         if before is not None:
-            self._instances.leave_if_empty(before, out)
+            self._instances.leave_if_empty(before, now, out)
 
     # Instances.
 
@@ -364,13 +379,28 @@ class GlobalScheduler:
 
     def _migration_finished(self, event: MigrationFinished, now: float, out: list[Action]) -> None:
         self._rebalancer.finished(event, now)
+        self._session_moves.finished(event, now)
         self._dispatcher.dispatch_held(now, out)
-        self._instances.leave_if_empty(event.source, out)
-        self._instances.leave_if_empty(event.destination, out)
+        self._instances.leave_if_empty(event.source, now, out)
+        self._instances.leave_if_empty(event.destination, now, out)
 
     def _migration_requested(
         self, event: MigrationRequested, now: float, out: list[Action]
     ) -> None:
+        if event.session_id is not None:
+            found = self._session_moves.last_turn(event.session_id, now)
+            if found is None:
+                reason = (
+                    f"no session {event.session_id!r} is remembered: none had it, or its last turn "
+                    f"was more than session_ttl_s={self.options.session_ttl_s:g} s ago"
+                )
+                out.append(RefuseMigration(request_id=event.request_id, reason=reason))
+                return
+            key, home = found
+            if home.request_id not in self._ledger.requests:
+                self._session_moves.request(event, key, home, now, out)
+                return
+            event = replace(event, request_id=home.request_id)
         self._rebalancer.request(event, now, out)
 
     # Prefix blocks: ignored unless the bundle keeps an index.
@@ -392,6 +422,7 @@ class GlobalScheduler:
     def _ticked(self, event: Ticked, now: float, out: list[Action]) -> None:
         has_failed = self._scaling.give_up_launches(now)
         self._dispatcher.expire(now, self._scaling.last_failure, out, has_failed=has_failed)
+        self._session_moves.tick(now)
         self._instances.tick(now, out)
         self._scaling.tick(now, out)
         self._rebalancer.tick(now, out)

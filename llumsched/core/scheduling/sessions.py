@@ -5,7 +5,8 @@ most `MOST_SESSIONS` are, the one longest unseen going first.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import msgspec
@@ -17,20 +18,41 @@ from llumsched.core.types import SchedulingRequest
 
 MOST_SESSIONS = 65_536
 
+SessionKey = tuple[str | None, str]
+"""Client and name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Last turn of a session: where and when it was seen, and its tokens as far as they are
+    known."""
+
+    instance_id: str
+    seen_s: float
+    request_id: str = ""
+    num_tokens: int = 0
+
 
 class Sessions:
     """See the module docstring."""
 
     def __init__(self, options: SchedulerOptions) -> None:
         self._options = options
-        self._homes: OrderedDict[tuple[str | None, str], tuple[str, float]] = OrderedDict()
+        self._homes: OrderedDict[SessionKey, Home] = OrderedDict()
 
-    def ran(self, request: SchedulingRequest, instance_id: str, now: float) -> None:
+    def ran(
+        self,
+        request: SchedulingRequest,
+        instance_id: str,
+        now: float,
+        num_output_tokens: int | None = None,
+    ) -> None:
         """Note that a turn is, or has just been, at an instance."""
         if request.session_id is None or not self._options.session_ttl_s:
             return
         key = (request.client_id, request.session_id)
-        self._homes[key] = (instance_id, now)
+        num_tokens = request.num_prompt_tokens + (num_output_tokens or 0)
+        self._homes[key] = Home(instance_id, now, request.request_id, num_tokens)
         self._homes.move_to_end(key)
         if len(self._homes) > MOST_SESSIONS:
             self._homes.popitem(last=False)
@@ -48,7 +70,8 @@ class Sessions:
         A policy that looks at prefixes knows better where the KV of a session is, and one that
         plans a hand-over has a use for its choice: both are left alone.
         """
-        home_id = self._home(request, cluster.now)
+        home_of = self.home_of(request, cluster.now)
+        home_id = None if home_of is None else home_of.instance_id
         if home_id is None or home_id == chosen.instance_id or chosen.hand_over_to is not None:
             return chosen
         row = cluster.rows.get(home_id)
@@ -64,19 +87,36 @@ class Sessions:
         reason = "the last turn of its session was here"
         return msgspec.structs.replace(chosen, instance_id=home_id, reason=reason)
 
-    def _home(self, request: SchedulingRequest, now: float) -> str | None:
+    def home_of(self, request: SchedulingRequest, now: float) -> Home | None:
+        """Where the session of a request ran last; None for one that is not remembered."""
         if request.session_id is None:
             return None
-        instance_id, seen_s = self._homes.get((request.client_id, request.session_id), ("", now))
-        is_known = instance_id and now - seen_s <= self._options.session_ttl_s
-        return instance_id if is_known else None
+        return self.home((request.client_id, request.session_id), now)
+
+    def home(self, key: SessionKey, now: float) -> Home | None:
+        """Where a session ran last; None if it is not remembered."""
+        home = self._homes.get(key)
+        is_known = home is not None and now - home.seen_s <= self._options.session_ttl_s
+        return home if is_known else None
+
+    def latest(self, now: float) -> Iterator[tuple[SessionKey, Home]]:
+        """Every session that is remembered, the one seen last first."""
+        for key, home in reversed(self._homes.items()):
+            if now - home.seen_s <= self._options.session_ttl_s:
+                yield key, home
+
+    def moved(self, key: SessionKey, request_id: str, instance_id: str) -> None:
+        """The KV of a turn is at another instance now; nothing if another turn has run since."""
+        home = self._homes.get(key)
+        if home is not None and home.request_id == request_id:
+            self._homes[key] = replace(home, instance_id=instance_id)
 
     def state(self) -> list[list[Any]]:
         """State for a checkpoint."""
-        return [[*key, *home] for key, home in self._homes.items()]
+        return [[*key, *astuple(home)] for key, home in self._homes.items()]
 
     def restore(self, state: Iterable[list[Any]]) -> None:
         """Go on from a checkpoint."""
         self._homes.clear()
-        for client_id, session_id, instance_id, seen_s in state:
-            self._homes[(client_id, session_id)] = (instance_id, seen_s)
+        for client_id, session_id, *home in state:
+            self._homes[(client_id, session_id)] = Home(*home)

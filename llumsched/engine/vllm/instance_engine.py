@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TypeVar
 
 from llumsched.core.load import InstanceLoad, InstanceSpec
@@ -62,7 +63,10 @@ class VllmEngine:
         return self._core.step_ahead()
 
     def spec(self) -> InstanceSpec:
-        return self._load.spec()
+        kv = self.migration.kv
+        return replace(
+            self._load.spec(), block_num_bytes=sum(kv.block_num_bytes) if kv is not None else 0
+        )
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         return self._core.call(function)

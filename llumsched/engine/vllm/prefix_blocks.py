@@ -12,6 +12,7 @@ not know: who listens, or what a match is worth.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -115,7 +116,10 @@ class PrefixBlockRecorder(EventPublisher):
         self._changes.append(kind(instance_id=self._instance_id, block_hashes=names))
 
     def take(self) -> list[Event]:
-        """Changes since the last call, in order."""
+        """Changes since the last call, in order; those too that wait for a step to be told."""
+        pending: Any = self._scheduler.kv_cache_manager.take_events()
+        if pending:
+            self.publish(KVEventBatch(ts=time.time(), events=pending))
         changes, self._changes = self._changes, []
         return changes
 

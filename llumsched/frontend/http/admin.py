@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import msgspec
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from llumsched.core.events import MigrationOutcome
@@ -37,12 +37,19 @@ OTHERS_SILENT = "Another frontend did not say in time which requests it has."
 
 
 class MigrationBody(BaseModel):
-    """Body of ``POST /llumsched/migrations``."""
+    """Body of ``POST /llumsched/migrations``: a request, or a session."""
 
     model_config = ConfigDict(extra="forbid")
 
-    request_id: str
+    request_id: str | None = None
+    session_id: str | None = None
     destination: str | None = None
+
+    @model_validator(mode="after")
+    def _names_one(self) -> Self:
+        if (self.request_id is None) == (self.session_id is None):
+            raise ValueError("give request_id or session_id, one of the two")
+        return self
 
 
 class DrainBody(BaseModel):
@@ -226,30 +233,41 @@ def admin_router(
             return _error(404, f"The scheduler remembers no request '{request_id}'.")
         return JSONResponse({"requests": msgspec.to_builtins(traced.requests)})
 
-    @router.post("/migrations", responses=_errors(400, 404, 409, 503))
-    async def migrate(body: MigrationBody) -> JSONResponse:
-        """Move a running request; answers when it has moved, with what it took."""
+    async def find(name: str) -> str | JSONResponse:
         try:
             found = await all_requests(routes, frontend, others)
         except TimeoutError:
             return _error(503, OTHERS_SILENT)
-        matches = named(body.request_id, found)
+        matches = named(name, found)
         if not matches:
             return _error(
-                404,
-                f"No unfinished request '{body.request_id}'. GET /llumsched/requests lists them.",
+                404, f"No unfinished request '{name}'. GET /llumsched/requests lists them."
             )
         if len(matches) > 1:
             return _error(
                 409,
-                f"'{body.request_id}' stands for {len(matches)} sequences; name one: "
+                f"'{name}' stands for {len(matches)} sequences; name one: "
                 f"{', '.join(sorted(matches))}.",
             )
+        return matches[0]
+
+    @router.post("/migrations", responses=_errors(400, 404, 409, 503))
+    async def migrate(body: MigrationBody) -> JSONResponse:
+        """Move a running request, or the KV of an idle session; answers when it has moved, with
+        what it took."""
+        request_id = ""
+        if body.request_id is not None:
+            one = await find(body.request_id)
+            if isinstance(one, JSONResponse):
+                return one
+            request_id = one
         known = sorted(b.instance_id for b in berths.describe() if b.state == "running")
         if body.destination is not None and body.destination not in known:
             return _error(404, f"No instance '{body.destination}'. There are: {', '.join(known)}.")
         try:
-            answer = await link.migrate(matches[0], body.destination, MIGRATION_TIMEOUT_S)
+            answer = await link.migrate(
+                request_id, body.destination, MIGRATION_TIMEOUT_S, body.session_id
+            )
         except SchedulerUnavailable as error:
             return _error(503, str(error))
         if answer.refused is not None:

@@ -237,13 +237,22 @@ class SchedulerClient:
         )
 
     async def migrate(
-        self, request_id: str, destination: str | None, timeout_s: float
+        self,
+        request_id: str,
+        destination: str | None,
+        timeout_s: float,
+        session_id: str | None = None,
     ) -> MigrateAnswer:
-        """Have a request moved; returns when it has moved or could not."""
+        """Have a request moved, or what a session has; returns when it has moved or could not."""
         call_id = next(self._call_ids)
         answer: MigrateAnswer = await self._call(
             call_id,
-            MigrateRequest(call_id=call_id, request_id=request_id, destination=destination),
+            MigrateRequest(
+                call_id=call_id,
+                request_id=request_id,
+                destination=destination,
+                session_id=session_id,
+            ),
             timeout_s,
             ask_again=False,
         )

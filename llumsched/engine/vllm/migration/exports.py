@@ -94,7 +94,7 @@ class SourceAdapter(EngineAdapter):
         self._awaited: list[tuple[Request, int, Future[None]]] = []
         self._rolled_back: list[Request] = []
         self._ended = EndedRequests(
-            self._scheduler.block_size * self._kv_manager.block_pool.num_gpu_blocks
+            self.groups[0].block_size * self._kv_manager.block_pool.num_gpu_blocks
         )
         engine.observe(on_add=self._ended.add)
         self.on_lost: Callable[[str, str], None] = lambda _request_id, _what: None
