@@ -1,4 +1,4 @@
-"""What a source tells the scheduler of a migration that is over."""
+"""The source's report to the scheduler of a migration that is over."""
 
 from __future__ import annotations
 

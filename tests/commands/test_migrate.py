@@ -30,6 +30,22 @@ def test_without_a_destination_the_scheduler_chooses(capsys: pytest.CaptureFixtu
     assert ": 1 KV block (0.7 MB) copied in 1 stage by shared memory, 37 already there" in out
 
 
+def test_an_idle_session_is_told_in_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving({PATH: (200, make_report(has_ended=True))}) as stub:
+        assert cli.main(["migrate", "--session", "s", "--url", stub.url]) == 0
+    assert stub.bodies == [{"session_id": "s", "destination": None}]
+    moved, copied = capsys.readouterr().out.splitlines()
+    assert moved.startswith("moved the KV of chatcmpl-1, which has ended, from instance-0 to")
+    assert copied.startswith("context of 1201 tokens")
+
+
+@pytest.mark.parametrize("argv", [["migrate"], ["migrate", "r", "--session", "s"]])
+def test_a_request_or_a_session(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(argv)
+    assert "--session" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "refusal",
     [

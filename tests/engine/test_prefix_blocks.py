@@ -66,7 +66,7 @@ def make_recorder(cached: Any = ()) -> tuple[PrefixBlockRecorder, Published, Any
     scheduler = SimpleNamespace(
         kv_event_publisher=Published(),
         kv_cache_manager=SimpleNamespace(
-            block_pool=SimpleNamespace(cached_block_hash_to_block=blocks)
+            block_pool=SimpleNamespace(cached_block_hash_to_block=blocks, kv_event_queue=[])
         ),
     )
     publisher = scheduler.kv_event_publisher
@@ -85,6 +85,23 @@ def test_changes_are_handed_over_in_order_and_once() -> None:
         KvCacheCleared(instance_id="a"),
         KvBlocksStored(instance_id="a", block_hashes=(5,)),
     ]
+    assert recorder.take() == []
+
+
+def test_what_waits_for_a_step_is_told_at_once_and_once() -> None:
+    """Blocks that arrive between two steps are published with the next, if there is one."""
+    recorder, publisher, scheduler = make_recorder()
+    queue = scheduler.kv_cache_manager.block_pool.kv_event_queue
+    queue.append(stored(1))
+    assert recorder.take() == [KvBlocksStored(instance_id="a", block_hashes=(1,))]
+    queue.append(stored(2))
+    batch = KVEventBatch(ts=0.0, events=list(queue))
+    queue.clear()
+    recorder.publish(batch)
+    assert publisher.batches == [batch]
+    assert recorder.take() == [KvBlocksStored(instance_id="a", block_hashes=(2,))]
+    queue.append(stored(3))
+    recorder.all()
     assert recorder.take() == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
@@ -79,9 +80,14 @@ def test_an_exact_id_goes_before_those_that_begin_with_it() -> None:
 class PeerConnection:
     """Moves whatever it is told to move."""
 
-    async def migrate(self, request_id: str, destination: str | None, _: float) -> MigrateAnswer:
+    async def migrate(
+        self, request_id: str, destination: str | None, _: float, session_id: str | None = None
+    ) -> MigrateAnswer:
         report = migration_report(
-            request_id=request_id, source="instance-1", destination=destination or "instance-0"
+            request_id=request_id or f"last of {session_id}",
+            source="instance-1",
+            destination=destination or "instance-0",
+            has_ended=session_id is not None,
         )
         return MigrateAnswer(call_id=1, report=report)
 
@@ -117,6 +123,19 @@ def test_a_request_is_not_said_to_be_nowhere_while_a_frontend_is_silent() -> Non
         silent.post("/llumsched/migrations", json={"request_id": "cmpl-2"}),
     ]
     assert [answer.status_code for answer in answers] == [503, 503]
+
+
+def test_a_session_moves_though_no_request_of_it_is_left() -> None:
+    asked = {"session_id": "s"}
+    answer = client(Others()).post("/llumsched/migrations", json=asked)
+    assert answer.status_code == 200, answer.text
+    told = answer.json()
+    assert (told["request_id"], told["has_ended"]) == ("last of s", True)
+
+
+@pytest.mark.parametrize("body", [{}, {"request_id": "r", "session_id": "s"}])
+def test_what_moves_is_named_once(body: dict[str, str]) -> None:
+    assert client(None).post("/llumsched/migrations", json=body).status_code in (400, 422)
 
 
 def test_one_frontend_has_no_others() -> None:

@@ -90,9 +90,13 @@ class PeerConnection:
         return Accepted(call_id=1, refused=self._refused())
 
     async def migrate(
-        self, request_id: str, destination: str | None, timeout_s: float
+        self,
+        request_id: str,
+        destination: str | None,
+        timeout_s: float,
+        session_id: str | None = None,
     ) -> MigrateAnswer:
-        assert request_id == REQUEST
+        assert (request_id == REQUEST) == (session_id is None)
         refused = self._refused()
         report = migration_report(request_id=request_id, source=INSTANCE, destination="instance-1")
         return MigrateAnswer(call_id=1, refused=refused, report=None if refused else report)

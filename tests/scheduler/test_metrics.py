@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -60,6 +61,7 @@ def test_every_metric_of_the_catalogue_moves() -> None:
     counts.handled(LaunchFailed(launch_id="l", reason=""), (), 0.001)
     counts.handled(RequestFinished(request_id="r", num_output_tokens=7), (), 0.001)
     counts.migration_ended(COMMITTED)
+    counts.migration_ended(msgspec.structs.replace(COMMITTED, has_ended=True))
     counts.migration_won(WORTH)
     counts.drained()
     after = samples(registry)

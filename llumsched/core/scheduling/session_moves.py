@@ -42,7 +42,7 @@ _REFUSALS_OF_A_DRAIN = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worth:
-    """What a move copies, and how long it and its alternative take."""
+    """Size of a move, and how long it and its alternative take."""
 
     num_blocks: int
     num_bytes: int

@@ -12,8 +12,7 @@ not know: who listens, or what a match is worth.
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm.config import KVEventsConfig, VllmConfig
@@ -93,10 +92,17 @@ class PrefixBlockRecorder(EventPublisher):
         self._instance_id = instance_id
         self._next = scheduler.kv_event_publisher
         self._changes: list[Event] = []
+        # Of the events that wait to be published, those that are among the changes already.
+        self._num_told = 0
         scheduler.kv_event_publisher = self
 
     def publish(self, events: KVEventBatch) -> None:  # type: ignore[override]
-        for event in events.events:
+        self._record(events.events[self._num_told :])
+        self._num_told = 0
+        self._next.publish(events)
+
+    def _record(self, events: Iterable[Any]) -> None:
+        for event in events:
             match event:
                 case BlockStored():
                     self._add(KvBlocksStored, event.block_hashes)
@@ -104,7 +110,12 @@ class PrefixBlockRecorder(EventPublisher):
                     self._add(KvBlocksRemoved, event.block_hashes)
                 case AllBlocksCleared():
                     self._changes.append(KvCacheCleared(instance_id=self._instance_id))
-        self._next.publish(events)
+
+    def _record_pending(self) -> None:
+        """Record events between two steps, which are published with the next."""
+        pending = self._scheduler.kv_cache_manager.block_pool.kv_event_queue
+        self._record(pending[self._num_told :])
+        self._num_told = len(pending)
 
     def _add(self, kind: type[KvBlocksStored] | type[KvBlocksRemoved], hashes: list[Any]) -> None:
         names = tuple(_number(block_hash) for block_hash in hashes)
@@ -116,16 +127,15 @@ class PrefixBlockRecorder(EventPublisher):
         self._changes.append(kind(instance_id=self._instance_id, block_hashes=names))
 
     def take(self) -> list[Event]:
-        """Changes since the last call, in order; those too that wait for a step to be told."""
-        pending: Any = self._scheduler.kv_cache_manager.take_events()
-        if pending:
-            self.publish(KVEventBatch(ts=time.time(), events=pending))
+        """Changes since the last call, in order."""
+        self._record_pending()
         changes, self._changes = self._changes, []
         return changes
 
     def all(self) -> list[Event]:
         """Everything the engine caches now, for a listener that knows nothing; what is pending is
         part of it."""
+        self._record_pending()
         self._changes.clear()
         cached = self._scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block
         names = tuple(_name(get_block_hash(key)) for key in cached._cache)

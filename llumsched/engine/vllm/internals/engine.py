@@ -171,11 +171,11 @@ ENGINE_INTERNALS: tuple[Internal, ...] = (
     Internal(_KV, "block_pool", "pin blocks", on_instances=True),
     Internal(_KV, "kv_cache_config", "check the cache's kind", on_instances=True),
     Internal(_KV, "enable_caching", "know that prefixes are kept", on_instances=True),
-    Internal(_KV, "take_events", "tell what is cached between two steps"),
     Internal(_POOL, "touch", "pin blocks", ("blocks",)),
     Internal(_POOL, "free_blocks", "unpin blocks", ("ordered_blocks",)),
     Internal(_POOL, "get_num_free_blocks", "report load"),
     Internal(_POOL, "num_gpu_blocks", "report load", on_instances=True),
+    Internal(_POOL, "kv_event_queue", "tell what is cached between steps", on_instances=True),
     Internal(_POOL, "null_block", "leave out what a window has left behind", on_instances=True),
     Internal(_POOL, "cached_block_hash_to_block", "list cached prefixes", on_instances=True),
     Internal(
