@@ -196,6 +196,8 @@ setup(
             "types-PyYAML>=6",
             "types-psutil>=6",
             "types-tqdm>=4.66",
+            # llama.cpp with its server, one of those that tests put behind the proxy.
+            "xllamacpp>=2026.10; sys_platform == 'linux'",
         ],
     },
     entry_points={

@@ -1,4 +1,5 @@
-"""Two plain vLLM servers behind the proxy: one comes, one goes, one dies in the middle of answers.
+"""Two plain vLLM servers and llama.cpp's behind the proxy: one comes, one goes, one dies in the
+middle of answers.
 
 An answer that has begun at the server that dies ends with an error event; nothing else fails.
 """
@@ -15,6 +16,7 @@ import pytest
 
 from tests.e2e.client import Client
 from tests.e2e.servers import Server, plain_vllm
+from tests.llama_cpp import write_model
 
 QUESTION = {"prompt": "Count from one to a hundred: one, two,", "temperature": 0}
 NUM_STREAMS = 6
@@ -37,6 +39,20 @@ def proxy(plain_server: Server, log_folder: Path) -> Iterator[Server]:
 def other(plain_server: Server, model: str, log_folder: Path) -> Iterator[Server]:
     """A second plain server, which the proxy does not know of."""
     server = plain_vllm(model, log_folder, name="other")
+    try:
+        server.await_health()
+        yield server
+    finally:
+        server.end()
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(model: str, log_folder: Path) -> Iterator[Server]:
+    """A server of llama.cpp, by the same name of another model."""
+    pytest.importorskip("xllamacpp", reason="llama.cpp's server is of the package xllamacpp")
+    write_model(log_folder / "tiny.gguf")
+    arguments = ["tests.llama_cpp", str(log_folder / "tiny.gguf"), model]
+    server = Server("llama.cpp", arguments, log_folder)
     try:
         server.await_health()
         yield server
@@ -87,9 +103,10 @@ def test_an_answer_is_the_servers_own(proxy: Server, plain_server: Server, model
 
 
 def test_one_is_added_one_is_drained_one_is_killed(
-    proxy: Server, plain_server: Server, other: Server, model: str
+    proxy: Server, plain_server: Server, other: Server, llama_cpp: Server, model: str
 ) -> None:
     add(proxy, other)
+    add(proxy, llama_cpp)
     leaving = id_of(plain_server)
     httpx.post(f"{proxy.url}/llumsched/instances/{leaving}/drain").raise_for_status()
     proxy.await_that(lambda: leaving not in instances(proxy), "the drained server has left")
@@ -122,7 +139,7 @@ def test_one_is_added_one_is_drained_one_is_killed(
         thread.join(timeout=120)
         assert not thread.is_alive()
     lost = id_of(other)
-    assert set(homes.values()) == {lost, id_of(plain_server)}
+    assert set(homes.values()) == {lost, id_of(plain_server), id_of(llama_cpp)}
     for number, end in ends.items():
         assert (end == "data: [DONE]") == (homes[number] != lost), (homes[number], end)
         assert ("error" in end) == (homes[number] == lost), (homes[number], end)
