@@ -2,7 +2,8 @@
 
 A contestant is anything that serves an OpenAI API on two engines of the same flags. Capacity is
 measured on the machine at hand: what the first contestant serves a second while all requests of a
-shape wait at once. Memory is the limit, not compute: 26 blocks of 32 tokens an engine, for at most
+shape wait at once, on servers of its own that end before the contest begins: whoever ran it would
+have learnt from it. Memory is the limit, not compute: 26 blocks of 32 tokens an engine, for at most
 16 sequences.
 """
 
@@ -47,6 +48,8 @@ FLAGS = (
 METRICS = ("TTFT mean", "TTFT P99", "TPOT P99", "longest gap P99")
 URGENT = "urgent TTFT P99"
 NUM_WARM_UP, NUM_AT_ONCE = 4, 60
+# Of the prompts that are not measured: no seed of a contest is as large.
+_SALT = 1_000
 NORMAL_PRIORITY = 1
 
 
@@ -167,6 +170,11 @@ def contest(plan: Plan, contestants: Sequence[Contestant]) -> Outcome:
         RuntimeError: an answer has not as many tokens as was asked for.
     """
     outcome = Outcome(plan=plan, names=[c.name for c in contestants])
+    with contestants[0].start() as running:
+        _warm_up(running.server, 0)
+        for shape in plan.shapes:
+            num_at_once = min(NUM_AT_ONCE, plan.num_requests)
+            outcome.capacity_rps[shape] = _capacity(running.server, shape, num_at_once)
     for seed in range(plan.num_seeds):
         # Whoever comes first in one round comes last in another: a machine warms up.
         turn = seed % len(contestants)
@@ -178,12 +186,8 @@ def contest(plan: Plan, contestants: Sequence[Contestant]) -> Outcome:
 
 def _serve_all(plan: Plan, seed: int, name: str, running: Running, outcome: Outcome) -> None:
     server = running.server
-    salt = 1_000 * (seed + 1)
-    asyncio.run(_replay(server, SHAPES["bursts"](100.0, NUM_WARM_UP, salt)))
+    _warm_up(server, seed)
     for shape in plan.shapes:
-        if shape not in outcome.capacity_rps:
-            num_at_once = min(NUM_AT_ONCE, plan.num_requests)
-            outcome.capacity_rps[shape] = _capacity(server, shape, num_at_once, salt + 1)
         for load in plan.loads:
             cell = Cell(shape=shape, load=load, seed=seed)
             rate_rps = load * outcome.capacity_rps[shape]
@@ -198,10 +202,14 @@ def _serve_all(plan: Plan, seed: int, name: str, running: Running, outcome: Outc
             print(f"{shape}, {load:.0%}, seed {seed}: {name}: {shown}", flush=True)
 
 
-def _capacity(server: Server, shape: str, num_requests: int, seed: int) -> float:
+def _warm_up(server: Server, seed: int) -> None:
+    asyncio.run(_replay(server, SHAPES["bursts"](100.0, NUM_WARM_UP, _SALT * (seed + 1))))
+
+
+def _capacity(server: Server, shape: str, num_requests: int) -> float:
     requests = [
         Request(at_s=0.0, prompt=request.prompt, num_output_tokens=request.num_output_tokens)
-        for request in SHAPES[shape](1.0, num_requests, seed)
+        for request in SHAPES[shape](1.0, num_requests, _SALT)
     ]
     began_s = time.perf_counter()
     asyncio.run(_replay(server, requests))
