@@ -69,7 +69,7 @@ def served(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def events(answer: httpx.Response) -> Iterator[dict[str, Any]]:
-    """What a stream tells, but for its end."""
+    """Objects that a stream tells, up to its end."""
     for line in answer.iter_lines():
         if line.startswith("data: {"):
             yield json.loads(line.removeprefix("data: "))
