@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib.resources import files
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, StreamingResponse
-from prometheus_client import Metric
 
 from llumsched.core.types import PriorityClass
+from llumsched.frontend.http.exposition import Registry
 from llumsched.frontend.routing.scheduler_client import SchedulerUnavailable
 from llumsched.frontend.routing.status import RequestStatus
 from llumsched.wire.control import ClusterDescription, InstanceDescription
@@ -29,12 +29,6 @@ DESCRIBE_TIMEOUT_S = 5.0
 TTFT = "vllm:time_to_first_token_seconds"
 # Quantiles are those of the requests of so many seconds.
 WINDOW_S = 600.0
-
-
-class Registry(Protocol):
-    """Source of metrics."""
-
-    def collect(self) -> Iterable[Metric]: ...
 
 
 class RecentQuantiles:
