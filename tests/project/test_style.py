@@ -24,21 +24,30 @@ def modules(*folders: str) -> Iterator[Path]:
                 yield path
 
 
+def statements(node: ast.AST) -> Iterator[list[ast.stmt]]:
+    """Every list of statements in a node. Expressions, most of a tree, are not walked."""
+    for field in ("body", "orelse", "handlers", "finalbody", "cases"):
+        found = getattr(node, field, ())
+        if isinstance(found, list):
+            yield found
+            for child in found:
+                yield from statements(child)
+
+
 def docstrings(path: Path) -> Iterator[tuple[str, str]]:
     """The name of each documented thing of a module, with its docstring."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    bodies = list(statements(module))
+    for node in itertools.chain((module,), *bodies):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node)
             if text:
                 yield getattr(node, "name", path.stem), text
-        for body in (getattr(node, "body", ()), getattr(node, "orelse", ())):
-            # A string after an assignment documents what it assigns.
-            for before, after in itertools.pairwise(body if isinstance(body, list) else ()):
-                match before, after:
-                    case ast.Assign() | ast.AnnAssign(), ast.Expr(
-                        value=ast.Constant(value=str(text))
-                    ):
-                        yield ast.unparse(before).partition("\n")[0][:40], text
+    for before, after in itertools.chain.from_iterable(map(itertools.pairwise, bodies)):
+        # A string after an assignment documents what it assigns.
+        match before, after:
+            case ast.Assign() | ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str(text))):
+                yield ast.unparse(before).partition("\n")[0][:40], text
 
 
 def test_no_file_is_too_long_to_have_one_subject() -> None:
