@@ -137,8 +137,9 @@ def test_every_answer_is_one_that_is_described() -> None:
                 for name, value in {"instance_id": INSTANCE, "request_id": REQUEST}.items():
                     if len((case.path_parameters or {}).get(name, "")) % 2:
                         case.path_parameters[name] = value
-                if isinstance(case.body, dict) and len(str(case.body.get("request_id"))) % 2:
-                    case.body = {**case.body, "request_id": REQUEST}
+                moves = isinstance(case.body, dict) and "migrations" in case.operation.path
+                if moves and len(str(case.body)) % 2:
+                    case.body = {"request_id": REQUEST}
                 response = case.call()
                 statuses.setdefault(case.operation.path, set()).add(response.status_code)
                 described = case.operation.definition.raw["responses"]
