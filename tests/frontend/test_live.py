@@ -236,7 +236,20 @@ def test_in_a_browser_what_can_be_done_follows_what_has_happened() -> None:
             )
             others = [name for name in first if name != "instance-2"]
             assert await destinations() == ["the freest", *others]
-            await page.evaluate("choose({ instance: 'instance-1' })")
+            # A move that ends when something else is looked at is told to nobody.
+            ends = asyncio.Event()
+
+            async def move(route: Any) -> None:
+                await ends.wait()
+                await route.fulfill(status=409, json={"error": {"message": "Not migrated: x."}})
+
+            await page.route("**/llumsched/migrations", move)
+            async with page.expect_response("**/llumsched/migrations"):
+                await page.click("#detail .act button")
+                await page.evaluate("choose({ instance: 'instance-1' })")
+                ends.set()
+            await next_frame("")
+            assert await page.inner_text("#detail .said") == ""
             assert await page.locator("#detail .act button").count() == 2
             await next_frame("instances: f.instances.filter((i) => i.id !== 'instance-1')")
             assert await page.locator("#detail .act button").count() == 0

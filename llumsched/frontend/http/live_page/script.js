@@ -289,14 +289,15 @@ function drawDetail() {
 const destinations = (q, frame) => frame.instances.filter((x) => x.id !== q.instance && x.state === "serving").map((x) => x.id);
 function actions(box, q, i, frame) {
   const button = (text, run) => { const b = document.createElement("button"); b.type = "button"; b.textContent = text;
-    b.addEventListener("click", async () => { b.disabled = true; try { state.said = await run(); } catch (error) { state.said = error.message; } b.disabled = false; drawDetail(); }); box.append(b); };
+    b.addEventListener("click", async () => { const { chosen } = state; b.disabled = true; const said = await run().catch((error) => error.message); b.disabled = false;
+      if (state.chosen === chosen) { state.said = said; drawDetail(); } }); box.append(b); };  // not in the panel of another, chosen meanwhile
   if (q) {
     const select = document.createElement("select");
     select.setAttribute("aria-label", "Destination");
     select.append(new Option("the freest", ""), ...destinations(q, frame).map((id) => new Option(id, id)));
     box.append(select);
     button("Move", async () => { const a = await call("migrations", { request_id: q.id, destination: select.value || null });
-      return `moved in ${ms(a.total_s)}, paused ${ms(a.suspended_s)}, ${a.num_blocks ?? "?"} blocks`; });
+      return `moved in ${ms(a.total_s)}, paused ${ms(a.suspended_s)}, ${a.num_blocks ?? "?"} block${a.num_blocks === 1 ? "" : "s"}`; });
   } else if (i) {
     button("Drain", async () => { await call(`instances/${encodeURIComponent(i.id)}/drain`, {}); return "being drained"; });
     button("Replace", async () => { await call(`instances/${encodeURIComponent(i.id)}/drain`, { replace: true }); return "being replaced"; });
