@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
@@ -129,3 +130,28 @@ def test_stop_string_found_while_moving(
     expected = pool.whole(COMPLETIONS, body)
     assert expected.text == text[: text.index(stop)]
     assert not differences(found.as_dict(), expected.as_dict())
+
+
+def test_an_idle_session_moves_and_its_next_turn_finds_it_there(pool: Admin) -> None:
+    session = {"x-session-id": "of-a-patient-user"}
+    past = [211 + i % 499 for i in range(200)]
+    body = {"model": pool.model, "prompt": past, "max_tokens": 4, "temperature": 0}
+    first = pool.post(COMPLETIONS, body, session)
+    assert first.status == 200, first
+    moved = pool.post("/llumsched/migrations", {"session_id": session["x-session-id"]})
+    assert moved.status == 200, moved
+    assert moved.body["source"] != moved.body["destination"]
+
+    num_hits = _cached_tokens(pool)
+    again = pool.post(COMPLETIONS, {**body, "prompt": [*past, 7, 8, 9]}, session)
+    assert again.status == 200, again
+    # Full blocks of 32 tokens.
+    assert (
+        _cached_tokens(pool)[moved.body["destination"]] == num_hits[moved.body["destination"]] + 192
+    )
+
+
+def _cached_tokens(pool: Admin) -> dict[str, float]:
+    """Prompt tokens that were found in the cache of each instance, so far."""
+    hits = re.compile(r'^vllm:prefix_cache_hits_total\{.*engine="(\d+)".*\} (\S+)$', re.MULTILINE)
+    return {f"instance-{n}": float(hit) for n, hit in hits.findall(pool.text("/metrics"))}
