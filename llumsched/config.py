@@ -30,6 +30,7 @@ from llumsched.core.options import SchedulerOptions
 from llumsched.core.params import ParamError, check_param, params_of
 from llumsched.core.policy import PolicyBundle
 from llumsched.core.transfer_options import TransferOptions
+from llumsched.yaml_file import PlainLoader
 
 _T = TypeVar("_T")
 DEFAULT_POLICY = "adaptive"
@@ -105,7 +106,7 @@ def loads(text: str, source: str = "<text>") -> Config:
         ConfigError: something in it is wrong.
     """
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=PlainLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
         raise ConfigError(f"{source}:{line}: not YAML: {error.problem}") from error
@@ -264,7 +265,7 @@ class _Reader:
         return value
 
     def _value(self, node: yaml.Node) -> Any:
-        loader = yaml.SafeLoader("")
+        loader = PlainLoader("")
         try:
             return loader.construct_object(node, deep=True)
         except (yaml.YAMLError, ValueError) as error:

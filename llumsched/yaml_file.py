@@ -8,6 +8,17 @@ from typing import Any
 import yaml
 
 
+class PlainLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, with constructors that other packages of the process cannot replace."""
+
+
+# One of vLLM's dependencies lets the shared loader take dates for text.
+PlainLoader.yaml_constructors = {
+    **yaml.SafeLoader.yaml_constructors,
+    "tag:yaml.org,2002:timestamp": yaml.SafeLoader.construct_yaml_timestamp,
+}
+
+
 class YamlFileError(ValueError):
     """A file cannot be read as YAML; the message is one line, and names the file."""
 
@@ -19,7 +30,7 @@ def read_yaml(path: Path) -> Any:
         YamlFileError: the file cannot be read, or is not YAML.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=PlainLoader)
     except OSError as error:
         raise YamlFileError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 
 from llumsched.config import ConfigError
@@ -68,6 +69,17 @@ def test_an_odd_file_is_one_sentence_that_names_it(
     with pytest.raises(kind, match=r"odd\.yaml"):
         is_one_sentence(lambda: read(path), AssertionError)
     is_one_sentence(lambda: read(path), kind)
+
+
+def test_dates_are_dates_whatever_else_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_text = yaml.SafeLoader.yaml_constructors["tag:yaml.org,2002:str"]
+    monkeypatch.setitem(yaml.SafeLoader.yaml_constructors, "tag:yaml.org,2002:timestamp", as_text)
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(ODD["a date as a key"])
+    with pytest.raises(BackendError):
+        read_backends(path)
 
 
 @given(damaged([BACKENDS]))

@@ -21,8 +21,8 @@ def job(name: str = "j", **fields: Any) -> Job:
 
 
 DAILY = {"cron": "0 0 22 * * *"}
-A_AT_ONE = "{name: a, http: {url: x}, cron: '0 1 * * *'}"
-C_AFTER_BOTH = "{name: c, http: {url: x}, after: [a, b]}"
+A_AT_ONE = "{name: a, http: {url: 'http://x'}, cron: '0 1 * * *'}"
+C_AFTER_BOTH = "{name: c, http: {url: 'http://x'}, after: [a, b]}"
 
 
 def at(text: str) -> float:
@@ -142,14 +142,18 @@ def test_a_mistake_in_a_job_names_the_job_and_the_fix(fields: dict[str, Any], sa
 @pytest.mark.parametrize(
     ("jobs", "said"),
     [
-        ("{name: a, http: {url: x}, after: [b]}", "no job 'b'"),
+        ("{name: a, http: {url: 'http://x'}, after: [b]}", "no job 'b'"),
         (
-            "{name: a, http: {url: x}, after: [b]}, {name: b, http: {url: x}, after: [a]}",
+            ", ".join(
+                f"{{name: {a}, http: {{url: 'http://x'}}, after: [{b}]}}" for a, b in ("ab", "ba")
+            ),
             "one another",
         ),
-        ("{name: a, http: {url: x}, cron: '* * * * *'}, " * 2, "this name"),
+        ("{name: a, http: {url: 'http://x'}, cron: '* * * * *'}, " * 2, "this name"),
         (
-            ", ".join([A_AT_ONE, "{name: b, http: {url: x}, cron: '0 2 * * *'}", C_AFTER_BOTH]),
+            ", ".join(
+                [A_AT_ONE, "{name: b, http: {url: 'http://x'}, cron: '0 2 * * *'}", C_AFTER_BOTH]
+            ),
             "different times",
         ),
         ("3", "object"),
