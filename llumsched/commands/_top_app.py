@@ -125,8 +125,8 @@ def summary(frame: Frame, before: Frame | None) -> str:
         parts.append(
             f"first token P50 {frame['ttft_p50_s']:.2f} s, P99 {frame['ttft_p99_s']:.2f} s"
         )
-    line = " · ".join(parts)
-    return f"{line}\n{frame['error']}" if frame["error"] else line
+    said = [frame["error"]] if frame["error"] else []
+    return "\n".join([" · ".join(parts), *said, *frame.get("places", [])])
 
 
 def events(frame: Frame, before: Frame | None) -> list[str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llumsched.commands import CommandError
 from llumsched.commands._admin import AdminClient, add_server
 from llumsched.commands._totals import ProcessSample, failures, look, rates, totals
+from llumsched.places import place_lines
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -119,7 +120,7 @@ def page(
         "",
         *instance_table(cluster["instances"]),
         *migration_lines(cluster["instances"]),
-        *berth_lines(cluster["berths"]),
+        *place_lines(cluster["berths"]),
         *frontend_lines(cluster["frontends"]),
         "",
         *(request_table(requests) if requests else ["no unfinished request"]),
@@ -147,25 +148,6 @@ def migration_lines(instances: Sequence[Mapping[str, Any]]) -> list[str]:
         for instance in instances
         if instance["cannot_migrate"]
     ]
-
-
-def berth_lines(berths: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines on places where instances boot, have died, or are on several machines."""
-    lines = []
-    nodes = {berth["node"] for berth in berths} - {None}
-    for berth in berths:
-        parts = []
-        if len(nodes) > 1 and berth["node"] is not None:
-            parts.append(f"on {berth['node']}")
-        if berth["state"] == "booting":
-            parts.append("booting")
-        if berth["num_deaths"]:
-            parts.append(f"{berth['num_deaths']} died in this place ({berth['last_failure']})")
-        if berth["retry_in_s"] is not None:
-            parts.append(f"another is started in {berth['retry_in_s']:.0f} s")
-        if parts:
-            lines.append(f"{berth['instance_id']}: {'; '.join(parts)}")
-    return lines
 
 
 def frontend_lines(frontends: Sequence[Mapping[str, Any]]) -> list[str]:

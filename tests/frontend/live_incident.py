@@ -25,6 +25,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from llumsched.core.load import InstanceLoad
 from llumsched.frontend.http.live import TTFT, LiveFeed, live_router
 from llumsched.frontend.routing.status import RequestStatus
+from llumsched.pool.instance_supervisor import InstanceSlotStatus
 from llumsched.wire.control import ClusterDescription, InstanceDescription
 
 BLOCK_SIZE = 16
@@ -257,6 +258,22 @@ class Incident:
         found = [slot for slot in self._slots if f"{_name(slot)}-0" == request_id]
         return {"requests": {f"{_name(slot)}-0": slot.steps for slot in found}}
 
+    def places(self) -> list[InstanceSlotStatus]:
+        """Places of instances, as a launcher tells them."""
+        killed = self.num_instances > KILLED and self._now_s >= KILLED_S
+        return [
+            InstanceSlotStatus(
+                instance_id=f"instance-{self.num_instances if is_killed else index}",
+                pid=None,
+                state="booting" if is_killed and self._now_s < REPLACED_S else "running",
+                num_deaths=int(is_killed),
+                last_failure="its process was killed (SIGKILL)" if is_killed else "",
+                retry_in_s=None,
+            )
+            for index in range(self.num_instances)
+            for is_killed in [killed and index == KILLED]
+        ]
+
     async def describe(self) -> ClusterDescription:
         """The pool, as a scheduler tells it."""
         now_s = self._now_s
@@ -320,6 +337,7 @@ def app_of(incident: Incident) -> FastAPI:
     feed = LiveFeed(
         incident.describe,
         incident.requests,
+        incident.places,
         lambda: BLOCK_SIZE,
         incident.registry,
         interval_s=0.0 if incident.is_stepped else 0.5,

@@ -18,7 +18,7 @@ from llumsched.frontend.http.live import TTFT, LiveFeed, RecentQuantiles
 from llumsched.frontend.routing.scheduler_client import SchedulerUnavailable
 from llumsched.frontend.routing.status import RequestStatus
 from llumsched.wire.control import ClusterDescription
-from tests.frontend.live_incident import Incident, app_of
+from tests.frontend.live_incident import KILLED_S, Incident, app_of
 
 TIMEOUT_S = 20.0
 
@@ -37,6 +37,7 @@ def feed_of(incident: Incident, **changes: Any) -> LiveFeed:
     values: dict[str, Any] = {
         "describe": incident.describe,
         "requests": incident.requests,
+        "places": incident.places,
         "block_size": lambda: 16,
         "registry": incident.registry,
         "interval_s": 0.001,
@@ -78,6 +79,14 @@ def test_a_frontend_that_is_silent_is_said() -> None:
     (frame,) = asyncio.run(first_frames(feed_of(Incident(2, 4), requests=requests), 1))
     assert "a frontend does not answer" in frame["error"]
     assert frame["requests"] == []
+
+
+def test_a_frame_says_where_an_instance_boots_and_what_died_there() -> None:
+    (frame,) = asyncio.run(first_frames(feed_of(Incident(6, 4, from_s=KILLED_S)), 1))
+    assert frame["places"] == [
+        "instance-6: booting; 1 died in this place (its process was killed (SIGKILL))"
+    ]
+    assert [i["id"] for i in frame["instances"]].count("instance-6") == 0
 
 
 def test_nobody_is_asked_while_nobody_looks() -> None:
@@ -176,6 +185,7 @@ def test_in_a_browser_an_incident_is_seen_and_nothing_is_wider_than_the_window()
             assert "None waits" in waiting
             _, _, moved = await shown_at(19.0)
             assert "resumed" in moved
+            assert "instance-6: booting; 1 died" in await page.inner_text("#places")
             events = await page.text_content("#events") or ""
             assert "instance-3 is gone" in events
             assert " moved: instance-1 → " in events

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
@@ -22,6 +23,8 @@ from llumsched.core.types import PriorityClass
 from llumsched.frontend.http.exposition import Registry
 from llumsched.frontend.routing.scheduler_client import SchedulerUnavailable
 from llumsched.frontend.routing.status import RequestStatus
+from llumsched.places import place_lines
+from llumsched.pool.instance_supervisor import InstanceSlotStatus
 from llumsched.wire.control import ClusterDescription, InstanceDescription
 
 INTERVAL_S = 1.0
@@ -90,6 +93,7 @@ class LiveFeed:
     Args:
         describe: asks the scheduler for the pool.
         requests: asks all frontends for their unfinished requests.
+        places: every place of an instance, as the launcher has told it.
         block_size: tokens of a KV block; asked for each frame, since engines choose it.
     """
 
@@ -97,6 +101,7 @@ class LiveFeed:
         self,
         describe: Callable[[], Awaitable[ClusterDescription]],
         requests: Callable[[], Awaitable[Sequence[RequestStatus]]],
+        places: Callable[[], Sequence[InstanceSlotStatus]],
         block_size: Callable[[], int],
         registry: Registry,
         *,
@@ -105,6 +110,7 @@ class LiveFeed:
     ) -> None:
         self._describe = describe
         self._requests = requests
+        self._places = places
         self._block_size = block_size
         self._ttft = RecentQuantiles(registry, TTFT)
         self._interval_s = interval_s
@@ -153,6 +159,7 @@ class LiveFeed:
             "at_s": now_s,
             "wall_s": time.time(),
             "error": error,
+            "places": place_lines([asdict(place) for place in self._places()]),
             "block_size": self._block_size(),
             "num_tokens_passed": self._last.get("num_output_tokens", 0)
             + sum(request.num_output_tokens for request in requests),

@@ -132,6 +132,7 @@ async def serve(
                 LiveFeed(
                     lambda: link.describe(DESCRIBE_TIMEOUT_S),
                     lambda: all_requests(client.routes, name, supervision),
+                    supervision.describe,
                     lambda: vllm_config.cache_config.block_size,
                     registry,
                 ),

@@ -68,9 +68,15 @@ function take(frame) {
   remember(frame);
   drawTiles(frame);
   drawPool(frame);
+  drawPlaces(frame.places || []);
   drawAnswers(frame);
   drawChart(frame);
   drawDetail();
+}
+function drawPlaces(lines) {
+  $("places").hidden = !lines.length;
+  if ($("places").textContent === lines.join("")) return;
+  $("places").replaceChildren(...lines.map((line) => { const li = document.createElement("li"); li.textContent = line; return li; }));
 }
 function follow(before, frame) {
   const ways = new Map(), flying = [];
