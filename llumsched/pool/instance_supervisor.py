@@ -118,10 +118,14 @@ class _Berth:
     back_off: BackOff = field(default_factory=BackOff)
 
     @property
-    def comes_unasked(self) -> bool:
+    def comes_untold(self) -> bool:
         """True if an instance is to come here that the scheduler does not know of yet."""
-        is_on_its_way = not self.is_running and not self.is_ending
-        return is_on_its_way and self.launch_id is None and not self.is_claimed
+        return not self.is_running and not self.is_ending and self.launch_id is None
+
+    @property
+    def comes_unasked(self) -> bool:
+        """True if no order counts on it either: the next one may."""
+        return self.comes_untold and not self.is_claimed
 
 
 class InstanceSupervisor:
@@ -248,7 +252,7 @@ class InstanceSupervisor:
         status = tuple(self._describe(berth, now_s) for berth in self._berths)
         has_changed = status != self._status
         self._status = status
-        self._num_replacing = sum(b.comes_unasked and not b.has_failed for b in self._berths)
+        self._num_replacing = sum(b.comes_untold and not b.has_failed for b in self._berths)
         self._pause_s = QUIET_TICK_S if self._is_quiet() else TICK_S
         if has_changed:
             self._status_changed()

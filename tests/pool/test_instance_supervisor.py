@@ -324,6 +324,7 @@ def test_an_order_is_answered_by_one_that_boots_in_the_place_of_another() -> Non
     stage.supervisor.launch("l1")
     stage.pass_time(1.0)
     assert stage.pool.notes[-1] == ("refused", "l0"), "it does not answer this order by name"
+    assert stage.supervisor.num_replacing == 1, "the scheduler, which was refused it, counts it"
     assert stage.pool.launch_ids == [None, "l1"], "the second order is for one more"
 
 
