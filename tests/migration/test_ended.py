@@ -16,7 +16,7 @@ from llumsched.migration.source import OutgoingMigration
 from llumsched.wire.control import OrderMigration, ReportMigration
 from tests.migration.answers import seen_by_client
 from tests.migration.pool import BLOCK_SIZE, Pool
-from tests.migration.test_faults import DESTINATION, HURRIED, SOURCE, STATES
+from tests.migration.test_faults import CHOSEN_STATES, DESTINATION, HURRIED, SOURCE
 
 PROMPT = [(7 * number) % 1000 + 10 for number in range(5 * BLOCK_SIZE + 9)]
 MORE = [(11 * number) % 1000 + 10 for number in range(20)]
@@ -184,7 +184,7 @@ def hurried(pool: Pool) -> Iterator[Pool]:
 
 
 @pytest.mark.parametrize("who", [SOURCE, DESTINATION], ids=["source", "destination"])
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("state", CHOSEN_STATES)
 def test_an_end_dies(
     hurried: Pool, monkeypatch: pytest.MonkeyPatch, who: int, state: MigrationState
 ) -> None:

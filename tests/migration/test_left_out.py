@@ -308,6 +308,7 @@ LEFT_OUT: dict[type[msgspec.Struct], dict[str, object]] = {
         "num_preemptions": test_preemptions,
         "placement_number": test_moves,
         "has_kv": test_whether_it_has_kv,
+        "has_ended": "whether a request arrives, or blocks for the cache: test_ended",
         "step_time_s": "how much room to reserve",
     },
     EngineCoreRequest: {
