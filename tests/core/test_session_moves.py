@@ -243,6 +243,24 @@ def test_a_drain_does_not_wait_for_ever() -> None:
     assert any(isinstance(a, TerminateInstance) for a in end(d, start))
 
 
+def test_a_drain_goes_on_without_sessions_that_its_instance_keeps_refusing() -> None:
+    d = driver(session_drain_s=1e4, max_session_moves=1)
+    home = turn(d, "1")
+    for number in range(2, 16):
+        turn(d, str(number), session_id=f"s{number}")
+    actions = drained(d, home)
+    for _ in range(10):
+        if any(isinstance(a, TerminateInstance) for a in actions):
+            break
+        for start in (a for a in actions if isinstance(a, StartMigration)):
+            actions = end(d, start, MigrationOutcome.REFUSED)
+        if not actions:
+            d.now += 100.0
+            actions = d.handle(Ticked())
+    else:
+        pytest.fail("it never leaves")
+
+
 def test_a_drain_that_nobody_takes_part_in_is_over_at_once() -> None:
     d = driver(1)
     home = turn(d, "1")

@@ -126,7 +126,7 @@ def leave_states_out(patch: pytest.MonkeyPatch) -> None:
 
 
 def copy_states_ahead(patch: pytest.MonkeyPatch) -> None:
-    """As if a state were settled once it is there."""
+    """A state is copied as if it were settled once it is there."""
     pin = GroupedEngine.pin_copyable
 
     def pin_all(self: GroupedEngine, request_id: str) -> Any:

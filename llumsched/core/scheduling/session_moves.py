@@ -169,6 +169,7 @@ class SessionMoves:
                 if num_refusals < _REFUSALS_OF_A_DRAIN:
                     return True  # a slot, or the end of its rest, is waited for
                 keys.clear()
+                return False
             reason = f"{instance_id} drains"
             self._start(keys.pop(), home, source, destination, worth, reason, now, out)
         return False
